@@ -1,0 +1,87 @@
+"""The manners of every command here: one clear line for bad input, and progress only where someone looks.
+
+This lives in the first room of the road because later stages may import earlier ones, and not the other way
+round.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message names the value, what was expected, and the remedy."""
+
+
+def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool = True) -> Any:
+    """Parses a command line, runs the command it names, and returns what that returns.
+
+    What the option parser refuses, and every `UserError` of the command, becomes one line on standard error
+    and exit code 2.
+
+    Args:
+        parse: reads the command line and returns the command as a function of no arguments.
+        prog: the program's name, put before the message.
+        speaks: False on ranks other than the node's first, so that one mistake is told once and not once a rank.
+    """
+    panel = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(panel):
+            command = parse()
+    except SystemExit as stop:
+        # tyro draws its refusals as a panel of several lines; anything else it prints goes to standard output.
+        message = " ".join(re.sub(r"[─━╭╮╰╯│┃]+", " ", panel.getvalue()).split())
+        if stop.code == EXIT_BAD_INPUT and speaks:
+            print(f"{prog}: {message}", file=sys.stderr)
+        raise
+    try:
+        return command()
+    except UserError as error:
+        if speaks:
+            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error, drawn only where that is a terminal.
+
+    Yields:
+        A function that advances the bar by the amount given.
+    """
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(description, total=total)
+        yield lambda amount: display.update(task, advance=amount)
+
+
+def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    """Yields `items` unchanged, advancing a progress bar by one for each."""
+    with progress(description, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,109 @@
+"""`dataset.json`: what a prepared dataset holds, and the check that the files beside it are still those.
+
+Standard library only: every later stage reads it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError, sha256_of
+
+FILE_NAME = "dataset.json"
+SPLITS = ("train", "test")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """One .beton file: its name beside the manifest, size in bytes, SHA-256, and images per class."""
+
+    file: str
+    bytes: int
+    sha256: str
+    images: int
+    images_per_class: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `dataset.json`.
+
+    Attributes:
+        name: what figures measured on it are labelled with, e.g. "CIFAR-10".
+        classes: class names; the position is the label.
+        image_shape: (height, width, channels) of every image, uint8 RGB.
+        mean: per-channel mean over the training images, in 0..255.
+        std: per-channel population standard deviation over the training images, in 0..255.
+        splits: "train" and "test".
+        source: where the images came from: kind, path or address, SHA-256.
+        versions: of the tools that wrote the files.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    splits: dict[str, SplitFile]
+    source: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when any image, label or class name does."""
+        content = [self.classes, [self.splits[name].sha256 for name in SPLITS]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The manifest as indented JSON, keys in a fixed order."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
+
+def read(folder: Path) -> Manifest:
+    """Reads and validates `dataset.json` in `folder`; the data files are not opened.
+
+    Raises:
+        UserError: no such folder or manifest, or one that is not of this format.
+    """
+    remedy = f"prepare one with: python -m data_prep prepare --out {folder}"
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: expected a folder made by data_prep, there is none; {remedy}")
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"--data {folder}: expected {FILE_NAME} in it, found none; {remedy}")
+    try:
+        fields = json.loads(path.read_text())
+        if fields.pop("format") != FORMAT:
+            raise KeyError("format")
+        splits = {name: SplitFile(**fields["splits"][name]) for name in SPLITS}
+        for name, split in splits.items():
+            splits[name] = SplitFile(**{**asdict(split), "images_per_class": tuple(split.images_per_class)})
+        tuples = {key: tuple(fields[key]) for key in ("classes", "image_shape", "mean", "std")}
+        return Manifest(**{**fields, **tuples, "splits": splits})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{path}: expected a manifest of format {FORMAT}, found {reason}; {remedy}") from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compares size and SHA-256 of every .beton with the manifest.
+
+    FFCV opens a damaged file without a word and returns wrong images, so nothing may open one before this.
+
+    Raises:
+        UserError: names the file that is missing or differs.
+    """
+    remedy = "prepare the dataset again, or restore the file"
+    for split in manifest.splits.values():
+        path = folder / split.file
+        if Path(split.file).name != split.file or not path.is_file():
+            raise UserError(f"{path}: expected the file that {FILE_NAME} names, found none; {remedy}")
+        if path.stat().st_size != split.bytes:
+            size = path.stat().st_size
+            raise UserError(f"{path}: expected {split.bytes} bytes, found {size}; {remedy}")
+        found = sha256_of(path)
+        if found != split.sha256:
+            raise UserError(f"{path}: damaged: expected SHA-256 {split.sha256}, found {found}; {remedy}")

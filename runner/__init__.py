@@ -1,0 +1,1 @@
+"""From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."""

@@ -1,0 +1,317 @@
+"""`runner`: the commands along the road. The only place that reads arguments and the environment.
+
+Heavy imports happen inside the commands that need them, so that `runner list` and `--help` answer at once.
+"""
+
+import dataclasses
+import json as json_format
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from data_prep.console import UserError, run_command
+from runner import experiments, launched
+from runner.recipe import Architecture, Experiment, Recipe
+from runner.runs import Run
+
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
+Modules = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """List every experiment: paper, architecture, parameters, MACs, reported accuracy."""
+
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+    experiments_from: Modules = ()
+    """Importable modules outside this package that define EXPERIMENTS as well."""
+
+    def __call__(self) -> None:
+        rows = [
+            {
+                "name": name,
+                "paper": experiment.paper,
+                "architecture": experiment.architecture.factory.rpartition(":")[2],
+                "parameters": experiment.parameters,
+                "macs": experiment.macs,
+                "reported": experiment.reported and dataclasses.asdict(experiment.reported),
+            }
+            for name, experiment in experiments.load(self.experiments_from).items()
+        ]
+        if self.json:
+            print(json_format.dumps(rows))
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", "paper", "architecture", "parameters", "MACs", "reported", box=None)
+        for row in rows:
+            reported = row["reported"]
+            table.add_row(
+                row["name"],
+                row["paper"],
+                row["architecture"],
+                f"{row['parameters']:,}" if row["parameters"] else "–",
+                f"{row['macs'] / 1e6:,.1f} M" if row["macs"] else "–",
+                f"{reported['accuracy']:.2%} {reported['on']}, {reported['epoch']} epoch"
+                if reported
+                else "–",
+            )
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train one experiment; under `accelerate launch` on as many ranks as it starts."""
+
+    experiment: str
+    data: Path
+    runs: Path
+    name: str | None
+    seed: int
+    max_steps: int | None
+    device: launched.Device
+    precision: Literal["launch", "fp32", "bf16", "fp16"]
+    overwrite: bool
+    json: bool
+    experiments_from: Modules
+    architecture: Architecture
+    recipe: Recipe
+
+    def __call__(self) -> None:
+        for option, value in (("--max-steps", self.max_steps), ("--recipe.epochs", self.recipe.epochs)):
+            if value is not None and value < 1:
+                raise UserError(f"{option} {value}: expected 1 or more")
+        if self.recipe.batch_size < 1:
+            raise UserError(f"--recipe.batch-size {self.recipe.batch_size}: expected 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: expected 0 or more")
+        from runner.job import run_training
+
+        registered = experiments.get(self.experiment, self.experiments_from)
+        summary = run_training(self, registered, os.environ)
+        if summary is not None:
+            _result(
+                summary, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Score a finished run's weights on the whole test set."""
+
+    run: RunFolder
+    """Run folder."""
+    data: Path | None = None
+    """Prepared dataset; by default the one the run was trained on."""
+    device: launched.Device = "auto"
+    """Where to compute; auto takes a GPU where there is one and says which it took."""
+    precision: Literal["run", "fp32", "bf16", "fp16"] = "run"
+    """Autocast precision; by default that of training."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.job import run_evaluation
+
+        result = run_evaluation(Run(self.run), self.data, self.device, self.precision, os.environ)
+        _result(result, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Export a finished run to ONNX and compare it with the model on the whole test set, in onnxruntime."""
+
+    run: RunFolder
+    """Run folder."""
+    data: Path | None = None
+    """Prepared dataset; by default the one the run was trained on."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.deploy import onnx, parity
+
+        run = Run(self.run)
+        path = onnx.export(run)
+        report = parity.compare(run, path, self.data)
+        _result(report, self.json, "{onnx}: top-1 agreement {agreement:.4%} on {images:,} test images")
+        if not report["passed"]:
+            print(f"runner: {path}: agreement below the limit of {report['limit']:.2%}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Build a TensorRT engine from an exported run, with a sidecar that says what it is."""
+
+    run: RunFolder
+    """Run folder."""
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    """TensorRT, or TensorRT for RTX, which also builds without a GPU; auto takes TensorRT where its libraries
+    load and a GPU is there, and says which it took."""
+    batch: tuple[int, int, int] = (1, 128, 512)
+    """Smallest, best served, and largest batch."""
+    target: str | None = None
+    """Compute capability to build for without having it, e.g. SM89 (tensorrt-rtx only); by default portable."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.deploy import engine
+
+        sidecar = engine.build(Run(self.run), self.backend, self.batch, self.target)
+        _result(sidecar, self.json, "{engine}: {backend} {version}, {bytes:,} bytes, target {target}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure latency of a run: the model in torch, onnxruntime, and the engine where a GPU is."""
+
+    run: RunFolder
+    """Run folder."""
+    batch: tuple[int, ...] = (1, 32)
+    """Batch sizes."""
+    seconds: float = 3.0
+    """Measure each for at least so long."""
+    repeats: int = 100
+    """Measure each at least so many times."""
+    device: launched.Device = "auto"
+    """Where to compute; auto takes a GPU where there is one and says which it took."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.deploy import latency
+
+        result = latency.bench(Run(self.run), self.batch, self.seconds, self.repeats, self.device, os.environ)
+        if self.json:
+            print(json_format.dumps(result))
+        else:
+            latency.show(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare runs on one HTML page that opens offline."""
+
+    runs: RunFolders
+    """Run folders, or folders that hold some at any depth."""
+    out: Path = Path("report.html")
+    """File to write."""
+    json: bool = False
+    """Print the compared rows as JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.report import collect, page
+        from runner.runs import find_runs
+
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder or folder of runs")
+        collected = [collect.read(run) for run in find_runs(list(self.runs))]
+        page.write(collected, self.out)
+        if self.json:
+            print(json_format.dumps([collect.row(entry) for entry in collected]))
+        else:
+            print(f"{self.out}: {len(collected)} runs compared")
+
+
+def train_with_defaults(default: Experiment) -> Callable[..., Train]:
+    """The `train` command with one experiment's values as the defaults of its overrides."""
+
+    def train(
+        experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
+        data: Path,
+        runs: Path = Path("runs"),
+        name: str | None = None,
+        seed: int = 0,
+        max_steps: int | None = None,
+        device: launched.Device = "auto",
+        precision: Literal["launch", "fp32", "bf16", "fp16"] = "launch",
+        overwrite: bool = False,
+        json: bool = False,
+        experiments_from: Modules = (),
+        architecture: Architecture = default.architecture,
+        recipe: Recipe = default.recipe,
+    ) -> Train:
+        """Train one experiment; under `accelerate launch` on as many ranks as it starts.
+
+        Args:
+            experiment: Name of the experiment (see `runner list`); its recipe sets the defaults below.
+            data: Folder made by `python -m data_prep prepare`.
+            runs: Folder of runs; this one becomes RUNS/NAME/RUN.
+            name: Name of the run; by default seed-N.
+            seed: Seed of weights, order, augmentation and dropout.
+            max_steps: Stop after so many optimizer steps, and still evaluate and write the summary.
+            device: auto takes a GPU where there is one and says which it took; a launch with a GPU
+                configuration means cuda and refuses without one.
+            precision: Precision of training; `launch` is what the accelerate configuration says, or fp32.
+            overwrite: Replace a run of the same name.
+            json: Print the summary as JSON, and nothing else, on standard output.
+            experiments_from: Importable modules outside this package that define EXPERIMENTS as well.
+            architecture: What is trained.
+            recipe: How it is trained.
+        """
+        return Train(
+            experiment, data, runs, name, seed, max_steps, device, precision, overwrite, json,
+            experiments_from, architecture, recipe,
+        )  # fmt: skip
+
+    return train
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def parse() -> Callable[[], Any]:
+        commands: dict[str, Callable[..., Any]] = {
+            "list": List,
+            "train": train_with_defaults(_experiment_in(given)),
+            "eval": Eval,
+            "export": Export,
+            "engine": Engine,
+            "bench": Bench,
+            "report": Report,
+        }
+        return tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="runner",
+            description="From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report.",
+            args=given,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        )
+
+    def checked_parse() -> Callable[[], Any]:
+        try:
+            return parse()
+        except UserError as error:
+            return lambda error=error: (_ for _ in ()).throw(error)
+
+    run_command(checked_parse, "runner", speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+
+
+def _experiment_in(given: list[str]) -> Experiment:
+    """The experiment that a `train` command line names, for the defaults of its overrides.
+
+    Where it names none yet (`runner --help`), any will do.
+    """
+    modules: list[str] = []
+    if "--experiments-from" in given:
+        for word in given[given.index("--experiments-from") + 1 :]:
+            if word.startswith("-"):
+                break
+            modules.append(word)
+    if given[:1] == ["train"] and given[1:] and not given[1].startswith("-"):
+        return experiments.get(given[1], tuple(modules))
+    return next(iter(experiments.load().values()))
+
+
+def _result(result: dict[str, Any], json: bool, line: str) -> None:
+    print(json_format.dumps(result) if json else line.format(**result))

@@ -1,0 +1,99 @@
+"""Pictures of one run, drawn from its files: curves, confusion matrix, samples with predictions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.runs import Run, read_metrics
+
+SAMPLES = 32
+
+
+def draw(run: Run, config: dict[str, Any], confusion: list[list[int]], images: np.ndarray) -> list[Path]:
+    """Draws all pictures of a finished run into its `figures/`.
+
+    Args:
+        run: has metrics and predictions.
+        config: its run.json.
+        confusion: images by [label][predicted].
+        images: (N, H, W, 3) uint8, the test images in file order.
+
+    Returns:
+        The files.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    classes, label = config["dataset"]["classes"], f"{config['experiment']} on {config['dataset']['name']}"
+    predictions = np.load(run.predictions)
+    run.figures.mkdir(exist_ok=True)
+    return [
+        _curves(run, label),
+        _confusion(run, label, np.array(confusion), classes),
+        _samples(run, label, images, predictions["logits"], predictions["labels"], classes),
+    ]
+
+
+def _curves(run: Run, label: str) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    rows = read_metrics(run)
+    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+        for key, style in ((f"train/{metric}", "-"), (f"test/{metric}", "o-")):
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=key.split("/")[0], markersize=4)
+        axis.set(xlabel="epoch", ylabel=metric)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(label)
+    return _save(run, figure, "curves")
+
+
+def _confusion(run: Run, label: str, counts: np.ndarray, classes: list[str]) -> Path:
+    from matplotlib import pyplot as plt
+
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*counts.shape):
+        shade = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, counts[row, column], ha="center", va="center", color=shade, fontsize=8)
+    ticks = range(len(classes))
+    axis.set_xticks(ticks, classes, rotation=45, ha="right")
+    axis.set_yticks(ticks, classes)
+    accuracy = np.trace(counts) / counts.sum()
+    axis.set(xlabel="predicted", ylabel="label", title=f"{label}: {accuracy:.2%} of {counts.sum():,}")
+    return _save(run, figure, "confusion")
+
+
+def _samples(
+    run: Run, label: str, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: list[str]
+) -> Path:
+    """The same spread of images for every run of a dataset, so that runs compare."""
+    from matplotlib import pyplot as plt
+
+    chosen = np.linspace(0, len(images) - 1, SAMPLES).astype(int)
+    exponents = np.exp(logits - logits.max(1, keepdims=True))
+    probability = exponents / exponents.sum(1, keepdims=True)
+    figure, axes = plt.subplots(4, SAMPLES // 4, figsize=(11, 6.4), layout="constrained")
+    for axis, index in zip(axes.flat, chosen, strict=True):
+        predicted = logits[index].argmax()
+        right = predicted == labels[index]
+        axis.imshow(images[index])
+        axis.axis("off")
+        text = f"{classes[predicted]} {probability[index, predicted]:.0%}"
+        text += "" if right else f"\nis {classes[labels[index]]}"
+        axis.set_title(text, fontsize=8, color="black" if right else "firebrick")
+    figure.suptitle(f"{label}: predictions on test images")
+    return _save(run, figure, "samples")
+
+
+def _save(run: Run, figure: Any, name: str) -> Path:
+    from matplotlib import pyplot as plt
+
+    path = run.figures / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,227 @@
+"""One training or evaluation from the command line to the run folder: opens, refuses, records, concludes.
+
+The algorithm is in train.py; here is everything around it that makes a run a record.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import MutableMapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from data_prep.console import UserError, progress
+from data_prep.manifest import Manifest
+from runner import checkpoint, environment, figures, launched
+from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
+from runner.evaluate import evaluate
+from runner.recipe import Experiment, differences, to_json
+from runner.runs import FORMAT, Run, new_run, write_json
+from runner.tracking import Tracker
+from runner.train import DivergedError, train
+
+if TYPE_CHECKING:
+    from runner.cli import Train
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
+
+
+def run_training(
+    command: "Train", registered: Experiment, environ: MutableMapping[str, str]
+) -> dict[str, Any] | None:
+    """Trains as the command says.
+
+    Returns:
+        The summary on rank 0, None on the others.
+
+    Raises:
+        UserError: data, name, device or ranks that cannot be used; nothing has been written then.
+        SystemExit: code 1 where training diverged.
+    """
+    launch = launched.read(environ)
+    device, told = launched.device(command.device, launch, torch.cuda.device_count())
+    manifest = open_manifest(command.data)
+    if device == "cpu":
+        # The launcher gives every process one thread or all of them; ranks share the cores evenly.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+    place = Place(
+        torch.device(device, launch.local_rank if device == "cuda" else None), launch.rank, launch.world_size
+    )
+    name = command.name or f"seed-{command.seed}"
+    run = Run(command.runs / command.experiment / name)
+    train_batches = open_split(command.data, manifest, "train", command.recipe, place, command.seed)
+    test_batches = open_split(command.data, manifest, "test", command.recipe, place)
+    if launch.rank == 0:
+        if command.overwrite and run.record.exists():
+            shutil.rmtree(run.folder)
+        run = new_run(command.runs, command.experiment, name)
+
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=PRECISIONS.get(command.precision),
+        # Gradients live in the all-reduce's own buckets, the graph is the same every step, and batch norm's
+        # statistics are averaged once before they are used (train.sync_buffers) instead of sent every step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
+            )
+        ],
+    )
+    if accelerator.num_processes != launch.world_size:
+        raise UserError(
+            f"{launch.world_size} ranks were launched, {accelerator.num_processes} joined; launch again"
+        )
+    first = accelerator.is_main_process
+    if first:
+        print(told, file=sys.stderr)
+    wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
+    config = _config(command, registered, manifest, accelerator, run, wandb_id)
+    tracker = None
+    if first:
+        write_json(run.record, config)
+        tags = [config["architecture"]["factory"].rpartition(":")[2], manifest.name, config["precision"]]
+        tracker = Tracker(run, config, environ, tags)
+    try:
+        outcome = train(
+            command.architecture,
+            command.recipe,
+            train_batches,
+            test_batches,
+            accelerator,
+            run,
+            len(manifest.classes),
+            command.seed,
+            command.max_steps,
+            tracker.log if tracker else lambda row: None,
+        )
+    except DivergedError as error:
+        if tracker:
+            tracker.finish()
+            print(
+                f"runner: {run.folder}: {error}; lower the learning rate or use --precision fp32",
+                file=sys.stderr,
+            )
+        raise SystemExit(1) from None
+    finally:
+        if accelerator.num_processes > 1:
+            torch.distributed.destroy_process_group()
+    if tracker is None:
+        return None
+    evaluation = outcome.evaluation
+    with run.predictions.open("wb") as file:
+        np.savez_compressed(file, **evaluation.arrays())
+    summary = {
+        "experiment": command.experiment,
+        "run": str(run.folder),
+        "dataset": manifest.name,
+        "seed": command.seed,
+        "epochs": outcome.epochs,
+        "steps": outcome.steps,
+        "test_accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "test_images": evaluation.images,
+        # Chosen on the test set, and so no estimate of anything; beside the last epoch for the papers' sake.
+        "best_test_accuracy": outcome.best_accuracy,
+        "best_epoch": outcome.best_epoch,
+        "confusion": evaluation.confusion,
+    }
+    pictures = figures.draw(run, config, evaluation.confusion, test_batches.images.cpu().numpy())
+    tracker.figures(pictures, outcome.steps)
+    tracker.summarise({key: value for key, value in summary.items() if key != "confusion"})
+    write_json(run.summary, summary)
+    tracker.finish()
+    if tracker.hung:
+        # W&B's own exit handler would wait for the server for ever.
+        if command.json:
+            import json
+
+            print(json.dumps(summary))
+        sys.stdout.flush()
+        os._exit(0)
+    return summary
+
+
+def _config(
+    command: "Train",
+    registered: Experiment,
+    manifest: Manifest,
+    accelerator: Accelerator,
+    run: Run,
+    wandb_id: str,
+) -> dict[str, Any]:
+    """The contents of run.json."""
+    given = Experiment(command.architecture, command.recipe, registered.paper)
+    before = Experiment(registered.architecture, registered.recipe, registered.paper)
+    unchanged = command.architecture == registered.architecture
+    precision = next(ours for ours, theirs in PRECISIONS.items() if theirs == accelerator.mixed_precision)
+    return {
+        "format": FORMAT,
+        "experiment": command.experiment,
+        "run": run.folder.name,
+        "paper": registered.paper,
+        "seed": command.seed,
+        "max_steps": command.max_steps,
+        "architecture": to_json(command.architecture),
+        "recipe": to_json(command.recipe),
+        "overrides": {name: list(pair) for name, pair in differences(before, given).items()},
+        "reported": registered.reported and asdict(registered.reported),
+        "parameters": registered.parameters if unchanged else None,
+        "macs": registered.macs if unchanged else None,
+        "dataset": {
+            "name": manifest.name,
+            "folder": str(command.data.absolute()),
+            "fingerprint": manifest.fingerprint,
+            "classes": list(manifest.classes),
+            "image_shape": list(manifest.image_shape),
+            "mean": list(manifest.mean),
+            "std": list(manifest.std),
+            "source": manifest.source,
+        },
+        "precision": precision,
+        "device": accelerator.device.type,
+        "world_size": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        "git": environment.git_commit(),
+        "wandb_id": wandb_id,
+    }
+
+
+def run_evaluation(
+    run: Run,
+    data: Path | None,
+    device: launched.Device,
+    precision: str,
+    environ: MutableMapping[str, str],
+) -> dict[str, Any]:
+    """Scores the latest checkpoint of a run on the whole test set, on this process alone."""
+    config = run.config()
+    chosen, told = launched.device(device, launched.read(environ), torch.cuda.device_count())
+    print(told, file=sys.stderr)
+    model = checkpoint.load_model(run).to(chosen)
+    precision = config["precision"] if precision == "run" else precision
+    batches = open_test_of_run(config, data, torch.device(chosen))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with (
+        torch.autocast(chosen, dtype, enabled=precision != "fp32"),
+        progress("evaluate", batches.samples) as advance,
+    ):
+        result = evaluate(model, batches, len(config["dataset"]["classes"]), advance=advance)
+    return {
+        "run": str(run.folder),
+        "experiment": config["experiment"],
+        "dataset": config["dataset"]["name"],
+        "precision": precision,
+        "test_accuracy": result.accuracy,
+        "test_loss": result.loss,
+        "test_images": result.images,
+        "confusion": result.confusion,
+    }

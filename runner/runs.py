@@ -1,0 +1,163 @@
+"""The run folder: `runs/<experiment>/<run>/`, its files, and how they are written. Standard library only.
+
+run.json         what was run: resolved config, versions, git commit, dataset, hardware
+metrics.jsonl    every metric, one row a line: the truth that W&B is a view of
+summary.json     the outcome; its presence means that the run is finished
+predictions.npz  logits (N, classes) and labels (N,) on the test images at the end
+checkpoints/     step-N/: weights, and a manifest with their hash
+figures/         pictures of this run
+deploy/          ONNX, engines, parity, latencies
+wandb/           W&B's own files
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Nothing is read or made until asked for."""
+
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """run.json."""
+        return self.folder / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """summary.json."""
+        return self.folder / "summary.json"
+
+    @property
+    def predictions(self) -> Path:
+        """predictions.npz."""
+        return self.folder / "predictions.npz"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of pictures."""
+        return self.folder / "figures"
+
+    @property
+    def deploy(self) -> Path:
+        """Folder of ONNX files, engines and what was measured of them."""
+        return self.folder / "deploy"
+
+    def config(self) -> dict[str, Any]:
+        """The contents of run.json.
+
+        Raises:
+            UserError: this is no run folder.
+        """
+        if not self.record.is_file():
+            raise UserError(
+                f"{self.folder}: expected a run folder with run.json; make one with: runner train"
+            )
+        return read_json(self.record)
+
+
+def new_run(runs: Path, experiment: str, name: str) -> Run:
+    """The folder for a new run; made, and still empty.
+
+    Raises:
+        UserError: the name is not plain, the folder holds a run already, or it cannot be made.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
+    run = Run(runs / experiment / name)
+    if run.record.exists():
+        state = "a finished" if run.summary.exists() else "an unfinished"
+        raise UserError(f"{run.folder}: holds {state} run; choose another --name, or --overwrite it")
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        probe = run.folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--runs {runs}: cannot write there ({error.strerror}); choose another folder"
+        ) from None
+    return run
+
+
+def find_runs(paths: list[Path]) -> list[Run]:
+    """Every run folder at or under the paths, sorted by path.
+
+    Raises:
+        UserError: a path does not exist, or there is no run under it.
+    """
+    found: dict[Path, Run] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: expected a run folder or a folder of runs, there is none")
+        records = sorted(path.rglob("run.json"))
+        if not records:
+            raise UserError(
+                f"{path}: expected a run folder or a folder of runs, found none; make one: runner train"
+            )
+        found |= {record.parent.resolve(): Run(record.parent) for record in records}
+    return list(found.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); restore or remove it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object so that the file is either the old one or the new one, whole."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file beside its place, syncs it, and renames it into place; makes the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut short by a kill is left out."""
+    rows = []
+    if run.metrics.is_file():
+        for line in run.metrics.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
