@@ -168,9 +168,7 @@ def _write_supervised(path: Path, split: Split) -> None:
                 writer.join()
                 raise UserError(f"{path}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
     if writer.exitcode != 0:
-        raise UserError(
-            f"{path}: FFCV's writer failed with exit code {writer.exitcode}; see its message above"
-        )
+        raise UserError(f"{path}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -49,7 +49,7 @@ LARGEST_MEMBER = 64 * 2**20  # bytes; an image or batch file beyond this is not 
 CONNECT_TIMEOUT = 20.0  # seconds
 
 
-class SourceUnreachable(UserError):
+class SourceUnreachableError(UserError):
     """The official archive cannot be downloaded from here."""
 
 
@@ -91,17 +91,15 @@ def load(
         downloads: folder that keeps the downloaded official archive.
 
     Raises:
-        SourceUnreachable: "official", and the download failed.
+        SourceUnreachableError: "official", and the download failed.
         UserError: anything else that is wrong with the source; names it.
     """
     if limit_per_class is not None and limit_per_class < 1:
         raise UserError(f"--limit-per-class {limit_per_class}: expected 1 or more")
     if source == "synthetic":
         return _synthetic(seed, limit_per_class)
-    if source == "official":
-        path = download(downloads / Path(OFFICIAL_URL).name, OFFICIAL_URL)
-    else:
-        path = Path(source)
+    name = Path(OFFICIAL_URL).name
+    path = download(downloads / name, OFFICIAL_URL) if source == "official" else Path(source)
     if not path.exists():
         expected = "official, synthetic, or an existing archive or folder"
         raise UserError(f"--source {source}: no such file or folder; expected {expected}")
@@ -124,7 +122,7 @@ def download(path: Path, url: str) -> Path:
     """Downloads the official archive to `path` unless it is there already, whole.
 
     Raises:
-        SourceUnreachable: no connection, or it broke off; nothing stays but what stood there before.
+        SourceUnreachableError: no connection, or it broke off; nothing stays but what stood there before.
         UserError: what arrived has another hash than the official one.
     """
     expected = OFFICIAL_SHA256[path.name]
@@ -147,11 +145,9 @@ def download(path: Path, url: str) -> Path:
         part.replace(path)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise SourceUnreachable(f"--source official: cannot reach {url} ({reason}); {remedy}") from None
+        raise SourceUnreachableError(f"--source official: cannot reach {url} ({reason}); {remedy}") from None
     except OSError as error:
-        raise UserError(
-            f"{part}: cannot write the download ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"{part}: cannot write the download ({error.strerror}); choose another folder") from None
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -221,9 +217,7 @@ def _from_folder(path: Path) -> Source:
             content = file.read_bytes()
             found = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if found != TORCHVISION_MD5[name]:
-                raise UserError(
-                    f"{file}: expected MD5 {TORCHVISION_MD5[name]}, found {found}; fetch it again"
-                )
+                raise UserError(f"{file}: expected MD5 {TORCHVISION_MD5[name]}, found {found}; fetch it again")
             return content
 
         splits = _batches(PICKLE_FILES, _parse_pickle, read)
@@ -297,7 +291,7 @@ class _open_archive:  # noqa: N801 - reads as the function it is used as
 
     def __init__(self, path: Path) -> None:
         self.zip = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-        self.tar = None if self.zip else tarfile.open(path)
+        self.tar = None if self.zip else tarfile.open(path)  # noqa: SIM115 - closed in __exit__
 
     def __enter__(self) -> "_open_archive":
         return self
@@ -363,9 +357,7 @@ def _images(path: Path, members: Iterator[tuple[str, Any]], provenance: dict[str
     shapes = {image.shape for image in pixels}
     if len(shapes) > 1:
         odd = next(e[3] for e, image in zip(found, pixels, strict=True) if image.shape != pixels[0].shape)
-        raise UserError(
-            f"{odd}: expected {pixels[0].shape[:2]} pixels as in {found[0][3]}; resize the images"
-        )
+        raise UserError(f"{odd}: expected {pixels[0].shape[:2]} pixels as in {found[0][3]}; resize the images")
     splits = []
     for split in ("train", "test"):
         rows = [i for i, entry in enumerate(found) if entry[0] == split]

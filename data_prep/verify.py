@@ -30,13 +30,9 @@ def verify(folder: Path, source: Source | None = None) -> Manifest:
         counts = tuple(np.bincount(decoded.labels, minlength=len(manifest.classes)).tolist())
         if counts != manifest.splits[name].images_per_class:
             stated = manifest.splits[name].images_per_class
-            raise UserError(
-                f"{folder}/{name}.beton: {stated} images per class in the manifest, {counts} found"
-            )
+            raise UserError(f"{folder}/{name}.beton: {stated} images per class in the manifest, {counts} found")
         if name == "train" and not np.allclose(moments(decoded), (manifest.mean, manifest.std), rtol=1e-9):
-            raise UserError(
-                f"{folder}: mean and standard deviation differ from the manifest; prepare it again"
-            )
+            raise UserError(f"{folder}: mean and standard deviation differ from the manifest; prepare it again")
         if source is not None:
             _compare(folder, name, decoded, getattr(source, name))
     if source is not None and source.classes != manifest.classes:
@@ -81,9 +77,7 @@ def decode(path: Path, manifest: Manifest) -> Split:
 
 def _compare(folder: Path, name: str, decoded: Split, source: Split) -> None:
     if decoded.images.shape != source.images.shape:
-        raise UserError(
-            f"{folder}/{name}.beton: {len(decoded.labels)} images, in the source {len(source.labels)}"
-        )
+        raise UserError(f"{folder}/{name}.beton: {len(decoded.labels)} images, in the source {len(source.labels)}")
     same = (decoded.images == source.images).all(axis=(1, 2, 3)) & (decoded.labels == source.labels)
     if not same.all():
         first = int(np.argmin(same))

@@ -66,9 +66,7 @@ def load_model(run: Run) -> nn.Module:
     for name, expected in read_json(folder / MANIFEST)["sha256"].items():
         found = sha256_of(folder / name)
         if found != expected:
-            raise UserError(
-                f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again"
-            )
+            raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again")
     architecture = Architecture(**run.config()["architecture"])
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; leave no trace
         model = architecture.build()

@@ -59,9 +59,7 @@ class List:
                 row["architecture"],
                 f"{row['parameters']:,}" if row["parameters"] else "–",
                 f"{row['macs'] / 1e6:,.1f} M" if row["macs"] else "–",
-                f"{reported['accuracy']:.2%} {reported['on']}, {reported['epoch']} epoch"
-                if reported
-                else "–",
+                f"{reported['accuracy']:.2%} {reported['on']}, {reported['epoch']} epoch" if reported else "–",
             )
         Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -97,9 +95,7 @@ class Train:
         registered = experiments.get(self.experiment, self.experiments_from)
         summary = run_training(self, registered, os.environ)
         if summary is not None:
-            _result(
-                summary, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
-            )
+            _result(summary, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}")
 
 
 @dataclasses.dataclass(frozen=True)

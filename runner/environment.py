@@ -1,5 +1,6 @@
 """What a run ran on, for `run.json`: versions, git commit, hardware. Does not import torch by itself."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -55,6 +56,27 @@ def hardware() -> dict[str, Any]:
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = torch.version.cuda
     return found
+
+
+def count_gpus() -> int:
+    """CUDA GPUs here, asked of the driver itself, so that no one waits for torch."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def described(hardware: dict[str, Any]) -> str:

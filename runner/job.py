@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import MutableMapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
-from runner import checkpoint, environment, figures, launched
+from runner import checkpoint, cpu, environment, figures, launched
 from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
 from runner.evaluate import evaluate
 from runner.recipe import Experiment, differences, to_json
@@ -49,8 +50,7 @@ def run_training(
     device, told = launched.device(command.device, launch, torch.cuda.device_count())
     manifest = open_manifest(command.data)
     if device == "cpu":
-        # The launcher gives every process one thread or all of them; ranks share the cores evenly.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+        cpu.prepare(launch.local_world_size)
     place = Place(
         torch.device(device, launch.local_rank if device == "cuda" else None), launch.rank, launch.world_size
     )
@@ -69,9 +69,7 @@ def run_training(
         # Gradients live in the all-reduce's own buckets, the graph is the same every step, and batch norm's
         # statistics are averaged once before they are used (train.sync_buffers) instead of sent every step.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
-            )
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False)
         ],
     )
     if accelerator.num_processes != launch.world_size:
@@ -82,6 +80,8 @@ def run_training(
     if first:
         print(told, file=sys.stderr)
     wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
+    # torch 2.15 renames it to an option that accelerate does not know yet.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     config = _config(command, registered, manifest, accelerator, run, wandb_id)
     tracker = None
     if first:
@@ -206,6 +206,8 @@ def run_evaluation(
     config = run.config()
     chosen, told = launched.device(device, launched.read(environ), torch.cuda.device_count())
     print(told, file=sys.stderr)
+    if chosen == "cpu":
+        cpu.prepare()
     model = checkpoint.load_model(run).to(chosen)
     precision = config["precision"] if precision == "run" else precision
     batches = open_test_of_run(config, data, torch.device(chosen))

@@ -137,9 +137,7 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """The leaves in which two dataclasses differ, by dotted name: {"recipe.epochs": (10, 1)}."""
     before, after = dict(_leaves("", asdict(old))), dict(_leaves("", asdict(new)))
     names = sorted(before.keys() | after.keys())
-    return {
-        name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
-    }
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

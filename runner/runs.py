@@ -71,9 +71,7 @@ class Run:
             UserError: this is no run folder.
         """
         if not self.record.is_file():
-            raise UserError(
-                f"{self.folder}: expected a run folder with run.json; make one with: runner train"
-            )
+            raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
         return read_json(self.record)
 
 
@@ -95,9 +93,7 @@ def new_run(runs: Path, experiment: str, name: str) -> Run:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--runs {runs}: cannot write there ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
     return run
 
 

@@ -44,9 +44,7 @@ class Tracker:
             except Exception as second:
                 self._tell(f"cannot run offline either ({_first_line(second)}); metrics.jsonl has everything")
 
-    def _start(
-        self, mode: str, config: dict[str, Any], environ: MutableMapping[str, str], tags: list[str]
-    ) -> None:
+    def _start(self, mode: str, config: dict[str, Any], environ: MutableMapping[str, str], tags: list[str]) -> None:
         import wandb
 
         timeout = float(environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT))
@@ -97,9 +95,7 @@ class Tracker:
         last.join(FINISH_TIMEOUT)
         self.hung = last.is_alive()
         if self.hung:
-            self._tell(
-                f"did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {self.run.folder / 'wandb'}"
-            )
+            self._tell(f"did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {self.run.folder / 'wandb'}")
 
     def _show(self, action: Any) -> None:
         if self.wandb is None:

@@ -143,9 +143,7 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.sums = torch.zeros(
-            2, dtype=torch.float64, device=accelerator.device
-        )  # of loss and hits, this rank's
+        self.sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # of loss and hits, this rank's
         self.images = 0
         self.epoch_sums, self.epoch_images = torch.zeros_like(self.sums), 0
         self.since = time.perf_counter()
@@ -171,9 +169,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the training loss is {loss} within the {LOG_EVERY} steps before step {step}"
-            )
+            raise DivergedError(f"the training loss is {loss} within the {LOG_EVERY} steps before step {step}")
         return {"train/loss": loss, "train/accuracy": hits, "images_per_second": images / seconds}
 
     def epoch(self) -> dict[str, float]:

@@ -79,8 +79,7 @@ class ResidentBatches:
             samples = order.epoch_order(self.samples, self.seed, epoch)
         pick = torch.from_numpy(samples).to(self.device)
         row, column, flip = (
-            torch.from_numpy(part).to(self.device)
-            for part in (placement.row, placement.column, placement.flip)
+            torch.from_numpy(part).to(self.device) for part in (placement.row, placement.column, placement.flip)
         )
         for step in range(start_step, len(self)):
             chosen = pick[self.slice_of(step)]
@@ -90,9 +89,7 @@ class ResidentBatches:
         """Where this rank's share of global batch `step` lies in the epoch's order."""
         start = step * self.batch_size
         size = min(self.batch_size, self.samples - start)
-        return slice(
-            start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size
-        )
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def _make(
         self, chosen: torch.Tensor, row: torch.Tensor, column: torch.Tensor, flip: torch.Tensor
@@ -117,9 +114,7 @@ def _make_torch(
     x = torch.arange(width, device=images.device)
     x = torch.where(flip[:, None], width - 1 - x, x) + column[:, None]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    pixels = images[
-        chosen[:, None, None], y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]
-    ]
+    pixels = images[chosen[:, None, None], y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
     pixels = pixels * inside[..., None]
     return pixels.float() * scale + shift
 

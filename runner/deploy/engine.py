@@ -69,7 +69,7 @@ def build(run: Run, backend: str, batch: tuple[int, int, int], target: str | Non
         "onnx_sha256": sha256,
         "backend": backend,
         "version": trt.__version__,
-        "target": target or ("this GPU" if _gpus() else "portable, Ampere and later"),
+        "target": target or ("this GPU" if environment.count_gpus() else "portable, Ampere and later"),
         "batch": {"min": smallest, "opt": best, "max": largest},
         "inputs": [[images.name, list(images.shape), str(images.dtype).removeprefix("DataType.")]],
         "layers": network.num_layers,
@@ -97,13 +97,9 @@ def load(backend: str) -> tuple[str, ModuleType]:
             module = importlib.import_module(MODULES[backend])
         except (ImportError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--backend {backend}: its libraries do not load ({reason}); install them"
-            ) from None
-        if backend == "tensorrt" and not _gpus():
-            raise UserError(
-                "--backend tensorrt: builds on a GPU only, found none; use --backend tensorrt-rtx"
-            )
+            raise UserError(f"--backend {backend}: its libraries do not load ({reason}); install them") from None
+        if backend == "tensorrt" and not environment.count_gpus():
+            raise UserError("--backend tensorrt: builds on a GPU only, found none; use --backend tensorrt-rtx")
         return backend, module
     for name in MODULES:
         try:
@@ -176,20 +172,6 @@ class RunningEngine:
         if not self.context.execute_async_v3(self.torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(f"the engine did not run: {self.log.last_errors()}")
         return logits
-
-
-def _gpus() -> int:
-    """CUDA GPUs here, asked of the driver, so that a build does not wait for torch."""
-    import ctypes
-
-    count = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _set_target(trt: ModuleType, config: Any, backend: str, target: str) -> None:

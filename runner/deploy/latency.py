@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data_prep.console import UserError, progress
-from runner import checkpoint, environment, launched
+from runner import checkpoint, cpu, environment, launched
 from runner.deploy import engine, onnx
 from runner.deploy.session import Session
 from runner.runs import Run, write_json
@@ -52,13 +52,13 @@ def bench(
         if value <= 0:
             raise UserError(f"{option} {value}: expected more than 0")
     if max(batches) > onnx.LARGEST_BATCH:
-        raise UserError(
-            f"--batch {max(batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit"
-        )
+        raise UserError(f"--batch {max(batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
     config = run.config()
     path, sha256 = onnx.exported(run)
     chosen, told = launched.device(device, launched.read(environ), torch.cuda.device_count())
     print(told, file=sys.stderr)
+    if chosen == "cpu":
+        cpu.prepare()
     height, width, channels = config["dataset"]["image_shape"]
     model = checkpoint.load_model(run).to(chosen)
     session = Session(path, chosen)
@@ -124,9 +124,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"{result['run']} on {environment.described(result['hardware'])}"
-    table = Table(
-        "backend", "provider", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", title=title, box=None
-    )
+    table = Table("backend", "provider", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", title=title, box=None)
     for row in result["rows"]:
         if "p50_ms" in row:
             figures = [f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")]

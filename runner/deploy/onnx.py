@@ -8,10 +8,7 @@ import os
 import warnings
 from pathlib import Path
 
-import torch
-
 from data_prep.console import UserError, sha256_of
-from runner import checkpoint
 from runner.runs import Run
 
 FILE_NAME = "model.onnx"
@@ -29,6 +26,9 @@ def export(run: Run) -> Path:
         The file, which appears only when onnx's checker has passed it.
     """
     import onnx
+    import torch
+
+    from runner import checkpoint
 
     config = run.config()
     model = checkpoint.load_model(run)

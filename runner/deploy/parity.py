@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from data_prep.console import progress, sha256_of
-from runner import checkpoint
+from runner import checkpoint, cpu
 from runner.batches.protocol import open_test_of_run
 from runner.deploy.session import Session
 from runner.evaluate import evaluate
@@ -39,6 +39,7 @@ def compare(run: Run, path: Path, data: Path | None) -> dict[str, Any]:
     Returns:
         Accuracies, top-1 agreement, largest difference of a logit, and whether the limit is held.
     """
+    cpu.prepare()
     config = run.config()
     batches = open_test_of_run(config, data, torch.device("cpu"))
     classes = len(config["dataset"]["classes"])

@@ -30,9 +30,7 @@ def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
         except (ImportError, AttributeError) as error:
             if name in inside:
                 raise
-            raise UserError(
-                f"--experiments-from {name}: expected a module with EXPERIMENTS: {error}"
-            ) from None
+            raise UserError(f"--experiments-from {name}: expected a module with EXPERIMENTS: {error}") from None
         for key, experiment in entries.items():
             if key in found:
                 raise ValueError(f"{name}: an experiment named {key!r} exists already")

@@ -1,0 +1,86 @@
+"""Which command trains an experiment on the hardware that is there: pure functions, from values to values."""
+
+from dataclasses import dataclass
+
+from runner.recipe import Experiment
+
+# Multiply-accumulates, times images, that a quick look may cost for each CPU core: one to two minutes.
+QUICK_MACS_PER_CORE = 2.4e12
+# Depthwise convolutions are bound by memory: they take several times as long as their MACs tell.
+DEPTHWISE = ("mobilenet", "efficientnet")
+DEPTHWISE_COST = 4
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GPUs of this node, usable CPU cores, and whether these multiply bf16 in hardware."""
+
+    gpus: int
+    cores: int
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """How one experiment is trained here.
+
+    Attributes:
+        name: of the run; tells how much of the recipe is done.
+        launcher: arguments of `accelerate launch`, without the program.
+        options: arguments of `runner train NAME`, without data and runs.
+        told: the plan in words.
+    """
+
+    name: str
+    launcher: tuple[str, ...]
+    options: tuple[str, ...]
+    told: str
+
+
+def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, training_images: int) -> Job:
+    """Plans one experiment of the quickstart.
+
+    On GPUs: all of them, and the whole recipe. On the CPU: one epoch, or as many steps of it as fit into a
+    minute or two, judged by the architecture's MACs.
+
+    Args:
+        experiment: what to train.
+        hardware: what there is.
+        epochs: the user's wish, which wins; None for the rule above.
+        training_images: in the dataset.
+    """
+    recipe = experiment.recipe
+    launcher = launcher_for(hardware)
+    if epochs is not None or hardware.gpus:
+        count = epochs or recipe.epochs
+        changed = ("--recipe.epochs", str(count)) if count != recipe.epochs else ()
+        return Job(f"{count}-epochs", launcher, changed + _on(hardware), f"{count} of {recipe.epochs} epochs")
+    whole = training_images // recipe.batch_size
+    depthwise = any(name in experiment.architecture.factory for name in DEPTHWISE)
+    cost = (experiment.macs or 1e9) * (DEPTHWISE_COST if depthwise else 1) * recipe.batch_size
+    steps = int(QUICK_MACS_PER_CORE * hardware.cores / cost)
+    steps = max(1, min(steps, whole))
+    options = ("--recipe.epochs", "1", "--max-steps", str(steps))
+    told = "1 epoch" if steps == whole else f"{steps} of the {whole} steps of an epoch"
+    return Job(
+        f"{steps}-steps",
+        launcher,
+        options + _on(hardware),
+        f"{told}, of a recipe of {recipe.epochs} epochs",
+    )
+
+
+def launcher_for(hardware: Hardware) -> tuple[str, ...]:
+    """Arguments of `accelerate launch` that use all of the hardware."""
+    if hardware.gpus == 0:
+        # One process with all cores: on the CPU, ranks only share them.
+        return ("--config_file", "launch/cpu.yaml", "--num_processes", "1")
+    if hardware.gpus == 1:
+        return ("--config_file", "launch/one_process.yaml")
+    return ("--config_file", "launch/one_node.yaml", "--num_processes", str(hardware.gpus))
+
+
+def _on(hardware: Hardware) -> tuple[str, ...]:
+    if hardware.gpus:
+        return ()  # the launcher's configuration says bf16
+    return ("--device", "cpu", "--precision", "bf16" if hardware.bf16 else "fp32")

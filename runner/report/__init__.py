@@ -1,0 +1,1 @@
+"""Compares runs: reads their folders, and nothing else. Never imports torch."""

@@ -1,0 +1,90 @@
+"""Reads run folders into the values that a report shows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from runner.runs import Run, read_json, read_metrics
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a run folder holds, as it was written. What is missing is None, and said on the page."""
+
+    run: Run
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    parity: dict[str, Any] | None
+    engine: dict[str, Any] | None
+    latency: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """`experiment/run`, the label of curves."""
+        return f"{self.config['experiment']}/{self.config['run']}"
+
+    @property
+    def dataset(self) -> str:
+        """The label of the dataset, on every figure."""
+        return self.config["dataset"]["name"]
+
+
+def read(run: Run) -> RunRecord:
+    """Reads one run folder, finished or not.
+
+    Raises:
+        UserError: a file in it is damaged.
+    """
+
+    def optional(name: str) -> dict[str, Any] | None:
+        path = run.folder / name
+        return read_json(path) if path.is_file() else None
+
+    return RunRecord(
+        run=run,
+        config=run.config(),
+        summary=optional("summary.json"),
+        metrics=read_metrics(run),
+        parity=optional("deploy/parity.json"),
+        engine=optional("deploy/engine.json"),
+        latency=optional("deploy/latency.json"),
+    )
+
+
+def row(record: RunRecord) -> dict[str, Any]:
+    """One row of the comparison: figures by name, None where there is none."""
+    config, summary = record.config, record.summary or {}
+    return {
+        "name": record.name,
+        "experiment": config["experiment"],
+        "paper": config["paper"],
+        "dataset": record.dataset,
+        "epochs": summary.get("epochs"),
+        "recipe_epochs": config["recipe"]["epochs"],
+        "steps": summary.get("steps"),
+        "test_accuracy": summary.get("test_accuracy"),
+        "test_loss": summary.get("test_loss"),
+        "test_images": summary.get("test_images"),
+        "reported": config["reported"],
+        "overrides": config["overrides"],
+        "seed": config["seed"],
+        "precision": config["precision"],
+        "world_size": config["world_size"],
+        "parameters": config["parameters"],
+        "macs": config["macs"],
+        "onnx_agreement": (record.parity or {}).get("agreement"),
+        "engine": record.engine and {key: record.engine[key] for key in ("backend", "version", "bytes", "target")},
+        "latency": [
+            {key: part[key] for key in ("backend", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")}
+            for part in (record.latency or {}).get("rows", [])
+            if "p50_ms" in part
+        ],
+    }
+
+
+def p50(record_row: dict[str, Any], backend: str, batch: int = 1) -> float | None:
+    """The median latency in milliseconds of a backend in a row, where it was measured."""
+    found = [
+        part["p50_ms"] for part in record_row["latency"] if (part["backend"], part["batch"]) == (backend, batch)
+    ]
+    return found[0] if found else None
