@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,10 +103,11 @@ def _write_into(folder: Path, source: Source) -> Manifest:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"--out {folder.parent}: {needed >> 20} MiB needed, {free >> 20} MiB free; make room")
+    paths = {name: folder / f"{name}.beton" for name in splits}
+    _write_supervised(folder, [(paths[name], split) for name, split in splits.items()])
     files = {}
     for name, split in splits.items():
-        path = folder / f"{name}.beton"
-        _write_supervised(path, split)
+        path = paths[name]
         files[name] = SplitFile(
             file=path.name,
             bytes=path.stat().st_size,
@@ -146,31 +148,32 @@ def moments(split: Split) -> tuple[tuple[float, float, float], tuple[float, floa
     return tuple(means), tuple(deviations)
 
 
-def _write_supervised(path: Path, split: Split) -> None:
+def _write_supervised(folder: Path, work: list[tuple[Path, Split]]) -> None:
     """Runs FFCV's writer in a process of its own.
 
-    If one of its workers raises (a full disk, say) the writer waits for ever, so we watch the file grow. The
+    If one of its workers raises (a full disk, say) the writer waits for ever, so we watch the files grow. The
     process also keeps ffcv's import, which sets torch to one thread, away from ours.
     """
     fork = multiprocessing.get_context("fork")  # the images are inherited, not copied
-    writer = fork.Process(target=_write_beton, args=(path, split), daemon=False)
+    writer = fork.Process(target=_write_betons, args=(work,), daemon=False)
     writer.start()
-    size, changed = -1, time.monotonic()
-    with progress(f"write {path.name}", split.images.nbytes) as advance:
+    written, changed = 0, time.monotonic()
+    with progress("write FFCV files", sum(split.images.nbytes for _, split in work)) as advance:
         while writer.is_alive():
             writer.join(0.2)
-            now = path.stat().st_size if path.exists() else 0
-            if now != size:
-                advance(now - max(size, 0))
-                size, changed = now, time.monotonic()
+            now = sum(path.stat().st_size for path, _ in work if path.exists())
+            if now != written:
+                advance(now - written)
+                written, changed = now, time.monotonic()
             elif time.monotonic() - changed > STALL_SECONDS:
-                os.killpg(writer.pid, 9)
+                os.killpg(writer.pid, signal.SIGKILL)
                 writer.join()
-                raise UserError(f"{path}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
+                raise UserError(f"{folder}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
     if writer.exitcode != 0:
-        raise UserError(f"{path}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        raise UserError(f"{folder}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
+    for path, _ in work:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 class _Samples:
@@ -186,16 +189,17 @@ class _Samples:
         return self.split.images[index], int(self.split.labels[index])
 
 
-def _write_beton(path: Path, split: Split) -> None:
+def _write_betons(work: list[tuple[Path, Split]]) -> None:
     os.setpgid(0, 0)  # so that the writer and its workers can be ended together
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
 
     ffcv.writer.tqdm = lambda **_: _Silent()  # its bar would draw into logs; ours stands in for it
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    # One worker: with several, which page a record lands on would differ from run to run, and so the hash.
-    writer = ffcv.writer.DatasetWriter(str(path), fields, num_workers=1)
-    writer.from_indexed_dataset(_Samples(split), shuffle_indices=False)
+    for path, split in work:
+        fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+        # One worker: with several, which page a record lands on would differ from run to run, and so the hash.
+        writer = ffcv.writer.DatasetWriter(str(path), fields, num_workers=1)
+        writer.from_indexed_dataset(_Samples(split), shuffle_indices=False)
 
 
 class _Silent:

@@ -112,8 +112,8 @@ def load(
     return Source(
         loaded.name,
         loaded.classes,
-        _limited(loaded.train, limit_per_class),
-        _limited(loaded.test, limit_per_class),
+        limited(loaded.train, limit_per_class),
+        limited(loaded.test, limit_per_class),
         {**loaded.provenance, "limit_per_class": limit_per_class},
     )
 
@@ -386,7 +386,7 @@ def _name_of(path: Path, classes: tuple[str, ...], splits: list[Split], suffixes
     return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"
 
 
-def _limited(split: Split, per_class: int) -> Split:
+def limited(split: Split, per_class: int) -> Split:
     kept = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]
     rows = np.sort(np.concatenate(kept))
     return Split(split.images[rows], split.labels[rows])

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from runner.recipe import Experiment
 
-# Multiply-accumulates, times images, that a quick look may cost for each CPU core: one to two minutes.
-QUICK_MACS_PER_CORE = 2.4e12
+# Multiply-accumulates, times images, that a quick look may cost for each CPU core: about a minute.
+QUICK_MACS_PER_CORE = 1.2e12
 # Depthwise convolutions are bound by memory: they take several times as long as their MACs tell.
 DEPTHWISE = ("mobilenet", "efficientnet")
 DEPTHWISE_COST = 4
@@ -40,8 +40,8 @@ class Job:
 def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, training_images: int) -> Job:
     """Plans one experiment of the quickstart.
 
-    On GPUs: all of them, and the whole recipe. On the CPU: one epoch, or as many steps of it as fit into a
-    minute or two, judged by the architecture's MACs.
+    On GPUs: all of them, and the whole recipe. On the CPU: one epoch, or as many steps of it as fit into
+    about a minute, judged by the architecture's MACs.
 
     Args:
         experiment: what to train.

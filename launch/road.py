@@ -116,7 +116,7 @@ class Road:
         folder = str(run.folder)
         self.do(f"export {name}", trained and _holds(run, "parity.json"), ["-m", "runner", "export", folder])
         self.do(f"engine {name}", trained and _holds(run, "engine.json"), ["-m", "runner", "engine", folder])
-        quick = ["--batch", "1", "32", "--seconds", "1"]
+        quick = ["--batch", "1", "--seconds", "1"]
         self.do(f"bench {name}", trained and _holds(run, "latency.json"), ["-m", "runner", "bench", folder, *quick])
 
     def do(self, told: str, done: bool, arguments: list[str]) -> None:

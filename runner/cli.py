@@ -173,7 +173,7 @@ class Bench:
     run: RunFolder
     """Run folder."""
     batch: tuple[int, ...] = (1, 32)
-    """Batch sizes."""
+    """Batch sizes to measure, one after the other."""
     seconds: float = 3.0
     """Measure each for at least so long."""
     repeats: int = 100
@@ -200,7 +200,7 @@ class Report:
     runs: RunFolders
     """Run folders, or folders that hold some at any depth."""
     out: Path = Path("report.html")
-    """File to write."""
+    """HTML file to write the page to."""
     json: bool = False
     """Print the compared rows as JSON, and nothing else, on standard output."""
 

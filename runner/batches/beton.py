@@ -42,6 +42,8 @@ def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, 
     Raises:
         UserError: a layout, count, size or label other than the manifest's.
     """
+    if path.stat().st_size < HEADER.itemsize + 2 * FIELD.itemsize:
+        raise _refused(path, "an FFCV file", f"{path.stat().st_size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")
     header = content[: HEADER.itemsize].view(HEADER)[0]
     fields_end = HEADER.itemsize + 2 * FIELD.itemsize

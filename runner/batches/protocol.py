@@ -45,7 +45,7 @@ class Place:
     world_size: int = 1
 
 
-EVALUATION_BATCH = 500  # over all ranks; larger ones only cost memory
+EVALUATION_BATCH = 250  # over all ranks; larger ones only cost memory
 
 
 def normalisation(manifest: Manifest, recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,160 @@
+"""Fixtures: datasets prepared once, real processes, and the closing tally of what ran and what did not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep import beton, sources
+from data_prep.sources import Source
+
+ROOT = Path(__file__).parent.parent
+MARKERS = ("gpu", "slurm", "browser", "processes")
+REQUIRED_IN_CI = ("slurm", "browser")  # a skip of one of these fails the run where CI=true
+TINY = ("--experiments-from", "tests.tiny")
+
+Runs = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment of a command under test: no W&B server, no settings of the person who runs the tests."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "COLUMNS": "200"} | more
+
+
+def python(
+    *arguments: object, cwd: Path | None = None, timeout: float = 300, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs this Python with arguments and returns what it said."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd or ROOT,
+        timeout=timeout,
+        env=clean_environment(**environ),
+    )
+
+
+def runner(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """`runner ...` as a process."""
+    return python("-m", "runner", *arguments, **options)
+
+
+def launch(processes: int, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch ... -m runner ... --device cpu` with so many gloo ranks."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml"]
+    return python(*launcher, "--num_processes", processes, "-m", "runner", *arguments, "--device", "cpu", **options)
+
+
+@pytest.fixture(scope="session")
+def images() -> str:
+    """The source of the session's images: the archive that CIFAR10_IMAGES names, or the synthetic set."""
+    return os.environ.get("CIFAR10_IMAGES") or "synthetic"
+
+
+@pytest.fixture(scope="session")
+def source(images: str) -> Source:
+    """All images, in memory."""
+    return sources.load(images)
+
+
+@pytest.fixture(scope="session")
+def data(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole dataset, prepared. Read-only by agreement."""
+    folder = tmp_path_factory.mktemp("whole") / "data"
+    beton.write(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(source: Source) -> Source:
+    """50 training and 20 test images of each class."""
+    return sources.Source(
+        source.name,
+        source.classes,
+        sources.limited(source.train, 50),
+        sources.limited(source.test, 20),
+        {**source.provenance, "limited": True},
+    )
+
+
+@pytest.fixture(scope="session")
+def small_data(small: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small dataset, prepared. Read-only by agreement."""
+    folder = tmp_path_factory.mktemp("small") / "data"
+    beton.write(small, folder)
+    return folder
+
+
+@pytest.fixture
+def own_data(small_data: Path, tmp_path: Path) -> Path:
+    """A copy of the small dataset that a test may damage."""
+    return Path(shutil.copytree(small_data, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tests' own small network on the small dataset. Read-only by agreement."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", runs, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return runs / "tiny" / "seed-0"
+
+
+# --- what ran, and what did not -------------------------------------------------------------------------
+
+_ran: Counter[str] = Counter()
+_skipped: Counter[tuple[str, str]] = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if call.when == "call" or report.skipped or (call.when == "setup" and report.failed):
+        kinds = [marker for marker in MARKERS if item.get_closest_marker(marker)] or ["plain"]
+        for kind in kinds:
+            if report.skipped:
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                _skipped[kind, reason.removeprefix("Skipped: ")] += 1
+            else:
+                _ran[kind] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") == "true" and any(kind in REQUIRED_IN_CI for kind, _ in _skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not (_ran or _skipped):
+        return
+    for kind, reason in sorted(_skipped):
+        print(f"skipped {_skipped[kind, reason]} {kind}: {reason}")
+    print("ran: " + ", ".join(f"{_ran[kind]} {kind}" for kind in ("plain", *MARKERS)))
+    real = os.environ.get("CIFAR10_IMAGES")
+    print(f"images: {Path(real).name if real else 'SYNTHETIC (CIFAR10_IMAGES names no archive of real ones)'}")
+    count = {key: len(reporter.stats.get(key, ())) for key in ("passed", "failed", "error", "skipped")}
+    reasons = "; ".join(sorted({reason for _, reason in _skipped}))
+    print(
+        f"{count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped"
+        + (f" ({reasons})" if reasons else "")
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from runner import environment
+
+    if environment.count_gpus() == 0:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

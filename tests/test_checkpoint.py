@@ -1,0 +1,72 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.console import UserError
+from runner import checkpoint
+from runner.runs import Run, write_json
+from tests.tiny import Tiny
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "run")
+    write_json(run.record, {"architecture": {"factory": "tests.tiny:Tiny", "arguments": {"norm": True}}})
+    return run
+
+
+def test_weights_and_buffers_come_back_to_the_bit(run: Run) -> None:
+    model = Tiny(norm=True).to(memory_format=torch.channels_last)
+    model(torch.randn(8, 3, 32, 32))  # moves the statistics of batch norm
+    checkpoint.save(run, model, 5, 0)
+    before = torch.get_rng_state()
+    loaded = checkpoint.load_model(run)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_the_newest_is_the_one_of_the_highest_step(run: Run) -> None:
+    for step in (9, 100):
+        folder = run.checkpoints / f"step-{step}"
+        folder.mkdir(parents=True)
+    os.utime(run.checkpoints / "step-9", (2e9, 2e9))
+    (run.checkpoints / ".step-999.writing").mkdir()
+    assert checkpoint.latest(run).name == "step-100"
+
+
+def test_older_ones_go_when_a_newer_is_whole(run: Run) -> None:
+    for step in (1, 2):
+        checkpoint.save(run, Tiny(norm=True), step, 0)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-2"]
+
+
+def test_a_failed_save_keeps_the_old_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(run, Tiny(norm=True), 1, 0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(run, Tiny(norm=True), 2, 0)
+    assert checkpoint.latest(run).name == "step-1"
+    checkpoint.load_model(run)
+
+
+def test_a_damaged_one_is_named(run: Run) -> None:
+    folder = checkpoint.save(run, Tiny(norm=True), 1, 0)
+    path = folder / checkpoint.WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        checkpoint.load_model(run)
+
+
+def test_none(run: Run) -> None:
+    with pytest.raises(UserError, match="expected a checkpoint"):
+        checkpoint.load_model(run)

@@ -1,0 +1,55 @@
+import io
+import sys
+
+import pytest
+
+from data_prep.console import UserError, progress, run_command, sha256_of, track
+
+
+def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError("x 3: expected\n  2; take 2")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: command, "prog")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "prog: x 3: expected 2; take 2\n"
+
+
+def test_silent_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError("no")
+
+    with pytest.raises(SystemExit):
+        run_command(lambda: command, "prog", speaks=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_is_not_called_a_users_mistake() -> None:
+    def command() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_command(lambda: command, "prog")
+
+
+def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("work", 10) as advance:
+        advance(10)
+    assert list(track(range(3), "items", 3)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("work", 10) as advance:
+        advance(10)
+    assert "work" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
+
+
+def test_sha256(tmp_path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea")

@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep import manifest
+from data_prep.console import UserError
+
+
+def test_round_trip(small_data: Path) -> None:
+    read = manifest.read(small_data)
+    assert read.to_json() == (small_data / "dataset.json").read_text()
+    assert len(read.fingerprint) == 16
+
+
+def test_the_fingerprint_follows_the_contents(own_data: Path) -> None:
+    before = manifest.read(own_data).fingerprint
+    path = own_data / "dataset.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"name": "renamed"}))
+    assert manifest.read(own_data).fingerprint == before
+    fields["splits"]["train"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(fields))
+    assert manifest.read(own_data).fingerprint != before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "splits": {}}', "nonsense"])
+def test_what_is_no_manifest(own_data: Path, content: str) -> None:
+    (own_data / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match="expected a manifest of format 1"):
+        manifest.read(own_data)
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is none"):
+        manifest.read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"expected dataset\.json"):
+        manifest.read(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside(own_data: Path, tmp_path: Path) -> None:
+    path = own_data / "dataset.json"
+    fields = json.loads(path.read_text())
+    (tmp_path / "elsewhere.beton").write_bytes((own_data / "test.beton").read_bytes())
+    fields["splits"]["test"]["file"] = "../elsewhere.beton"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="expected the file"):
+        manifest.check_files(own_data, manifest.read(own_data))

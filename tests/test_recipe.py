@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from runner import experiments
+from runner.recipe import (
+    SGD,
+    Adam,
+    Architecture,
+    Augment,
+    Constant,
+    Cosine,
+    Experiment,
+    Recipe,
+    differences,
+    recipe_from_json,
+    to_json,
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, True), "half", 0.1),
+        Recipe(1, 1, Adam(1e-3, (0.8, 0.9), 1e-4), Constant(0.5)),
+        *(experiment.recipe for experiment in experiments.load().values()),
+    ],
+)
+def test_json_round_trip(recipe: Recipe) -> None:
+    assert recipe_from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_differences_are_named() -> None:
+    a = Experiment(Architecture("m:f", {"dropout": 0.3}), Recipe(10, 128, SGD(0.1)), "p")
+    b = Experiment(Architecture("m:f", {"dropout": 0.5}), Recipe(1, 128, SGD(0.2)), "p")
+    assert differences(a, b) == {
+        "architecture.arguments.dropout": (0.3, 0.5),
+        "recipe.epochs": (10, 1),
+        "recipe.optimizer.lr": (0.1, 0.2),
+    }
+    assert differences(a, a) == {}

@@ -1,0 +1,140 @@
+"""The page: everything on it comes from run folders, and it needs nothing but itself."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.console import UserError
+from runner.report import collect, page
+from runner.runs import Run, find_runs
+from tests.conftest import python, runner
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs: one deployed, one of a paper's experiment cut short on synthetic data, one unfinished."""
+    folder = tmp_path_factory.mktemp("compared")
+    shutil.copytree(tiny_run, folder / "tiny" / "seed-0", ignore=shutil.ignore_patterns("wandb"))
+    for command in (["export"], ["engine"], ["bench", "--seconds", 0.05, "--repeats", 5]):
+        done = runner(command[0], folder / "tiny" / "seed-0", *command[1:])
+        assert done.returncode == 0, done.stderr
+    other = folder / "podeti-alexnet" / "seed-1"
+    shutil.copytree(tiny_run, other, ignore=shutil.ignore_patterns("wandb"))
+    config = json.loads((other / "run.json").read_text())
+    reported = {"accuracy": 0.74, "on": "validation", "epoch": "best", "source": "podeti.txt"}
+    config |= {"experiment": "podeti-alexnet", "run": "seed-1", "reported": reported, "parameters": 23_272_266}
+    config["dataset"]["name"] = "synthetic-10"
+    config["recipe"]["epochs"] = 10
+    config["overrides"] = {"recipe.epochs": [10, "</script><script>alert(1)</script>"]}
+    (other / "run.json").write_text(json.dumps(config))
+    unfinished = folder / "tiny" / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text(
+        (folder / "tiny/seed-0/run.json").read_text().replace('"seed-0"', '"half"')
+    )
+    (unfinished / "metrics.jsonl").write_text('{"global_step": 1, "epoch": 0.1, "train/loss": 2.0}\n{"global_st')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(runs: Path) -> Path:
+    out = runs / "report.html"
+    done = runner("report", runs, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "3 runs compared" in done.stdout
+    return out
+
+
+def text_of(html: Path) -> str:
+    """The page's own text, without the plotting library inside it."""
+    return re.sub(r"<script>.*?</script>", "", html.read_text(), flags=re.S)
+
+
+def test_every_figure_stands_on_the_page(runs: Path, html: Path) -> None:
+    shown = text_of(html)
+    for run in find_runs([runs]):
+        row = collect.row(collect.read(run))
+        assert row["name"] in shown
+        if row["test_accuracy"] is not None:
+            assert f"{100 * row['test_accuracy']:.2f} %" in shown
+    assert "74.00 % (validation)" in shown
+    assert "23,272,266" in shown
+    assert "unfinished" in shown
+    assert "2.00 of 10" in shown
+    assert "not to be held against" in shown
+
+
+def test_synthetic_data_is_said_aloud(html: Path) -> None:
+    shown = text_of(html)
+    assert "SYNTHETIC DATA" in shown
+    assert '<span class="label synthetic">synthetic-10</span>' in shown
+
+
+def test_a_value_cannot_become_markup(html: Path) -> None:
+    assert "<script>alert" not in html.read_text()
+    assert "&lt;/script&gt;" in html.read_text()
+
+
+def test_nothing_is_fetched_from_outside(html: Path) -> None:
+    shown = text_of(html)
+    assert not re.search(r'(?:src|href)="(?!data:|#)', shown)
+    assert "@import" not in shown
+
+
+def test_json_rows(runs: Path, tmp_path: Path) -> None:
+    done = runner("report", runs, "--json", "--out", tmp_path / "x.html")
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert set(rows) == {"tiny/seed-0", "podeti-alexnet/seed-1", "tiny/half"}
+    assert rows["tiny/seed-0"]["onnx_agreement"] == 1
+    assert rows["tiny/seed-0"]["engine"]["backend"] == "tensorrt-rtx"
+    assert rows["tiny/half"]["test_accuracy"] is None
+
+
+def test_made_without_torch(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from runner.cli import main; main(sys.argv[1:]);"
+        "assert not {'torch', 'wandb', 'accelerate', 'onnx'} & set(sys.modules)"
+    )
+    done = python("-c", code, "report", runs, "--out", tmp_path / "x.html")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_cannot_be_written(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write there"):
+        page.write([collect.read(Run(runs / "tiny" / "seed-0"))], tmp_path / "file" / "report.html")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(html: Path, scheme: str, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    flags = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags, chromium_sandbox=False)
+        tab = browser.new_page(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+        problems, requests = [], []
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(html.as_uri())
+        tab.wait_for_selector("#tradeoff .main-svg")
+        for chart in ("curve-loss", "curve-accuracy", "confusion-0", "confusion-1"):
+            assert tab.locator(f"[id={chart}] .main-svg").count() > 0
+        heads = tab.locator("#table thead button")
+        names = lambda: tab.locator("#table tbody td:first-child").all_text_contents()  # noqa: E731
+        heads.nth(0).click()
+        assert names() == sorted(names())
+        heads.nth(0).press("Enter")  # by keyboard, the other way round
+        assert names() == sorted(names(), reverse=True)
+        tab.set_viewport_size({"width": 375, "height": 800})
+        tab.wait_for_function("document.documentElement.scrollWidth <= 375", timeout=5_000)
+        assert problems == []
+        assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+        browser.close()

@@ -1,0 +1,204 @@
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import sources
+from data_prep.console import UserError, sha256_of
+from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
+from tests import archives
+
+
+def assert_official(source: Source, contents: dict) -> None:
+    for split, names in sources.PICKLE_FILES.items():
+        loaded = getattr(source, split)
+        np.testing.assert_array_equal(loaded.images, np.concatenate([contents[name][0] for name in names]))
+        np.testing.assert_array_equal(loaded.labels, np.concatenate([contents[name][1] for name in names]))
+    assert source.classes == CIFAR10_CLASSES
+
+
+@pytest.mark.parametrize("make", [archives.binary_archive, archives.python_archive])
+def test_official_layouts_with_a_trusted_hash(make, tmp_path: Path) -> None:
+    contents = archives.batches()
+    path = make(tmp_path / "mine.tar.gz", contents)
+    source = sources.load(str(path), sha256=sha256_of(path))
+    assert_official(source, contents)
+    assert source.provenance["sha256"] == sha256_of(path)
+
+
+@pytest.mark.parametrize("make", [archives.binary_archive, archives.python_archive])
+@pytest.mark.parametrize("name", ["cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "renamed.tar.gz"])
+def test_official_layouts_with_another_hash_are_refused(make, name: str, tmp_path: Path) -> None:
+    path = make(tmp_path / name, archives.batches())
+    with pytest.raises(UserError, match=sha256_of(path)):
+        sources.load(str(path))
+
+
+def test_the_stated_hash_must_hold(tmp_path: Path) -> None:
+    path = archives.tar(tmp_path / "images.tar", archives.image_files())
+    with pytest.raises(UserError, match="expected SHA-256 0000"):
+        sources.load(str(path), sha256="0" * 64)
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.mark.parametrize("where", ["archive", "torchvision root"])
+def test_a_malicious_pickle_is_refused_and_never_runs(where: str, tmp_path, monkeypatch) -> None:
+    marker = tmp_path / "it-ran"
+    bad = pickle.dumps({b"data": Malicious(marker), b"labels": []}, protocol=2)
+    files = {f"{sources.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in archives.batches().items()}
+    files[f"{sources.TORCHVISION_FOLDER}/data_batch_3"] = bad
+    if where == "archive":
+        path = archives.tar(tmp_path / "x.tar.gz", files)
+        sha256 = sha256_of(path)
+    else:
+        path, sha256 = archives.folder(tmp_path / "root", files), None
+        sums = {Path(n).name: hashlib.md5(content).hexdigest() for n, content in files.items()}
+        monkeypatch.setattr(sources, "TORCHVISION_MD5", sums)
+    with pytest.raises(UserError, match="data_batch_3: not a CIFAR-10 batch"):
+        sources.load(str(path), sha256=sha256)
+    assert not marker.exists()
+
+
+def test_torchvision_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = archives.batches()
+    files = {f"{sources.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in contents.items()}
+    root = archives.folder(tmp_path, files)
+    with pytest.raises(UserError, match="expected MD5"):
+        sources.load(str(root))
+    sums = {Path(n).name: hashlib.md5(content).hexdigest() for n, content in files.items()}
+    monkeypatch.setattr(sources, "TORCHVISION_MD5", sums)
+    assert_official(sources.load(str(root)), contents)
+    (root / sources.TORCHVISION_FOLDER / "test_batch").unlink()
+    with pytest.raises(UserError, match="test_batch"):
+        sources.load(str(root))
+
+
+def test_the_known_sums_are_torchvisions() -> None:
+    from torchvision.datasets import CIFAR10
+
+    assert dict([*CIFAR10.train_list, *CIFAR10.test_list]) == sources.TORCHVISION_MD5
+    assert CIFAR10.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+
+
+@pytest.mark.parametrize("prefix", ["", "cifar/"])
+@pytest.mark.parametrize("make", [archives.tar, archives.zipped, archives.folder])
+def test_image_folders_and_archives(make, prefix: str, tmp_path: Path) -> None:
+    files = archives.image_files(prefix=prefix)
+    files[f"{prefix}README.txt"] = b"not an image"
+    source = sources.load(str(make(tmp_path / "images.x", files)))
+    assert source.classes == CIFAR10_CLASSES
+    assert source.train.images.shape == (30, 32, 32, 3)
+    expected, _ = archives.pixels(3, 100 * 4 + 1)
+    np.testing.assert_array_equal(source.test.images[source.test.labels == 4], expected)
+    assert source.name == "images"
+
+
+def test_limit_per_class(tmp_path: Path) -> None:
+    path = archives.folder(tmp_path, archives.image_files())
+    source = sources.load(str(path), limit_per_class=2)
+    assert np.bincount(source.train.labels).tolist() == [2] * 10
+    assert source.provenance["limit_per_class"] == 2
+    with pytest.raises(UserError, match="--limit-per-class 0"):
+        sources.load(str(path), limit_per_class=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train/cat/9.png", b"garbage", "train/cat/9.png: not a readable image"),
+        ("train/cat/9.png", archives.png(np.zeros((40, 30, 3), np.uint8)), "train/cat/9.png: expected"),
+        ("train/zebra/1.png", archives.png(np.zeros((32, 32, 3), np.uint8)), "no image of 'zebra'"),
+    ],
+)
+def test_odd_images_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = archives.folder(tmp_path, archives.image_files() | {name: content})
+    with pytest.raises(UserError, match=message):
+        sources.load(str(path))
+
+
+def test_members_that_leave_the_archive_or_are_no_files_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in archives.image_files().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("train/cat/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("../train/cat/up.png"))
+    assert len(sources.load(str(path)).train.labels) == 30
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b broken gzip"])
+def test_what_is_no_archive(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.tar.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a whole tar or zip archive"):
+        sources.load(str(path))
+
+
+def test_a_cut_archive(tmp_path: Path) -> None:
+    path = archives.tar(tmp_path / "x.tar.gz", archives.image_files())
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match="not a whole tar or zip archive"):
+        sources.load(str(path))
+
+
+def test_unreachable_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceUnreachableError, match="cannot reach"):
+        sources.download(tmp_path / "d" / "cifar-10-binary.tar.gz", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    """A web server on loopback that serves one small official archive, and the archive."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    path = archives.binary_archive(folder / "cifar-10-binary.tar.gz", archives.batches())
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{path.name}", path
+    server.shutdown()
+
+
+def test_download_checks_the_hash_and_keeps_the_file(served, tmp_path: Path, monkeypatch) -> None:
+    url, original = served
+    target = tmp_path / "downloads" / original.name
+    with pytest.raises(UserError, match="received"):
+        sources.download(target, url)
+    assert list(target.parent.iterdir()) == []
+    monkeypatch.setitem(sources.OFFICIAL_SHA256, original.name, sha256_of(original))
+    monkeypatch.setattr(sources, "OFFICIAL_URL", url)
+    source = sources.load("official", downloads=target.parent)
+    assert_official(source, archives.batches())
+    assert source.name == "CIFAR-10"
+    original.unlink()  # the second time nothing is fetched
+    assert_official(sources.load("official", downloads=target.parent), archives.batches())
+
+
+def test_the_jpeg_copy_is_called_one(source: Source, images: str) -> None:
+    assert source.name == ("synthetic-10" if images == "synthetic" else "CIFAR-10 (JPEG copy)")
+    assert source.train.images.shape == (50_000, 32, 32, 3)
+    assert np.bincount(source.test.labels).tolist() == [1_000] * 10
