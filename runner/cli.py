@@ -21,6 +21,7 @@ from runner.runs import Run
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
 Modules = tuple[str, ...]
+SCORED = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,13 @@ class Train:
         from runner.job import run_training
 
         registered = experiments.get(self.experiment, self.experiments_from)
-        summary = run_training(self, registered, os.environ)
-        if summary is not None:
-            _result(summary, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}")
+        finished = run_training(self, registered, os.environ)
+        if finished.summary is not None:
+            _result(finished.summary, self.json, SCORED)
+        if finished.leave_at_once:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Eval:
         from runner.job import run_evaluation
 
         result = run_evaluation(Run(self.run), self.data, self.device, self.precision, os.environ)
-        _result(result, self.json, "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}")
+        _result(result, self.json, SCORED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,12 @@
 The algorithm is in train.py; here is everything around it that makes a run a record.
 """
 
-import os
 import secrets
 import shutil
 import sys
 import warnings
 from collections.abc import MutableMapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +33,23 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
 
 
-def run_training(
-    command: "Train", registered: Experiment, environ: MutableMapping[str, str]
-) -> dict[str, Any] | None:
-    """Trains as the command says.
+@dataclass(frozen=True)
+class Finished:
+    """What is left to do after training.
 
-    Returns:
-        The summary on rank 0, None on the others.
+    Attributes:
+        summary: on rank 0; None on the others.
+        leave_at_once: skip the interpreter's exit handlers. After a process group, thread pools of torch's
+            libraries now and then abort the process in their static destructors, all work done, and the
+            launcher would call the run failed; and W&B's handler waits for ever for a server that is silent.
+    """
+
+    summary: dict[str, Any] | None
+    leave_at_once: bool
+
+
+def run_training(command: "Train", registered: Experiment, environ: MutableMapping[str, str]) -> Finished:
+    """Trains as the command says.
 
     Raises:
         UserError: data, name, device or ranks that cannot be used; nothing has been written then.
@@ -112,8 +121,9 @@ def run_training(
     finally:
         if accelerator.num_processes > 1:
             torch.distributed.destroy_process_group()
+    ranked = accelerator.num_processes > 1
     if tracker is None:
-        return None
+        return Finished(None, leave_at_once=ranked)
     evaluation = outcome.evaluation
     with run.predictions.open("wb") as file:
         np.savez_compressed(file, **evaluation.arrays())
@@ -137,15 +147,7 @@ def run_training(
     tracker.summarise({key: value for key, value in summary.items() if key != "confusion"})
     write_json(run.summary, summary)
     tracker.finish()
-    if tracker.hung:
-        # W&B's own exit handler would wait for the server for ever.
-        if command.json:
-            import json
-
-            print(json.dumps(summary))
-        sys.stdout.flush()
-        os._exit(0)
-    return summary
+    return Finished(summary, leave_at_once=ranked or tracker.hung)
 
 
 def _config(
