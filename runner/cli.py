@@ -4,6 +4,7 @@ Heavy imports happen inside the commands that need them, so that `runner list` a
 """
 
 import dataclasses
+import functools
 import json as json_format
 import os
 import sys
@@ -16,6 +17,7 @@ import tyro
 from data_prep.console import UserError, run_command
 from runner import experiments, launched
 from runner.recipe import Architecture, Experiment, Recipe
+from runner.request import TrainRequest
 from runner.runs import Run
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -63,44 +65,6 @@ class List:
                 f"{reported['accuracy']:.2%} {reported['on']}, {reported['epoch']} epoch" if reported else "–",
             )
         Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """Train one experiment; under `accelerate launch` on as many ranks as it starts."""
-
-    experiment: str
-    data: Path
-    runs: Path
-    name: str | None
-    seed: int
-    max_steps: int | None
-    device: launched.Device
-    precision: Literal["launch", "fp32", "bf16", "fp16"]
-    overwrite: bool
-    json: bool
-    experiments_from: Modules
-    architecture: Architecture
-    recipe: Recipe
-
-    def __call__(self) -> None:
-        for option, value in (("--max-steps", self.max_steps), ("--recipe.epochs", self.recipe.epochs)):
-            if value is not None and value < 1:
-                raise UserError(f"{option} {value}: expected 1 or more")
-        if self.recipe.batch_size < 1:
-            raise UserError(f"--recipe.batch-size {self.recipe.batch_size}: expected 1 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: expected 0 or more")
-        from runner.job import run_training
-
-        registered = experiments.get(self.experiment, self.experiments_from)
-        finished = run_training(self, registered, os.environ)
-        if finished.summary is not None:
-            _result(finished.summary, self.json, SCORED)
-        if finished.leave_at_once:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +187,29 @@ class Report:
             print(f"{self.out}: {len(collected)} runs compared")
 
 
-def train_with_defaults(default: Experiment) -> Callable[..., Train]:
+def _train(request: TrainRequest) -> None:
+    """Checks what can be checked without torch, trains, and prints the summary."""
+    for option, value, least in (
+        ("--max-steps", request.max_steps, 1),
+        ("--recipe.epochs", request.recipe.epochs, 1),
+        ("--recipe.batch-size", request.recipe.batch_size, 1),
+        ("--seed", request.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: expected {least} or more")
+    registered = experiments.get(request.experiment, request.experiments_from)
+    from runner.job import run_training
+
+    finished = run_training(request, registered, os.environ)
+    if finished.summary is not None:
+        _result(finished.summary, request.json, SCORED)
+    if finished.leave_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]]:
     """The `train` command with one experiment's values as the defaults of its overrides."""
 
     def train(
@@ -240,7 +226,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Train]:
         experiments_from: Modules = (),
         architecture: Architecture = default.architecture,
         recipe: Recipe = default.recipe,
-    ) -> Train:
+    ) -> Callable[[], None]:
         """Train one experiment; under `accelerate launch` on as many ranks as it starts.
 
         Args:
@@ -259,10 +245,11 @@ def train_with_defaults(default: Experiment) -> Callable[..., Train]:
             architecture: What is trained.
             recipe: How it is trained.
         """
-        return Train(
+        request = TrainRequest(
             experiment, data, runs, name, seed, max_steps, device, precision, overwrite, json,
             experiments_from, architecture, recipe,
         )  # fmt: skip
+        return functools.partial(_train, request)
 
     return train
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,10 @@ from runner import checkpoint, cpu, environment, figures, launched
 from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
 from runner.evaluate import evaluate
 from runner.recipe import Experiment, differences, to_json
+from runner.request import TrainRequest
 from runner.runs import FORMAT, Run, new_run, write_json
 from runner.tracking import Tracker
 from runner.train import DivergedError, train
-
-if TYPE_CHECKING:
-    from runner.cli import Train
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
 
@@ -48,33 +46,33 @@ class Finished:
     leave_at_once: bool
 
 
-def run_training(command: "Train", registered: Experiment, environ: MutableMapping[str, str]) -> Finished:
-    """Trains as the command says.
+def run_training(request: TrainRequest, registered: Experiment, environ: MutableMapping[str, str]) -> Finished:
+    """Trains as the request says.
 
     Raises:
         UserError: data, name, device or ranks that cannot be used; nothing has been written then.
         SystemExit: code 1 where training diverged.
     """
     launch = launched.read(environ)
-    device, told = launched.device(command.device, launch, torch.cuda.device_count())
-    manifest = open_manifest(command.data)
+    device, told = launched.device(request.device, launch, torch.cuda.device_count())
+    manifest = open_manifest(request.data)
     if device == "cpu":
         cpu.prepare(launch.local_world_size)
     place = Place(
         torch.device(device, launch.local_rank if device == "cuda" else None), launch.rank, launch.world_size
     )
-    name = command.name or f"seed-{command.seed}"
-    run = Run(command.runs / command.experiment / name)
-    train_batches = open_split(command.data, manifest, "train", command.recipe, place, command.seed)
-    test_batches = open_split(command.data, manifest, "test", command.recipe, place)
+    name = request.name or f"seed-{request.seed}"
+    run = Run(request.runs / request.experiment / name)
+    train_batches = open_split(request.data, manifest, "train", request.recipe, place, request.seed)
+    test_batches = open_split(request.data, manifest, "test", request.recipe, place)
     if launch.rank == 0:
-        if command.overwrite and run.record.exists():
+        if request.overwrite and run.record.exists():
             shutil.rmtree(run.folder)
-        run = new_run(command.runs, command.experiment, name)
+        run = new_run(request.runs, request.experiment, name)
 
     accelerator = Accelerator(
         cpu=device == "cpu",
-        mixed_precision=PRECISIONS.get(command.precision),
+        mixed_precision=PRECISIONS.get(request.precision),
         # Gradients live in the all-reduce's own buckets, the graph is the same every step, and batch norm's
         # statistics are averaged once before they are used (train.sync_buffers) instead of sent every step.
         kwargs_handlers=[
@@ -91,7 +89,7 @@ def run_training(command: "Train", registered: Experiment, environ: MutableMappi
     wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
     # torch 2.15 renames it to an option that accelerate does not know yet.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    config = _config(command, registered, manifest, accelerator, run, wandb_id)
+    config = _config(request, registered, manifest, accelerator, run, wandb_id)
     tracker = None
     if first:
         write_json(run.record, config)
@@ -99,15 +97,15 @@ def run_training(command: "Train", registered: Experiment, environ: MutableMappi
         tracker = Tracker(run, config, environ, tags)
     try:
         outcome = train(
-            command.architecture,
-            command.recipe,
+            request.architecture,
+            request.recipe,
             train_batches,
             test_batches,
             accelerator,
             run,
             len(manifest.classes),
-            command.seed,
-            command.max_steps,
+            request.seed,
+            request.max_steps,
             tracker.log if tracker else lambda row: None,
         )
     except DivergedError as error:
@@ -128,10 +126,10 @@ def run_training(command: "Train", registered: Experiment, environ: MutableMappi
     with run.predictions.open("wb") as file:
         np.savez_compressed(file, **evaluation.arrays())
     summary = {
-        "experiment": command.experiment,
+        "experiment": request.experiment,
         "run": str(run.folder),
         "dataset": manifest.name,
-        "seed": command.seed,
+        "seed": request.seed,
         "epochs": outcome.epochs,
         "steps": outcome.steps,
         "test_accuracy": evaluation.accuracy,
@@ -151,7 +149,7 @@ def run_training(command: "Train", registered: Experiment, environ: MutableMappi
 
 
 def _config(
-    command: "Train",
+    request: TrainRequest,
     registered: Experiment,
     manifest: Manifest,
     accelerator: Accelerator,
@@ -159,26 +157,26 @@ def _config(
     wandb_id: str,
 ) -> dict[str, Any]:
     """The contents of run.json."""
-    given = Experiment(command.architecture, command.recipe, registered.paper)
+    given = Experiment(request.architecture, request.recipe, registered.paper)
     before = Experiment(registered.architecture, registered.recipe, registered.paper)
-    unchanged = command.architecture == registered.architecture
+    unchanged = request.architecture == registered.architecture
     precision = next(ours for ours, theirs in PRECISIONS.items() if theirs == accelerator.mixed_precision)
     return {
         "format": FORMAT,
-        "experiment": command.experiment,
+        "experiment": request.experiment,
         "run": run.folder.name,
         "paper": registered.paper,
-        "seed": command.seed,
-        "max_steps": command.max_steps,
-        "architecture": to_json(command.architecture),
-        "recipe": to_json(command.recipe),
+        "seed": request.seed,
+        "max_steps": request.max_steps,
+        "architecture": to_json(request.architecture),
+        "recipe": to_json(request.recipe),
         "overrides": {name: list(pair) for name, pair in differences(before, given).items()},
         "reported": registered.reported and asdict(registered.reported),
         "parameters": registered.parameters if unchanged else None,
         "macs": registered.macs if unchanged else None,
         "dataset": {
             "name": manifest.name,
-            "folder": str(command.data.absolute()),
+            "folder": str(request.data.absolute()),
             "fingerprint": manifest.fingerprint,
             "classes": list(manifest.classes),
             "image_shape": list(manifest.image_shape),

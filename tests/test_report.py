@@ -27,8 +27,7 @@ def runs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reported = {"accuracy": 0.74, "on": "validation", "epoch": "best", "source": "podeti.txt"}
     config |= {"experiment": "podeti-alexnet", "run": "seed-1", "reported": reported, "parameters": 23_272_266}
     config["dataset"]["name"] = "synthetic-10"
-    config["recipe"]["epochs"] = 10
-    config["overrides"] = {"recipe.epochs": [10, "</script><script>alert(1)</script>"]}
+    config["overrides"] = {"recipe.epochs": [10, 2], "recipe.x": [1, "</script><script>alert(1)</script>"]}
     (other / "run.json").write_text(json.dumps(config))
     unfinished = folder / "tiny" / "unfinished"
     unfinished.mkdir()

@@ -60,7 +60,7 @@ def row(record: RunRecord) -> dict[str, Any]:
         "paper": config["paper"],
         "dataset": record.dataset,
         "epochs": summary.get("epochs"),
-        "recipe_epochs": config["recipe"]["epochs"],
+        "recipe_epochs": config["overrides"].get("recipe.epochs", [config["recipe"]["epochs"]])[0],
         "steps": summary.get("steps"),
         "test_accuracy": summary.get("test_accuracy"),
         "test_loss": summary.get("test_loss"),

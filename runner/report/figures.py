@@ -1,5 +1,6 @@
 """The charts of the page, as plotly specifications: plain dictionaries that the page's script draws."""
 
+import math
 from typing import Any
 
 from runner.report import collect
@@ -44,8 +45,10 @@ def accuracy_against_latency(records: list[RunRecord]) -> Chart:
                 "showlegend": False,
             }
         )
+    latencies = [point["x"][0] for point in data] or [1]
+    room = [math.log10(min(latencies)) - 0.3, math.log10(max(latencies)) + 0.3]  # for the names beside the points
     layout = {
-        "xaxis": {"title": {"text": "onnxruntime p50 at batch 1, ms (log)"}, "type": "log"},
+        "xaxis": {"title": {"text": "onnxruntime p50 at batch 1, ms (log)"}, "type": "log", "range": room},
         "yaxis": {"title": {"text": "test accuracy, %"}},
     }
     return {"id": "tradeoff", "data": data, "layout": layout}
@@ -95,13 +98,13 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
         "text": counts,
         "texttemplate": "%{text}",
         "hovertemplate": "%{text} images of %{y} taken for %{x}<extra></extra>",
-        "colorscale": "Blues",
+        "colorscale": [[0, "rgba(47, 91, 208, 0.03)"], [1, "rgb(47, 91, 208)"]],
         "zmin": 0,
         "zmax": 1,
         "showscale": False,
     }
     layout = {
-        "xaxis": {"title": {"text": "predicted"}, "tickangle": -45},
+        "xaxis": {"title": {"text": "predicted"}, "tickangle": -45, "automargin": True},
         "yaxis": {"title": {"text": "label"}, "autorange": "reversed", "automargin": True},
         "height": 480,
     }

@@ -1,0 +1,27 @@
+"""What a user asked `runner train` for, as a value. Does not import torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner.launched import Device
+from runner.recipe import Architecture, Recipe
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The arguments of `runner train`; its --help explains each."""
+
+    experiment: str
+    data: Path
+    runs: Path
+    name: str | None
+    seed: int
+    max_steps: int | None
+    device: Device
+    precision: Literal["launch", "fp32", "bf16", "fp16"]
+    overwrite: bool
+    json: bool
+    experiments_from: tuple[str, ...]
+    architecture: Architecture
+    recipe: Recipe

@@ -1,0 +1,159 @@
+"""A real SLURM on this machine: munged, slurmctld, and two slurmd that stand for two nodes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+NODES = 2
+
+
+def missing() -> list[str]:
+    """What is not installed here."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+
+
+class Cluster:
+    """Starts the daemons in a folder of their own; stops them and whatever they started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        host = socket.gethostname().split(".")[0]
+        cores = len(os.sched_getaffinity(0))
+        ports = free_ports(2 + NODES)
+        for name in ("state", "spool1", "spool2", "log"):
+            (folder / name).mkdir()
+        self.config = folder / "slurm.conf"
+        self.config.write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld
+SlurmdLogFile={folder}/log/slurmd-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MpiDefault=none
+SlurmdParameters=config_overrides
+NodeName=n[1-{NODES}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[1] + NODES - 1}] CPUs={cores}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+        for node in range(1, NODES + 1):
+            (folder / f"spooln{node}").mkdir()
+        self.environ = os.environ | {
+            "SLURM_CONF": str(self.config),
+            "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
+        }
+
+    def __enter__(self) -> "Cluster":
+        self._munge()
+        self._start("slurmctld", "-D")
+        for node in range(1, NODES + 1):
+            self._start("slurmd", "-D", "-N", f"n{node}")
+        self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"], 60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run("scancel", "--user", "root")
+        time.sleep(1)
+        for daemon in reversed(self.daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self.daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def run(self, *command: object, check: bool = False) -> subprocess.CompletedProcess[str]:
+        """Runs a SLURM command against this cluster."""
+        return subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            check=check,
+            env=self.environ,
+            timeout=60,
+        )
+
+    def submit(self, *arguments: object, cwd: Path, environ: dict[str, str]) -> int:
+        """sbatch; returns the job's number."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environ | {"SLURM_CONF": str(self.config)},
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split(";")[0])
+
+    def wait(self, job: int, seconds: float) -> str:
+        """Waits until a job has ended; returns its state."""
+        state = ""
+
+        def ended() -> bool:
+            nonlocal state
+            shown = self.run("scontrol", "show", "job", job, "-o").stdout
+            state = next((part[9:] for part in shown.split() if part.startswith("JobState=")), "GONE")
+            return state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")
+
+        self._wait_for(ended, seconds)
+        return state
+
+    def _munge(self) -> None:
+        """munged wants a key that is its own, and folders that no one else can write."""
+        home = self.folder / "munge"
+        home.mkdir(mode=0o755)
+        key = home / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        shutil.chown(home, "munge", "munge")
+        shutil.chown(key, "munge", "munge")
+        options = [f"--key-file={key}", f"--socket={home}/socket", f"--pid-file={home}/pid"]
+        options += [f"--log-file={home}/log", f"--seed-file={home}/seed", "--force", "--foreground"]
+        self._start("munged", *options, user="munge")
+        self._wait_for((home / "socket").exists, 20)
+
+    def _start(self, program: str, *arguments: str, user: str | None = None) -> None:
+        log = (self.folder / "log" / f"start-{program}-{len(self.daemons)}").open("wb")
+        self.daemons.append(
+            subprocess.Popen([program, *arguments], env=self.environ, stdout=log, stderr=log, user=user)
+        )
+
+    def _wait_for(self, condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                logs = "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in (self.folder / "log").iterdir())
+                raise TimeoutError(f"SLURM: waited for {seconds:.0f} s\n{logs}")
+            time.sleep(0.5)
+
+
+def free_ports(count: int) -> list[int]:
+    """So many free ports, the later ones in a row."""
+    for start in range(17001, 30000, 10):
+        try:
+            sockets = [socket.create_server(("127.0.0.1", start + i)) for i in range(count)]
+        except OSError:
+            continue
+        for one in sockets:
+            one.close()
+        return list(range(start, start + count))
+    raise OSError("no free ports")
