@@ -194,6 +194,7 @@ def _train(request: TrainRequest) -> None:
         ("--recipe.epochs", request.recipe.epochs, 1),
         ("--recipe.batch-size", request.recipe.batch_size, 1),
         ("--seed", request.seed, 0),
+        ("--workers", request.workers, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: expected {least} or more")
@@ -221,6 +222,8 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         max_steps: int | None = None,
         device: launched.Device = "auto",
         precision: Literal["launch", "fp32", "bf16", "fp16"] = "launch",
+        loader: Literal["auto", "resident", "streaming"] = "auto",
+        workers: int = 1,
         overwrite: bool = False,
         json: bool = False,
         experiments_from: Modules = (),
@@ -239,6 +242,10 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             device: auto takes a GPU where there is one and says which it took; a launch with a GPU
                 configuration means cuda and refuses without one.
             precision: Precision of training; `launch` is what the accelerate configuration says, or fp32.
+            loader: resident keeps the split on the device as uint8; streaming reads it by FFCV as it goes, with
+                the same batches; auto takes resident where the split is a small share of the device's memory,
+                and says which it took.
+            workers: Decoding threads of the streaming loader; they change no batch.
             overwrite: Replace a run of the same name.
             json: Print the summary as JSON, and nothing else, on standard output.
             experiments_from: Importable modules outside this package that define EXPERIMENTS as well.
@@ -246,7 +253,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             recipe: How it is trained.
         """
         request = TrainRequest(
-            experiment, data, runs, name, seed, max_steps, device, precision, overwrite, json,
+            experiment, data, runs, name, seed, max_steps, device, precision, loader, workers, overwrite, json,
             experiments_from, architecture, recipe,
         )  # fmt: skip
         return functools.partial(_train, request)

@@ -1,10 +1,29 @@
 """The CPU's share of speed: how many threads, and memory that is kept instead of given back."""
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Puts torch's number of threads back.
+
+    Importing ffcv sets it to one; and numba's OpenMP layer shares it with torch, so that every
+    numba.set_num_threads, FFCV's at the start of each epoch among them, sets torch's as well.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def prepare(processes: int = 1) -> None:

@@ -10,6 +10,11 @@ from runner.runs import Run, read_metrics
 SAMPLES = 32
 
 
+def samples_of(images: int) -> np.ndarray:
+    """Which test images are shown, (n,) int64: the same spread for every run of a dataset, so that runs compare."""
+    return np.linspace(0, images - 1, SAMPLES).astype(int)
+
+
 def draw(run: Run, config: dict[str, Any], confusion: list[list[int]], images: np.ndarray) -> list[Path]:
     """Draws all pictures of a finished run into its `figures/`.
 
@@ -17,7 +22,7 @@ def draw(run: Run, config: dict[str, Any], confusion: list[list[int]], images: n
         run: has metrics and predictions.
         config: its run.json.
         confusion: images by [label][predicted].
-        images: (N, H, W, 3) uint8, the test images in file order.
+        images: (n, H, W, 3) uint8, the test images of `samples_of`.
 
     Returns:
         The files.
@@ -71,17 +76,15 @@ def _confusion(run: Run, label: str, counts: np.ndarray, classes: list[str]) -> 
 def _samples(
     run: Run, label: str, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: list[str]
 ) -> Path:
-    """The same spread of images for every run of a dataset, so that runs compare."""
     from matplotlib import pyplot as plt
 
-    chosen = np.linspace(0, len(images) - 1, SAMPLES).astype(int)
     exponents = np.exp(logits - logits.max(1, keepdims=True))
     probability = exponents / exponents.sum(1, keepdims=True)
     figure, axes = plt.subplots(4, SAMPLES // 4, figsize=(11, 6.4), layout="constrained")
-    for axis, index in zip(axes.flat, chosen, strict=True):
+    for axis, image, index in zip(axes.flat, images, samples_of(len(labels)), strict=True):
         predicted = logits[index].argmax()
         right = predicted == labels[index]
-        axis.imshow(images[index])
+        axis.imshow(image)
         axis.axis("off")
         text = f"{classes[predicted]} {probability[index, predicted]:.0%}"
         text += "" if right else f"\nis {classes[labels[index]]}"

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
 from runner import checkpoint, cpu, environment, figures, launched
+from runner.batches import beton
 from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
 from runner.evaluate import evaluate
 from runner.recipe import Experiment, differences, to_json
@@ -86,10 +87,11 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     first = accelerator.is_main_process
     if first:
         print(told, file=sys.stderr)
+        print(place.loader_for(manifest.splits["train"])[1], file=sys.stderr)
     wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
     # torch 2.15 renames it to an option that accelerate does not know yet.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    config = _config(request, registered, manifest, accelerator, run, wandb_id)
+    config = _config(request, registered, manifest, accelerator, place, run, wandb_id)
     tracker = None
     if first:
         write_json(run.record, config)
@@ -140,7 +142,9 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         "best_epoch": outcome.best_epoch,
         "confusion": evaluation.confusion,
     }
-    pictures = figures.draw(run, config, evaluation.confusion, test_batches.images.cpu().numpy())
+    test = manifest.splits["test"]
+    shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
+    pictures = figures.draw(run, config, evaluation.confusion, shown)
     tracker.figures(pictures, outcome.steps)
     tracker.summarise({key: value for key, value in summary.items() if key != "confusion"})
     write_json(run.summary, summary)
@@ -153,6 +157,7 @@ def _config(
     registered: Experiment,
     manifest: Manifest,
     accelerator: Accelerator,
+    place: Place,
     run: Run,
     wandb_id: str,
 ) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def _config(
         "device": accelerator.device.type,
         "world_size": accelerator.num_processes,
         "threads": torch.get_num_threads(),
+        "loader": place.loader_for(manifest.splits["train"])[0],
         "hardware": environment.hardware(),
         "versions": environment.versions(),
         "git": environment.git_commit(),

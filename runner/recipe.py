@@ -100,6 +100,8 @@ class Recipe:
     """Random changes to training images."""
     normalize: Literal["dataset", "half"] = "dataset"
     """Mean and deviation subtracted and divided by: the training set's own per channel, or 0.5 for all."""
+    drop_last: bool = True
+    """Leave the last partial batch of an epoch out; every step then has the same shape."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
 

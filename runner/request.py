@@ -20,6 +20,8 @@ class TrainRequest:
     max_steps: int | None
     device: Device
     precision: Literal["launch", "fp32", "bf16", "fp16"]
+    loader: Literal["auto", "resident", "streaming"]
+    workers: int
     overwrite: bool
     json: bool
     experiments_from: tuple[str, ...]

@@ -82,7 +82,9 @@ def train(
                     group["lr"] = lr
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                accelerator.backward(loss)
+                # DDP averages over ranks as if each had the same share; a last partial batch may not divide.
+                weight = len(labels) * accelerator.num_processes / train_batches.size_of(step % len(train_batches))
+                accelerator.backward(loss * weight)
                 optimizer.step()
                 optimizer.zero_grad()
                 meter.add(loss, logits, labels)
@@ -145,7 +147,7 @@ class Meter:
         self.accelerator = accelerator
         self.sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # of loss and hits, this rank's
         self.images = 0
-        self.epoch_sums, self.epoch_images = torch.zeros_like(self.sums), 0
+        self.epoch_sums = [0.0, 0.0, 0.0]  # loss, hits and images, of all ranks
         self.since = time.perf_counter()
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -160,19 +162,17 @@ class Meter:
         Raises:
             DivergedError: the loss is not finite, on any rank.
         """
-        sums = self.accelerator.reduce(self.sums, "sum")
-        images = self.images * self.accelerator.num_processes
-        self.epoch_sums += sums
-        self.epoch_images += images
+        ours = torch.cat([self.sums, self.sums.new_tensor([self.images])])
+        loss, hits, images = sums = self.accelerator.reduce(ours, "sum").tolist()
+        self.epoch_sums = [total + part for total, part in zip(self.epoch_sums, sums, strict=True)]
         self.sums, self.images = torch.zeros_like(self.sums), 0
-        loss, hits = (sums / images).tolist()
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         if not math.isfinite(loss):
             raise DivergedError(f"the training loss is {loss} within the {LOG_EVERY} steps before step {step}")
-        return {"train/loss": loss, "train/accuracy": hits, "images_per_second": images / seconds}
+        return {"train/loss": loss / images, "train/accuracy": hits / images, "images_per_second": images / seconds}
 
     def epoch(self) -> dict[str, float]:
         """Means over the windows of the epoch, over all ranks."""
-        loss, hits = (self.epoch_sums / self.epoch_images).tolist()
-        return {"train_epoch/loss": loss, "train_epoch/accuracy": hits}
+        loss, hits, images = self.epoch_sums
+        return {"train_epoch/loss": loss / images, "train_epoch/accuracy": hits / images}

@@ -1,6 +1,9 @@
 """The sample stream: pure in seed, epoch and sample; the same for any number of ranks."""
 
+import dataclasses
 import json
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,35 +12,110 @@ import torch
 
 from data_prep import manifest
 from data_prep.console import UserError
-from runner.batches import augment, beton, order, resident
+from runner.batches import augment, beton, order, pixels, streaming
 from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
+from runner.batches.stream import BatchStream
 from runner.recipe import SGD, Architecture, Augment, Recipe, to_json
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(2, 60, SGD(0.1), augment=Augment(crop_padding=4, flip=True))
 
 
-def opened(data: Path, rank: int = 0, world: int = 1, split: str = "train", recipe: Recipe = RECIPE, seed: int = 0):
-    return open_split(data, open_manifest(data), split, recipe, Place(CPU, rank, world), seed)
+LOADERS = ["resident", "streaming"]
 
 
+def opened(
+    data: Path,
+    rank: int = 0,
+    world: int = 1,
+    split: str = "train",
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+    loader: str = "resident",
+    workers: int = 1,
+) -> BatchStream:
+    return open_split(data, open_manifest(data), split, recipe, Place(CPU, rank, world, loader, workers), seed)
+
+
+def assert_same(one: Iterable, other: Iterable) -> None:
+    for (images, labels), (more, more_labels) in zip(one, other, strict=True):
+        assert torch.equal(images, more)
+        assert torch.equal(labels, more_labels)
+
+
+PLAIN = Recipe(2, 60, SGD(0.1), drop_last=False)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("recipe", [RECIPE, PLAIN], ids=["augmented", "plain"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_union_over_ranks_is_the_global_batch(small_data: Path, world: int, split: str) -> None:
-    whole = list(opened(small_data, split=split).epoch(1))
-    ranks = [list(opened(small_data, rank, world, split).epoch(1)) for rank in range(world)]
+def test_the_union_over_ranks_is_the_global_batch(
+    small_data, world: int, split: str, recipe: Recipe, loader: str
+) -> None:
+    whole = list(opened(small_data, split=split, recipe=recipe).epoch(1))
+    ranks = [list(opened(small_data, rank, world, split, recipe, loader=loader).epoch(1)) for rank in range(world)]
     for step, (images, labels) in enumerate(whole):
         assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), images)
         assert torch.equal(torch.cat([rank[step][1] for rank in ranks]), labels)
 
 
-def test_starting_at_a_step_is_skipping_the_ones_before(small_data: Path) -> None:
-    batches = opened(small_data)
-    for (images, labels), (later, later_labels) in zip(
-        list(batches.epoch(3))[4:], batches.epoch(3, start_step=4), strict=True
-    ):
-        assert torch.equal(images, later)
-        assert torch.equal(labels, later_labels)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_starting_at_a_step_is_skipping_the_ones_before(small_data: Path, loader: str) -> None:
+    batches = opened(small_data, loader=loader)
+    assert_same(list(batches.epoch(3))[4:], batches.epoch(3, start_step=4))
+    assert list(batches.epoch(3, start_step=len(batches))) == []
+
+
+def test_streaming_is_resident_whatever_the_workers(data: Path) -> None:
+    """A whole epoch of real images, 512 a batch, the order and augmentation of training."""
+    recipe = Recipe(1, 512, SGD(0.1), augment=Augment(crop_padding=4, flip=True))
+    resident = list(opened(data, recipe=recipe).epoch(0))
+    for workers in (1, 2):
+        assert_same(resident, opened(data, recipe=recipe, loader="streaming", workers=workers).epoch(0))
+
+
+def test_more_workers_than_cores_are_refused(small_data: Path) -> None:
+    with pytest.raises(UserError, match="--workers 1000: expected 1 to"):
+        opened(small_data, loader="streaming", workers=1000)
+
+
+def test_one_loader_serves_epoch_after_epoch(small_data: Path) -> None:
+    stream, resident = opened(small_data, loader="streaming"), opened(small_data)
+    for epoch in (0, 1, 0):
+        assert_same(resident.epoch(epoch), stream.epoch(epoch))
+
+
+def test_importing_ffcv_leaves_torchs_threads(small_data: Path) -> None:
+    torch.set_num_threads(2)
+    next(opened(small_data, loader="streaming").epoch(0))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_reader_that_dies_or_hangs_is_an_error_in_time(small_data: Path, monkeypatch, fault: str) -> None:
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    def run_pipeline(self, *_: object) -> None:
+        if fault == "dies":
+            raise RuntimeError("a decoder failed")
+        self.terminate_event.wait(30)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(streaming, "BATCH_SECONDS", 2.0)
+    began = time.monotonic()
+    with pytest.raises(streaming.ReaderError, match="reader died" if fault == "dies" else "no batch within"):
+        next(opened(small_data, loader="streaming").epoch(0))
+    assert time.monotonic() - began < 25  # compiling included
+
+
+def test_auto_takes_resident_where_there_is_room_and_says_so(small_data: Path) -> None:
+    split = manifest.read(small_data).splits["train"]
+    assert Place(CPU).loader_for(split)[0] == "resident"
+    assert "resident below 25%" in Place(CPU).loader_for(split)[1]
+    huge = dataclasses.replace(split, bytes=10**14)
+    assert Place(CPU).loader_for(huge)[0] == "streaming"
+    assert Place(CPU, loader="streaming").loader_for(split)[0] == "streaming"
 
 
 def test_seed_and_epoch_each_change_order_and_augmentation() -> None:
@@ -87,7 +165,7 @@ def reference(image: np.ndarray, row: int, column: int, flip: bool) -> np.ndarra
     return crop[:, ::-1] if flip else crop
 
 
-@pytest.mark.parametrize("make", [resident._make_cpu, resident._make_torch])
+@pytest.mark.parametrize("make", [pixels.in_numba, pixels.in_torch])
 def test_the_pass_is_crop_flip_and_normalise(make) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
@@ -105,8 +183,8 @@ def test_normalised_in_channels_last(small_data: Path) -> None:
     images = torch.cat([images for images, _ in batches.epoch(0)])
     assert images.is_contiguous(memory_format=torch.channels_last)
     prepared = manifest.read(small_data)
-    pixels, _ = beton.read(small_data / "test.beton", prepared.splits["test"], prepared)
-    expected = (pixels - np.array(prepared.mean)) / np.array(prepared.std)
+    raw, _ = beton.read(small_data / "test.beton", prepared.splits["test"], prepared)
+    expected = (raw - np.array(prepared.mean)) / np.array(prepared.std)
     np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
 
@@ -127,10 +205,14 @@ def test_evaluation_sees_every_image_once(data: Path, world: int) -> None:
     assert sorted(seen) == list(range(10_000))
 
 
-def test_training_drops_the_last_partial_batch(small_data: Path) -> None:
-    batches = opened(small_data)
-    assert len(batches) == 500 // 60
-    assert all(len(labels) == 60 for _, labels in batches.epoch(0))
+def test_the_last_partial_batch_is_dropped_or_kept_by_the_recipe(small_data: Path) -> None:
+    dropped = opened(small_data)
+    assert [len(labels) for _, labels in dropped.epoch(0)] == [60] * 8
+    kept = opened(small_data, recipe=PLAIN)
+    assert [len(labels) for _, labels in kept.epoch(0)] == [60] * 8 + [20]
+    assert [kept.size_of(step) for step in range(9)] == [60] * 8 + [20]
+    with pytest.raises(UserError, match="the last batch has 2 images for 3 ranks"):
+        opened(small_data, world=3, recipe=Recipe(1, 498, SGD(0.1), drop_last=False))
 
 
 def test_batches_that_cannot_be_are_refused(small_data: Path) -> None:

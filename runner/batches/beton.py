@@ -5,6 +5,7 @@ FFCV's file (format version 2): a header, one descriptor for each field, a table
 one behind the other within a page.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +30,41 @@ VERSION, TYPE_INT, TYPE_RGB_IMAGE, MODE_RAW = 2, 1, 2, 1
 
 
 def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a whole split.
+    """Reads a whole split: images (N, H, W, 3) uint8 and labels (N,) int64. Refuses as `read_labels` does."""
+    content, pointers, labels = _table(path, split, manifest)
+    size = math.prod(manifest.image_shape)
+    images = np.empty((split.images, size), dtype=np.uint8)
+    breaks = np.flatnonzero(np.diff(pointers) != size) + 1  # where a page ends
+    for start, stop in zip([0, *breaks], [*breaks, split.images], strict=True):
+        begin = pointers[start]
+        images[start:stop] = content[begin : begin + (stop - start) * size].reshape(-1, size)
+    return images.reshape(-1, *manifest.image_shape), labels
+
+
+def read_some(path: Path, split: SplitFile, manifest: Manifest, samples: np.ndarray) -> np.ndarray:
+    """Reads the images of `samples` (n,) alone: (n, H, W, 3) uint8. Refuses as `read_labels` does."""
+    content, pointers, _ = _table(path, split, manifest)
+    size = math.prod(manifest.image_shape)
+    images = [content[pointers[sample] : pointers[sample] + size] for sample in samples]
+    return np.stack(images).reshape(-1, *manifest.image_shape)
+
+
+def read_labels(path: Path, split: SplitFile, manifest: Manifest) -> np.ndarray:
+    """Checks a whole file's layout and reads its labels, (N,) int64; the pixels stay on disk.
 
     Args:
         path: the file; its hash is the caller's to check.
         split: what the manifest says of it.
         manifest: for the image shape and the number of classes.
 
-    Returns:
-        images (N, H, W, 3) uint8 and labels (N,) int64.
-
     Raises:
         UserError: a layout, count, size or label other than the manifest's.
     """
+    return _table(path, split, manifest)[2]
+
+
+def _table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mapped file (bytes,) uint8, the address of each image (N,) int64, and the labels (N,) int64."""
     if path.stat().st_size < HEADER.itemsize + 2 * FIELD.itemsize:
         raise _refused(path, "an FFCV file", f"{path.stat().st_size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")
@@ -72,12 +95,7 @@ def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, 
     pointers = table["image"]["data_ptr"].astype(np.int64)
     if pointers.min() < table_end or pointers.max() + size > len(content):
         raise _refused(path, "pixels within the file", "an address beyond it")
-    images = np.empty((split.images, size), dtype=np.uint8)
-    breaks = np.flatnonzero(np.diff(pointers) != size) + 1  # where a page ends
-    for start, stop in zip([0, *breaks], [*breaks, split.images], strict=True):
-        begin = pointers[start]
-        images[start:stop] = content[begin : begin + (stop - start) * size].reshape(-1, size)
-    return images.reshape(-1, height, width, channels), labels
+    return content, pointers, labels
 
 
 def _refused(path: Path, expected: str, found: str) -> UserError:

@@ -1,5 +1,6 @@
 """What training and evaluation ask of batches, and the opening of a prepared dataset."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 
 from data_prep import manifest as manifests
 from data_prep.console import UserError
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, SplitFile
 from runner.batches import beton
 from runner.batches.resident import ResidentBatches
+from runner.batches.stream import BatchStream
 from runner.recipe import Recipe, recipe_from_json
 
 
@@ -27,6 +29,10 @@ class Batches(Protocol):
         """Global batches in an epoch."""
         ...
 
+    def size_of(self, step: int) -> int:
+        """Images in global batch `step`, over all ranks."""
+        ...
+
     def slice_of(self, step: int) -> slice:
         """Where this rank's share of global batch `step` lies in the epoch's order."""
         ...
@@ -36,13 +42,39 @@ class Batches(Protocol):
         ...
 
 
+LoaderChoice = Literal["auto", "resident", "streaming"]
+RESIDENT_SHARE = 0.25  # of the device's memory, up to which `auto` takes a split resident
+
+
 @dataclass(frozen=True)
 class Place:
-    """Which rank this is, and where its batches go."""
+    """Which rank this is, where its batches go, and how they are read.
+
+    Attributes:
+        device: where batches are made and left.
+        rank, world_size: over all nodes.
+        loader: resident, streaming, or auto.
+        workers: decoding threads of the streaming loader.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    loader: LoaderChoice = "auto"
+    workers: int = 1
+
+    def loader_for(self, split: SplitFile) -> tuple[Literal["resident", "streaming"], str]:
+        """The loader that a split gets here, and a sentence that tells which and why."""
+        if self.loader != "auto":
+            return self.loader, f"loader: {self.loader} (--loader {self.loader})"
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        share = split.bytes / memory
+        chosen = "resident" if share < RESIDENT_SHARE else "streaming"
+        limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"
+        return chosen, f"loader: {chosen} (auto: {split.file} is {limit})"
 
 
 EVALUATION_BATCH = 250  # over all ranks; larger ones only cost memory
@@ -62,7 +94,7 @@ def open_split(
     recipe: Recipe,
     place: Place,
     seed: int = 0,
-) -> ResidentBatches:
+) -> BatchStream:
     """Opens one split of a prepared dataset whose files the caller has checked.
 
     Training batches are of the recipe's size, shuffled and augmented; test batches are in file order.
@@ -79,21 +111,30 @@ def open_split(
         )
     if training and recipe.batch_size > file.images:
         raise UserError(f"batch size {recipe.batch_size}: expected at most the {file.images} training images")
-    images, labels = beton.read(data / file.file, file, manifest)
+    rest = file.images % recipe.batch_size
+    if training and not recipe.drop_last and 0 < rest < place.world_size:
+        raise UserError(
+            f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last True"
+        )
     mean, std = normalisation(manifest, recipe)
-    return ResidentBatches(
-        images,
-        labels,
-        mean=mean,
-        std=std,
-        batch_size=recipe.batch_size if training else EVALUATION_BATCH,
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device,
-        training=training,
-        augment=recipe.augment if training else None,
-        seed=seed,
-    )
+    settings = {
+        "mean": mean,
+        "std": std,
+        "batch_size": recipe.batch_size if training else EVALUATION_BATCH,
+        "rank": place.rank,
+        "world_size": place.world_size,
+        "device": place.device,
+        "training": training,
+        "drop_last": training and recipe.drop_last,
+        "augment": recipe.augment,
+        "seed": seed,
+    }
+    path = data / file.file
+    if place.loader_for(file)[0] == "resident":
+        return ResidentBatches(*beton.read(path, file, manifest), **settings)
+    from runner.batches.streaming import StreamingBatches  # imports ffcv, which takes seconds
+
+    return StreamingBatches(path, beton.read_labels(path, file, manifest), place.workers, **settings)
 
 
 def open_manifest(data: Path) -> Manifest:
@@ -103,7 +144,7 @@ def open_manifest(data: Path) -> Manifest:
     return manifest
 
 
-def open_test_of_run(config: dict[str, Any], data: Path | None, device: torch.device) -> ResidentBatches:
+def open_test_of_run(config: dict[str, Any], data: Path | None, device: torch.device) -> BatchStream:
     """The whole test split that a run was scored on.
 
     Args:

@@ -1,0 +1,81 @@
+"""Ratios that survive a busy machine: the subjects take turns, and what is compared is taken from one round."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data_prep.console import progress
+from runner import environment
+
+LEAST_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median, least and largest of a ratio over the rounds."""
+
+    median: float
+    min: float
+    max: float
+    rounds: int
+
+
+def in_turn(subjects: dict[str, Callable[[], float]], rounds: int, description: str) -> dict[str, list[float]]:
+    """Measures each subject once in every round, in an order that shifts by one from round to round.
+
+    Args:
+        subjects: functions that do the work once and return what was measured (a rate, or seconds).
+        rounds: how many.
+        description: for the progress bar.
+
+    Returns:
+        For each subject its figure in every round.
+    """
+    names = list(subjects)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with progress(description, rounds * len(names)) as advance:
+        for turn in range(rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                found[name].append(subjects[name]())
+                advance(1)
+    return found
+
+
+def ratio(over: list[float], under: list[float]) -> Ratio:
+    """Round by round, `over` divided by `under`."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios), len(ratios))
+
+
+def conclude(
+    title: str, ratios: dict[str, Ratio], goals: dict[str, str], more: dict[str, Any], out: Path | None
+) -> None:
+    """Prints the ratios as a table with the goals, and writes them as JSON with hardware and versions.
+
+    Args:
+        title: of the table.
+        ratios: by name, e.g. "ratio_resident_to_ffcv".
+        goals: in words, for some of the names.
+        more: what else belongs into the JSON, e.g. the settings.
+        out: the JSON file; None for none.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    hardware = environment.hardware()
+    table = Table(
+        "ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {environment.described(hardware)}"
+    )
+    for name, found in ratios.items():
+        figures = [f"{figure:.3g}" for figure in (found.median, found.min, found.max)]
+        table.add_row(name, *figures, str(found.rounds), goals.get(name, "–"))
+    Console(width=120).print(table)
+    if out is not None:
+        result = {name: asdict(found) for name, found in ratios.items()}
+        result |= {"goals": goals, **more, "hardware": hardware, "versions": environment.versions()}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
