@@ -22,7 +22,8 @@ class ResidentBatches(BatchStream):
         super().__init__(labels, **settings)
         self.images = torch.from_numpy(images).to(self.device)
 
-    def read(self, wanted: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Gives the split itself, and the wanted samples as they are."""
-        for samples in wanted:
-            yield self.images, torch.from_numpy(samples).to(self.device)
+        index = torch.from_numpy(samples).to(self.device)
+        for span in spans:
+            yield self.images, index[span]

@@ -80,24 +80,26 @@ class BatchStream(ABC):
             images (n, 3, H, W) in channels_last memory, of `dtype`, and labels (n,) int64.
         """
         samples = np.arange(self.samples)
+        if self.training:
+            samples = order.epoch_order(self.samples, self.seed, epoch)
+        # Everything is drawn and moved once an epoch, in the epoch's order; a batch only takes slices.
         placement = augments.placement(self.augment, samples, self.seed, epoch)
         row, column, flip = (
             torch.from_numpy(part).to(self.device) for part in (placement.row, placement.column, placement.flip)
         )
-        if self.training:
-            samples = order.epoch_order(self.samples, self.seed, epoch)
-        ours = [samples[self.slice_of(step)] for step in range(start_step, len(self))]
-        for step, (source, index) in enumerate(self.read(ours)):
-            chosen = torch.from_numpy(ours[step]).to(self.device)
-            made = pixels.make(source, index, row[chosen], column[chosen], flip[chosen], self.scale, self.shift)
-            yield made.to(self.dtype).permute(0, 3, 1, 2), self.labels[chosen]
+        labels = self.labels[torch.from_numpy(samples).to(self.device)]
+        spans = [self.slice_of(step) for step in range(start_step, len(self))]
+        for span, (source, index) in zip(spans, self.read(samples, spans), strict=True):
+            made = pixels.make(source, index, row[span], column[span], flip[span], self.scale, self.shift)
+            yield made.to(self.dtype).permute(0, 3, 1, 2), labels[span]
 
     @abstractmethod
-    def read(self, wanted: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Finds the pixels of each batch.
 
         Args:
-            wanted: for each batch, the samples in it, (n,) int64.
+            samples: (N,) int64, the epoch's order.
+            spans: for each batch, where its samples lie in the order.
 
         Yields:
             For each batch: images (M, H, W, 3) uint8 on the device, and where in them the wanted ones are,

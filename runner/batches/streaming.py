@@ -47,22 +47,22 @@ class StreamingBatches(BatchStream):
         self.path, self.workers = path, workers
         self.loader: Any = None  # compiled at the first epoch
 
-    def read(self, wanted: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Streams the wanted samples in their order, cut into the wanted batches."""
-        if not wanted:
+        if not spans:
             return
         with cpu.torch_threads_kept():
             loader = self._open()
-            loader.traversal_order.samples = np.concatenate(wanted)
+            loader.traversal_order.samples = np.concatenate([samples[span] for span in spans])
             chunks = _within_time(iter(loader), self.path)
-        parts: list[torch.Tensor] = []
-        for samples in wanted:
-            while sum(map(len, parts)) < len(samples):
+        left: list[torch.Tensor] = []
+        for size in (len(samples[span]) for span in spans):
+            while sum(map(len, left)) < size:
                 # FFCV uses its buffers again: what waits for a later batch must be a copy of ours.
-                parts.append(next(chunks).clone())
-            images = torch.cat(parts) if len(parts) != 1 else parts[0]
-            parts = [images[len(samples) :]]
-            yield images[: len(samples)].to(self.device), torch.arange(len(samples), device=self.device)
+                left.append(next(chunks).clone())
+            images = torch.cat(left) if len(left) != 1 else left[0]
+            left = [images[size:]] if len(images) > size else []
+            yield images[:size].to(self.device), torch.arange(size, device=self.device)
 
     def _open(self) -> Any:
         """FFCV's Loader, made and compiled once."""
