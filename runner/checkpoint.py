@@ -30,8 +30,11 @@ def save(run: Run, model: nn.Module, step: int, epoch: int) -> Path:
     staging.mkdir(parents=True)
     # Contiguous copies: safetensors knows shapes, not memory formats.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, staging / WEIGHTS)
-    manifest = {"step": step, "epoch": epoch, "sha256": {WEIGHTS: sha256_of(staging / WEIGHTS)}}
+    # What the weights were trained on goes with them, also where the file is copied elsewhere.
+    trained_on = run.config()["dataset"]["name"]
+    save_file(weights, staging / WEIGHTS, metadata={"dataset": trained_on})
+    manifest = {"step": step, "epoch": epoch, "dataset": trained_on}
+    manifest["sha256"] = {WEIGHTS: sha256_of(staging / WEIGHTS)}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in staging.iterdir():
         _sync(file)

@@ -1,8 +1,10 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from data_prep.console import UserError
 from runner import checkpoint
@@ -13,7 +15,8 @@ from tests.tiny import Tiny
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(tmp_path / "run")
-    write_json(run.record, {"architecture": {"factory": "tests.tiny:Tiny", "arguments": {"norm": True}}})
+    architecture = {"factory": "tests.tiny:Tiny", "arguments": {"norm": True}}
+    write_json(run.record, {"architecture": architecture, "dataset": {"name": "synthetic-10"}})
     return run
 
 
@@ -27,6 +30,13 @@ def test_weights_and_buffers_come_back_to_the_bit(run: Run) -> None:
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_what_they_were_trained_on_goes_with_them(run: Run) -> None:
+    folder = checkpoint.save(run, Tiny(norm=True), 1, 0)
+    with safe_open(folder / checkpoint.WEIGHTS, "pt") as file:
+        assert file.metadata() == {"dataset": "synthetic-10"}
+    assert json.loads((folder / checkpoint.MANIFEST).read_text())["dataset"] == "synthetic-10"
 
 
 def test_the_newest_is_the_one_of_the_highest_step(run: Run) -> None:

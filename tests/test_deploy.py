@@ -93,6 +93,7 @@ def test_a_real_engine_is_built(exported: Run) -> None:
     assert sidecar["onnx_sha256"] == sha256_of(exported.deploy / "model.onnx")
     assert set(sidecar["layer_output_types"]["CONVOLUTION"]) == {"FLOAT"}
     assert sidecar["batch"] == {"min": 1, "opt": 64, "max": 256}
+    assert sidecar["dataset"] == exported.config()["dataset"]["name"]
     assert engine.check_sidecar(exported) == sidecar
 
 

@@ -4,11 +4,7 @@ import numba
 import numpy as np
 
 
-@numba.njit(inline="always")
-def normalise(line: np.ndarray, scales: np.ndarray, shifts: np.ndarray, target: np.ndarray) -> None:
-    """One run of values, (k,) uint8 to float32. Every index starts at 0, or numba would check each for its sign."""
-    for k in range(len(target)):
-        target[k] = np.float32(line[k]) * scales[k] + shifts[k]
+CHUNK = 8  # images that share a thread's buffers
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -29,29 +25,38 @@ def make(
     """
     count, height, width, channels = out.shape
     run = width * channels
-    images = images.reshape(len(images), height, run)
-    out = out.reshape(count, height, run)
+    flat = images.reshape(len(images), height * run)
+    made = out.reshape(count * height, run)
     scales, shifts = np.empty(run, np.float32), np.empty(run, np.float32)
     for k in range(run):
         scales[k], shifts[k] = scale[k % channels], shift[k % channels]
-    for i in numba.prange(count):
-        image, made = images[index[i]], out[i]
-        start = column[i] * channels  # of the crop in a row of the image
-        first, last = max(0, -start), min(run, run - start)  # of the crop's values that lie inside the image
-        line = np.zeros(run, np.uint8)  # of the crop: what lies outside stays 0
-        pixels_backwards = line.reshape(width, 3)[::-1]
-        mirrored = np.empty(run, np.uint8)
-        reversed_pixels = mirrored.reshape(width, 3)
-        for y in range(height):
-            source = y + row[i]
-            if source < 0 or source >= height:
-                made[y, :] = shifts
-                continue
-            line[first:last] = image[source, first + start : last + start]
-            if flip[i]:
-                for x in range(width):
-                    for c in range(3):
-                        reversed_pixels[x, c] = pixels_backwards[x, c]
-                normalise(mirrored, scales, shifts, made[y])
-            else:
-                normalise(line, scales, shifts, made[y])
+    chunks = (count + CHUNK - 1) // CHUNK
+    for chunk in numba.prange(chunks):
+        # One row of the crop, and the same mirrored; what lies outside of the image is 0.
+        line, mirrored = np.empty(run, np.uint8), np.empty(run, np.uint8)
+        forwards, backwards = line.reshape(width, 3)[::-1], mirrored.reshape(width, 3)
+        for i in range(chunk * CHUNK, min(count, (chunk + 1) * CHUNK)):
+            image = flat[index[i]]
+            start = column[i] * channels  # of the crop in a row of the image
+            first, last = max(0, -start), min(run, run - start)  # of its values that lie inside
+            for k in range(run):
+                line[k] = 0
+            for y in range(height):
+                source, target = y + row[i], made[i * height + y]
+                if source < 0 or source >= height:
+                    for k in range(run):
+                        target[k] = shifts[k]
+                    continue
+                inside = image[source * run + first + start : source * run + last + start]
+                place = line[first:last]
+                for k in range(len(place)):
+                    place[k] = inside[k]
+                if flip[i]:
+                    for x in range(width):
+                        for c in range(3):
+                            backwards[x, c] = forwards[x, c]
+                    for k in range(run):
+                        target[k] = np.float32(mirrored[k]) * scales[k] + shifts[k]
+                else:
+                    for k in range(run):
+                        target[k] = np.float32(line[k]) * scales[k] + shifts[k]

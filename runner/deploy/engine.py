@@ -67,6 +67,7 @@ def build(run: Run, backend: str, batch: tuple[int, int, int], target: str | Non
         "bytes": engine.stat().st_size,
         "onnx": str(path.relative_to(run.folder)),
         "onnx_sha256": sha256,
+        "dataset": run.config()["dataset"]["name"],
         "backend": backend,
         "version": trt.__version__,
         "target": target or ("this GPU" if environment.count_gpus() else "portable, Ampere and later"),

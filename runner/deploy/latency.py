@@ -82,6 +82,7 @@ def bench(
     result = {
         "run": str(run.folder),
         "onnx_sha256": sha256,
+        "dataset": config["dataset"]["name"],
         "device": chosen,
         "threads": torch.get_num_threads() if chosen == "cpu" else None,
         "hardware": environment.hardware(),
