@@ -57,7 +57,7 @@ def test_older_ones_go_when_a_newer_is_whole(run: Run) -> None:
 def test_a_failed_save_keeps_the_old_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(run, Tiny(norm=True), 1, 0)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)

@@ -3,8 +3,19 @@
 import numba
 import numpy as np
 
-
 CHUNK = 8  # images that share a thread's buffers
+ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
+
+
+@numba.njit(inline="always")
+def mirror(line: np.ndarray, mirrored: np.ndarray) -> None:
+    """Turns a row of RGB pixels round, (3 W,) uint8. Unsigned, or each index would be checked for its sign."""
+    run = np.uint64(len(line))
+    for pixel in range(run // THREE):
+        k = THREE * pixel
+        mirrored[k] = line[run - k - THREE]
+        mirrored[k + ONE] = line[run - k - TWO]
+        mirrored[k + TWO] = line[run - k - ONE]
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -34,7 +45,6 @@ def make(
     for chunk in numba.prange(chunks):
         # One row of the crop, and the same mirrored; what lies outside of the image is 0.
         line, mirrored = np.empty(run, np.uint8), np.empty(run, np.uint8)
-        forwards, backwards = line.reshape(width, 3)[::-1], mirrored.reshape(width, 3)
         for i in range(chunk * CHUNK, min(count, (chunk + 1) * CHUNK)):
             image = flat[index[i]]
             start = column[i] * channels  # of the crop in a row of the image
@@ -52,9 +62,7 @@ def make(
                 for k in range(len(place)):
                     place[k] = inside[k]
                 if flip[i]:
-                    for x in range(width):
-                        for c in range(3):
-                            backwards[x, c] = forwards[x, c]
+                    mirror(line, mirrored)
                     for k in range(run):
                         target[k] = np.float32(mirrored[k]) * scales[k] + shifts[k]
                 else:
