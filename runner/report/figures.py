@@ -98,7 +98,6 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
         "text": counts,
         "texttemplate": "%{text}",
         "hovertemplate": "%{text} images of %{y} taken for %{x}<extra></extra>",
-        "colorscale": [[0, "rgba(47, 91, 208, 0.03)"], [1, "rgb(47, 91, 208)"]],
         "zmin": 0,
         "zmax": 1,
         "showscale": False,
