@@ -49,28 +49,49 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool 
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
+_display: Any = None  # the one display of bars that a terminal can hold
+
+
 @contextlib.contextmanager
-def progress(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """A progress bar on standard error, drawn only where that is a terminal.
+def progress(description: str, total: float | None, shown: bool = True) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error, drawn only where that is a terminal. Inside of another it is drawn below.
+
+    Args:
+        description: what is going on.
+        total: what `advance` adds up to; None where that is not known.
+        shown: False on ranks other than the first, which share the terminal.
 
     Yields:
         A function that advances the bar by the amount given.
     """
-    if not sys.stderr.isatty():
+    global _display
+    if not shown or not sys.stderr.isatty():
         yield lambda amount: None
         return
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TaskProgressColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True)) as display:
-        task = display.add_task(description, total=total)
+    with contextlib.ExitStack() as stack:
+        if _display is None:
+            columns = (
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.TaskProgressColumn(),
+                bars.TimeRemainingColumn(),
+            )
+            _display = stack.enter_context(bars.Progress(*columns, console=Console(stderr=True)))
+            stack.callback(_forget_display)
+            task = _display.add_task(description, total=total)
+        else:
+            task = _display.add_task(description, total=total)
+            stack.callback(_display.remove_task, task)
+        display = _display
         yield lambda amount: display.update(task, advance=amount)
+
+
+def _forget_display() -> None:
+    global _display
+    _display = None
 
 
 def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:

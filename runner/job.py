@@ -60,7 +60,11 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     if device == "cpu":
         cpu.prepare(launch.local_world_size)
     place = Place(
-        torch.device(device, launch.local_rank if device == "cuda" else None), launch.rank, launch.world_size
+        device=torch.device(device, launch.local_rank if device == "cuda" else None),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        loader=request.loader,
+        workers=request.workers,
     )
     name = request.name or f"seed-{request.seed}"
     run = Run(request.runs / request.experiment / name)

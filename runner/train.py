@@ -61,7 +61,7 @@ def train(
         classes: of the dataset.
         seed: of weights and dropout; order and augmentation have it already.
         max_steps: stop after so many optimizer steps; the schedule is the whole recipe's all the same.
-        log: receives rows of metrics on every rank; None-like on all but the first.
+        log: receives the rows of metrics, which are the same on every rank; to be written on the first alone.
     """
     torch.manual_seed(seed)  # the same weights on every rank
     model = architecture.build().to(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def train(
     steps = recipe.epochs * len(train_batches)
     stop = min(steps, max_steps or steps)
     step, best_accuracy, best_epoch = 0, -1.0, 0.0
-    with progress("train", stop) as advance:
+    with progress("train", stop, shown=accelerator.is_main_process) as advance:
         for epoch in range(recipe.epochs):
             meter = Meter(accelerator)
             model.train()
@@ -92,20 +92,13 @@ def train(
                 advance(1)
                 last = step == stop or step % len(train_batches) == 0
                 if last or step % LOG_EVERY == 0:
-                    log(
-                        {
-                            "global_step": step,
-                            "epoch": step / len(train_batches),
-                            "lr": lr,
-                            **meter.window(step),
-                        }
-                    )
+                    passes = step / len(train_batches)
+                    log({"global_step": step, "epoch": passes, "lr": lr, **meter.window(step)})
                 if step == stop:
                     break
 
             sync_buffers(model, accelerator)
             evaluation = score(model, test_batches, classes, accelerator)
-            passes = step / len(train_batches)
             log({"global_step": step, "epoch": passes, **meter.epoch(), **named(evaluation)})
             if evaluation.accuracy > best_accuracy:
                 best_accuracy, best_epoch = evaluation.accuracy, passes
@@ -119,7 +112,8 @@ def train(
 def score(model: nn.Module, batches: Batches, classes: int, accelerator: Accelerator) -> Evaluation:
     """Evaluates on all ranks together, in the precision of training."""
     bare = accelerator.unwrap_model(model)  # DDP's forward would wait for ranks that have no images left
-    with progress("evaluate", batches.samples / accelerator.num_processes) as advance:
+    ours = batches.samples / accelerator.num_processes
+    with progress("evaluate", ours, shown=accelerator.is_main_process) as advance:
         return evaluate(bare, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), advance)
 
 

@@ -50,6 +50,21 @@ def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "100%" in terminal.getvalue()
 
 
+def test_bars_nest_and_other_ranks_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("outer", 2) as advance:
+        for _ in range(2):
+            with progress("inner", 1) as inner:
+                inner(1)
+            advance(1)
+    with progress("later", 1), progress("rank one", 1, shown=False):
+        pass
+    assert all(name in terminal.getvalue() for name in ("outer", "inner", "later"))
+    assert "rank one" not in terminal.getvalue()
+
+
 def test_sha256(tmp_path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea")

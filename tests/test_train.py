@@ -135,6 +135,34 @@ def test_max_steps_stops_early_and_still_concludes(small_data: Path, tmp_path: P
     assert config["max_steps"] == 3
 
 
+def test_streaming_trains_the_same_bits(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
+                  "--loader", "streaming", "--workers", 2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "loader: streaming (--loader streaming)" in done.stderr
+    run = Run(tmp_path / "tiny" / "seed-0")
+    assert run.config()["loader"] == "streaming"
+    assert Run(tiny_run).config()["loader"] == "resident"
+    streamed = weights(run)
+    for name, tensor in weights(Run(tiny_run)).items():
+        np.testing.assert_array_equal(tensor, streamed[name])
+
+
+@pytest.mark.processes
+def test_a_last_partial_batch_weighs_every_image_alike(small_data: Path, tmp_path: Path) -> None:
+    """500 images in batches of 60 leave 20, which three ranks share as 6, 7 and 7."""
+    rows = []
+    for processes in (1, 3):
+        done = launch(processes, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path,
+                      "--name", processes, "--recipe.no-drop-last")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows.append([row for row in read_metrics(Run(tmp_path / "tiny" / str(processes))) if "train/loss" in row])
+    assert [row["global_step"] for row in rows[0]] == [9, 18]
+    for key in ("train/loss", "train/accuracy"):
+        one, three = ([row[key] for row in part] for part in rows)
+        np.testing.assert_allclose(three, one, rtol=1e-5)
+
+
 def test_bf16(small_data: Path, tmp_path: Path) -> None:
     done = runner("train", "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
                   "--precision", "bf16", "--json")  # fmt: skip

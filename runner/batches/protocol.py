@@ -113,9 +113,7 @@ def open_split(
         raise UserError(f"batch size {recipe.batch_size}: expected at most the {file.images} training images")
     rest = file.images % recipe.batch_size
     if training and not recipe.drop_last and 0 < rest < place.world_size:
-        raise UserError(
-            f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last True"
-        )
+        raise UserError(f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last")
     mean, std = normalisation(manifest, recipe)
     settings = {
         "mean": mean,
