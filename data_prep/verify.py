@@ -60,13 +60,13 @@ def decode(path: Path, manifest: Manifest) -> Split:
         drop_last=False,
         pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
     )
-    torch.set_num_threads(threads)  # importing ffcv has set it to one
     images, labels = [], []
     with progress(f"decode {path.name}", loader.reader.num_samples) as advance:
         for image, label in loader:
             images.append(np.array(image))
             labels.append(np.array(label).reshape(-1))
             advance(len(label))
+    torch.set_num_threads(threads)  # ffcv sets it, when it is imported and again when an epoch starts
     split = Split(np.concatenate(images), np.concatenate(labels))
     if split.images.shape[1:] != manifest.image_shape:
         raise UserError(f"{path}: images of {split.images.shape[1:]}, in the manifest {manifest.image_shape}")

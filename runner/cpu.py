@@ -30,8 +30,8 @@ def prepare(processes: int = 1) -> None:
     """Sets torch's threads to this process's share of the usable cores, and keeps freed memory for reuse.
 
     The launcher gives a process one thread or all of them. And by default every activation of more than a few
-    MiB is a fresh mapping of zeroed pages, given back right after: for MobileNetV2 that costs a third of a
-    training step and half of a forward pass.
+    MiB is a fresh mapping of zeroed pages, given back right after, which slows memory-bound networks like
+    MobileNetV2 down by far.
 
     Args:
         processes: of ours on this node.

@@ -62,9 +62,6 @@ def test_quick_and_without_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-NOBODY = 65534
-
-
 @pytest.fixture
 def bad(small_data: Path, own_data: Path, tiny_run: Path, tmp_path: Path) -> dict[str, Path]:
     """Things that are not what they should be."""
@@ -122,15 +119,6 @@ def test_bad_input_is_one_line_and_exit_2(kind: str, bad: dict[str, Path]) -> No
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stdout == ""
     assert not bad["new"].exists()
-
-
-def nobody_can_start_python() -> bool:
-    """Whether another user may run this interpreter; under /root, say, they may not."""
-    probe = [sys.executable, "-c", "import data_prep"]
-    try:
-        return subprocess.run(probe, user=NOBODY, capture_output=True, env=clean_environment()).returncode == 0
-    except PermissionError:
-        return False
 
 
 @pytest.mark.parametrize("command", ["runner train tiny", "data_prep prepare"])
