@@ -21,7 +21,7 @@ from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
 from runner import checkpoint, cpu, environment, figures, launched
 from runner.batches import beton
-from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
+from runner.batches.protocol import Place, model_input, open_manifest, open_split, open_test_of_run
 from runner.evaluate import evaluate
 from runner.recipe import Experiment, differences, to_json
 from runner.request import TrainRequest
@@ -193,6 +193,7 @@ def _config(
             "std": list(manifest.std),
             "source": manifest.source,
         },
+        "input": model_input(manifest, request.recipe),
         "precision": precision,
         "device": accelerator.device.type,
         "world_size": accelerator.num_processes,

@@ -76,12 +76,35 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to training images, each a pure function of (seed, epoch, sample)."""
+    """Random changes to training images, in this order; each a pure function of (seed, epoch, sample)."""
 
     crop_padding: int = 0
-    """Pixels of zero padding on each side before a random crop back to the image's size; 0 for none."""
-    flip: bool = False
-    """Mirror left to right with probability one half."""
+    """Pixels of padding on each side before a random crop back to the image's size; 0 for none."""
+    crop_fill: Literal["zero", "reflect"] = "zero"
+    """What the padding holds: black, or the image mirrored at its edge."""
+    flip: Literal["none", "random", "alternating"] = "none"
+    """Mirror left to right: with probability one half, or one half of the images in even epochs and the others in
+    odd ones."""
+    brightness: float = 0.0
+    """Colour jitter, per image and in random order: multiply by a factor within 1 ± this."""
+    contrast: float = 0.0
+    """Likewise, the distance from the image's mean grey."""
+    saturation: float = 0.0
+    """Likewise, the distance from each pixel's grey."""
+    hue: float = 0.0
+    """Turn by a share of the colour circle within ± this, at most 0.5."""
+    cutout: int = 0
+    """Side in pixels of a square anywhere in the image that is set to the mean; 0 for none."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that mixes each image of a batch, and its target, with another; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution for the share of a box that each image takes from another; 0 for none. With
+    mixup as well, a coin decides for each batch."""
+
+    @property
+    def colours(self) -> tuple[float, float, float, float]:
+        """Strengths of the jitter."""
+        return self.brightness, self.contrast, self.saturation, self.hue
 
 
 @dataclass(frozen=True)
@@ -98,8 +121,12 @@ class Recipe:
     """Learning rate as a function of the step."""
     augment: Augment = Augment()
     """Random changes to training images."""
-    normalize: Literal["dataset", "half"] = "dataset"
-    """Mean and deviation subtracted and divided by: the training set's own per channel, or 0.5 for all."""
+    normalize: Literal["dataset", "half", "imagenet"] = "dataset"
+    """Mean and deviation subtracted and divided by: the training set's own per channel, 0.5 for all, or those that
+    torchvision's ImageNet weights expect."""
+    resize: int = 0
+    """Side in pixels that images are brought to on the device, bilinear, for training and evaluation; 0 leaves them
+    as they are."""
     drop_last: bool = True
     """Leave the last partial batch of an epoch out; every step then has the same shape."""
     label_smoothing: float = 0.0

@@ -145,7 +145,9 @@ class Meter:
         self.since = time.perf_counter()
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a step: loss (), logits (n, classes), labels (n,)."""
+        """Adds a step: loss (), logits (n, classes), labels (n,) or targets (n, classes)."""
+        if labels.ndim == 2:  # mixed images; the class with the larger share counts
+            labels = labels.argmax(1)
         hits = (logits.detach().argmax(1) == labels).sum()
         self.sums += torch.stack([loss.detach().double() * len(labels), hits.double()])
         self.images += len(labels)

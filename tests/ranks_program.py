@@ -20,7 +20,7 @@ from tests.tiny import Tiny
 def main(data: str, out: str, dtype: str, steps: str) -> None:
     accelerator = Accelerator(cpu=True)
     torch.set_num_threads(1)
-    recipe = Recipe(100, 60, SGD(0.05), augment=Augment(crop_padding=4, flip=True))
+    recipe = Recipe(100, 60, SGD(0.05), augment=Augment(crop_padding=4, flip="random"))
     place = Place(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
     batches = open_split(Path(data), open_manifest(Path(data)), "train", recipe, place, seed=3)
     batches.dtype = getattr(torch, dtype)

@@ -1,6 +1,7 @@
 """The sample stream: pure in seed, epoch and sample; the same for any number of ranks."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -12,13 +13,15 @@ import torch
 
 from data_prep import manifest
 from data_prep.console import UserError
-from runner.batches import augment, beton, order, pixels, streaming
+from data_prep.sources import Source
+from runner.batches import augment, beton, colour, mix, order, pixels, streaming
 from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
 from runner.batches.stream import BatchStream
 from runner.recipe import SGD, Architecture, Augment, Recipe, to_json
+from tests.conftest import python
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(2, 60, SGD(0.1), augment=Augment(crop_padding=4, flip=True))
+RECIPE = Recipe(2, 60, SGD(0.1), augment=Augment(crop_padding=4, flip="random"))
 
 
 LOADERS = ["resident", "streaming"]
@@ -46,8 +49,18 @@ def assert_same(one: Iterable, other: Iterable) -> None:
 PLAIN = Recipe(2, 60, SGD(0.1), drop_last=False)
 
 
+EVERYTHING = Recipe(
+    2,
+    60,
+    SGD(0.1),
+    drop_last=False,
+    resize=40,
+    augment=Augment(4, "reflect", "alternating", 0.4, 0.3, 0.2, 0.1, cutout=8, mixup=0.2, cutmix=1.0),
+)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("recipe", [RECIPE, PLAIN], ids=["augmented", "plain"])
+@pytest.mark.parametrize("recipe", [RECIPE, PLAIN, EVERYTHING], ids=["augmented", "plain", "everything"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_union_over_ranks_is_the_global_batch(
@@ -61,15 +74,16 @@ def test_the_union_over_ranks_is_the_global_batch(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_starting_at_a_step_is_skipping_the_ones_before(small_data: Path, loader: str) -> None:
-    batches = opened(small_data, loader=loader)
+@pytest.mark.parametrize("recipe", [RECIPE, EVERYTHING], ids=["augmented", "everything"])
+def test_starting_at_a_step_is_skipping_the_ones_before(small_data: Path, loader: str, recipe: Recipe) -> None:
+    batches = opened(small_data, loader=loader, recipe=recipe)
     assert_same(list(batches.epoch(3))[4:], batches.epoch(3, start_step=4))
     assert list(batches.epoch(3, start_step=len(batches))) == []
 
 
 def test_streaming_is_resident_whatever_the_workers(data: Path) -> None:
     """A whole epoch of real images, 512 a batch, the order and augmentation of training."""
-    recipe = Recipe(1, 512, SGD(0.1), augment=Augment(crop_padding=4, flip=True))
+    recipe = Recipe(1, 512, SGD(0.1), augment=Augment(crop_padding=4, flip="random"))
     resident = list(opened(data, recipe=recipe).epoch(0))
     for workers in (1, 2):
         assert_same(resident, opened(data, recipe=recipe, loader="streaming", workers=workers).epoch(0))
@@ -137,10 +151,29 @@ GOLDEN_ORDER = [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
 GOLDEN_BITS = [17964823697111478408, 18027570692173722940, 11203626095865337575]
 
 
+class Numbers:
+    """Draws as numpy arrays."""
+
+    def __init__(self, draws: augment.Draws) -> None:
+        for name, part in vars(draws).items():
+            setattr(self, name, part.numpy())
+
+
 def test_offsets_and_flips_are_uniform_and_independent() -> None:
     samples = np.arange(50_000)
-    drawn = [augment.placement(Augment(4, True), samples, 0, epoch) for epoch in (0, 1)]
-    for values, kinds in ((drawn[0].row + 4, 9), (drawn[0].column + 4, 9), (drawn[0].flip.astype(int), 2)):
+    every = Augment(4, flip="random", cutout=8, hue=0.1)
+    drawn = [Numbers(augment.draw(every, samples, (32, 32), 0, epoch)) for epoch in (0, 1)]
+    uniform = [
+        (drawn[0].row + 4, 9),
+        (drawn[0].column + 4, 9),
+        (drawn[0].flip.astype(int), 2),
+        (drawn[0].hole[:, 0] // 4, 8),
+        (drawn[0].hole[:, 1] // 4, 8),
+        (((drawn[0].factors[:, 3] + 0.1) * 40).astype(int), 8),
+        (drawn[0].turns[:, 0], 4),
+        (drawn[0].turns[:, 3], 4),
+    ]
+    for values, kinds in uniform:
         counts = np.bincount(values, minlength=kinds)
         expected = len(samples) / kinds
         chi2 = ((counts - expected) ** 2 / expected).sum()
@@ -151,31 +184,167 @@ def test_offsets_and_flips_are_uniform_and_independent() -> None:
         (drawn[0].row, drawn[1].row),
         (drawn[0].flip, drawn[1].flip),
         (drawn[0].row[1:], drawn[0].row[:-1]),
+        (drawn[0].hole[:, 0], drawn[0].hole[:, 1]),
+        (drawn[0].hole[:, 0], drawn[0].row),
+        (drawn[0].factors[:, 3], drawn[1].factors[:, 3]),
+        (drawn[0].turns[:, 0], drawn[0].factors[:, 3]),
     ]
     for a, b in pairs:
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
 
 
-def reference(image: np.ndarray, row: int, column: int, flip: bool) -> np.ndarray:
-    """The crop of a zero-padded image, mirrored, written as one would say it."""
+def reference(image: np.ndarray, row: int, column: int, flip: bool, reflect: bool) -> np.ndarray:
+    """The crop of a padded image, mirrored, written as one would say it."""
     pad = 8
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if reflect else "constant")
     height, width, _ = image.shape
     crop = padded[pad + row : pad + row + height, pad + column : pad + column + width]
     return crop[:, ::-1] if flip else crop
 
 
-@pytest.mark.parametrize("make", [pixels.in_numba, pixels.in_torch])
-def test_the_pass_is_crop_flip_and_normalise(make) -> None:
+def placed(device: str = "cpu", side: tuple[int, int] = (32, 32)) -> tuple[torch.Tensor, ...]:
+    """Random images, and for 50 of them index, row, column and flip."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    chosen, row, column = rng.integers(0, 20, 50), rng.integers(-4, 5, 50), rng.integers(-4, 5, 50)
-    flip = rng.random(50) < 0.5
-    identity = torch.ones(3), torch.zeros(3)
-    made = make(*(torch.from_numpy(part) for part in (images, chosen, row, column, flip)), *identity)
+    images = rng.integers(0, 256, (20, *side, 3), dtype=np.uint8)
+    index, row, column = rng.integers(0, 20, 50), rng.integers(-4, 5, 50), rng.integers(-4, 5, 50)
+    return tuple(torch.from_numpy(part).to(device) for part in (images, index, row, column, rng.random(50) < 0.5))
+
+
+IDENTITY = torch.ones(3), torch.zeros(3)
+
+
+@pytest.mark.parametrize("reflect", [False, True])
+@pytest.mark.parametrize("side", [(32, 32), (20, 28)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("make", [pixels.in_numba, pixels.in_torch])
+def test_the_pass_is_crop_flip_and_normalise(make, dtype, side, reflect: bool) -> None:
+    images, index, row, column, flip = placed(side=side)
+    made = make(images, index, row, column, flip, reflect, *IDENTITY, dtype)
+    assert made.dtype == dtype
     for i in range(50):
-        expected = reference(images[chosen[i]], row[i], column[i], flip[i])
-        np.testing.assert_array_equal(made[i].numpy(), expected.astype(np.float32))
+        expected = reference(images[index[i]].numpy(), row[i], column[i], flip[i], reflect)
+        np.testing.assert_array_equal(made[i].numpy(), expected.astype(made.numpy().dtype))
+
+
+def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs() -> None:
+    samples = np.arange(50_000)
+    drawn = [augment.draw(Augment(flip="alternating"), samples, (32, 32), 0, e).flip for e in range(4)]
+    assert torch.equal(drawn[0], ~drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[3])
+    assert abs(drawn[0].float().mean() - 0.5) < 0.01
+
+
+def test_colour_jitter_is_torchvisions_image_by_image(small: Source) -> None:
+    """To one level of 255: torchvision's CPU code fuses a product and a sum, and then cuts off the rest."""
+    from torchvision.transforms.v2 import functional as theirs
+
+    images = torch.from_numpy(np.concatenate([small.test.images, small.train.images]))
+    draws = augment.draw(
+        Augment(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5), np.arange(len(images)), (32, 32), 0, 0
+    )
+    made = colour.jitter(images, draws.factors, draws.turns)
+    assert made.dtype == torch.uint8
+    operations = (theirs.adjust_brightness, theirs.adjust_contrast, theirs.adjust_saturation, theirs.adjust_hue)
+    ours = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
+    for k, (one, other) in enumerate(zip(ours, operations, strict=True)):
+        found = one(images, draws.factors[:, k, None, None, None]).permute(0, 3, 1, 2)
+        for image, expected, factor in zip(found, images, draws.factors[:, k].tolist(), strict=True):
+            expected = other(expected.permute(2, 0, 1), factor)
+            difference = (image.int() - expected.int()).abs()
+            if k == 3:  # a level at the edge of a sixth of the circle may go to the next
+                assert difference.float().mean() < 0.01
+            else:
+                assert difference.max() <= 1
+    for i, image in enumerate(images[:50].permute(0, 3, 1, 2)):
+        for k in draws.turns[i].tolist():
+            image = operations[k](image, draws.factors[i, k].item())
+        difference = (made[i].permute(2, 0, 1).int() - image.int()).abs().float()
+        assert difference.mean() < 0.05
+        assert difference.quantile(0.99) <= 2
+    assert {tuple(turns) for turns in draws.turns.tolist()} == set(itertools.permutations(range(4)))
+
+
+def test_jitter_does_not_depend_on_the_batch(small: Source) -> None:
+    images = torch.from_numpy(small.train.images)
+    draws = augment.draw(Augment(contrast=0.8, hue=0.5), np.arange(len(images)), (32, 32), 0, 0)
+    whole = colour.jitter(images, draws.factors, draws.turns)
+    for cut in (slice(0, 1), slice(3, 10), slice(77, 400)):
+        assert torch.equal(colour.jitter(images[cut], draws.factors[cut], draws.turns[cut]), whole[cut])
+
+
+def test_cutout_blanks_one_square_around_its_middle() -> None:
+    images = torch.ones(3, 32, 32, 3)
+    made = augment.cut_out(images.clone(), torch.tensor([[16, 16], [0, 31], [31, 2]]), 8)
+    blank = made[..., 0] == 0
+    assert blank.sum((1, 2)).tolist() == [64, 4 * 5, 5 * 6]
+    assert blank[0, 12:20, 12:20].all()
+    assert blank[1, 0:4, 27:].all()
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_each_image_and_its_target_are_mixed_with_the_one_before(small_data: Path, kind: str) -> None:
+    plain = opened(small_data, recipe=PLAIN)
+    mixed = opened(small_data, recipe=dataclasses.replace(PLAIN, augment=Augment(**{kind: 1.0})))
+    batches = zip(plain.epoch(0), mixed.epoch(0), strict=True)
+    for step, ((images, labels), (made, targets)) in enumerate(batches):
+        chosen = mix.draw(Augment(**{kind: 1.0}), (32, 32), 0, 0, step)
+        one_hot, before = torch.eye(10)[labels], images.roll(1, 0)
+        expected = chosen.share * one_hot + (1 - chosen.share) * one_hot.roll(1, 0)
+        torch.testing.assert_close(targets, expected)
+        if kind == "mixup":
+            torch.testing.assert_close(made, chosen.share * images + (1 - chosen.share) * before)
+        else:
+            top, left, bottom, right = chosen.box
+            box = torch.zeros(32, 32, dtype=torch.bool)
+            box[top:bottom, left:right] = True
+            assert torch.equal(made, torch.where(box, before, images))
+            assert chosen.share == pytest.approx(1 - box.float().mean().item())
+
+
+def test_the_share_of_mixup_follows_its_beta_distribution() -> None:
+    for alpha in (0.2, 1.0):
+        shares = np.array([mix.draw(Augment(mixup=alpha), (32, 32), 0, 0, step).share for step in range(4000)])
+        assert abs(shares.mean() - 0.5) < 0.03
+        assert abs(shares.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+    both = [mix.draw(Augment(mixup=1, cutmix=1), (32, 32), 0, 0, step).box is None for step in range(1000)]
+    assert 430 < sum(both) < 570
+
+
+def test_resizing_is_torchvisions(small_data: Path) -> None:
+    from torchvision.transforms.v2 import functional as theirs
+
+    recipe = dataclasses.replace(PLAIN, resize=56)
+    small_images = next(iter(opened(small_data, split="test").epoch(0)))[0]
+    images = next(iter(opened(small_data, split="test", recipe=recipe).epoch(0)))[0]
+    assert images.shape[1:] == (3, 56, 56)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(images, theirs.resize(small_images, [56, 56]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reflect", [False, True])
+def test_the_pass_on_a_gpu_is_the_one_on_the_cpu(reflect: bool) -> None:
+    there = pixels.in_triton(*placed("cuda"), reflect, *(part.cuda() for part in IDENTITY))
+    assert torch.equal(there.cpu(), pixels.in_numba(*placed(), reflect, *IDENTITY))
+
+
+def test_the_gpu_kernel_in_tritons_interpreter_is_the_pass_on_the_cpu() -> None:
+    """In a process of its own: the interpreter is chosen when triton is imported."""
+    program = """
+import torch
+from runner.batches import pixels
+from tests.test_batches import IDENTITY, placed
+
+scale = torch.tensor([0.5, 0.25, 2.0]), torch.tensor([1.0, -1.0, 0.5])
+for reflect in (False, True):
+    for dtype in (torch.float32, torch.bfloat16):
+        for side in ((32, 32), (20, 28)):
+            made = pixels.in_triton(*placed(side=side), reflect, *scale, dtype)
+            assert torch.equal(made, pixels.in_torch(*placed(side=side), reflect, *scale, dtype)), (reflect, dtype)
+"""
+    done = python("-c", program, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_normalised_in_channels_last(small_data: Path) -> None:

@@ -28,7 +28,7 @@ class Tiny(nn.Module):
 
 
 def _experiment(lr: float = 0.05, **arguments: float) -> Experiment:
-    recipe = Recipe(2, 60, SGD(lr), Constant(), Augment(crop_padding=4, flip=True))
+    recipe = Recipe(2, 60, SGD(lr), Constant(), Augment(crop_padding=4, flip="random"))
     return Experiment(Architecture("tests.tiny:Tiny", arguments), recipe, paper="tests")
 
 
@@ -38,7 +38,7 @@ EXPERIMENTS = {
     "tiny-diverging": _experiment(lr=1e30),
     "tiny-wide": Experiment(
         Architecture("tests.tiny:Tiny", {"channels": 32, "norm": True}),
-        Recipe(2, 250, SGD(0.1), Cosine(), Augment(crop_padding=2, flip=True)),
+        Recipe(2, 250, SGD(0.1), Cosine(), Augment(crop_padding=2, flip="random")),
         paper="tests",
     ),
 }

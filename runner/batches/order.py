@@ -1,20 +1,27 @@
 """The order of samples and the numbers behind each augmentation: pure functions, alike on every rank.
 
 Nothing here has a state. Order is a function of (seed, epoch); what happens to an image is a function of
-(seed, epoch, sample). So one process with 512 images and eight with 64 see the same images with the same
-crops, and a resumed run sees what it would have seen.
+(seed, epoch, sample), what happens to a batch of (seed, epoch, step). So one process with 512 images and eight
+with 64 see the same images with the same crops, and a resumed run sees what it would have seen.
 """
 
 import numpy as np
 
 # One stream of random numbers for each use, so that adding one changes no other.
-CROP_ROW, CROP_COLUMN, FLIP = range(3)
+CROP_ROW, CROP_COLUMN, FLIP, HOLE_ROW, HOLE_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
+COLOUR_ORDER = 9  # and the three after it
+BATCH = 1  # in the high word of Philox's counter, far from the numbers that make the order
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0..samples-1, (N,) int64, as a function of (seed, epoch) alone."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     return generator.permutation(samples)
+
+
+def batch_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """A generator for what concerns a whole batch, as a function of (seed, epoch, step) alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, step, BATCH]))
 
 
 def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
@@ -33,6 +40,12 @@ def random_below(bound: int, samples: np.ndarray, seed: int, epoch: int, stream:
     """A uniform integer in 0..bound-1 for each sample, (N,) int64 (the high 32 bits, scaled)."""
     high = random_bits(samples, seed, epoch, stream) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def random_between(low: float, high: float, samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A uniform number in low..high for each sample, (N,) float32."""
+    share = (random_bits(samples, seed, epoch, stream) >> np.uint64(11)).astype(np.float64) / 2**53
+    return (low + (high - low) * share).astype(np.float32)
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

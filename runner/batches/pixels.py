@@ -1,4 +1,4 @@
-"""Gather, crop, flip and normalise in one pass: a compiled loop on the CPU, torch operations elsewhere."""
+"""Gather, crop, flip and normalise in one pass: a compiled loop on the CPU, one kernel on a GPU."""
 
 import torch
 
@@ -9,23 +9,27 @@ def make(
     row: torch.Tensor,
     column: torch.Tensor,
     flip: torch.Tensor,
+    reflect: bool,
     scale: torch.Tensor,
     shift: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Makes a batch.
 
     Args:
         images: (M, H, W, 3) uint8.
         index: (n,) int64, which of them.
-        row, column: (n,) int64, the corner of each crop; pixels outside the image are 0 before normalisation.
+        row, column: (n,) int64, the corner of each crop, from the image's own.
         flip: (n,) bool.
+        reflect: pixels outside the image are those that it mirrors at its edges; otherwise 0 before normalisation.
         scale, shift: (3,) float32; a pixel becomes pixel × scale + shift.
+        dtype: float32, or uint8 for pixels as they are; a lower float precision on a GPU.
 
     Returns:
-        (n, H, W, 3) float32.
+        (n, H, W, 3) of `dtype`.
     """
-    one_pass = in_numba if images.device.type == "cpu" else in_torch
-    return one_pass(images, index, row, column, flip, scale, shift)
+    one_pass = {"cpu": in_numba, "cuda": in_triton}.get(images.device.type, in_torch)
+    return one_pass(images, index, row, column, flip, reflect, scale, shift, dtype)
 
 
 def in_torch(
@@ -34,18 +38,23 @@ def in_torch(
     row: torch.Tensor,
     column: torch.Tensor,
     flip: torch.Tensor,
+    reflect: bool,
     scale: torch.Tensor,
     shift: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`make` by torch operations, on any device; also the yardstick of the others."""
     _, height, width, _ = images.shape
     y = torch.arange(height, device=images.device) + row[:, None]
     x = torch.arange(width, device=images.device)
     x = torch.where(flip[:, None], width - 1 - x, x) + column[:, None]
+    if reflect:
+        y = (height - 1) - ((height - 1) - y.abs()).abs()
+        x = (width - 1) - ((width - 1) - x.abs()).abs()
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     pixels = images[index[:, None, None], y[:, :, None], x[:, None, :]] * inside[..., None]
-    return pixels.float() * scale + shift
+    return (pixels.float() * scale + shift).to(dtype)
 
 
 def in_numba(
@@ -54,17 +63,37 @@ def in_numba(
     row: torch.Tensor,
     column: torch.Tensor,
     flip: torch.Tensor,
+    reflect: bool,
     scale: torch.Tensor,
     shift: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`make` by a compiled loop over the images, on as many threads as torch has."""
-    import numba
-
     from runner import cpu
     from runner.batches import kernel
 
-    out = torch.empty((len(index), *images.shape[1:]), dtype=torch.float32)
+    out = torch.empty((len(index), *images.shape[1:]), dtype=torch.uint8 if dtype == torch.uint8 else torch.float32)
+    parts = [part.numpy() for part in (images, index, row, column, flip)]
     with cpu.torch_threads_kept():
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        kernel.make(*(part.numpy() for part in (images, index, row, column, flip, scale, shift, out)))
+        threads = cpu.give_numba_torchs_threads()
+        kernel.make(*parts, reflect, scale.numpy(), shift.numpy(), threads, out.numpy())
+    return out.to(dtype)
+
+
+def in_triton(
+    images: torch.Tensor,
+    index: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    flip: torch.Tensor,
+    reflect: bool,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`make` by one kernel on a GPU."""
+    from runner.batches import gpu_kernel
+
+    out = torch.empty((len(index), *images.shape[1:]), dtype=dtype, device=images.device)
+    gpu_kernel.make(images, index, row, column, flip, reflect, scale, shift, out)
     return out

@@ -38,7 +38,10 @@ class Batches(Protocol):
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields images (n, 3, H, W), normalised, channels_last, and labels (n,) int64, on the device."""
+        """Yields images (n, 3, H, W), normalised, channels_last, and labels (n,) int64, on the device.
+
+        Where training batches are mixed, targets (n, classes) float32 stand in the place of labels.
+        """
         ...
 
 
@@ -77,6 +80,8 @@ class Place:
         return chosen, f"loader: {chosen} (auto: {split.file} is {limit})"
 
 
+# Mean and deviation that torchvision's ImageNet weights expect, in 0..255.
+IMAGENET = tuple(255 * m for m in (0.485, 0.456, 0.406)), tuple(255 * s for s in (0.229, 0.224, 0.225))
 EVALUATION_BATCH = 250  # over all ranks; larger ones only cost memory
 
 
@@ -84,7 +89,23 @@ def normalisation(manifest: Manifest, recipe: Recipe) -> tuple[tuple[float, ...]
     """Mean and deviation per channel, in 0..255, that the recipe asks for."""
     if recipe.normalize == "half":
         return (127.5,) * 3, (127.5,) * 3
+    if recipe.normalize == "imagenet":
+        return IMAGENET
     return manifest.mean, manifest.std
+
+
+def model_input(manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
+    """What a model trained by the recipe is to be given, for `run.json`.
+
+    Shape (3, H, W) of an image; mean and deviation per channel, in 0..255, that were subtracted and divided by.
+    """
+    height, width, channels = manifest.image_shape
+    mean, std = normalisation(manifest, recipe)
+    return {
+        "shape": [channels, recipe.resize or height, recipe.resize or width],
+        "mean": list(mean),
+        "std": list(std),
+    }
 
 
 def open_split(
@@ -114,6 +135,12 @@ def open_split(
     rest = file.images % recipe.batch_size
     if training and not recipe.drop_last and 0 < rest < place.world_size:
         raise UserError(f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last")
+    smallest = min(manifest.image_shape[:2])
+    if training and recipe.augment.crop_fill == "reflect" and recipe.augment.crop_padding >= smallest:
+        raise UserError(
+            f"--recipe.augment.crop-padding {recipe.augment.crop_padding}: expected less than the images' side of "
+            f"{smallest}, or --recipe.augment.crop-fill zero"
+        )
     mean, std = normalisation(manifest, recipe)
     settings = {
         "mean": mean,
@@ -125,6 +152,9 @@ def open_split(
         "training": training,
         "drop_last": training and recipe.drop_last,
         "augment": recipe.augment,
+        "resize": recipe.resize,
+        "side": manifest.image_shape[:2],
+        "classes": len(manifest.classes),
         "seed": seed,
     }
     path = data / file.file

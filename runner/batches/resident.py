@@ -22,8 +22,10 @@ class ResidentBatches(BatchStream):
         super().__init__(labels, **settings)
         self.images = torch.from_numpy(images).to(self.device)
 
-    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(
+        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Gives the split itself, and the wanted samples as they are."""
         index = torch.from_numpy(samples).to(self.device)
-        for span in spans:
-            yield self.images, index[span]
+        for which in wanted:
+            yield self.images, index[which]

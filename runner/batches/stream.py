@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from runner.batches import augment as augments
-from runner.batches import order, pixels
+from runner.batches import colour, mix, order, pixels
 from runner.recipe import Augment
 
 
@@ -24,6 +25,9 @@ class BatchStream(ABC):
         training: shuffle and augment; otherwise file order, every image as it is.
         drop_last: leave the last partial batch of an epoch out.
         augment: what is done to training images.
+        resize: side that images are brought to at the end, bilinear; 0 for as they are.
+        side: height and width of the images in the split.
+        classes: in the split.
         seed: of order and augmentation.
     """
 
@@ -41,6 +45,9 @@ class BatchStream(ABC):
         training: bool = False,
         drop_last: bool = False,
         augment: Augment | None = None,
+        resize: int = 0,
+        side: tuple[int, int] = (32, 32),
+        classes: int = 10,
         seed: int = 0,
     ) -> None:
         self.device = torch.device(device)
@@ -53,6 +60,13 @@ class BatchStream(ABC):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.dtype, self.training, self.drop_last, self.seed = dtype, training, drop_last, seed
         self.augment = augment if training else None
+        self.resize, self.side, self.classes = resize, side, classes
+        self.mixes = self.augment is not None and bool(self.augment.mixup or self.augment.cutmix)
+        self.reflect = self.augment is not None and self.augment.crop_fill == "reflect"
+        self.as_is = torch.ones(3, device=self.device), torch.zeros(3, device=self.device)
+        # A GPU writes the training dtype at once, if nothing follows that needs more precision.
+        follows = self.mixes or resize
+        self.direct = dtype if self.device.type == "cuda" and not follows else torch.float32
 
     @property
     def samples(self) -> int:
@@ -77,29 +91,56 @@ class BatchStream(ABC):
         """This rank's slices of the global batches of an epoch, from `start_step` on.
 
         Yields:
-            images (n, 3, H, W) in channels_last memory, of `dtype`, and labels (n,) int64.
+            images (n, 3, H, W) in channels_last memory, of `dtype`, and labels (n,) int64; where batches are mixed,
+            targets (n, classes) float32 in their place.
         """
         samples = np.arange(self.samples)
         if self.training:
             samples = order.epoch_order(self.samples, self.seed, epoch)
         # Everything is drawn and moved once an epoch, in the epoch's order; a batch only takes slices.
-        placement = augments.placement(self.augment, samples, self.seed, epoch)
-        row, column, flip = (
-            torch.from_numpy(part).to(self.device) for part in (placement.row, placement.column, placement.flip)
-        )
+        draws = augments.draw(self.augment, samples, self.side, self.seed, epoch).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
-        spans = [self.slice_of(step) for step in range(start_step, len(self))]
-        for span, (source, index) in zip(spans, self.read(samples, spans), strict=True):
-            made = pixels.make(source, index, row[span], column[span], flip[span], self.scale, self.shift)
-            yield made.to(self.dtype).permute(0, 3, 1, 2), labels[span]
+        steps = range(start_step, len(self))
+        wanted = [self._wanted(step) for step in steps]
+        for step, which, (source, index) in zip(steps, wanted, self.read(samples, wanted), strict=True):
+            images, targets = self._make(source, index, draws[which]), labels[which]
+            if self.mixes:
+                mixed = mix.draw(self.augment, self.side, self.seed, epoch, step)
+                images, targets = mix.apply(mixed, images, targets, self.classes)
+            images = images.permute(0, 3, 1, 2)
+            if self.resize:
+                images = F.interpolate(images, size=(self.resize, self.resize), mode="bilinear", antialias=True)
+            yield images.to(self.dtype), targets
+
+    def _wanted(self, step: int) -> slice | np.ndarray:
+        """Which places of the epoch's order this rank needs for global batch `step`."""
+        ours = self.slice_of(step)
+        if not self.mixes:
+            return ours
+        start, size = step * self.batch_size, self.size_of(step)
+        return start + np.arange(ours.start - start - 1, ours.stop - start) % size  # also the one before ours
+
+    def _make(self, source: torch.Tensor, index: torch.Tensor, draws: augments.Draws) -> torch.Tensor:
+        """The images of a batch, (n, H, W, 3), cropped, flipped, coloured, normalised and cut out."""
+        place = draws.row, draws.column, draws.flip, self.reflect
+        if draws.factors is None:
+            images = pixels.make(source, index, *place, self.scale, self.shift, self.direct)
+        else:
+            raw = pixels.make(source, index, *place, self.as_is[0], self.as_is[1], torch.uint8)
+            images = colour.jitter(raw, draws.factors, draws.turns) * self.scale + self.shift
+        if draws.hole is not None:
+            augments.cut_out(images, draws.hole, self.augment.cutout)
+        return images
 
     @abstractmethod
-    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(
+        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Finds the pixels of each batch.
 
         Args:
             samples: (N,) int64, the epoch's order.
-            spans: for each batch, where its samples lie in the order.
+            wanted: for each batch, the places of its samples in the order.
 
         Yields:
             For each batch: images (M, H, W, 3) uint8 on the device, and where in them the wanted ones are,

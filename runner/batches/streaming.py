@@ -47,16 +47,18 @@ class StreamingBatches(BatchStream):
         self.path, self.workers = path, workers
         self.loader: Any = None  # compiled at the first epoch
 
-    def read(self, samples: np.ndarray, spans: list[slice]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(
+        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Streams the wanted samples in their order, cut into the wanted batches."""
-        if not spans:
+        if not wanted:
             return
         with cpu.torch_threads_kept():
             loader = self._open()
-            loader.traversal_order.samples = np.concatenate([samples[span] for span in spans])
+            loader.traversal_order.samples = np.concatenate([samples[which] for which in wanted])
             chunks = _within_time(iter(loader), self.path)
         left: list[torch.Tensor] = []
-        for size in (len(samples[span]) for span in spans):
+        for size in (len(samples[which]) for which in wanted):
             while sum(map(len, left)) < size:
                 # FFCV uses its buffers again: what waits for a later batch must be a copy of ours.
                 left.append(next(chunks).clone())

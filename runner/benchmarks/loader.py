@@ -89,7 +89,7 @@ class LoaderBenchmark:
 
 def ours(benchmark: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice) -> Callable[[int], Iterator[Any]]:
     """Our batches as training gets them."""
-    recipe = Recipe(1, benchmark.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip=True))
+    recipe = Recipe(1, benchmark.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip="random"))
     place = Place(torch.device("cpu"), loader=loader, workers=benchmark.workers)
     return open_split(benchmark.data, manifest, "train", recipe, place).epoch
 

@@ -59,13 +59,12 @@ def bench(
     print(told, file=sys.stderr)
     if chosen == "cpu":
         cpu.prepare()
-    height, width, channels = config["dataset"]["image_shape"]
     model = checkpoint.load_model(run).to(chosen)
     session = Session(path, chosen)
     rows = []
     with progress("measure latency", 2 * len(batches)) as advance, torch.inference_mode():
         for size in batches:
-            images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))
+            images = torch.randn(size, *config["input"]["shape"], generator=torch.Generator().manual_seed(0))
             on_device = images.to(chosen, memory_format=torch.channels_last)
             array = images.numpy()
             subjects: list[tuple[str, str, Callable[[], Any]]] = [

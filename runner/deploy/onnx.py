@@ -32,8 +32,7 @@ def export(run: Run) -> Path:
 
     config = run.config()
     model = checkpoint.load_model(run)
-    height, width, channels = config["dataset"]["image_shape"]
-    example = torch.zeros(2, channels, height, width)
+    example = torch.zeros(2, *config["input"]["shape"])
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with _quiet():
         program = torch.onnx.export(
@@ -48,9 +47,8 @@ def export(run: Run) -> Path:
     proto = program.model_proto
     metadata = {
         "classes": config["dataset"]["classes"],
-        "mean": config["dataset"]["mean"],
-        "std": config["dataset"]["std"],
-        "normalize": config["recipe"]["normalize"],
+        "mean": config["input"]["mean"],
+        "std": config["input"]["std"],
         "experiment": config["experiment"],
         "run": config["run"],
         "dataset": {key: config["dataset"][key] for key in ("name", "fingerprint")},

@@ -25,7 +25,7 @@ EXPERIMENTS = {
             batch_size=128,
             optimizer=Adam(1e-3),
             schedule=Cosine(),
-            augment=Augment(crop_padding=4, flip=True),
+            augment=Augment(crop_padding=4, flip="random"),
             label_smoothing=0.1,
         ),
         paper="merabishvili",

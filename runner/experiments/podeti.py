@@ -19,7 +19,7 @@ Reproduce: runner train podeti-alexnet --data data/cifar10, likewise the others.
 
 from runner.recipe import Adam, Architecture, Augment, Cosine, Experiment, Recipe, Reported
 
-BASIC = Augment(crop_padding=4, flip=True)
+BASIC = Augment(crop_padding=4, flip="random")
 SUMMARY = "podeti.txt, Summary of Best Hyperparameters"
 
 EXPERIMENTS = {
