@@ -26,15 +26,22 @@ def torch_threads_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def give_numba_torchs_threads() -> int:
-    """Has numba's parallel loops run on as many threads as torch's operations, and says how many.
+def choose_openmp() -> None:
+    """Has numba run its parallel loops by OpenMP, if it has not begun: its threads are awake at once.
 
-    By OpenMP, if no other pool has been started: waking the threads of TBB's costs as much as half a batch.
+    Waking those of TBB, which numba prefers where it finds it, costs as much as half a batch.
     """
+    import numba
+
+    numba.config.THREADING_LAYER = "omp"
+
+
+def give_numba_torchs_threads() -> int:
+    """Has numba's parallel loops run on as many threads as torch's operations, and says how many."""
     import numba
     import torch
 
-    numba.config.THREADING_LAYER = "omp"
+    choose_openmp()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads

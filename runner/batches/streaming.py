@@ -40,6 +40,7 @@ class StreamingBatches(BatchStream):
     def __init__(self, path: Path, labels: np.ndarray, workers: int = 1, **settings: Any) -> None:
         import numba
 
+        cpu.choose_openmp()
         most = numba.config.NUMBA_NUM_THREADS
         if not 1 <= workers <= most:
             raise UserError(f"--workers {workers}: expected 1 to {most}, the usable cores")
@@ -132,6 +133,7 @@ def example_loader(
 
     Flip, translation with zero fill, to a float32 tensor, normalised: the operations of its CIFAR example.
     """
+    cpu.choose_openmp()
     from ffcv import transforms
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
