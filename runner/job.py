@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
 from runner import checkpoint, cpu, environment, figures, launched
-from runner.batches import beton
+from runner.batches import beton, pixels
 from runner.batches.protocol import Place, model_input, open_manifest, open_split, open_test_of_run
 from runner.evaluate import evaluate
 from runner.recipe import Experiment, differences, to_json
@@ -56,9 +56,6 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     """
     launch = launched.read(environ)
     device, told = launched.device(request.device, launch, torch.cuda.device_count())
-    manifest = open_manifest(request.data)
-    if device == "cpu":
-        cpu.prepare(launch.local_world_size)
     place = Place(
         device=torch.device(device, launch.local_rank if device == "cuda" else None),
         rank=launch.rank,
@@ -66,6 +63,10 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         loader=request.loader,
         workers=request.workers,
     )
+    if device == "cpu":
+        cpu.prepare(launch.local_world_size)
+    pixels.prepare(place.device)
+    manifest = open_manifest(request.data)
     name = request.name or f"seed-{request.seed}"
     run = Run(request.runs / request.experiment / name)
     train_batches = open_split(request.data, manifest, "train", request.recipe, place, request.seed)

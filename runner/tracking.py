@@ -1,9 +1,10 @@
 """Local files first, W&B as a view of them. No run waits for its tracker, and none dies of it."""
 
 import json
+import queue
 import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from runner.runs import Run
 
 PROJECT = "training-runner"
 INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
-FINISH_TIMEOUT = 30.0  # seconds it may take to hand over what it has left at the end
+FINISH_TIMEOUT = 45.0  # seconds it may take at the end to be reached and to hand over what it has left
 STEP = "global_step"
 
 
@@ -19,92 +20,108 @@ class Tracker:
     """Writes rows to metrics.jsonl and shows them to W&B. Made on rank 0 only.
 
     W&B is online where a key is known (WANDB_API_KEY, or a login in ~/.netrc) and offline otherwise;
-    WANDB_MODE and its other variables win. Whatever goes wrong with W&B is told once and then left alone.
+    WANDB_MODE and its other variables win. It lives in a thread of its own, which starts it with the first row:
+    importing it and reaching its server take seconds, and training has begun by then. Whatever goes wrong with it
+    is told once and then left alone.
     """
 
     def __init__(
         self, run: Run, config: dict[str, Any], environ: MutableMapping[str, str], tags: list[str]
     ) -> None:
-        self.run = run
+        self.run, self.config, self.environ, self.tags = run, config, environ, tags
         self.rows = run.metrics.open("a", buffering=1)
-        self.wandb: Any = None
+        self.mode = environ.get("WANDB_MODE") or ("online" if _has_key(environ) else "offline")
+        self.actions: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()  # None is the last
+        self.view = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self.hung = False  # W&B did not come back in time at the end; leaving needs os._exit
-        mode = environ.get("WANDB_MODE") or ("online" if _has_key(environ) else "offline")
-        if mode == "disabled":
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes one row; it has `global_step`, the optimizer steps done so far."""
+        self.rows.write(json.dumps(row) + "\n")
+        self._show(lambda shown: shown.log(row))
+
+    def figures(self, paths: list[Path], step: int) -> None:
+        """Shows pictures of the run."""
+
+        def show(shown: Any) -> None:
+            import wandb
+
+            shown.log({STEP: step} | {f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
+
+        self._show(show)
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Shows the outcome."""
+        self._show(lambda shown: shown.summary.update(summary))
+
+    def finish(self) -> None:
+        """Closes the files, and gives W&B a limited time to hand over what it has left."""
+        self.rows.close()
+        if not self.view.ident:
             return
+        self._show(lambda shown: shown.finish())
+        self.actions.put(None)
+        # A server that never answers would keep us for ever; the files are on disk by then.
+        self.view.join(FINISH_TIMEOUT)
+        self.hung = self.view.is_alive()
+        if self.hung:
+            self._tell(f"did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {self.run.folder / 'wandb'}")
+
+    def _show(self, action: Callable[[Any], Any]) -> None:
+        if self.mode == "disabled":
+            return
+        if not self.view.ident:
+            self.view.start()
+        self.actions.put(action)
+
+    def _serve(self) -> None:
+        """The thread: starts W&B, and does what it is given until one action fails or no more come."""
+        shown = self._start()
+        while shown is not None and (action := self.actions.get()) is not None:
+            try:
+                action(shown)
+            except Exception as error:  # any failure of the tracker must leave the run alone
+                self._tell(f"failed ({type(error).__name__}: {_first_line(error)}); metrics.jsonl goes on")
+                return
+
+    def _start(self) -> Any:
+        """W&B's run, online if that is wanted and possible; None where it cannot run at all."""
         # W&B's own files stay with the run, not under the home folder.
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
-            environ.setdefault(f"WANDB_{name}_DIR", str(run.folder.absolute() / "wandb" / f".{name.lower()}"))
+            folder = self.run.folder.absolute() / "wandb" / f".{name.lower()}"
+            self.environ.setdefault(f"WANDB_{name}_DIR", str(folder))
         try:
-            self._start(mode, config, environ, tags)
-        except Exception as error:  # any failure of the tracker must leave the run alone
+            return self._init(self.mode)
+        except Exception as error:
             self._tell(f"cannot be reached ({type(error).__name__}: {_first_line(error)}); going on offline")
-            try:
-                self._start("offline", config, environ, tags)
-            except Exception as second:
-                self._tell(f"cannot run offline either ({_first_line(second)}); metrics.jsonl has everything")
+        try:
+            return self._init("offline")
+        except Exception as error:
+            self._tell(f"cannot run offline either ({_first_line(error)}); metrics.jsonl has everything")
+            return None
 
-    def _start(self, mode: str, config: dict[str, Any], environ: MutableMapping[str, str], tags: list[str]) -> None:
+    def _init(self, mode: str) -> Any:
         import wandb
 
+        config, environ = self.config, self.environ
         timeout = float(environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT))
-        self.wandb = wandb.init(
+        shown = wandb.init(
             project=environ.get("WANDB_PROJECT", PROJECT),
             entity=environ.get("WANDB_ENTITY"),
             id=config["wandb_id"],
             name=environ.get("WANDB_NAME", f"{config['experiment']}/{config['run']}"),
             group=environ.get("WANDB_RUN_GROUP", config["paper"]),
             job_type=environ.get("WANDB_JOB_TYPE", "train"),
-            tags=[*tags, *filter(None, environ.get("WANDB_TAGS", "").split(","))],
+            tags=[*self.tags, *filter(None, environ.get("WANDB_TAGS", "").split(","))],
             config=config,
             dir=self.run.folder,
             mode=mode,
             resume="allow",
             settings=wandb.Settings(init_timeout=timeout, silent=True),
         )
-        self.wandb.define_metric(STEP)
-        self.wandb.define_metric("*", step_metric=STEP)
-
-    def log(self, row: dict[str, float]) -> None:
-        """Writes one row; it has `global_step`, the optimizer steps done so far."""
-        self.rows.write(json.dumps(row) + "\n")
-        self._show(lambda: self.wandb.log(row))
-
-    def figures(self, paths: list[Path], step: int) -> None:
-        """Shows pictures of the run."""
-
-        def show() -> None:
-            import wandb
-
-            self.wandb.log({STEP: step} | {f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
-
-        self._show(show)
-
-    def summarise(self, summary: dict[str, Any]) -> None:
-        """Shows the outcome."""
-        self._show(lambda: self.wandb.summary.update(summary))
-
-    def finish(self) -> None:
-        """Closes the files, and gives W&B a limited time to hand over what it has left."""
-        self.rows.close()
-        if self.wandb is None:
-            return
-        # A server that never answers would keep finish() for ever; the files are on disk by then.
-        last = threading.Thread(target=lambda: self._show(self.wandb.finish), daemon=True)
-        last.start()
-        last.join(FINISH_TIMEOUT)
-        self.hung = last.is_alive()
-        if self.hung:
-            self._tell(f"did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {self.run.folder / 'wandb'}")
-
-    def _show(self, action: Any) -> None:
-        if self.wandb is None:
-            return
-        try:
-            action()
-        except Exception as error:
-            self._tell(f"failed ({type(error).__name__}: {_first_line(error)}); metrics.jsonl goes on")
-            self.wandb = None
+        shown.define_metric(STEP)
+        shown.define_metric("*", step_metric=STEP)
+        return shown
 
     def _tell(self, message: str) -> None:
         print(f"W&B {message}", file=sys.stderr)

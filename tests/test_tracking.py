@@ -100,37 +100,60 @@ def test_disabled_writes_only_local_files(small_data: Path, tmp_path: Path) -> N
     assert read_metrics(Run(tmp_path / "tiny/seed-0"))
 
 
-def test_a_tracker_that_hangs_at_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path)
-    tracker = tracking.Tracker(run, {"wandb_id": "x"}, {"WANDB_MODE": "disabled"}, [])
+def tracker_with(shown: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Tracker:
+    """A tracker whose W&B is a stand-in."""
+    monkeypatch.setattr(tracking.Tracker, "_start", lambda self: shown)
+    return tracking.Tracker(Run(folder), {"wandb_id": "x"}, {"WANDB_MODE": "offline"}, [])
 
+
+def test_a_tracker_that_hangs_at_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hung:
         def log(self, row: object) -> None: ...
 
         def finish(self) -> None:
             time.sleep(60)
 
-    tracker.wandb = Hung()
+    tracker = tracker_with(Hung(), tmp_path, monkeypatch)
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 0.2)
     tracker.log({"global_step": 1})
     tracker.finish()
     assert tracker.hung
 
 
-def test_a_tracker_that_raises_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path)
-    tracker = tracking.Tracker(run, {"wandb_id": "x"}, {"WANDB_MODE": "disabled"}, [])
+def test_a_tracker_that_is_slow_holds_no_row_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
 
+    class Slow:
+        def log(self, row: dict[str, float]) -> None:
+            time.sleep(0.05)
+            seen.append(row["global_step"])
+
+        def finish(self) -> None:
+            seen.append("finished")
+
+    tracker = tracker_with(Slow(), tmp_path, monkeypatch)
+    began = time.monotonic()
+    for step in range(10):
+        tracker.log({"global_step": step})
+    assert time.monotonic() - began < 0.25
+    tracker.finish()
+    assert seen == [*range(10), "finished"]
+
+
+def test_a_tracker_that_raises_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Broken:
         def log(self, row: object) -> None:
             raise RuntimeError("broken pipe")
 
-    tracker.wandb = Broken()
+    tracker = tracker_with(Broken(), tmp_path, monkeypatch)
     tracker.log({"global_step": 1})
     tracker.log({"global_step": 2})
     tracker.finish()
-    assert [row["global_step"] for row in read_metrics(run)] == [1, 2]
+    assert [row["global_step"] for row in read_metrics(Run(tmp_path))] == [1, 2]
     assert capsys.readouterr().err.count("broken pipe") == 1
+    assert not tracker.hung
 
 
 def test_wandb_is_not_imported_by_the_package() -> None:

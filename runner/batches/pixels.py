@@ -1,6 +1,26 @@
 """Gather, crop, flip and normalise in one pass: a compiled loop on the CPU, one kernel on a GPU."""
 
+import threading
+
 import torch
+
+
+def prepare(device: torch.device) -> None:
+    """Loads what `make` needs on a device, in the background: importing numba and finding the compiled loop takes
+    as long as reading the images does, which needs no Python.
+    """
+    if device.type == "cpu":
+        threading.Thread(target=_load_loop, name="load kernel", daemon=True).start()
+
+
+def _load_loop() -> None:
+    import numba
+
+    from runner.batches import kernel
+
+    pixels, places = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    example = (pixels, places, places, places, places.bool(), False, *[torch.zeros(3)] * 2, 1, pixels.float())
+    kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))
 
 
 def make(
