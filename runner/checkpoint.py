@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
-def save(run: Run, model: nn.Module, step: int, epoch: int) -> Path:
+def save(run: Run, state: dict[str, torch.Tensor], step: int, epoch: int) -> Path:
     """Writes `checkpoints/step-N/` and then removes the older ones.
 
     Everything is written and synced in a temporary folder first; the rename is the commit.
@@ -29,7 +29,7 @@ def save(run: Run, model: nn.Module, step: int, epoch: int) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     # Contiguous copies: safetensors knows shapes, not memory formats.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     # What the weights were trained on goes with them, also where the file is copied elsewhere.
     trained_on = run.config()["dataset"]["name"]
     save_file(weights, staging / WEIGHTS, metadata={"dataset": trained_on})

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json as json_format
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 
 from data_prep.console import UserError, run_command
 from runner import experiments, launched
-from runner.recipe import Architecture, Experiment, Recipe
+from runner.recipe import Architecture, Experiment, Recipe, first_mistake
 from runner.request import TrainRequest
 from runner.runs import Run
 
@@ -30,12 +31,17 @@ SCORED = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}
 class List:
     """List every experiment: paper, architecture, parameters, MACs, reported accuracy."""
 
+    grids: bool = False
+    """List the grids instead, with every trial; a trial is trained by its name like any experiment."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
     experiments_from: Modules = ()
     """Importable modules outside this package that define EXPERIMENTS as well."""
 
     def __call__(self) -> None:
+        if self.grids:
+            self.list_grids()
+            return
         rows = [
             {
                 "name": name,
@@ -66,6 +72,17 @@ class List:
             )
         Console(width=None if sys.stdout.isatty() else 120).print(table)
 
+    def list_grids(self) -> None:
+        """Prints every grid with its trials."""
+        grids = experiments.load_grids(self.experiments_from)
+        if self.json:
+            print(json_format.dumps({name: list(trials) for name, trials in grids.items()}))
+            return
+        for name, trials in grids.items():
+            print(f"{name}: {len(trials)} trials")
+            for trial in trials:
+                print(f"    {trial}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
@@ -79,13 +96,17 @@ class Eval:
     """Where to compute; auto takes a GPU where there is one and says which it took."""
     precision: Literal["run", "fp32", "bf16", "fp16"] = "run"
     """Autocast precision; by default that of training."""
+    test_augmentation: Literal["run", "none", "flip", "flip-shift"] = "run"
+    """Score with test-time augmentation as well, and report it apart; by default what the recipe says."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self) -> None:
         from runner.job import run_evaluation
 
-        result = run_evaluation(Run(self.run), self.data, self.device, self.precision, os.environ)
+        result = run_evaluation(
+            Run(self.run), self.data, self.device, self.precision, self.test_augmentation, os.environ
+        )
         _result(result, self.json, SCORED)
 
 
@@ -191,23 +212,45 @@ def _train(request: TrainRequest) -> None:
     """Checks what can be checked without torch, trains, and prints the summary."""
     for option, value, least in (
         ("--max-steps", request.max_steps, 1),
-        ("--recipe.epochs", request.recipe.epochs, 1),
-        ("--recipe.batch-size", request.recipe.batch_size, 1),
-        ("--seed", request.seed, 0),
+        *(("--seed", seed, 0) for seed in request.seeds),
         ("--workers", request.workers, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: expected {least} or more")
+    if len(set(request.seeds)) < len(request.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: expected each seed once")
+    if mistake := first_mistake(request.recipe):
+        raise UserError(mistake)
+    if request.recipe.ema and request.recipe.prune:
+        raise UserError("--recipe.ema and --recipe.prune: expected one of them; an average would fill the zeros in")
     registered = experiments.get(request.experiment, request.experiments_from)
     from runner.job import run_training
 
     finished = run_training(request, registered, os.environ)
-    if finished.summary is not None:
-        _result(finished.summary, request.json, SCORED)
+    if len(finished.summaries) == 1:
+        _result(finished.summaries[0], request.json, SCORED)
+    elif finished.summaries:
+        _results(finished.summaries, request.json)
     if finished.leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _results(summaries: list[dict[str, Any]], json: bool) -> None:
+    """Prints the outcome of several seeds."""
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    together = {
+        "runs": summaries,
+        "test_accuracy_mean": statistics.mean(accuracies),
+        "test_accuracy_std": statistics.stdev(accuracies),
+    }
+    if json:
+        print(json_format.dumps(together))
+        return
+    for summary in summaries:
+        print(SCORED.format(**summary))
+    print(f"{len(summaries)} seeds: {together['test_accuracy_mean']:.2%} ± {together['test_accuracy_std']:.2%}")
 
 
 def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]]:
@@ -219,6 +262,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         runs: Path = Path("runs"),
         name: str | None = None,
         seed: int = 0,
+        seeds: tuple[int, ...] = (),
         max_steps: int | None = None,
         device: launched.Device = "auto",
         precision: Literal["launch", "fp32", "bf16", "fp16"] = "launch",
@@ -227,6 +271,8 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         overwrite: bool = False,
         json: bool = False,
         experiments_from: Modules = (),
+        teacher: Path | None = None,
+        start_from: Path | None = None,
         architecture: Architecture = default.architecture,
         recipe: Recipe = default.recipe,
     ) -> Callable[[], None]:
@@ -238,6 +284,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             runs: Folder of runs; this one becomes RUNS/NAME/RUN.
             name: Name of the run; by default seed-N.
             seed: Seed of weights, order, augmentation and dropout.
+            seeds: Several of them: one run each, one after the other. The page shows their mean and deviation.
             max_steps: Stop after so many optimizer steps, and still evaluate and write the summary.
             device: auto takes a GPU where there is one and says which it took; a launch with a GPU
                 configuration means cuda and refuses without one.
@@ -249,12 +296,16 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             overwrite: Replace a run of the same name.
             json: Print the summary as JSON, and nothing else, on standard output.
             experiments_from: Importable modules outside this package that define EXPERIMENTS as well.
+            teacher: Finished run whose predictions are learned beside the labels (distillation; see
+                --recipe.teacher-weight and --recipe.teacher-temperature).
+            start_from: Finished run of the same architecture whose weights are trained on, for fine-tuning and
+                pruning (see --recipe.prune).
             architecture: What is trained.
             recipe: How it is trained.
         """
         request = TrainRequest(
-            experiment, data, runs, name, seed, max_steps, device, precision, loader, workers, overwrite, json,
-            experiments_from, architecture, recipe,
+            experiment, data, runs, name, seeds or (seed,), max_steps, device, precision, loader, workers,
+            overwrite, json, experiments_from, architecture, recipe, teacher, start_from,
         )  # fmt: skip
         return functools.partial(_train, request)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,11 +43,44 @@ class Evaluation:
         return F.cross_entropy(self.logits.double(), self.labels).item()
 
     @property
+    def top5(self) -> float:
+        """Share of images whose label is among the five largest logits."""
+        found = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.labels[:, None]
+        return found.any(1).double().mean().item()
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Top-1 of each class's images; None for a class without any."""
+        return [row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: the mean distance of confidence from accuracy, in 15 bins of confidence.
+
+        Guo et al. 2017, arXiv:1706.04599.
+        """
+        confidence = self.logits.double().softmax(1).amax(1)
+        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # of (0, 1/15], (1/15, 2/15], …
+        hits = (self.predicted == self.labels).double()
+        distance = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, confidence - hits)
+        return distance.abs().sum().item() / self.images
+
+    @property
     def confusion(self) -> list[list[int]]:
         """Images by [label][predicted class]."""
         classes = self.logits.shape[1]
         counts = torch.bincount(self.labels * classes + self.predicted, minlength=classes**2)
         return counts.reshape(classes, classes).tolist()
+
+    def figures(self) -> dict[str, float | list[float | None]]:
+        """Accuracy, loss and the rest by name, for `summary.json`."""
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "top5": self.top5,
+            "calibration_error": self.calibration_error,
+            "class_accuracy": self.class_accuracy,
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For `predictions.npz`."""
@@ -60,6 +94,7 @@ def evaluate(
     classes: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,
+    views: Literal["none", "flip", "flip-shift"] = "none",
 ) -> Evaluation:
     """Scores `model` in evaluation mode and puts it back into the mode it was in.
 
@@ -72,6 +107,7 @@ def evaluate(
         classes: how many.
         sum_over_ranks: the all-reduce; the identity for one rank.
         advance: told how many images were just scored.
+        views: score the mean over several views of each image (test-time augmentation).
     """
     was_training = model.training
     model.eval()
@@ -80,7 +116,8 @@ def evaluate(
         rows = batches.slice_of(step)
         if len(labels) == 0:  # a last batch with fewer images than ranks
             continue
-        table[rows, :classes] = model(images).float().cpu()
+        logits = [model(view).float() for view in views_of(images, views)]
+        table[rows, :classes] = torch.stack(logits).mean(0).cpu()
         table[rows, classes] = labels.float().cpu()
         table[rows, classes + 1] += 1
         advance(len(labels))
@@ -88,6 +125,20 @@ def evaluate(
     table = sum_over_ranks(table.to(_device_of(model))).cpu()
     assert (table[:, -1] == 1).all(), "an image was scored twice or not at all"
     return Evaluation(table[:, :classes].clone(), table[:, classes].long())
+
+
+def views_of(images: torch.Tensor, kind: Literal["none", "flip", "flip-shift"]) -> list[torch.Tensor]:
+    """The views of (n, 3, H, W) images over which test-time augmentation takes the mean.
+
+    The image alone; with its mirror image; or these two as they are and shifted by a pixel up and left, and down
+    and right, the edge reflected.
+    """
+    shifted = [images]
+    if kind == "flip-shift":
+        _, _, height, width = images.shape
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        shifted += [padded[:, :, k : k + height, k : k + width] for k in (0, 2)]
+    return shifted if kind == "none" else [view for image in shifted for view in (image, image.flip(3))]
 
 
 def _device_of(model: nn.Module) -> torch.device:

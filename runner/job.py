@@ -16,18 +16,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import nn
 
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
 from runner import checkpoint, cpu, environment, figures, launched
 from runner.batches import beton, pixels
-from runner.batches.protocol import Place, model_input, open_manifest, open_split, open_test_of_run
-from runner.evaluate import evaluate
+from runner.batches.protocol import Place, Split, model_input, open_manifest, open_split, open_test_of_run
+from runner.batches.stream import BatchStream
+from runner.build import build, count
+from runner.evaluate import Evaluation, evaluate
 from runner.recipe import Experiment, differences, to_json
 from runner.request import TrainRequest
-from runner.runs import FORMAT, Run, new_run, write_json
+from runner.runs import FORMAT, Run, new_run, read_json, write_json
 from runner.tracking import Tracker
-from runner.train import DivergedError, train
+from runner.train import Data, DivergedError, Outcome, train
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
 
@@ -37,21 +40,21 @@ class Finished:
     """What is left to do after training.
 
     Attributes:
-        summary: on rank 0; None on the others.
+        summaries: of each seed's run, on rank 0; none on the others.
         leave_at_once: skip the interpreter's exit handlers. After a process group, thread pools of torch's
             libraries now and then abort the process in their static destructors, all work done, and the
             launcher would call the run failed; and W&B's handler waits for ever for a server that is silent.
     """
 
-    summary: dict[str, Any] | None
+    summaries: list[dict[str, Any]]
     leave_at_once: bool
 
 
 def run_training(request: TrainRequest, registered: Experiment, environ: MutableMapping[str, str]) -> Finished:
-    """Trains as the request says.
+    """Trains as the request says, once for each seed.
 
     Raises:
-        UserError: data, name, device or ranks that cannot be used; nothing has been written then.
+        UserError: data, name, weights, device or ranks that cannot be used; nothing has been written then.
         SystemExit: code 1 where training diverged.
     """
     launch = launched.read(environ)
@@ -67,94 +70,157 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         cpu.prepare(launch.local_world_size)
     pixels.prepare(place.device)
     manifest = open_manifest(request.data)
-    name = request.name or f"seed-{request.seed}"
-    run = Run(request.runs / request.experiment / name)
-    train_batches = open_split(request.data, manifest, "train", request.recipe, place, request.seed)
-    test_batches = open_split(request.data, manifest, "test", request.recipe, place)
+    recipe = request.recipe
+
+    def opened(split: Split) -> BatchStream:
+        return open_split(request.data, manifest, split, recipe, place, request.seeds[0])
+
+    training = opened("train")
+    validation = opened("validation") if recipe.validation else None
+    data = Data(training, opened("test"), validation, len(manifest.classes))
+    start = request.start_from and Run(request.start_from)
+    teacher = _teacher(request.teacher, manifest) if request.teacher else None
+    models: dict[int, nn.Module | None] = dict.fromkeys(request.seeds)
+    # The first now, so that weights which cannot be had are refused before anything is written.
+    models[request.seeds[0]] = build(request.architecture, recipe, request.seeds[0], training.first, start)
+    runs = {seed: Run(request.runs / request.experiment / name) for seed, name in request.run_names().items()}
     if launch.rank == 0:
-        if request.overwrite and run.record.exists():
-            shutil.rmtree(run.folder)
-        run = new_run(request.runs, request.experiment, name)
+        for run in runs.values():
+            if request.overwrite and run.record.exists():
+                shutil.rmtree(run.folder)
+        for run in runs.values():
+            new_run(request.runs, request.experiment, run.folder.name)
 
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=PRECISIONS.get(request.precision),
-        # Gradients live in the all-reduce's own buckets, the graph is the same every step, and batch norm's
-        # statistics are averaged once before they are used (train.sync_buffers) instead of sent every step.
+        # Gradients live in the all-reduce's own buckets, the graph is the same every step (but for parts of a
+        # batch, of which only the last is reduced), and batch norm's statistics are averaged once before they are
+        # used (train.sync_buffers) instead of sent every step.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False)
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=recipe.accumulate == 1, broadcast_buffers=False
+            )
         ],
     )
     if accelerator.num_processes != launch.world_size:
         raise UserError(
             f"{launch.world_size} ranks were launched, {accelerator.num_processes} joined; launch again"
         )
-    first = accelerator.is_main_process
-    if first:
+    if accelerator.is_main_process:
         print(told, file=sys.stderr)
         print(place.loader_for(manifest.splits["train"])[1], file=sys.stderr)
-    wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
     # torch 2.15 renames it to an option that accelerate does not know yet.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    config = _config(request, registered, manifest, accelerator, place, run, wandb_id)
+    summaries, hung = [], False
+    try:
+        for seed, run in runs.items():
+            training.seed = seed
+            model = models.pop(seed) or build(request.architecture, recipe, seed, training.first, start)
+            wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
+            config = _config(request, registered, manifest, accelerator, place, run, seed, model, wandb_id)
+            summary, tracker_hung = _train_one(
+                request, data, accelerator, manifest, run, seed, model, teacher, config, environ
+            )
+            summaries += [summary] if summary else []
+            hung = hung or tracker_hung
+            accelerator.free_memory()
+    finally:
+        if accelerator.num_processes > 1:
+            torch.distributed.destroy_process_group()
+    return Finished(summaries, leave_at_once=accelerator.num_processes > 1 or hung)
+
+
+def _train_one(
+    request: TrainRequest,
+    data: Data,
+    accelerator: Accelerator,
+    manifest: Manifest,
+    run: Run,
+    seed: int,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    config: dict[str, Any],
+    environ: MutableMapping[str, str],
+) -> tuple[dict[str, Any] | None, bool]:
+    """One run from its record to its summary; also whether W&B hung. Without a summary on ranks other than 0."""
     tracker = None
-    if first:
+    if accelerator.is_main_process:
         write_json(run.record, config)
         tags = [config["architecture"]["factory"].rpartition(":")[2], manifest.name, config["precision"]]
         tracker = Tracker(run, config, environ, tags)
+    log = tracker.log if tracker else lambda row: None
+    if teacher is not None:
+        teacher.to(accelerator.device)
     try:
-        outcome = train(
-            request.architecture,
-            request.recipe,
-            train_batches,
-            test_batches,
-            accelerator,
-            run,
-            len(manifest.classes),
-            request.seed,
-            request.max_steps,
-            tracker.log if tracker else lambda row: None,
-        )
+        outcome = train(model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log)
     except DivergedError as error:
         if tracker:
             tracker.finish()
             print(
-                f"runner: {run.folder}: {error}; lower the learning rate or use --precision fp32",
-                file=sys.stderr,
+                f"runner: {run.folder}: {error}; lower the learning rate or use --precision fp32", file=sys.stderr
             )
         raise SystemExit(1) from None
-    finally:
-        if accelerator.num_processes > 1:
-            torch.distributed.destroy_process_group()
-    ranked = accelerator.num_processes > 1
     if tracker is None:
-        return Finished(None, leave_at_once=ranked)
-    evaluation = outcome.evaluation
+        return None, False
     with run.predictions.open("wb") as file:
-        np.savez_compressed(file, **evaluation.arrays())
+        np.savez_compressed(file, **outcome.test.arrays())
+    summary = _summary(request, manifest, run, seed, outcome)
+    test = manifest.splits["test"]
+    shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
+    pictures = figures.draw(run, config, outcome.test.confusion, shown)
+    tracker.figures(pictures, outcome.steps)
+    tracker.summarise({key: value for key, value in summary.items() if key not in ("confusion", "per_class")})
+    write_json(run.summary, summary)
+    tracker.finish()
+    return summary, tracker.hung
+
+
+def _summary(request: TrainRequest, manifest: Manifest, run: Run, seed: int, outcome: Outcome) -> dict[str, Any]:
+    """The contents of summary.json: figures of the last epoch, and of the best beside them."""
+    test = outcome.test.figures()
+    best = outcome.best
     summary = {
         "experiment": request.experiment,
         "run": str(run.folder),
         "dataset": manifest.name,
-        "seed": request.seed,
+        "seed": seed,
         "epochs": outcome.epochs,
         "steps": outcome.steps,
-        "test_accuracy": evaluation.accuracy,
-        "test_loss": evaluation.loss,
-        "test_images": evaluation.images,
-        # Chosen on the test set, and so no estimate of anything; beside the last epoch for the papers' sake.
-        "best_test_accuracy": outcome.best_accuracy,
-        "best_epoch": outcome.best_epoch,
-        "confusion": evaluation.confusion,
+        "test_accuracy": test["accuracy"],
+        "test_loss": test["loss"],
+        "test_top5": test["top5"],
+        "test_calibration_error": test["calibration_error"],
+        "test_images": outcome.test.images,
+        "best_epoch": best["epoch"],
     }
-    test = manifest.splits["test"]
-    shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
-    pictures = figures.draw(run, config, evaluation.confusion, shown)
-    tracker.figures(pictures, outcome.steps)
-    tracker.summarise({key: value for key, value in summary.items() if key != "confusion"})
-    write_json(run.summary, summary)
-    tracker.finish()
-    return Finished(summary, leave_at_once=ranked or tracker.hung)
+    if outcome.validation is None:
+        # Chosen on the test set, and so no estimate of anything; beside the last epoch for the papers' sake.
+        summary["best_test_accuracy"] = best["test/accuracy"]
+    else:
+        summary |= {
+            "validation_accuracy": outcome.validation.accuracy,
+            "validation_loss": outcome.validation.loss,
+            "validation_images": outcome.validation.images,
+            "best_validation_accuracy": best["validation/accuracy"],
+            "test_accuracy_of_best_validation": best["test/accuracy"],
+        }
+    if outcome.augmented is not None:
+        summary["test_accuracy_augmented"] = outcome.augmented.accuracy
+    return summary | {"class_accuracy": test["class_accuracy"], "confusion": outcome.test.confusion}
+
+
+def _teacher(folder: Path, manifest: Manifest) -> nn.Module:
+    """The model of a finished run, for another to learn from.
+
+    Raises:
+        UserError: it was trained on other classes.
+    """
+    run = Run(folder)
+    found = run.config()["dataset"]["classes"]
+    if found != list(manifest.classes):
+        raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}, found {found}")
+    return checkpoint.load_model(run).requires_grad_(False)
 
 
 def _config(
@@ -164,26 +230,33 @@ def _config(
     accelerator: Accelerator,
     place: Place,
     run: Run,
+    seed: int,
+    model: nn.Module,
     wandb_id: str,
 ) -> dict[str, Any]:
     """The contents of run.json."""
     given = Experiment(request.architecture, request.recipe, registered.paper)
     before = Experiment(registered.architecture, registered.recipe, registered.paper)
-    unchanged = request.architecture == registered.architecture
+    shape = model_input(manifest, request.recipe)
+    parameters, macs = registered.parameters, registered.macs
+    if parameters is None or macs is None or request.architecture != registered.architecture:
+        parameters, macs = count(model, shape["shape"])
     precision = next(ours for ours, theirs in PRECISIONS.items() if theirs == accelerator.mixed_precision)
     return {
         "format": FORMAT,
         "experiment": request.experiment,
         "run": run.folder.name,
         "paper": registered.paper,
-        "seed": request.seed,
+        "seed": seed,
         "max_steps": request.max_steps,
         "architecture": to_json(request.architecture),
         "recipe": to_json(request.recipe),
         "overrides": {name: list(pair) for name, pair in differences(before, given).items()},
         "reported": registered.reported and asdict(registered.reported),
-        "parameters": registered.parameters if unchanged else None,
-        "macs": registered.macs if unchanged else None,
+        "parameters": parameters,
+        "macs": macs,
+        "teacher": request.teacher and _origin(request.teacher),
+        "started_from": request.start_from and _origin(request.start_from),
         "dataset": {
             "name": manifest.name,
             "folder": str(request.data.absolute()),
@@ -194,7 +267,7 @@ def _config(
             "std": list(manifest.std),
             "source": manifest.source,
         },
-        "input": model_input(manifest, request.recipe),
+        "input": shape,
         "precision": precision,
         "device": accelerator.device.type,
         "world_size": accelerator.num_processes,
@@ -207,11 +280,24 @@ def _config(
     }
 
 
+def _origin(folder: Path) -> dict[str, str]:
+    """Which weights another run gave, for run.json."""
+    config, weights = Run(folder).config(), checkpoint.latest(Run(folder))
+    manifest = read_json(weights / checkpoint.MANIFEST)
+    return {
+        "experiment": config["experiment"],
+        "folder": str(folder.absolute()),
+        "checkpoint": weights.name,
+        "sha256": manifest["sha256"][checkpoint.WEIGHTS],
+    }
+
+
 def run_evaluation(
     run: Run,
     data: Path | None,
     device: launched.Device,
     precision: str,
+    test_augmentation: str,
     environ: MutableMapping[str, str],
 ) -> dict[str, Any]:
     """Scores the latest checkpoint of a run on the whole test set, on this process alone."""
@@ -224,18 +310,27 @@ def run_evaluation(
     precision = config["precision"] if precision == "run" else precision
     batches = open_test_of_run(config, data, torch.device(chosen))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with (
-        torch.autocast(chosen, dtype, enabled=precision != "fp32"),
-        progress("evaluate", batches.samples) as advance,
-    ):
-        result = evaluate(model, batches, len(config["dataset"]["classes"]), advance=advance)
+
+    def evaluated(views: str) -> Evaluation:
+        with (
+            torch.autocast(chosen, dtype, enabled=precision != "fp32"),
+            progress("evaluate", batches.samples) as advance,
+        ):
+            return evaluate(model, batches, len(config["dataset"]["classes"]), advance=advance, views=views)
+
+    views = config["recipe"]["test_augmentation"] if test_augmentation == "run" else test_augmentation
+    figures_of = {"": evaluated("none")} | ({} if views == "none" else {"_augmented": evaluated(views)})
     return {
         "run": str(run.folder),
         "experiment": config["experiment"],
         "dataset": config["dataset"]["name"],
         "precision": precision,
-        "test_accuracy": result.accuracy,
-        "test_loss": result.loss,
-        "test_images": result.images,
-        "confusion": result.confusion,
+        "test_augmentation": views,
+        "test_images": figures_of[""].images,
+        **{
+            f"test_{name}{kind}": figure
+            for kind, evaluation in figures_of.items()
+            for name, figure in evaluation.figures().items()
+        },
+        "confusion": figures_of[""].confusion,
     }

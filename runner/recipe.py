@@ -4,9 +4,10 @@ Standard library only. Hardware never enters here: ranks, devices and precision 
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Argument = int | float | bool | str
 
@@ -57,9 +58,73 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (torch.optim.AdamW)."""
+
+    lr: float
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    weight_decay: float = 0.01
+    """Share of each weight, times the learning rate, that is taken off it in a step."""
+    decay_vectors: bool = False
+    """Apply weight decay to biases and normalisation as well, not to matrices and filters alone."""
+
+
+@dataclass(frozen=True)
+class RMSprop:
+    """RMSprop (torch.optim.RMSprop)."""
+
+    lr: float
+    """Peak learning rate."""
+    alpha: float = 0.99
+    """Decay rate of the mean square."""
+    momentum: float = 0.0
+    """Momentum factor."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon for filters and matrices, SGD with Nesterov momentum for all else and for the last layer.
+
+    K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+
+    lr: float
+    """Peak learning rate of filters and matrices; an update has singular values near 1."""
+    momentum: float = 0.95
+    """Momentum of filters and matrices (Nesterov)."""
+    weight_decay: float = 0.0
+    """Share of each filter or matrix, times the learning rate, that is taken off it in a step."""
+    unit_rows: bool = False
+    """Keep each filter bank's norm at the square root of its rows, where batch norm follows and only the direction
+    counts."""
+    other_lr: float = 0.05
+    """Peak learning rate of biases, normalisation and the last layer."""
+    other_momentum: float = 0.9
+    """Momentum of these."""
+    other_weight_decay: float = 0.0
+    """L2 penalty added to the gradient of these."""
+
+
+@dataclass(frozen=True)
 class Constant:
     """The peak learning rate throughout, after a linear warm-up."""
 
+    warmup: float = 0.0
+    """Share of all steps over which the rate rises linearly to its peak."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The peak, multiplied by `factor` at each milestone, after a linear warm-up."""
+
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of all steps at which the rate falls."""
+    factor: float = 0.1
+    """What it is multiplied by."""
     warmup: float = 0.0
     """Share of all steps over which the rate rises linearly to its peak."""
 
@@ -72,6 +137,35 @@ class Cosine:
     """Share of all steps over which the rate rises linearly to its peak."""
     final: float = 0.0
     """Share of the peak that is left at the last step."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A straight line from the peak to `final` times the peak, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Share of all steps over which the rate rises linearly to its peak."""
+    final: float = 0.0
+    """Share of the peak that is left at the last step."""
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Half a cosine from `initial` times the peak up to it, then half a cosine down to `final` times the peak.
+
+    L. Smith and N. Topin, arXiv:1708.07120, in the form of torch.optim.lr_scheduler.OneCycleLR.
+    """
+
+    warmup: float = 0.3
+    """Share of all steps over which the rate rises."""
+    initial: float = 0.04
+    """Share of the peak at the first step."""
+    final: float = 4e-6
+    """Share of the peak at the last step."""
+
+
+Optimizer = SGD | Adam | AdamW | RMSprop | Muon
+Schedule = Constant | Step | Cosine | Linear | OneCycle
 
 
 @dataclass(frozen=True)
@@ -115,9 +209,9 @@ class Recipe:
     """Passes over the training images."""
     batch_size: int
     """Images per optimizer step, over all ranks."""
-    optimizer: SGD | Adam
+    optimizer: Optimizer
     """Optimizer and its settings."""
-    schedule: Constant | Cosine = Constant()
+    schedule: Schedule = Constant()
     """Learning rate as a function of the step."""
     augment: Augment = Augment()
     """Random changes to training images."""
@@ -131,6 +225,32 @@ class Recipe:
     """Leave the last partial batch of an epoch out; every step then has the same shape."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    validation: int = 0
+    """Training images held out, always the same ones; the best epoch is chosen on them and never on the test
+    set."""
+    clip_gradient: float = 0.0
+    """Largest norm of the whole gradient; 0 for no limit."""
+    accumulate: int = 1
+    """Passes that make up one optimizer step, for a batch that does not fit; the gradient is the whole batch's."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what is evaluated and kept; 0
+    for none."""
+    sync_batch_norm: bool = False
+    """Batch norm over the batches of all ranks together, and not over each rank's own."""
+    channels_last: bool = True
+    """Weights in channels_last memory, the layout that convolutions want on GPUs and on the CPU."""
+    compile: bool = False
+    """Compile the forward and backward pass by torch.compile."""
+    test_augmentation: Literal["none", "flip", "flip-shift"] = "none"
+    """Score every test image also as the mean over itself and its mirror image, or over both of these shifted by a
+    pixel to two sides as well; reported apart."""
+    teacher_weight: float = 0.9
+    """With --teacher: share of the loss that is the distance from the teacher; the rest is the labels'."""
+    teacher_temperature: float = 4.0
+    """With --teacher: what both models' logits are divided by before they are compared."""
+    prune: float = 0.0
+    """Share of all convolution and linear weights, the smallest of all, that is 0 from the first step on; for
+    fine-tuning a run given by --start-from."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +297,46 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-KINDS = {kind.__name__: kind for kind in (SGD, Adam, Constant, Cosine)}
+KINDS = {kind.__name__: kind for kind in (*get_args(Optimizer), *get_args(Schedule))}
+
+
+# Where a number must lie, by its dotted name: the least, the most, and whether the least itself is allowed.
+LIMITS: dict[str, tuple[float, float, bool]] = {
+    "epochs": (1, math.inf, True),
+    "batch_size": (1, math.inf, True),
+    "optimizer.lr": (0, math.inf, False),
+    "optimizer.momentum": (0, 1, True),
+    "optimizer.weight_decay": (0, math.inf, True),
+    "schedule.warmup": (0, 1, True),
+    "augment.crop_padding": (0, math.inf, True),
+    "augment.brightness": (0, math.inf, True),
+    "augment.contrast": (0, math.inf, True),
+    "augment.saturation": (0, math.inf, True),
+    "augment.hue": (0, 0.5, True),
+    "augment.cutout": (0, math.inf, True),
+    "augment.mixup": (0, math.inf, True),
+    "augment.cutmix": (0, math.inf, True),
+    "resize": (0, math.inf, True),
+    "label_smoothing": (0, 1, True),
+    "validation": (0, math.inf, True),
+    "clip_gradient": (0, math.inf, True),
+    "accumulate": (1, math.inf, True),
+    "ema": (0, 1, True),
+    "teacher_weight": (0, 1, True),
+    "teacher_temperature": (0, math.inf, False),
+    "prune": (0, 1, True),
+}
+
+
+def first_mistake(recipe: Recipe) -> str | None:
+    """A line about the first number of a recipe that lies outside its limits; None where all are well."""
+    for name, value in _leaves("", asdict(recipe)):
+        least, most, inclusive = LIMITS.get(name, (-math.inf, math.inf, True))
+        if isinstance(value, int | float) and not (least < value <= most or (inclusive and value == least)):
+            expected = f"{least:g} or more" if inclusive else f"more than {least:g}"
+            expected += f", at most {most:g}" if most < math.inf else ""
+            return f"--recipe.{name.replace('_', '-')} {value}: expected {expected}"
+    return None
 
 
 def to_json(value: Any) -> Any:

@@ -16,7 +16,7 @@ class TrainRequest:
     data: Path
     runs: Path
     name: str | None
-    seed: int
+    seeds: tuple[int, ...]
     max_steps: int | None
     device: Device
     precision: Literal["launch", "fp32", "bf16", "fp16"]
@@ -27,3 +27,13 @@ class TrainRequest:
     experiments_from: tuple[str, ...]
     architecture: Architecture
     recipe: Recipe
+    teacher: Path | None = None
+    start_from: Path | None = None
+
+    def run_names(self) -> dict[int, str]:
+        """The name of each seed's run."""
+        if self.name is None:
+            return {seed: f"seed-{seed}" for seed in self.seeds}
+        if len(self.seeds) == 1:
+            return {self.seeds[0]: self.name}
+        return {seed: f"{self.name}-seed-{seed}" for seed in self.seeds}

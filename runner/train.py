@@ -6,19 +6,24 @@ batches, which hand every rank its slice of the same global batches.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_prep.console import progress
 from runner import checkpoint, optim
+from runner import objective as objectives
 from runner.batches import Batches
+from runner.build import kept_state
 from runner.evaluate import Evaluation, evaluate
-from runner.recipe import Architecture, Recipe
+from runner.models import norm
+from runner.recipe import Recipe
 from runner.runs import Run
 
 LOG_EVERY = 20  # optimizer steps between two rows of training metrics
@@ -29,97 +34,154 @@ class DivergedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What training came to: the last evaluation, and the best epoch's accuracy beside it."""
+class Data:
+    """This rank's slices of what a model is trained and scored on."""
 
-    evaluation: Evaluation
+    train: Batches
+    test: Batches
+    validation: Batches | None
+    classes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to: the last evaluations, and the best epoch beside them.
+
+    Attributes:
+        test: on the test images, after the last epoch.
+        augmented: the same with test-time augmentation, where the recipe asks for it.
+        validation: on the held-out images, where the recipe holds some out.
+        steps, epochs: how far training went.
+        best: of all epochs the row of metrics with the best accuracy, on the held-out images where there are some,
+            else on the test images.
+    """
+
+    test: Evaluation
+    augmented: Evaluation | None
+    validation: Evaluation | None
     steps: int
     epochs: float
-    best_accuracy: float
-    best_epoch: float
+    best: dict[str, float]
 
 
 def train(
-    architecture: Architecture,
+    bare: nn.Module,
     recipe: Recipe,
-    train_batches: Batches,
-    test_batches: Batches,
+    data: Data,
     accelerator: Accelerator,
     run: Run,
-    classes: int,
     seed: int,
     max_steps: int | None = None,
+    teacher: nn.Module | None = None,
     log: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Outcome:
-    """Trains from random weights; evaluates after every epoch; leaves a checkpoint of the last.
+    """Trains a model; evaluates after every epoch; leaves a checkpoint of the last.
 
     Args:
-        architecture, recipe: what to train and how.
-        train_batches, test_batches: this rank's slices.
+        bare: the model with its first weights (see runner.build), the same on every rank.
+        recipe: how to train it.
+        data: this rank's slices.
         accelerator: devices, ranks and precision.
         run: where checkpoints go.
-        classes: of the dataset.
-        seed: of weights and dropout; order and augmentation have it already.
+        seed: of dropout; order and augmentation have it already.
         max_steps: stop after so many optimizer steps; the schedule is the whole recipe's all the same.
+        teacher: a model to learn from beside the labels, on the device.
         log: receives the rows of metrics, which are the same on every rank; to be written on the first alone.
     """
-    torch.manual_seed(seed)  # the same weights on every rank
-    model = architecture.build().to(memory_format=torch.channels_last)
-    optimizer = optim.build(recipe.optimizer, list(model.parameters()))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    bare = bare.to(accelerator.device)
+    if recipe.sync_batch_norm:
+        bare = norm.synchronised(bare)
+    average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    kept = average.module if average else bare  # what is evaluated and saved
+    optimizer = optim.build(recipe.optimizer, bare)
+    model, optimizer = accelerator.prepare(torch.compile(bare) if recipe.compile else bare, optimizer)
+    objective = objectives.of(recipe, teacher)
     torch.manual_seed(seed + 1 + accelerator.process_index)  # a dropout of its own for every rank
 
-    steps = recipe.epochs * len(train_batches)
+    per_epoch = len(data.train)
+    steps = recipe.epochs * per_epoch
     stop = min(steps, max_steps or steps)
-    step, best_accuracy, best_epoch = 0, -1.0, 0.0
+    step, best = 0, {}
     with progress("train", stop, shown=accelerator.is_main_process) as advance:
         for epoch in range(recipe.epochs):
             meter = Meter(accelerator)
             model.train()
-            for images, labels in train_batches.epoch(epoch):
-                lr = optim.learning_rate(recipe.schedule, recipe.optimizer.lr, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                # DDP averages over ranks as if each had the same share; a last partial batch may not divide.
-                weight = len(labels) * accelerator.num_processes / train_batches.size_of(step % len(train_batches))
-                accelerator.backward(loss * weight)
+            for images, targets in data.train.epoch(epoch):
+                lr = optim.set_rate(optimizer, recipe.schedule, step, steps)
+                share = accelerator.num_processes / data.train.size_of(step % per_epoch)
+                for part, last in parts(images, targets, recipe.accumulate):
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        logits = model(part[0])
+                        loss = objective(logits, part[1], part[0])
+                        # DDP averages over ranks as if each had the same share; a last batch may not divide.
+                        accelerator.backward(loss * len(part[1]) * share)
+                    meter.add(loss, logits, part[1])
+                if recipe.clip_gradient:
+                    accelerator.clip_grad_norm_(bare.parameters(), recipe.clip_gradient)
                 optimizer.step()
                 optimizer.zero_grad()
-                meter.add(loss, logits, labels)
+                if average:
+                    average.update_parameters(bare)
                 step += 1
                 advance(1)
-                last = step == stop or step % len(train_batches) == 0
-                if last or step % LOG_EVERY == 0:
-                    passes = step / len(train_batches)
-                    log({"global_step": step, "epoch": passes, "lr": lr, **meter.window(step)})
-                if step == stop:
+                ended = step == stop or step % per_epoch == 0
+                if ended or step % LOG_EVERY == 0:
+                    log({"global_step": step, "epoch": step / per_epoch, "lr": lr, **meter.window(step)})
+                if ended:
                     break
 
-            sync_buffers(model, accelerator)
-            evaluation = score(model, test_batches, classes, accelerator)
-            log({"global_step": step, "epoch": passes, **meter.epoch(), **named(evaluation)})
-            if evaluation.accuracy > best_accuracy:
-                best_accuracy, best_epoch = evaluation.accuracy, passes
+            sync_buffers(kept, accelerator)
+            found = {name: score(kept, batches, data.classes, accelerator) for name, batches in scored(data)}
+            row = {"global_step": step, "epoch": step / per_epoch, **meter.epoch(), **named(found)}
+            log(row)
+            best = max(best or row, row, key=lambda row: row.get("validation/accuracy", row["test/accuracy"]))
             if accelerator.is_main_process:
-                checkpoint.save(run, accelerator.unwrap_model(model), step, epoch)
+                checkpoint.save(run, kept_state(kept), step, epoch)
             if step == stop:
                 break
-    return Outcome(evaluation, step, passes, best_accuracy, best_epoch)
+    views = recipe.test_augmentation
+    augmented = None if views == "none" else score(kept, data.test, data.classes, accelerator, views)
+    return Outcome(found["test"], augmented, found.get("validation"), step, step / per_epoch, best)
 
 
-def score(model: nn.Module, batches: Batches, classes: int, accelerator: Accelerator) -> Evaluation:
-    """Evaluates on all ranks together, in the precision of training."""
-    bare = accelerator.unwrap_model(model)  # DDP's forward would wait for ranks that have no images left
+def parts(
+    images: torch.Tensor, targets: torch.Tensor, count: int
+) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], bool]]:
+    """Cuts a batch for gradient accumulation, and says which part is the last."""
+    cut = list(zip(images.chunk(count), targets.chunk(count), strict=True))
+    for k, part in enumerate(cut, 1):
+        yield part, k == len(cut)
+
+
+def scored(data: Data) -> list[tuple[str, Batches]]:
+    """The splits that are scored after every epoch."""
+    validation = [] if data.validation is None else [("validation", data.validation)]
+    return [*validation, ("test", data.test)]
+
+
+def score(
+    model: nn.Module,
+    batches: Batches,
+    classes: int,
+    accelerator: Accelerator,
+    views: Literal["none", "flip", "flip-shift"] = "none",
+) -> Evaluation:
+    """Evaluates on all ranks together, in the precision of training.
+
+    The bare model: DDP's forward would wait for ranks that have no images left.
+    """
     ours = batches.samples / accelerator.num_processes
-    with progress("evaluate", ours, shown=accelerator.is_main_process) as advance:
-        return evaluate(bare, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), advance)
+    with progress("evaluate", ours, shown=accelerator.is_main_process) as advance, accelerator.autocast():
+        return evaluate(model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), advance, views)
 
 
-def named(evaluation: Evaluation) -> dict[str, float]:
-    """The row of metrics of an evaluation on the test images."""
-    return {"test/loss": evaluation.loss, "test/accuracy": evaluation.accuracy}
+def named(found: dict[str, Evaluation]) -> dict[str, float]:
+    """The row of metrics of evaluations by split."""
+    return {
+        f"{split}/{name}": figure
+        for split, evaluation in found.items()
+        for name, figure in (("loss", evaluation.loss), ("accuracy", evaluation.accuracy))
+    }
 
 
 def sync_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -15,7 +15,14 @@ from data_prep import manifest
 from data_prep.console import UserError
 from data_prep.sources import Source
 from runner.batches import augment, beton, colour, mix, order, pixels, streaming
-from runner.batches.protocol import Place, open_manifest, open_split, open_test_of_run
+from runner.batches.protocol import (
+    Place,
+    normalisation,
+    open_manifest,
+    open_split,
+    open_test_of_run,
+    records_of,
+)
 from runner.batches.stream import BatchStream
 from runner.recipe import SGD, Architecture, Augment, Recipe, to_json
 from tests.conftest import python
@@ -139,6 +146,29 @@ def test_seed_and_epoch_each_change_order_and_augmentation() -> None:
     assert len(orders) == 4
     assert len(bits) == 8
     assert sorted(order.epoch_order(1000, 0, 0)) == list(range(1000))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_validation_images_are_held_out_of_training(small_data: Path, loader: str) -> None:
+    recipe = dataclasses.replace(PLAIN, validation=100)
+    held = records_of("validation", 500, 100)
+    kept = records_of("train", 500, 100)
+    assert sorted([*held, *kept]) == list(range(500))
+    everything = torch.from_numpy(opened(small_data).images.numpy())
+    validation = opened(small_data, split="validation", recipe=recipe, loader=loader)
+    training = opened(small_data, recipe=recipe, loader=loader)
+    assert (validation.samples, training.samples) == (100, 400)
+    seen = torch.cat([images for images, _ in validation.epoch(0)])
+    mean, std = (torch.tensor(part) for part in normalisation(open_manifest(small_data), recipe))
+    expected = (everything[held].float() - mean) / std
+    torch.testing.assert_close(seen.permute(0, 2, 3, 1), expected, atol=1e-5, rtol=1e-5)
+    trained = torch.cat([labels for _, labels in training.epoch(0)])
+    labels = opened(small_data).labels
+    assert torch.equal(trained.bincount(), labels[kept].bincount())
+    first = training.first(10).permute(0, 2, 3, 1)
+    torch.testing.assert_close(first, (everything[kept[:10]].float() - mean) / std, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="expected less than the 500 training images"):
+        opened(small_data, recipe=dataclasses.replace(PLAIN, validation=500))
 
 
 def test_the_stream_is_the_one_of_earlier_versions() -> None:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from data_prep import manifest as manifests
 from data_prep.console import UserError
 from data_prep.manifest import Manifest, SplitFile
 from runner.batches import beton
+from runner.batches.order import epoch_order
 from runner.batches.resident import ResidentBatches
 from runner.batches.stream import BatchStream
 from runner.recipe import Recipe, recipe_from_json
@@ -37,6 +39,10 @@ class Batches(Protocol):
         """Where this rank's share of global batch `step` lies in the epoch's order."""
         ...
 
+    def first(self, count: int) -> torch.Tensor:
+        """The first images of the split as evaluation sees them, (count, 3, H, W) float32."""
+        ...
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields images (n, 3, H, W), normalised, channels_last, and labels (n,) int64, on the device.
 
@@ -45,6 +51,8 @@ class Batches(Protocol):
         ...
 
 
+Split = Literal["train", "validation", "test"]
+HELD_OUT_SEED = 2**32  # of the choice of validation images; no run's own seed
 LoaderChoice = Literal["auto", "resident", "streaming"]
 RESIDENT_SHARE = 0.25  # of the device's memory, up to which `auto` takes a split resident
 
@@ -111,28 +119,31 @@ def model_input(manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
 def open_split(
     data: Path,
     manifest: Manifest,
-    split: Literal["train", "test"],
+    split: Split,
     recipe: Recipe,
     place: Place,
     seed: int = 0,
 ) -> BatchStream:
     """Opens one split of a prepared dataset whose files the caller has checked.
 
-    Training batches are of the recipe's size, shuffled and augmented; test batches are in file order.
+    Training batches are of the recipe's size, shuffled and augmented; the others are in file order. Validation is
+    the part of the training images that the recipe holds out.
 
     Raises:
-        UserError: the batch does not divide among the ranks, or is larger than the split.
+        UserError: the batch does not divide among the ranks, or is larger than the split; all images are held out.
     """
     training = split == "train"
-    file = manifest.splits[split]
+    file = manifest.splits["test" if split == "test" else "train"]
+    records = records_of(split, file.images, recipe.validation)
+    images = file.images if records is None else len(records)
     if training and recipe.batch_size % place.world_size:
         raise UserError(
             f"batch size {recipe.batch_size}: expected a multiple of the {place.world_size} ranks; "
             "change --recipe.batch-size or --num_processes"
         )
-    if training and recipe.batch_size > file.images:
-        raise UserError(f"batch size {recipe.batch_size}: expected at most the {file.images} training images")
-    rest = file.images % recipe.batch_size
+    if training and recipe.batch_size > images:
+        raise UserError(f"batch size {recipe.batch_size}: expected at most the {images} training images")
+    rest = images % recipe.batch_size
     if training and not recipe.drop_last and 0 < rest < place.world_size:
         raise UserError(f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last")
     smallest = min(manifest.image_shape[:2])
@@ -159,10 +170,32 @@ def open_split(
     }
     path = data / file.file
     if place.loader_for(file)[0] == "resident":
-        return ResidentBatches(*beton.read(path, file, manifest), **settings)
+        pixels, labels = beton.read(path, file, manifest)
+        if records is not None:
+            pixels, labels = pixels[records], labels[records]
+        return ResidentBatches(pixels, labels, **settings)
     from runner.batches.streaming import StreamingBatches  # imports ffcv, which takes seconds
 
-    return StreamingBatches(path, beton.read_labels(path, file, manifest), place.workers, **settings)
+    labels = beton.read_labels(path, file, manifest)
+    return StreamingBatches(
+        path, labels if records is None else labels[records], records, place.workers, **settings
+    )
+
+
+def records_of(split: Split, images: int, held_out: int) -> np.ndarray | None:
+    """Which records of its file a split has, in ascending order, (n,) int64; None for all.
+
+    The held-out ones are the same for every run, so that runs of several seeds compare.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    if split == "test" or not held_out:
+        return None
+    if held_out >= images:
+        raise UserError(f"--recipe.validation {held_out}: expected less than the {images} training images")
+    order = epoch_order(images, HELD_OUT_SEED, 0)
+    return np.sort(order[:held_out] if split == "validation" else order[held_out:])
 
 
 def open_manifest(data: Path) -> Manifest:

@@ -107,10 +107,22 @@ class BatchStream(ABC):
             if self.mixes:
                 mixed = mix.draw(self.augment, self.side, self.seed, epoch, step)
                 images, targets = mix.apply(mixed, images, targets, self.classes)
-            images = images.permute(0, 3, 1, 2)
-            if self.resize:
-                images = F.interpolate(images, size=(self.resize, self.resize), mode="bilinear", antialias=True)
-            yield images.to(self.dtype), targets
+            yield self._finish(images).to(self.dtype), targets
+
+    def first(self, count: int) -> torch.Tensor:
+        """The first images of the split as evaluation sees them: (count, 3, H, W) float32, normalised, on the
+        device."""
+        samples = np.arange(min(count, self.samples))
+        draws = augments.draw(None, samples, self.side, self.seed, 0).to(self.device)
+        ((source, index),) = self.read(samples, [slice(0, len(samples))])
+        return self._finish(self._make(source, index, draws))
+
+    def _finish(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, H, W, 3) to (n, 3, H, W) in channels_last memory, resized."""
+        images = images.permute(0, 3, 1, 2)
+        if self.resize:
+            images = F.interpolate(images, size=(self.resize, self.resize), mode="bilinear", antialias=True)
+        return images
 
     def _wanted(self, step: int) -> slice | np.ndarray:
         """Which places of the epoch's order this rank needs for global batch `step`."""

@@ -29,7 +29,8 @@ class StreamingBatches(BatchStream):
 
     Args:
         path: the file, whose hash and layout the caller has checked.
-        labels: (N,) int64.
+        labels: (N,) int64, of the records that are read.
+        records: (N,) int64, which records of the file these are; None for all.
         workers: threads that decode.
         settings: see BatchStream.
 
@@ -37,7 +38,14 @@ class StreamingBatches(BatchStream):
         UserError: more workers than cores; FFCV's threads are numba's, and there are no more.
     """
 
-    def __init__(self, path: Path, labels: np.ndarray, workers: int = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        labels: np.ndarray,
+        records: np.ndarray | None = None,
+        workers: int = 1,
+        **settings: Any,
+    ) -> None:
         import numba
 
         cpu.choose_openmp()
@@ -45,7 +53,7 @@ class StreamingBatches(BatchStream):
         if not 1 <= workers <= most:
             raise UserError(f"--workers {workers}: expected 1 to {most}, the usable cores")
         super().__init__(labels, **settings)
-        self.path, self.workers = path, workers
+        self.path, self.workers, self.records = path, workers, records
         self.loader: Any = None  # compiled at the first epoch
 
     def read(
@@ -54,9 +62,10 @@ class StreamingBatches(BatchStream):
         """Streams the wanted samples in their order, cut into the wanted batches."""
         if not wanted:
             return
+        needed = np.concatenate([samples[which] for which in wanted])
         with cpu.torch_threads_kept():
             loader = self._open()
-            loader.traversal_order.samples = np.concatenate([samples[which] for which in wanted])
+            loader.traversal_order.samples = needed if self.records is None else self.records[needed]
             chunks = _within_time(iter(loader), self.path)
         left: list[torch.Tensor] = []
         for size in (len(samples[which]) for which in wanted):

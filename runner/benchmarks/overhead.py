@@ -83,13 +83,13 @@ class OverheadBenchmark:
         """Trains by the command itself; every step asks once for its learning rate, and the clock is read there."""
         from runner import cli, optim
 
-        clock, learning_rate = [], optim.learning_rate
+        clock, set_rate = [], optim.set_rate
 
         def clocked(*arguments: object) -> float:
             clock.append(time.time())
-            return learning_rate(*arguments)
+            return set_rate(*arguments)
 
-        optim.learning_rate = clocked
+        optim.set_rate = clocked
         with tempfile.TemporaryDirectory() as runs:
             words = ["train", self.experiment, "--data", str(self.data), "--runs", runs, "--device", "cpu"]
             try:
@@ -114,7 +114,7 @@ class OverheadBenchmark:
         )
         batches = [batch for batch, _ in zip(stream.epoch(0), range(self.steps), strict=False)]
         model = experiment.architecture.build().to(memory_format=torch.channels_last)
-        optimizer = optim.build(experiment.recipe.optimizer, list(model.parameters()))
+        optimizer = optim.build(experiment.recipe.optimizer, model)
         model.train()
         clock = []
         for images, labels in batches:

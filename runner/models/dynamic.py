@@ -1,0 +1,78 @@
+"""Dynamic convolutions: parallel filters, weighted by what the image as a whole looks like (soni.txt, Methods).
+
+The family of Y. Chen et al. 2020, "Dynamic Convolution: Attention over Convolution Kernels", arXiv:1912.03458.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import nn
+
+GATES = {"softmax": nn.Softmax(dim=1), "sigmoid": nn.Sigmoid(), "relu": nn.ReLU()}
+
+
+class DynamicBlock(nn.Module):
+    """ReLU(BN(Σ_k a_k · conv_k(x) + shortcut(x))) with a = gate(linear(mean of x over the image)).
+
+    The sum of K convolutions of x, each times its a_k, is one convolution of the K images a_k · x side by side;
+    that is how it is computed. The shortcut is a 1×1 convolution with batch norm where channels change, else x.
+
+    Maps (N, channels_in, H, W) to (N, channels, H, W).
+    """
+
+    def __init__(self, channels_in: int, channels: int, branches: int, gate: str) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, branches), GATES[gate]
+        )
+        self.convolutions = nn.Conv2d(branches * channels_in, channels, 3, padding=1, bias=False)
+        # He's initialisation of each branch by itself.
+        nn.init.normal_(self.convolutions.weight, std=math.sqrt(2 / (9 * channels_in)))
+        self.shortcut = nn.Sequential()
+        if channels_in != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels))
+            nn.init.kaiming_normal_(self.shortcut[0].weight)
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.attention(x)
+        scaled = (weights[:, :, None, None, None] * x[:, None]).flatten(1, 2)  # (N, K · channels_in, H, W)
+        return self.relu(self.norm(self.convolutions(scaled) + self.shortcut(x)))
+
+
+class DynamicNet(nn.Module):
+    """Dynamic blocks, 2×2 max pooling, the mean over the image, dropout, one linear layer.
+
+    Maps images (N, 3, H, W) to logits (N, classes).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        dropout: float,
+        branches: int = 3,
+        gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        widths = [3, *channels]
+        self.blocks = nn.Sequential(*(DynamicBlock(a, b, branches, gate) for a, b in pairwise(widths)))
+        self.head = nn.Sequential(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
+        self.classifier = nn.Linear(channels[-1], classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.head(self.blocks(images)))
+
+
+def soni_2(gate: Literal["softmax", "sigmoid", "relu"] = "softmax") -> DynamicNet:
+    """Two blocks of 64 channels (soni.txt, Model 1)."""
+    return DynamicNet((64, 64), dropout=0.0, gate=gate)
+
+
+def soni_4(dropout: float, gate: Literal["softmax", "sigmoid", "relu"] = "softmax") -> DynamicNet:
+    """Four blocks, of 64, 64, 128 and 128 channels, and dropout before the last layer (soni.txt, Model 2)."""
+    return DynamicNet((64, 64, 128, 128), dropout, gate=gate)

@@ -1,0 +1,54 @@
+"""The plain convolutional networks of ghasemi.txt: the listed `Net`, and the depths of its table by one rule."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+WIDTHS = (32, 64, 128, 256, 512)
+HIDDEN = (512, 256, 128)
+
+
+def repeats(convolutions: int) -> list[int]:
+    """How many convolutions each width gets: the same number, and what is left over goes to the widest.
+
+    5 gives one each, which is the listed network; 8 gives 1, 1, 2, 2, 2, as in VGG-11.
+    """
+    least, rest = divmod(convolutions, len(WIDTHS))
+    return [least + (k >= len(WIDTHS) - rest) for k in range(len(WIDTHS))]
+
+
+class Net(nn.Module):
+    """3×3 convolutions, each with ReLU and then batch norm; 2×2 average pooling; linear layers with ReLU.
+
+    Stride 2 at the first convolution of width 64; dropout before the first of width 512. Without batch norm the
+    convolutions and hidden layers begin as He et al. initialise them, arXiv:1502.01852.
+
+    Maps images (N, 3, H, W) to logits (N, classes).
+    """
+
+    def __init__(self, convolutions: int, linears: int, norm: bool, dropout: float, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels_in = 3
+        for width, count in zip(WIDTHS, repeats(convolutions), strict=True):
+            if width == WIDTHS[-1] and dropout:
+                layers.append(nn.Dropout(dropout))
+            for k in range(count):
+                stride = 2 if width == 64 and k == 0 else 1
+                layers += [nn.Conv2d(channels_in, width, 3, stride, padding=1), nn.ReLU()]
+                layers += [nn.BatchNorm2d(width)] if norm else []
+                channels_in = width
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        sizes = [4 * WIDTHS[-1], *HIDDEN[: linears - 1]]
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(sizes[-1], classes))
+        if not norm:
+            for module in [*self.features, *hidden]:
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.pool(self.features(images)).flatten(1))

@@ -1,0 +1,43 @@
+"""Batch norm over the batches of all ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of the global batch, on any device; torch's own takes GPUs alone.
+
+    Ranks may hold different numbers of images. In evaluation it is batch norm.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x if x.dtype == torch.float64 else x.float()
+        ones = wide.new_full((1,), wide.numel() / wide.shape[1])
+        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), ones]))
+        count = sums[-1]
+        mean, square = sums[:-1].chunk(2)
+        mean = mean / count
+        variance = square / count - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * count / (count - 1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with every batch norm replaced by one over all ranks; parameters and their names stay."""
+    if not dist.is_initialized():
+        return model
+    if next(model.parameters()).device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model

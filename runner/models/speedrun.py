@@ -1,0 +1,79 @@
+"""A small network that learns 32×32 images in few passes.
+
+Known to help, and used here: a frozen first layer that whitens 2×2 patches of the data (T. Page; K. Jordan,
+arXiv:2404.00498), batch norm without scale, GELU, max pooling before the activation, and a scaled-down last layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PATCH = 2  # side of the whitened patches
+
+
+class ConvGroup(nn.Module):
+    """Convolution, 2×2 max pooling, batch norm, GELU; convolution, batch norm, GELU.
+
+    Maps (N, channels_in, H, W) to (N, channels, H / 2, W / 2).
+    """
+
+    def __init__(self, channels_in: int, channels: int, momentum: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = (nn.BatchNorm2d(channels, momentum=momentum) for _ in range(2))
+        for norm in (self.norm1, self.norm2):
+            norm.weight.requires_grad_(False)
+        # Begin as the identity on as many channels as there are, and random on the others.
+        for conv in (self.conv1, self.conv2):
+            nn.init.dirac_(conv.weight[: conv.in_channels])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.gelu(self.norm2(self.conv2(x)))
+
+
+class SpeedNet(nn.Module):
+    """Whitening, three convolution groups, global max pooling, a linear layer.
+
+    Maps images (N, 3, 32, 32) to logits (N, classes). `initialise` has to see images of the training set first.
+    """
+
+    def __init__(
+        self,
+        first: int = 64,
+        second: int = 256,
+        third: int = 256,
+        momentum: float = 0.4,
+        scale: float = 1 / 9,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        whitened = 2 * 3 * PATCH**2
+        self.whiten = nn.Conv2d(3, whitened, PATCH)
+        self.whiten.weight.requires_grad_(False)
+        nn.init.zeros_(self.whiten.bias)
+        self.groups = nn.Sequential(
+            ConvGroup(whitened, first, momentum),
+            ConvGroup(first, second, momentum),
+            ConvGroup(second, third, momentum),
+        )
+        self.classifier = nn.Linear(third, classes, bias=False)
+        self.scale = scale
+
+    @torch.no_grad()
+    def initialise(self, images: torch.Tensor) -> None:
+        """Sets the first layer to the principal directions of the images' patches, each scaled to variance 1.
+
+        Args:
+            images: (N, 3, H, W) float, normalised, without augmentation.
+        """
+        patches = F.unfold(images.float().cpu(), PATCH).transpose(1, 2).flatten(0, 1).double()
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        # Directions with next to no variance would be blown up noise.
+        filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).float().view(-1, 3, PATCH, PATCH)
+        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.groups(F.gelu(self.whiten(images)))
+        return self.classifier(x.amax((2, 3))) * self.scale
