@@ -1,6 +1,6 @@
 """Which command trains an experiment on the hardware that is there: pure functions, from values to values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runner.recipe import Experiment
 
@@ -50,13 +50,19 @@ def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, tr
         training_images: in the dataset.
     """
     recipe = experiment.recipe
-    launcher = launcher_for(hardware)
+    # Every rank has the same share of a batch; GPUs that it does not divide among stay idle.
+    gpus = max((n for n in range(1, hardware.gpus + 1) if recipe.batch_size % n == 0), default=0)
+    launcher = launcher_for(replace(hardware, gpus=gpus))
     if epochs is not None or hardware.gpus:
         count = epochs or recipe.epochs
         changed = ("--recipe.epochs", str(count)) if count != recipe.epochs else ()
-        return Job(f"{count}-epochs", launcher, changed + _on(hardware), f"{count} of {recipe.epochs} epochs")
-    whole = training_images // recipe.batch_size
-    depthwise = any(name in experiment.architecture.factory for name in DEPTHWISE)
+        told = f"{count} of {recipe.epochs} epochs"
+        if gpus < hardware.gpus:
+            told += f" on {gpus} of {hardware.gpus} GPUs, among which batches of {recipe.batch_size} divide"
+        return Job(f"{count}-epochs", launcher, changed + _on(hardware), told)
+    whole = max(1, (training_images - recipe.validation) // recipe.batch_size)
+    named = f"{experiment.architecture.factory} {experiment.architecture.arguments}"
+    depthwise = any(name in named for name in DEPTHWISE)
     cost = (experiment.macs or 1e9) * (DEPTHWISE_COST if depthwise else 1) * recipe.batch_size
     steps = int(QUICK_MACS_PER_CORE * hardware.cores / cost)
     steps = max(1, min(steps, whole))

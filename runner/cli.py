@@ -203,7 +203,8 @@ class Report:
         collected = [collect.read(run) for run in find_runs(list(self.runs))]
         page.write(collected, self.out)
         if self.json:
-            print(json_format.dumps([collect.row(entry) for entry in collected]))
+            rows = [collect.row(entry) for entry in collected]
+            print(json_format.dumps({"runs": rows, "experiments": collect.experiments(collected)}))
         else:
             print(f"{self.out}: {len(collected)} runs compared")
 

@@ -28,7 +28,7 @@ from runner.build import build, count
 from runner.evaluate import Evaluation, evaluate
 from runner.recipe import Experiment, differences, to_json
 from runner.request import TrainRequest
-from runner.runs import FORMAT, Run, new_run, read_json, write_json
+from runner.runs import FORMAT, Run, new_runs, read_json, write_json
 from runner.tracking import Tracker
 from runner.train import Data, DivergedError, Outcome, train
 
@@ -88,8 +88,7 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         for run in runs.values():
             if request.overwrite and run.record.exists():
                 shutil.rmtree(run.folder)
-        for run in runs.values():
-            new_run(request.runs, request.experiment, run.folder.name)
+        new_runs(request.runs, request.experiment, [run.folder.name for run in runs.values()])
 
     accelerator = Accelerator(
         cpu=device == "cpu",

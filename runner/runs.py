@@ -75,26 +75,28 @@ class Run:
         return read_json(self.record)
 
 
-def new_run(runs: Path, experiment: str, name: str) -> Run:
-    """The folder for a new run; made, and still empty.
+def new_runs(runs: Path, experiment: str, names: list[str]) -> list[Run]:
+    """The folders for new runs; made, and still empty. None is made where one of them cannot be.
 
     Raises:
-        UserError: the name is not plain, the folder holds a run already, or it cannot be made.
+        UserError: a name is not plain, a folder holds a run already, or it cannot be made.
     """
-    if not NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
-    run = Run(runs / experiment / name)
-    if run.record.exists():
-        state = "a finished" if run.summary.exists() else "an unfinished"
-        raise UserError(f"{run.folder}: holds {state} run; choose another --name, or --overwrite it")
+    made = [Run(runs / experiment / name) for name in names]
+    for name, run in zip(names, made, strict=True):
+        if not NAME.fullmatch(name):
+            raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
+        if run.record.exists():
+            state = "a finished" if run.summary.exists() else "an unfinished"
+            raise UserError(f"{run.folder}: holds {state} run; choose another --name, or --overwrite it")
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        probe = run.folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        for run in made:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            probe = run.folder / ".writable"
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    return run
+    return made
 
 
 def find_runs(paths: list[Path]) -> list[Run]:

@@ -1,6 +1,6 @@
 """Started by test_ranks.py under `accelerate launch`: trains and writes the global loss of every step.
 
-python -m tests.ranks_program DATA OUT {float32,float64} STEPS
+python -m tests.ranks_program DATA OUT {float32,float64} STEPS {plain,norm}
 """
 
 import json
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from runner.batches.protocol import Place, open_manifest, open_split
+from runner.models import norm
 from runner.recipe import SGD, Augment, Recipe
 from tests.tiny import Tiny
 
 
-def main(data: str, out: str, dtype: str, steps: str) -> None:
+def main(data: str, out: str, dtype: str, steps: str, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
     torch.set_num_threads(1)
     recipe = Recipe(100, 60, SGD(0.05), augment=Augment(crop_padding=4, flip="random"))
@@ -25,7 +26,7 @@ def main(data: str, out: str, dtype: str, steps: str) -> None:
     batches = open_split(Path(data), open_manifest(Path(data)), "train", recipe, place, seed=3)
     batches.dtype = getattr(torch, dtype)
     torch.manual_seed(0)
-    model = Tiny().to(batches.dtype)
+    model = norm.synchronised(Tiny(norm=kind == "norm")).to(batches.dtype)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses: list[float] = []

@@ -7,10 +7,17 @@ ALL = experiments.load()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_gpus_get_the_whole_recipe_and_all_of_them_are_used(name: str) -> None:
+def test_gpus_get_the_whole_recipe_and_as_many_as_divide_a_batch_are_used(name: str) -> None:
     job = quick_job(ALL[name], Hardware(gpus=8, cores=64), None, 50_000)
     assert job.options == ()
-    assert job.launcher == ("--config_file", "launch/one_node.yaml", "--num_processes", "8")
+    launcher = "one_node.yaml", "--num_processes", job.launcher[-1]
+    if job.launcher[-1] == "launch/one_process.yaml":
+        launcher = ("one_process.yaml",)
+    assert job.launcher == ("--config_file", f"launch/{launcher[0]}", *launcher[1:])
+    gpus = int(job.launcher[-1]) if len(launcher) > 1 else 1
+    divisors = [n for n in range(1, 9) if ALL[name].recipe.batch_size % n == 0]
+    assert gpus == divisors[-1]
+    assert ("GPUs, among which" in job.told) == (gpus < 8)
     assert job.name == f"{ALL[name].recipe.epochs}-epochs"
 
 

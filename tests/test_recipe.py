@@ -6,12 +6,18 @@ from runner import experiments
 from runner.recipe import (
     SGD,
     Adam,
+    AdamW,
     Architecture,
     Augment,
     Constant,
     Cosine,
     Experiment,
+    Linear,
+    Muon,
+    OneCycle,
     Recipe,
+    RMSprop,
+    Step,
     differences,
     recipe_from_json,
     to_json,
@@ -21,7 +27,12 @@ from runner.recipe import (
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, True), "half", 0.1),
+        Recipe(
+            3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, "reflect", "alternating"), "half"
+        ),
+        Recipe(1, 1, Muon(0.1, unit_rows=True), Step((0.2, 0.9)), validation=5, ema=0.9),
+        Recipe(1, 1, AdamW(0.1, decay_vectors=True), OneCycle()),
+        Recipe(1, 1, RMSprop(0.1), Linear(0.1)),
         Recipe(1, 1, Adam(1e-3, (0.8, 0.9), 1e-4), Constant(0.5)),
         *(experiment.recipe for experiment in experiments.load().values()),
     ],

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,49 @@ def test_nothing_is_fetched_from_outside(html: Path) -> None:
 
 def test_json_rows(runs: Path, tmp_path: Path) -> None:
     done = runner("report", runs, "--json", "--out", tmp_path / "x.html")
-    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
     assert set(rows) == {"tiny/seed-0", "podeti-alexnet/seed-1", "tiny/half"}
     assert rows["tiny/seed-0"]["onnx_agreement"] == 1
     assert rows["tiny/seed-0"]["engine"]["backend"] == "tensorrt-rtx"
     assert rows["tiny/half"]["test_accuracy"] is None
+
+
+def test_seeds_of_one_recipe_stand_together(runs: Path) -> None:
+    record = collect.read(Run(runs / "tiny" / "seed-0"))
+    reported = {"accuracy": 0.5, "on": "test", "epoch": "last", "source": "x"}
+    dataset = record.config["dataset"] | {"name": "CIFAR-10"}
+
+    def seeded(seed: int, accuracy: float, **changes: object) -> collect.RunRecord:
+        config = record.config | {"seed": seed, "reported": reported, "dataset": dataset} | changes
+        return replace(record, config=config, summary=record.summary | {"test_accuracy": accuracy})
+
+    other = seeded(0, 0.9, recipe=record.config["recipe"] | {"epochs": 3})
+    together, alone = collect.experiments([seeded(0, 0.4), seeded(1, 0.6), other])
+    assert (together["seeds"], alone["seeds"]) == ([0, 1], [0])
+    assert together["test_accuracy"] == pytest.approx(0.5)
+    assert together["test_accuracy_std"] == pytest.approx(0.1414, abs=1e-4)
+    assert together["difference"] == pytest.approx(0.0)
+    assert alone["test_accuracy_std"] is None
+    shown = page.render([seeded(0, 0.4), seeded(1, 0.6)])
+    assert "50.00 ± 14.14 %" in shown
+    assert "+0.00" in shown
+
+
+@pytest.mark.parametrize(
+    ("on", "epoch", "expected"),
+    [("validation", "best", 0.3), ("validation", "last", 0.2), ("test", "last", 0.5), ("test", "best", 0.6)],
+)
+def test_reproduced_is_of_the_reported_kind(runs: Path, on: str, epoch: str, expected: float) -> None:
+    record = collect.read(Run(runs / "tiny" / "seed-0"))
+    config = record.config | {"reported": {"accuracy": 0.5, "on": on, "epoch": epoch, "source": "x"}}
+    figures = {
+        "test_accuracy": 0.5,
+        "best_test_accuracy": 0.6,
+        "validation_accuracy": 0.2,
+        "best_validation_accuracy": 0.3,
+    }
+    assert collect.reproduced(replace(record, config=config, summary=figures)) == expected
+    assert collect.reproduced(replace(record, config=config, summary=None)) is None
 
 
 def test_made_without_torch(runs: Path, tmp_path: Path) -> None:

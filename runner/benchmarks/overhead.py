@@ -72,10 +72,19 @@ class OverheadBenchmark:
     def timed(self, part: str, clocks: list[list[float]]) -> float:
         """Runs a part in a fresh process; keeps the times of its steps, in seconds since its start."""
         began = time.time()
-        command = [sys.executable, "-m", "runner.benchmarks.overhead", "--data", str(self.data), "--part", part]
+        command = [
+            "env",
+            "WANDB_MODE=offline",
+            sys.executable,
+            "-m",
+            "runner.benchmarks.overhead",
+            "--data",
+            str(self.data),
+            "--part",
+            part,
+        ]
         command += ["--experiment", self.experiment, "--steps", str(self.steps)]
-        environ = os.environ | {"WANDB_MODE": "offline"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         clocks.append([at - began for at in json_format.loads(done.stdout.splitlines()[-1])])
         return clocks[-1][-1]
 

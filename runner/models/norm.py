@@ -3,7 +3,23 @@
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; each rank's part has a share in every rank's loss, so gradients add
+    up."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, ours: torch.Tensor) -> torch.Tensor:
+        total = ours.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -17,7 +33,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         wide = x if x.dtype == torch.float64 else x.float()
         ones = wide.new_full((1,), wide.numel() / wide.shape[1])
-        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), ones]))
+        sums = SumOverRanks.apply(torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), ones]))
         count = sums[-1]
         mean, square = sums[:-1].chunk(2)
         mean = mean / count

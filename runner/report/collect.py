@@ -1,5 +1,7 @@
 """Reads run folders into the values that a report shows."""
 
+import json
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +66,11 @@ def row(record: RunRecord) -> dict[str, Any]:
         "steps": summary.get("steps"),
         "test_accuracy": summary.get("test_accuracy"),
         "test_loss": summary.get("test_loss"),
+        "test_top5": summary.get("test_top5"),
+        "test_calibration_error": summary.get("test_calibration_error"),
+        "test_accuracy_augmented": summary.get("test_accuracy_augmented"),
+        "validation_accuracy": summary.get("validation_accuracy"),
+        "reproduced": reproduced(record),
         "test_images": summary.get("test_images"),
         "reported": config["reported"],
         "overrides": config["overrides"],
@@ -80,6 +87,53 @@ def row(record: RunRecord) -> dict[str, Any]:
             if "p50_ms" in part
         ],
     }
+
+
+def reproduced(record: RunRecord) -> float | None:
+    """Our accuracy of the kind that the paper reported: on the same set, of the same epoch.
+
+    None where nothing was reported, the run is unfinished, or it held no validation images out.
+    """
+    reported, summary = record.config["reported"], record.summary
+    if reported is None or summary is None:
+        return None
+    best = "best" in reported["epoch"]
+    if reported["on"] == "validation":
+        return summary.get("best_validation_accuracy" if best else "validation_accuracy")
+    # With validation images held out, the best epoch was chosen on them.
+    return summary.get("best_test_accuracy", summary["test_accuracy"]) if best else summary["test_accuracy"]
+
+
+def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
+    """Finished runs that differ in their seed alone, together: means and standard deviations over seeds.
+
+    Deviations are those of a sample (n - 1), and None for a single seed.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.summary is not None:
+            config = record.config
+            what = [config["experiment"], config["architecture"], config["recipe"], config["max_steps"]]
+            key = json.dumps([*what, config["dataset"]["fingerprint"], config["precision"]], sort_keys=True)
+            groups.setdefault(key, []).append(record)
+    found = []
+    for members in groups.values():
+        rows = [row(member) for member in members]
+        first = rows[0]
+        entry = {
+            key: first[key] for key in ("experiment", "paper", "dataset", "epochs", "recipe_epochs", "reported")
+        }
+        entry |= {"overrides": first["overrides"], "runs": len(rows), "seeds": sorted({r["seed"] for r in rows})}
+        for name in ("test_accuracy", "reproduced"):
+            figures = [r[name] for r in rows if r[name] is not None]
+            entry[name] = statistics.mean(figures) if figures else None
+            entry[f"{name}_std"] = statistics.stdev(figures) if len(figures) > 1 else None
+        reported = entry["reported"]
+        comparable = entry["reproduced"] is not None and first["epochs"] >= first["recipe_epochs"] - 1e-9
+        comparable = comparable and not first["overrides"] and first["dataset"].startswith("CIFAR-10")
+        entry["difference"] = entry["reproduced"] - reported["accuracy"] if comparable else None
+        found.append(entry)
+    return found
 
 
 def p50(record_row: dict[str, Any], backend: str, batch: int = 1) -> float | None:

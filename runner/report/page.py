@@ -47,6 +47,7 @@ def render(records: list[RunRecord]) -> str:
     ]
     return environment.get_template("page.html.j2").render(
         runs=runs,
+        experiments=collect.experiments(records),
         datasets=sorted({record.dataset for record in records}),
         hardware=sorted({described(record.config["hardware"]) for record in records}),
         # In a script element, "<" could end it; JSON may spell it otherwise.
