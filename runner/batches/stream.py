@@ -87,6 +87,11 @@ class BatchStream(ABC):
         start, size = step * self.batch_size, self.size_of(step)
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
+    def order_of(self, epoch: int) -> np.ndarray:
+        """The order in which an epoch takes the samples, (N,) int64: shuffled for training, else that of the
+        file."""
+        return order.epoch_order(self.samples, self.seed, epoch) if self.training else np.arange(self.samples)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's slices of the global batches of an epoch, from `start_step` on.
 
@@ -94,9 +99,7 @@ class BatchStream(ABC):
             images (n, 3, H, W) in channels_last memory, of `dtype`, and labels (n,) int64; where batches are mixed,
             targets (n, classes) float32 in their place.
         """
-        samples = np.arange(self.samples)
-        if self.training:
-            samples = order.epoch_order(self.samples, self.seed, epoch)
+        samples = self.order_of(epoch)
         # Everything is drawn and moved once an epoch, in the epoch's order; a batch only takes slices.
         draws = augments.draw(self.augment, samples, self.side, self.seed, epoch).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]

@@ -52,7 +52,12 @@ def ratio(over: list[float], under: list[float]) -> Ratio:
 
 
 def conclude(
-    title: str, ratios: dict[str, Ratio], goals: dict[str, str], more: dict[str, Any], out: Path | None
+    title: str,
+    ratios: dict[str, Ratio],
+    goals: dict[str, str],
+    more: dict[str, Any],
+    out: Path | None,
+    shown_only: dict[str, Ratio] | None = None,
 ) -> None:
     """Prints the ratios as a table with the goals, and writes them as JSON with hardware and versions.
 
@@ -62,6 +67,7 @@ def conclude(
         goals: in words, for some of the names.
         more: what else belongs into the JSON, e.g. the settings.
         out: the JSON file; None for none.
+        shown_only: figures for the table alone, such as seconds, which mean nothing on another machine.
     """
     from rich.console import Console
     from rich.table import Table
@@ -70,12 +76,17 @@ def conclude(
     table = Table(
         "ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {environment.described(hardware)}"
     )
-    for name, found in ratios.items():
+    for name, found in (ratios | (shown_only or {})).items():
         figures = [f"{figure:.3g}" for figure in (found.median, found.min, found.max)]
         table.add_row(name, *figures, str(found.rounds), goals.get(name, "–"))
     Console(width=120).print(table)
     if out is not None:
         result = {name: asdict(found) for name, found in ratios.items()}
-        result |= {"goals": goals, **more, "hardware": hardware, "versions": environment.versions()}
+        result |= {
+            "goals": {name: goal for name, goal in goals.items() if name in ratios},
+            **more,
+            "hardware": hardware,
+            "versions": environment.versions(),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,69 @@
+"""What came of the papers' experiments: collects runs into one file that the README's table is made from.
+
+python -m runner.benchmarks.papers runs --json runner/benchmarks/results/papers-gpu.json
+"""
+
+import json as json_format
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data_prep.console import UserError, run_command
+from runner.report import collect
+from runner.runs import find_runs
+
+
+@dataclass(frozen=True)
+class Papers:
+    """Collect finished runs: accuracy of every epoch, reported and reproduced, data, seeds, hardware, versions."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
+    """Run folders, or folders that hold some at any depth."""
+    json: Path | None = None
+    """File to write."""
+
+    def __call__(self) -> None:
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder or folder of runs")
+        records = [collect.read(run) for run in find_runs(list(self.runs))]
+        entries = collect.experiments(records)
+        if not entries:
+            raise UserError(f"{self.runs[0]}: expected a finished run, found none")
+        for entry in entries:
+            of_entry = [
+                record
+                for record in records
+                if record.config["experiment"] == entry["experiment"] and record.summary is not None
+            ]
+            entry["epochs_test_accuracy"] = {
+                record.config["seed"]: [row["test/accuracy"] for row in record.metrics if "test/accuracy" in row]
+                for record in of_entry
+            }
+            config = of_entry[0].config
+            entry |= {
+                "test_accuracy_augmented": collect.row(of_entry[0])["test_accuracy_augmented"],
+                "precision": config["precision"],
+                "world_size": config["world_size"],
+                "hardware": config["hardware"],
+                "versions": config["versions"],
+                "fingerprint": config["dataset"]["fingerprint"],
+            }
+        content = json_format.dumps({"experiments": entries}, indent=2) + "\n"
+        if self.json is None:
+            sys.stdout.write(content)
+        else:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(content)
+            print(f"{self.json}: {len(entries)} experiments")
+
+
+def main() -> None:
+    """Entry point of `python -m runner.benchmarks.papers`."""
+    run_command(lambda: tyro.cli(Papers, prog="python -m runner.benchmarks.papers"), "papers")
+
+
+if __name__ == "__main__":
+    main()
