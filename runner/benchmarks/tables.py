@@ -4,7 +4,6 @@ python -m runner.benchmarks.tables --write
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,8 @@ def filled(text: str) -> str:
         first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if text.count(first) != 1 or text.count(last) != 1:
             raise UserError(f"README.md: expected {first} and {last} once each")
-        text = re.sub(
-            f"{re.escape(first)}.*?{re.escape(last)}", lambda _: f"{first}\n{make()}\n{last}", text, flags=re.S
-        )
+        before, rest = text.split(first)
+        text = f"{before}{first}\n{make()}\n{last}{rest.split(last)[1]}"
     return text
 
 
