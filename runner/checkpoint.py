@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,26 +17,35 @@ from runner.recipe import Architecture
 from runner.runs import Run, read_json
 
 WEIGHTS = "model.safetensors"
+STATE = "state.pt"
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
-def save(run: Run, state: dict[str, torch.Tensor], step: int, epoch: int) -> Path:
+def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> Path:
     """Writes `checkpoints/step-N/` and then removes the older ones.
 
     Everything is written and synced in a temporary folder first; the rename is the commit.
+
+    Args:
+        run: whose.
+        weights: the state that the architecture loads.
+        step: optimizer steps done.
+        state: what training needs to go on (runner.resume); None for weights alone.
     """
     folder = run.checkpoints / f"step-{step}"
     staging = run.checkpoints / f".step-{step}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     # Contiguous copies: safetensors knows shapes, not memory formats.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     # What the weights were trained on goes with them, also where the file is copied elsewhere.
     trained_on = run.config()["dataset"]["name"]
     save_file(weights, staging / WEIGHTS, metadata={"dataset": trained_on})
-    manifest = {"step": step, "epoch": epoch, "dataset": trained_on}
-    manifest["sha256"] = {WEIGHTS: sha256_of(staging / WEIGHTS)}
+    if state is not None:
+        torch.save(state, staging / STATE)
+    hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
+    manifest = {"step": step, "dataset": trained_on, "sha256": hashes}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in staging.iterdir():
         _sync(file)
@@ -47,16 +58,48 @@ def save(run: Run, state: dict[str, torch.Tensor], step: int, epoch: int) -> Pat
     return folder
 
 
+def newest_whole(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
+    """The state of the newest checkpoint whose files have the hashes of its manifest, by step.
+
+    Returns:
+        The state, or None where no checkpoint is whole; and a line about each that is not.
+    """
+    damaged = []
+    for folder in reversed(_folders(run)):
+        try:
+            return read_state(folder), damaged
+        except UserError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What training needs to go on from a checkpoint folder.
+
+    Raises:
+        UserError: it is damaged, or holds weights alone.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: expected a checkpoint with {MANIFEST}, found none")
+    _check(folder)
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder}: expected {STATE} to go on from, found weights alone")
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
+
+
 def latest(run: Run) -> Path:
     """The checkpoint of the highest step, by its name and never by its time.
 
     Raises:
         UserError: there is none.
     """
-    folders = [f for f in run.checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(f.name)]
+    folders = _folders(run)
     if not folders:
         raise UserError(f"{run.folder}: expected a checkpoint, found none; has its training finished?")
-    return max(folders, key=lambda folder: int(STEP_FOLDER.fullmatch(folder.name)[1]))
+    return folders[-1]
 
 
 def load_model(run: Run) -> nn.Module:
@@ -66,15 +109,26 @@ def load_model(run: Run) -> nn.Module:
         UserError: no checkpoint, or its files do not have the hashes of its manifest.
     """
     folder = latest(run)
-    for name, expected in read_json(folder / MANIFEST)["sha256"].items():
-        found = sha256_of(folder / name)
-        if found != expected:
-            raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again")
+    _check(folder)
     architecture = Architecture(**run.config()["architecture"])
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; leave no trace
         model = architecture.build()
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def _folders(run: Run) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps."""
+    folders = [folder for folder in run.checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
+    return sorted(folders, key=lambda folder: int(STEP_FOLDER.fullmatch(folder.name)[1]))
+
+
+def _check(folder: Path) -> None:
+    """Raises UserError where a file has not the hash that the manifest gives."""
+    for name, expected in read_json(folder / MANIFEST)["sha256"].items():
+        found = sha256_of(folder / name) if (folder / name).is_file() else "no such file"
+        if found != expected:
+            raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again")
 
 
 def _sync(path: Path) -> None:

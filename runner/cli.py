@@ -215,9 +215,12 @@ def _train(request: TrainRequest) -> None:
         ("--max-steps", request.max_steps, 1),
         *(("--seed", seed, 0) for seed in request.seeds),
         ("--workers", request.workers, 1),
+        ("--checkpoint-every", request.checkpoint_every, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: expected {least} or more")
+    if request.resume not in ("auto", "never") and len(request.seeds) > 1:
+        raise UserError(f"--resume {request.resume}: expected auto or never with several seeds")
     if len(set(request.seeds)) < len(request.seeds):
         raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: expected each seed once")
     if mistake := first_mistake(request.recipe):
@@ -274,6 +277,9 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         experiments_from: Modules = (),
         teacher: Path | None = None,
         start_from: Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: str = "never",
+        resume_anyway: bool = False,
         architecture: Architecture = default.architecture,
         recipe: Recipe = default.recipe,
     ) -> Callable[[], None]:
@@ -301,12 +307,19 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
                 --recipe.teacher-weight and --recipe.teacher-temperature).
             start_from: Finished run of the same architecture whose weights are trained on, for fine-tuning and
                 pruning (see --recipe.prune).
+            checkpoint_every: Optimizer steps between checkpoints within an epoch; each epoch ends with one anyway.
+            resume: `auto` goes on from the newest whole checkpoint of the run, or begins where there is none; a
+                PATH of a checkpoint goes on from that one; `never` begins, and refuses a folder that holds a run.
+                SIGUSR1, SIGTERM or a file `stop` in the run folder end a run with a checkpoint and exit code 75.
+            resume_anyway: Resume also where recipe, data or anything else of the training has changed since;
+                run.json says what.
             architecture: What is trained.
             recipe: How it is trained.
         """
         request = TrainRequest(
             experiment, data, runs, name, seeds or (seed,), max_steps, device, precision, loader, workers,
-            overwrite, json, experiments_from, architecture, recipe, teacher, start_from,
+            overwrite, json, experiments_from, architecture, recipe, teacher, start_from, checkpoint_every,
+            resume, resume_anyway,
         )  # fmt: skip
         return functools.partial(_train, request)
 

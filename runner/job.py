@@ -3,11 +3,14 @@
 The algorithm is in train.py; here is everything around it that makes a run a record.
 """
 
+import contextlib
+import json
 import secrets
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,13 @@ from runner.build import build, count
 from runner.evaluate import Evaluation, evaluate
 from runner.recipe import Experiment, differences, to_json
 from runner.request import TrainRequest
-from runner.runs import FORMAT, Run, new_runs, read_json, write_json
+from runner.runs import FORMAT, Run, new_runs, read_json, trim_metrics, write_json
 from runner.tracking import Tracker
-from runner.train import Data, DivergedError, Outcome, train
+from runner.train import Data, DivergedError, Outcome, StoppedError, train
 
+STOP_FILE = "stop"  # in the run folder; asks for a checkpoint and an end
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
 
 
@@ -84,11 +90,13 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     # The first now, so that weights which cannot be had are refused before anything is written.
     models[request.seeds[0]] = build(request.architecture, recipe, request.seeds[0], training.first, start)
     runs = {seed: Run(request.runs / request.experiment / name) for seed, name in request.run_names().items()}
+    resuming = request.resume != "never"
+    states = {seed: _state_of(request, run) if resuming else None for seed, run in runs.items()}
     if launch.rank == 0:
         for run in runs.values():
             if request.overwrite and run.record.exists():
                 shutil.rmtree(run.folder)
-        new_runs(request.runs, request.experiment, [run.folder.name for run in runs.values()])
+        new_runs(request.runs, request.experiment, [run.folder.name for run in runs.values()], resuming)
 
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -118,8 +126,11 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
             model = models.pop(seed) or build(request.architecture, recipe, seed, training.first, start)
             wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
             config = _config(request, registered, manifest, accelerator, place, run, seed, model, wandb_id)
+            if states[seed] is not None:
+                config = _continued(request, run, config, states[seed])
+                accelerator.wait_for_everyone()  # all have read what the first now writes anew
             summary, tracker_hung = _train_one(
-                request, data, accelerator, manifest, run, seed, model, teacher, config, environ
+                request, data, accelerator, manifest, run, seed, model, teacher, config, environ, states[seed]
             )
             summaries += [summary] if summary else []
             hung = hung or tracker_hung
@@ -141,18 +152,31 @@ def _train_one(
     teacher: nn.Module | None,
     config: dict[str, Any],
     environ: MutableMapping[str, str],
+    state: dict[str, Any] | None,
 ) -> tuple[dict[str, Any] | None, bool]:
     """One run from its record to its summary; also whether W&B hung. Without a summary on ranks other than 0."""
     tracker = None
     if accelerator.is_main_process:
         write_json(run.record, config)
+        if state is not None:
+            trim_metrics(run, state["step"])
         tags = [config["architecture"]["factory"].rpartition(":")[2], manifest.name, config["precision"]]
         tracker = Tracker(run, config, environ, tags)
     log = tracker.log if tracker else lambda row: None
     if teacher is not None:
         teacher.to(accelerator.device)
     try:
-        outcome = train(model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log)
+        with asked_to_stop(run.folder / STOP_FILE) as asked:
+            outcome = train(
+                model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log,
+                request.checkpoint_every, state, asked,
+            )  # fmt: skip
+    except StoppedError as stopped:
+        if tracker:
+            tracker.finish()
+            (run.folder / STOP_FILE).unlink(missing_ok=True)
+            print(f"runner: {run.folder}: {stopped}; go on with --resume auto", file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED) from None
     except DivergedError as error:
         if tracker:
             tracker.finish()
@@ -207,6 +231,75 @@ def _summary(request: TrainRequest, manifest: Manifest, run: Run, seed: int, out
     if outcome.augmented is not None:
         summary["test_accuracy_augmented"] = outcome.augmented.accuracy
     return summary | {"class_accuracy": test["class_accuracy"], "confusion": outcome.test.confusion}
+
+
+@contextlib.contextmanager
+def asked_to_stop(file: Path) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGUSR1 or SIGTERM has come since, or the stop file is there."""
+    told = []
+    before = {number: signal.signal(number, lambda *_: told.append(True)) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(told) or file.exists()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _state_of(request: TrainRequest, run: Run) -> dict[str, Any] | None:
+    """The state that a run is resumed from; None where there is nothing yet, and it begins.
+
+    Raises:
+        UserError: a given checkpoint is damaged, or no checkpoint of the run is whole.
+    """
+    if request.resume != "auto":
+        return checkpoint.read_state(Path(request.resume))
+    state, damaged = checkpoint.newest_whole(run)
+    for line in damaged:
+        print(f"runner: {line}", file=sys.stderr)
+    if state is None and damaged:
+        raise UserError(f"{run.folder}: expected a whole checkpoint, found none; train it anew with --overwrite")
+    return state
+
+
+SAME = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
+
+
+def _continued(request: TrainRequest, run: Run, config: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that is resumed: its own, with where it went on.
+
+    Raises:
+        UserError: it is another training than the one that was begun, and --resume-anyway was not said.
+    """
+    before, config = run.config(), json.loads(json.dumps(config))  # tuples become lists on both sides
+    changed = {key: (before[key], config[key]) for key in SAME if before[key] != config[key]}
+    fingerprints = before["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
+    if fingerprints[0] != fingerprints[1]:
+        changed["dataset"] = fingerprints
+    told = {
+        name: pair for key, values in changed.items() for name, pair in _leaves_that_differ(key, *values).items()
+    }
+    if told and not request.resume_anyway:
+        lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in told.items())
+        raise UserError(f"{run.folder}: expected the training that was begun, found {lines}; or --resume-anyway")
+    bitwise = state["world_size"] == config["world_size"] and before["device"] == config["device"] and not told
+    resumed = {"step": state["step"], "world_size": config["world_size"], "bitwise": bitwise, "changed": told}
+    if not bitwise:
+        print(f"runner: {run.folder}: goes on from step {state['step']}, not to the bit", file=sys.stderr)
+    return {
+        **(config if told else before),
+        "max_steps": config["max_steps"],
+        "wandb_id": before["wandb_id"],
+        "resumed": [*before.get("resumed", []), resumed],
+    }
+
+
+def _leaves_that_differ(name: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [
+            _leaves_that_differ(f"{name}.{key}", old.get(key), new.get(key)) for key in old.keys() | new.keys()
+        ]
+        return {key: pair for part in parts for key, pair in part.items()}
+    return {} if old == new else {name: (old, new)}
 
 
 def _teacher(folder: Path, manifest: Manifest) -> nn.Module:

@@ -29,6 +29,9 @@ class TrainRequest:
     recipe: Recipe
     teacher: Path | None = None
     start_from: Path | None = None
+    checkpoint_every: int | None = None
+    resume: str = "never"
+    resume_anyway: bool = False
 
     def run_names(self) -> dict[int, str]:
         """The name of each seed's run."""

@@ -75,8 +75,10 @@ class Run:
         return read_json(self.record)
 
 
-def new_runs(runs: Path, experiment: str, names: list[str]) -> list[Run]:
+def new_runs(runs: Path, experiment: str, names: list[str], resuming: bool = False) -> list[Run]:
     """The folders for new runs; made, and still empty. None is made where one of them cannot be.
+
+    With `resuming`, a folder may hold a run already.
 
     Raises:
         UserError: a name is not plain, a folder holds a run already, or it cannot be made.
@@ -85,9 +87,11 @@ def new_runs(runs: Path, experiment: str, names: list[str]) -> list[Run]:
     for name, run in zip(names, made, strict=True):
         if not NAME.fullmatch(name):
             raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
-        if run.record.exists():
+        if run.record.exists() and not resuming:
             state = "a finished" if run.summary.exists() else "an unfinished"
-            raise UserError(f"{run.folder}: holds {state} run; choose another --name, or --overwrite it")
+            raise UserError(
+                f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite it"
+            )
     try:
         for run in made:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +151,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def trim_metrics(run: Run, step: int) -> None:
+    """Takes the rows after `step` away: a resumed run writes them again."""
+    kept = [row for row in read_metrics(run) if row["global_step"] <= step]
+    write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from runner.build import kept_state
 from runner.evaluate import Evaluation, evaluate
 from runner.models import norm
 from runner.recipe import Recipe
+from runner.resume import Resumable, settle_buckets
 from runner.runs import Run
 
 LOG_EVERY = 20  # optimizer steps between two rows of training metrics
@@ -31,6 +32,14 @@ LOG_EVERY = 20  # optimizer steps between two rows of training metrics
 
 class DivergedError(RuntimeError):
     """The training loss is not a finite number any more. Raised on all ranks at the same step."""
+
+
+class StoppedError(RuntimeError):
+    """Training was asked to stop, and can be resumed. Raised on all ranks at the same step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,9 @@ def train(
     max_steps: int | None = None,
     teacher: nn.Module | None = None,
     log: Callable[[dict[str, float]], None] = lambda row: None,
+    checkpoint_every: int | None = None,
+    resume: dict[str, Any] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Trains a model; evaluates after every epoch; leaves a checkpoint of the last.
 
@@ -87,6 +99,13 @@ def train(
         max_steps: stop after so many optimizer steps; the schedule is the whole recipe's all the same.
         teacher: a model to learn from beside the labels, on the device.
         log: receives the rows of metrics, which are the same on every rank; to be written on the first alone.
+        checkpoint_every: optimizer steps between checkpoints within an epoch; at the end of each there is one
+        anyway. resume: the state of a checkpoint, from which training goes on.
+        asked_to_stop: whether this rank was told to stop.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        StoppedError: a rank was told to stop; all have stopped at the same step, and the checkpoint is written.
     """
     bare = bare.to(accelerator.device)
     if recipe.sync_batch_norm:
@@ -101,12 +120,23 @@ def train(
     per_epoch = len(data.train)
     steps = recipe.epochs * per_epoch
     stop = min(steps, max_steps or steps)
-    step, best = 0, {}
+    step, best, found, counted = 0, {}, {}, {}
+    state = Resumable(bare, optimizer, average, accelerator)
+    if resume is not None:
+        settle_buckets(model, objective, data.train, accelerator)
+        step, best, counted = resume["step"], resume["best"], state.restore(resume)
+
+    def save(meter: Meter) -> None:
+        everything = state.state(step, best, meter.state())
+        if accelerator.is_main_process:
+            checkpoint.save(run, kept_state(kept), step, everything)
+
     with progress("train", stop, shown=accelerator.is_main_process) as advance:
-        for epoch in range(recipe.epochs):
-            meter = Meter(accelerator)
+        advance(step)
+        for epoch in range(step // per_epoch, recipe.epochs if step < stop else 0):
+            meter = Meter(accelerator, counted if step % per_epoch else {})
             model.train()
-            for images, targets in data.train.epoch(epoch):
+            for images, targets in data.train.epoch(epoch, step % per_epoch):
                 lr = optim.set_rate(optimizer, recipe.schedule, step, steps)
                 share = accelerator.num_processes / data.train.size_of(step % per_epoch)
                 for part, last in parts(images, targets, recipe.accumulate):
@@ -129,19 +159,39 @@ def train(
                     log({"global_step": step, "epoch": step / per_epoch, "lr": lr, **meter.window(step)})
                 if ended:
                     break
+                stopping = agreed(asked_to_stop(), step, accelerator)
+                if stopping or (checkpoint_every and step % checkpoint_every == 0):
+                    save(meter)
+                if stopping:
+                    raise StoppedError(step)
 
             sync_buffers(kept, accelerator)
             found = {name: score(kept, batches, data.classes, accelerator) for name, batches in scored(data)}
             row = {"global_step": step, "epoch": step / per_epoch, **meter.epoch(), **named(found)}
             log(row)
             best = max(best or row, row, key=lambda row: row.get("validation/accuracy", row["test/accuracy"]))
-            if accelerator.is_main_process:
-                checkpoint.save(run, kept_state(kept), step, epoch)
+            save(meter)
             if step == stop:
                 break
+            if agreed(asked_to_stop(), step, accelerator):
+                raise StoppedError(step)
+    if not found:  # resumed after the last step
+        found = {name: score(kept, batches, data.classes, accelerator) for name, batches in scored(data)}
     views = recipe.test_augmentation
     augmented = None if views == "none" else score(kept, data.test, data.classes, accelerator, views)
     return Outcome(found["test"], augmented, found.get("validation"), step, step / per_epoch, best)
+
+
+def agreed(asked: bool, step: int, accelerator: Accelerator) -> bool:
+    """Whether any rank was asked to stop; the same answer on all of them.
+
+    Asked after every step on the CPU. On GPUs only where the metrics wait for the device anyway: no step may.
+    """
+    if accelerator.num_processes == 1:
+        return asked
+    if accelerator.device.type != "cpu" and step % LOG_EVERY:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum"))
 
 
 def parts(
@@ -199,12 +249,17 @@ def sync_buffers(model: nn.Module, accelerator: Accelerator) -> None:
 class Meter:
     """Means of loss and hits since the last row and since the start of the epoch, without a wait in any step."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
         self.accelerator = accelerator
-        self.sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # of loss and hits, this rank's
-        self.images = 0
-        self.epoch_sums = [0.0, 0.0, 0.0]  # loss, hits and images, of all ranks
+        zeros = torch.zeros(2, dtype=torch.float64)
+        self.sums = state.get("sums", zeros).to(accelerator.device)  # of loss and hits, this rank's
+        self.images = state.get("images", 0)
+        self.epoch_sums = state.get("epoch_sums", [0.0, 0.0, 0.0])  # loss, hits and images, of all ranks
         self.since = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """The sums, to go on with."""
+        return {"sums": self.sums.cpu(), "images": self.images, "epoch_sums": self.epoch_sums}
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds a step: loss (), logits (n, classes), labels (n,) or targets (n, classes)."""

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Run:
 def test_weights_and_buffers_come_back_to_the_bit(run: Run) -> None:
     model = Tiny(norm=True).to(memory_format=torch.channels_last)
     model(torch.randn(8, 3, 32, 32))  # moves the statistics of batch norm
-    checkpoint.save(run, model.state_dict(), 5, 0)
+    checkpoint.save(run, model.state_dict(), 5)
     before = torch.get_rng_state()
     loaded = checkpoint.load_model(run)
     assert torch.equal(before, torch.get_rng_state())
@@ -33,7 +33,7 @@ def test_weights_and_buffers_come_back_to_the_bit(run: Run) -> None:
 
 
 def test_what_they_were_trained_on_goes_with_them(run: Run) -> None:
-    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, 0)
+    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1)
     with safe_open(folder / checkpoint.WEIGHTS, "pt") as file:
         assert file.metadata() == {"dataset": "synthetic-10"}
     assert json.loads((folder / checkpoint.MANIFEST).read_text())["dataset"] == "synthetic-10"
@@ -50,25 +50,25 @@ def test_the_newest_is_the_one_of_the_highest_step(run: Run) -> None:
 
 def test_older_ones_go_when_a_newer_is_whole(run: Run) -> None:
     for step in (1, 2):
-        checkpoint.save(run, Tiny(norm=True).state_dict(), step, 0)
+        checkpoint.save(run, Tiny(norm=True).state_dict(), step)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-2"]
 
 
 def test_a_failed_save_keeps_the_old_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(run, Tiny(norm=True).state_dict(), 1, 0)
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 1)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(run, Tiny(norm=True).state_dict(), 2, 0)
+        checkpoint.save(run, Tiny(norm=True).state_dict(), 2)
     assert checkpoint.latest(run).name == "step-1"
     checkpoint.load_model(run)
 
 
 def test_a_damaged_one_is_named(run: Run) -> None:
-    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, 0)
+    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1)
     path = folder / checkpoint.WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

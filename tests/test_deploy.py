@@ -41,7 +41,7 @@ def untrained(name: str, data: Path, folder: Path) -> Run:
     torch.manual_seed(0)
     model = experiment.architecture.build()
     model(torch.randn(64, 3, 32, 32))
-    checkpoint.save(run, model.state_dict(), 0, 0)
+    checkpoint.save(run, model.state_dict(), 0)
     return run
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from runner.recipe import SGD, Architecture, Augment, Constant, Cosine, Experiment, Recipe
+from runner.recipe import SGD, Adam, Architecture, Augment, Constant, Cosine, Experiment, Recipe
 
 
 class Tiny(nn.Module):
@@ -35,6 +35,20 @@ def _experiment(lr: float = 0.05, **arguments: float) -> Experiment:
 EXPERIMENTS = {
     "tiny": _experiment(),
     "tiny-norm": _experiment(norm=True),
+    "tiny-everything": Experiment(
+        Architecture("tests.tiny:Tiny", {"norm": True, "dropout": 0.3}),
+        Recipe(
+            2,
+            60,
+            Adam(0.01),
+            Cosine(warmup=0.2),
+            Augment(crop_padding=4, flip="random", contrast=0.3, mixup=0.3),
+            ema=0.9,
+            validation=80,
+            test_augmentation="flip",
+        ),
+        paper="tests",
+    ),
     "tiny-diverging": _experiment(lr=1e30),
     "tiny-wide": Experiment(
         Architecture("tests.tiny:Tiny", {"channels": 32, "norm": True}),
