@@ -32,7 +32,10 @@ def build(
         UserError: weights that cannot be had or do not fit.
     """
     torch.manual_seed(seed)
-    model = architecture.build()
+    try:
+        model = architecture.build()
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"--architecture.arguments {architecture.arguments}: {error!r}") from None
     if start is not None:
         try:
             model.load_state_dict(checkpoint.load_model(start).state_dict())
@@ -51,8 +54,11 @@ def build(
 
 
 def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The weights of convolutions and linear layers, as torch.nn.utils.prune wants them."""
-    return [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    """The weights of convolutions and linear layers, as torch.nn.utils.prune wants them.
+
+    Not of the layer inside attention, whose weight is read without calling it, past the pruning.
+    """
+    return [(m, "weight") for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
 
 
 def kept_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -221,6 +221,8 @@ def _train(request: TrainRequest) -> None:
             raise UserError(f"{option} {value}: expected {least} or more")
     if request.resume not in ("auto", "never") and len(request.seeds) > 1:
         raise UserError(f"--resume {request.resume}: expected auto or never with several seeds")
+    if max(request.seeds) >= 2**32:
+        raise UserError(f"--seed {max(request.seeds)}: expected less than {2**32}")
     if len(set(request.seeds)) < len(request.seeds):
         raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: expected each seed once")
     if mistake := first_mistake(request.recipe):
@@ -265,7 +267,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         data: Path,
         runs: Path = Path("runs"),
         name: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         seeds: tuple[int, ...] = (),
         max_steps: int | None = None,
         device: launched.Device = "auto",
@@ -290,7 +292,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             data: Folder made by `python -m data_prep prepare`.
             runs: Folder of runs; this one becomes RUNS/NAME/RUN.
             name: Name of the run; by default seed-N.
-            seed: Seed of weights, order, augmentation and dropout.
+            seed: Seed of weights, order, augmentation and dropout; by default 0.
             seeds: Several of them: one run each, one after the other. The page shows their mean and deviation.
             max_steps: Stop after so many optimizer steps, and still evaluate and write the summary.
             device: auto takes a GPU where there is one and says which it took; a launch with a GPU
@@ -316,8 +318,11 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             architecture: What is trained.
             recipe: How it is trained.
         """
+        if seed is not None and seeds:
+            raise UserError(f"--seed {seed} and --seeds: expected one of them")
+        chosen = seeds or (seed or 0,)
         request = TrainRequest(
-            experiment, data, runs, name, seeds or (seed,), max_steps, device, precision, loader, workers,
+            experiment, data, runs, name, chosen, max_steps, device, precision, loader, workers,
             overwrite, json, experiments_from, architecture, recipe, teacher, start_from, checkpoint_every,
             resume, resume_anyway,
         )  # fmt: skip

@@ -5,8 +5,8 @@ The algorithm is in train.py; here is everything around it that makes a run a re
 
 import contextlib
 import json
+import os
 import secrets
-import shutil
 import signal
 import sys
 import warnings
@@ -29,7 +29,7 @@ from runner.batches.protocol import Place, Split, model_input, open_manifest, op
 from runner.batches.stream import BatchStream
 from runner.build import build, count
 from runner.evaluate import Evaluation, evaluate
-from runner.recipe import Experiment, differences, to_json
+from runner.recipe import Experiment, Recipe, differences, to_json
 from runner.request import TrainRequest
 from runner.runs import FORMAT, Run, new_runs, read_json, trim_metrics, write_json
 from runner.tracking import Tracker
@@ -64,6 +64,8 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         SystemExit: code 1 where training diverged.
     """
     launch = launched.read(environ)
+    if launch.by_accelerate:
+        launched.end_with_parent()
     device, told = launched.device(request.device, launch, torch.cuda.device_count())
     place = Place(
         device=torch.device(device, launch.local_rank if device == "cuda" else None),
@@ -74,6 +76,10 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     )
     if device == "cpu":
         cpu.prepare(launch.local_world_size)
+        if "fp16" in (request.precision, environ.get("ACCELERATE_MIXED_PRECISION")):
+            raise UserError("--precision fp16: expected a GPU; on the CPU it would be fp32, or choose bf16")
+    else:
+        torch.cuda.set_device(place.device)  # kernels of ours start on the current device
     pixels.prepare(place.device)
     manifest = open_manifest(request.data)
     recipe = request.recipe
@@ -85,18 +91,20 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     validation = opened("validation") if recipe.validation else None
     data = Data(training, opened("test"), validation, len(manifest.classes))
     start = request.start_from and Run(request.start_from)
-    teacher = _teacher(request.teacher, manifest) if request.teacher else None
+    teacher = _teacher(request.teacher, manifest, recipe) if request.teacher else None
     models: dict[int, nn.Module | None] = dict.fromkeys(request.seeds)
     # The first now, so that weights which cannot be had are refused before anything is written.
     models[request.seeds[0]] = build(request.architecture, recipe, request.seeds[0], training.first, start)
     runs = {seed: Run(request.runs / request.experiment / name) for seed, name in request.run_names().items()}
     resuming = request.resume != "never"
     states = {seed: _state_of(request, run) if resuming else None for seed, run in runs.items()}
+    needed = {folder.resolve() for folder in (request.start_from, request.teacher) if folder}
+    for run in runs.values():
+        if request.overwrite and run.folder.resolve() in needed:
+            raise UserError(f"--overwrite: expected another --name, {run.folder} is what this run learns from")
     if launch.rank == 0:
-        for run in runs.values():
-            if request.overwrite and run.record.exists():
-                shutil.rmtree(run.folder)
-        new_runs(request.runs, request.experiment, [run.folder.name for run in runs.values()], resuming)
+        names = list(request.run_names().values())
+        new_runs(request.runs, request.experiment, names, resuming, request.overwrite)
 
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -183,6 +191,8 @@ def _train_one(
             print(
                 f"runner: {run.folder}: {error}; lower the learning rate or use --precision fp32", file=sys.stderr
             )
+            if tracker.hung:  # W&B's exit handler would wait for ever
+                os._exit(1)
         raise SystemExit(1) from None
     if tracker is None:
         return None, False
@@ -193,7 +203,7 @@ def _train_one(
     shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
     pictures = figures.draw(run, config, outcome.test.confusion, shown)
     tracker.figures(pictures, outcome.steps)
-    tracker.summarise({key: value for key, value in summary.items() if key not in ("confusion", "per_class")})
+    tracker.summarise({key: value for key, value in summary.items() if key not in ("confusion", "class_accuracy")})
     write_json(run.summary, summary)
     tracker.finish()
     return summary, tracker.hung
@@ -302,16 +312,19 @@ def _leaves_that_differ(name: str, old: Any, new: Any) -> dict[str, tuple[Any, A
     return {} if old == new else {name: (old, new)}
 
 
-def _teacher(folder: Path, manifest: Manifest) -> nn.Module:
+def _teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
     """The model of a finished run, for another to learn from.
 
     Raises:
-        UserError: it was trained on other classes.
+        UserError: it was trained on other classes, or on images of another size or normalisation.
     """
     run = Run(folder)
-    found = run.config()["dataset"]["classes"]
-    if found != list(manifest.classes):
-        raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}, found {found}")
+    found = run.config()
+    if found["dataset"]["classes"] != list(manifest.classes):
+        raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}")
+    wanted = model_input(manifest, recipe)
+    if found["input"] != wanted:
+        raise UserError(f"--teacher {folder}: expected a run on images like {wanted}, found {found['input']}")
     return checkpoint.load_model(run).requires_grad_(False)
 
 
@@ -331,7 +344,8 @@ def _config(
     before = Experiment(registered.architecture, registered.recipe, registered.paper)
     shape = model_input(manifest, request.recipe)
     parameters, macs = registered.parameters, registered.macs
-    if parameters is None or macs is None or request.architecture != registered.architecture:
+    known = parameters is not None and macs is not None and request.architecture == registered.architecture
+    if not known or request.recipe.resize != registered.recipe.resize:
         parameters, macs = count(model, shape["shape"])
     precision = next(ours for ours, theirs in PRECISIONS.items() if theirs == accelerator.mixed_precision)
     return {

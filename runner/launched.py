@@ -1,11 +1,14 @@
 """What the launcher asked for, told from the environment it set; and the refusal of what cannot be had."""
 
+import ctypes
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.console import UserError
 
+PR_SET_PDEATHSIG = 1  # prctl.h
 Device = Literal["auto", "cuda", "cpu"]
 
 
@@ -51,6 +54,14 @@ def read(environ: Mapping[str, str]) -> Launch:
         world_size=int(environ.get("WORLD_SIZE", 1)),
         local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
     )
+
+
+def end_with_parent() -> None:
+    """Has the kernel kill this process when the one that started it dies.
+
+    The launcher, killed, would leave its ranks behind, training on into the same folder.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda", "cpu"], str]:

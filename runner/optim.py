@@ -14,7 +14,7 @@ from runner.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
 def build(recipe: recipes.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, over the parameters of `model` that are trained.
 
-    torch's are fused into one pass over the parameters.
+    torch's are fused into one pass over the parameters, where it has that.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     match recipe:

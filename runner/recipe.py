@@ -231,7 +231,8 @@ class Recipe:
     clip_gradient: float = 0.0
     """Largest norm of the whole gradient; 0 for no limit."""
     accumulate: int = 1
-    """Passes that make up one optimizer step, for a batch that does not fit; the gradient is the whole batch's."""
+    """Passes that make up one optimizer step, for a batch that does not fit; the gradient is the whole batch's, but
+    batch norm sees each part by itself."""
     ema: float = 0.0
     """Decay per step of an exponential moving average of the weights, which is then what is evaluated and kept; 0
     for none."""
@@ -279,7 +280,7 @@ class Experiment:
     parameters: int | None = None
     """Trainable parameters."""
     macs: int | None = None
-    """Multiply-accumulates of convolutions and matrix products for one image of 32×32."""
+    """Multiply-accumulates of convolutions and matrix products for one image of the size that the recipe gives."""
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -13,6 +13,7 @@ wandb/           W&B's own files
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,12 @@ class Run:
         return read_json(self.record)
 
 
-def new_runs(runs: Path, experiment: str, names: list[str], resuming: bool = False) -> list[Run]:
-    """The folders for new runs; made, and still empty. None is made where one of them cannot be.
+def new_runs(
+    runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False
+) -> list[Run]:
+    """The folders for new runs; made, and still empty. None is made or emptied where one of them cannot be.
 
-    With `resuming`, a folder may hold a run already.
+    With `resuming`, a folder may hold a run already; with `overwrite`, that run is deleted.
 
     Raises:
         UserError: a name is not plain, a folder holds a run already, or it cannot be made.
@@ -87,13 +90,15 @@ def new_runs(runs: Path, experiment: str, names: list[str], resuming: bool = Fal
     for name, run in zip(names, made, strict=True):
         if not NAME.fullmatch(name):
             raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
-        if run.record.exists() and not resuming:
+        if run.record.exists() and not resuming and not overwrite:
             state = "a finished" if run.summary.exists() else "an unfinished"
             raise UserError(
                 f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite it"
             )
     try:
         for run in made:
+            if overwrite and run.record.exists():
+                shutil.rmtree(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
             probe = run.folder / ".writable"
             probe.touch()

@@ -14,6 +14,7 @@ PROJECT = "training-runner"
 INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
 FINISH_TIMEOUT = 45.0  # seconds it may take at the end to be reached and to hand over what it has left
 STEP = "global_step"
+OURS = "/."  # ends the folders that we choose, and changes nothing about them
 
 
 class Tracker:
@@ -89,7 +90,8 @@ class Tracker:
         # W&B's own files stay with the run, not under the home folder.
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             folder = self.run.folder.absolute() / "wandb" / f".{name.lower()}"
-            self.environ.setdefault(f"WANDB_{name}_DIR", str(folder))
+            if self.environ.get(f"WANDB_{name}_DIR", OURS).endswith(OURS):  # unset, or of an earlier run of ours
+                self.environ[f"WANDB_{name}_DIR"] = f"{folder}{OURS}"
         try:
             return self._init(self.mode)
         except Exception as error:

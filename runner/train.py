@@ -20,6 +20,7 @@ from data_prep.console import progress
 from runner import checkpoint, optim
 from runner import objective as objectives
 from runner.batches import Batches
+from runner.batches.order import rank_seed
 from runner.build import kept_state
 from runner.evaluate import Evaluation, evaluate
 from runner.models import norm
@@ -114,8 +115,8 @@ def train(
     kept = average.module if average else bare  # what is evaluated and saved
     optimizer = optim.build(recipe.optimizer, bare)
     model, optimizer = accelerator.prepare(torch.compile(bare) if recipe.compile else bare, optimizer)
-    objective = objectives.of(recipe, teacher)
-    torch.manual_seed(seed + 1 + accelerator.process_index)  # a dropout of its own for every rank
+    objective = objectives.of(recipe, teacher, accelerator.autocast)
+    torch.manual_seed(rank_seed(seed, accelerator.process_index))  # a dropout of its own for every rank
 
     per_epoch = len(data.train)
     steps = recipe.epochs * per_epoch
@@ -138,8 +139,10 @@ def train(
             model.train()
             for images, targets in data.train.epoch(epoch, step % per_epoch):
                 lr = optim.set_rate(optimizer, recipe.schedule, step, steps)
-                share = accelerator.num_processes / data.train.size_of(step % per_epoch)
-                for part, last in parts(images, targets, recipe.accumulate):
+                size = data.train.size_of(step % per_epoch)
+                share = accelerator.num_processes / size
+                count = min(recipe.accumulate, size // accelerator.num_processes)  # alike on all ranks
+                for part, last in parts(images, targets, count):
                     with nullcontext() if last else accelerator.no_sync(model):
                         logits = model(part[0])
                         loss = objective(logits, part[1], part[0])
@@ -198,7 +201,7 @@ def parts(
     images: torch.Tensor, targets: torch.Tensor, count: int
 ) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], bool]]:
     """Cuts a batch for gradient accumulation, and says which part is the last."""
-    cut = list(zip(images.chunk(count), targets.chunk(count), strict=True))
+    cut = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
     for k, part in enumerate(cut, 1):
         yield part, k == len(cut)
 

@@ -10,6 +10,7 @@ import numpy as np
 # One stream of random numbers for each use, so that adding one changes no other.
 CROP_ROW, CROP_COLUMN, FLIP, HOLE_ROW, HOLE_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
 COLOUR_ORDER = 9  # and the three after it
+RANK = 13
 BATCH = 1  # in the high word of Philox's counter, far from the numbers that make the order
 
 
@@ -22,6 +23,11 @@ def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
 def batch_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
     """A generator for what concerns a whole batch, as a function of (seed, epoch, step) alone."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, step, BATCH]))
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for a rank's own generator, of which no other rank and no other seed has the same."""
+    return int(random_bits(np.array([rank]), seed, 0, RANK)[0] >> np.uint64(1))
 
 
 def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:

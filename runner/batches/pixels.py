@@ -16,8 +16,10 @@ def prepare(device: torch.device) -> None:
 def _load_loop() -> None:
     import numba
 
+    from runner import cpu
     from runner.batches import kernel
 
+    cpu.choose_openmp()
     pixels, places = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     example = (pixels, places, places, places, places.bool(), False, *[torch.zeros(3)] * 2, 1, pixels.float())
     kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))

@@ -147,10 +147,10 @@ def open_split(
     if training and not recipe.drop_last and 0 < rest < place.world_size:
         raise UserError(f"the last batch has {rest} images for {place.world_size} ranks; use --recipe.drop-last")
     smallest = min(manifest.image_shape[:2])
-    if training and recipe.augment.crop_fill == "reflect" and recipe.augment.crop_padding >= smallest:
+    if training and recipe.augment.crop_padding >= smallest:
         raise UserError(
             f"--recipe.augment.crop-padding {recipe.augment.crop_padding}: expected less than the images' side of "
-            f"{smallest}, or --recipe.augment.crop-fill zero"
+            f"{smallest}"
         )
     mean, std = normalisation(manifest, recipe)
     settings = {

@@ -33,18 +33,15 @@ class Papers:
         if not entries:
             raise UserError(f"{self.runs[0]}: expected a finished run, found none")
         for entry in entries:
-            of_entry = [
-                record
-                for record in records
-                if record.config["experiment"] == entry["experiment"] and record.summary is not None
-            ]
+            of_entry = [record for record in records if str(record.run.folder) in entry["folders"]]
+            del entry["folders"]
             entry["epochs_test_accuracy"] = {
                 record.config["seed"]: [row["test/accuracy"] for row in record.metrics if "test/accuracy" in row]
                 for record in of_entry
             }
             config = of_entry[0].config
             entry |= {
-                "test_accuracy_augmented": collect.row(of_entry[0])["test_accuracy_augmented"],
+                "test_accuracy_augmented": [collect.row(record)["test_accuracy_augmented"] for record in of_entry],
                 "precision": config["precision"],
                 "world_size": config["world_size"],
                 "hardware": config["hardware"],

@@ -58,8 +58,7 @@ def result(name: str) -> dict[str, Any] | None:
 
 def papers() -> str:
     """Every experiment: reported, and what was reproduced on the CPU and on a GPU."""
-    found = {place: {e["experiment"]: e for e in (result(f"papers-{place}") or {"experiments": []})["experiments"]}
-             for place in ("cpu", "gpu")}  # fmt: skip
+    found = {place: _by_name(result(f"papers-{place}")) for place in ("cpu", "gpu")}
     rows = []
     for name, experiment in experiments.load().items():
         reported = experiment.reported
@@ -96,6 +95,16 @@ def loaders() -> str:
 
 
 TABLES = {"papers": papers, "loaders": loaders}
+
+
+def _by_name(measured: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The unchanged experiments of a result by name; one entry each."""
+    entries = [] if measured is None else measured["experiments"]
+    entries = [e for e in entries if not e["overrides"].keys() - {"recipe.epochs"} and not e["teacher"]]
+    names = [entry["experiment"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise UserError(f"results: expected one entry for each experiment, found {sorted(names)}")
+    return dict(zip(names, entries, strict=True))
 
 
 def _accuracy(entry: dict[str, Any] | None) -> str:

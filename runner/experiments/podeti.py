@@ -13,6 +13,7 @@ Left open, and assumed here:
   ends at 4×4 (runner/models/mobilenet.py);
 - ResNet-18's first convolution: 3×3 with stride 1, and no pooling after it, as the text says;
 - the strengths of colour jitter in "advanced" augmentation: 0.2 each, and 0.1 for hue; SGD's momentum: 0.9;
+- the last partial batch of an epoch is left out;
 - the scheduler steps per iteration, from the learning rate to zero over all steps.
 
 `podeti-grid` is the grid search of section 4.2: optimizer, learning rate, weight decay and augmentation for all

@@ -11,7 +11,8 @@ Left open, and assumed here:
 - the head: torchvision's, dropout 0.2 and one linear layer;
 - which weights: torchvision's IMAGENET1K_V1;
 - interpolation: bilinear;
-- weight decay: none. The title names ResNet as well; the text runs MobileNetV2 only.
+- weight decay: none; the last partial batch of an epoch is left out. The title names ResNet as well; the text
+  runs MobileNetV2 only.
 
 Reproduce: runner train sivva-2 --data data/cifar10, likewise sivva-1. Time on one GPU: not measured.
 """

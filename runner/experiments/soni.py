@@ -11,8 +11,8 @@ Left open, and assumed here:
   (`--architecture.arguments.gate relu`);
 - the shortcut where channels do not change: the input itself;
 - channels of the four blocks: 64, 64, 128, 128; dropout 0.5; max pooling of 2×2, once, after the last block;
-- normalisation to mean and deviation 0.5, cross-entropy, no weight decay, RMSprop's other settings as torch has
-them. The text also says 52.45 % at epoch 26 for Model 1; the table is followed.
+- normalisation to mean and deviation 0.5, cross-entropy, no weight decay, no last partial batch, RMSprop's other
+settings as torch has them. The text also says 52.45 % at epoch 26 for Model 1; the table is followed.
 
 Reproduce: runner train soni-2 --data data/cifar10, likewise soni-4. Time on one GPU: not measured.
 """

@@ -29,6 +29,8 @@ class Net(nn.Module):
 
     def __init__(self, convolutions: int, linears: int, norm: bool, dropout: float, classes: int = 10) -> None:
         super().__init__()
+        if not 1 <= linears <= len(HIDDEN) + 1 or convolutions < 1:
+            raise ValueError(f"{convolutions}-{linears}: expected 1 or more convolutions and 1 to 4 linear layers")
         layers: list[nn.Module] = []
         channels_in = 3
         for width, count in zip(WIDTHS, repeats(convolutions), strict=True):

@@ -37,7 +37,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         count = sums[-1]
         mean, square = sums[:-1].chunk(2)
         mean = mean / count
-        variance = square / count - mean.square()
+        variance = (square / count - mean.square()).clamp_min(0)  # rounding may leave it below
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             unbiased = variance * count / (count - 1)
@@ -48,7 +48,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """The model with every batch norm replaced by one over all ranks; parameters and their names stay."""
+    """The model with every BatchNorm2d replaced by one over all ranks; parameters and their names stay."""
     if not dist.is_initialized():
         return model
     if next(model.parameters()).device.type == "cuda":

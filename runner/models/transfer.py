@@ -20,6 +20,9 @@ WEIGHTS = {
 }
 
 
+POOLINGS = {"average": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
+
+
 class Pretrained(nn.Module):
     """Features of a torchvision network, one global pooling, dropout, and a linear layer.
 
@@ -43,6 +46,9 @@ class Pretrained(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
+        for argument, value, known in (("name", name, WEIGHTS), ("pooling", pooling, POOLINGS)):
+            if value not in known:
+                raise UserError(f"--architecture.arguments.{argument} {value}: expected {' or '.join(known)}")
         self.name, self.weights, self.frozen = name, weights, frozen
         if name == "mobilenet_v2":
             whole = models.mobilenet_v2()
@@ -51,7 +57,7 @@ class Pretrained(nn.Module):
             whole = models.resnet18()
             self.features = nn.Sequential(*list(whole.children())[:-2])
             width = whole.fc.in_features
-        self.pool = nn.AdaptiveAvgPool2d(1) if pooling == "average" else nn.AdaptiveMaxPool2d(1)
+        self.pool = POOLINGS[pooling](1)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, classes)
         self.features.requires_grad_(not frozen)
@@ -75,10 +81,9 @@ class Pretrained(nn.Module):
         else:
             places = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
             wanted = {
-                f"{places.index(first)}.{rest}": value
+                f"{places.index(first)}.{rest}": state[f"{first}.{rest}"]
                 for first, _, rest in (key.partition(".") for key in state)
                 if first in places
-                for value in [state[f"{first}.{rest}"]]
             }
         self.features.load_state_dict(wanted)
 
@@ -101,8 +106,8 @@ def weight_file(name: str, given: str) -> Path:
     if given and not path.is_file():
         raise UserError(f"--architecture.arguments.weights {given}: expected a file, found none; {remedy}")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=False)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             raise UserError(

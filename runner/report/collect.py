@@ -74,6 +74,8 @@ def row(record: RunRecord) -> dict[str, Any]:
         "test_images": summary.get("test_images"),
         "reported": config["reported"],
         "overrides": config["overrides"],
+        "teacher": config["teacher"] and config["teacher"]["experiment"],
+        "started_from": config["started_from"] and config["started_from"]["experiment"],
         "seed": config["seed"],
         "precision": config["precision"],
         "world_size": config["world_size"],
@@ -101,7 +103,8 @@ def reproduced(record: RunRecord) -> float | None:
     if reported["on"] == "validation":
         return summary.get("best_validation_accuracy" if best else "validation_accuracy")
     # With validation images held out, the best epoch was chosen on them.
-    return summary.get("best_test_accuracy", summary["test_accuracy"]) if best else summary["test_accuracy"]
+    of_best = summary.get("best_test_accuracy", summary.get("test_accuracy_of_best_validation"))
+    return of_best if best else summary["test_accuracy"]
 
 
 def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
@@ -114,23 +117,31 @@ def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
         if record.summary is not None:
             config = record.config
             what = [config["experiment"], config["architecture"], config["recipe"], config["max_steps"]]
+            what += [config["teacher"], config["started_from"], config["world_size"]]
             key = json.dumps([*what, config["dataset"]["fingerprint"], config["precision"]], sort_keys=True)
             groups.setdefault(key, []).append(record)
-    found = []
+    found: list[dict[str, Any]] = []
     for members in groups.values():
         rows = [row(member) for member in members]
-        first = rows[0]
+        first, of = rows[0], members[0].config
         entry = {
             key: first[key] for key in ("experiment", "paper", "dataset", "epochs", "recipe_epochs", "reported")
         }
-        entry |= {"overrides": first["overrides"], "runs": len(rows), "seeds": sorted({r["seed"] for r in rows})}
+        entry |= {key: first[key] for key in ("teacher", "started_from")}
+        entry |= {
+            "overrides": first["overrides"],
+            "folders": [str(member.run.folder) for member in members],
+            "runs": len(rows),
+            "seeds": sorted({r["seed"] for r in rows}),
+        }
         for name in ("test_accuracy", "reproduced"):
             figures = [r[name] for r in rows if r[name] is not None]
             entry[name] = statistics.mean(figures) if figures else None
             entry[f"{name}_std"] = statistics.stdev(figures) if len(figures) > 1 else None
         reported = entry["reported"]
         comparable = entry["reproduced"] is not None and first["epochs"] >= first["recipe_epochs"] - 1e-9
-        comparable = comparable and not first["overrides"] and first["dataset"].startswith("CIFAR-10")
+        alone = of["teacher"] is None and of["started_from"] is None
+        comparable = comparable and alone and not first["overrides"] and first["dataset"].startswith("CIFAR-10")
         entry["difference"] = entry["reproduced"] - reported["accuracy"] if comparable else None
         found.append(entry)
     return found

@@ -66,7 +66,8 @@ def _shown(record: RunRecord, position: int) -> dict[str, Any]:
         "position": position,
         "finished": record.summary is not None,
         "stopped_early": stopped,
-        "comparable": not stopped and not row["overrides"] and record.dataset.startswith("CIFAR-10"),
+        "comparable": not (stopped or row["overrides"] or row["teacher"] or row["started_from"])
+        and record.dataset.startswith("CIFAR-10"),
         "eager_ms": collect.p50(row, "eager"),
         "onnx_ms": collect.p50(row, "onnxruntime"),
         "confusion": figures.confusion(record, position),
