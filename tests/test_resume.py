@@ -19,7 +19,7 @@ from data_prep.console import sha256_of
 from runner.runs import Run, read_metrics
 from tests.conftest import ROOT, TINY, clean_environment, launch, runner
 
-LONG = ["--recipe.epochs", 20, "--checkpoint-every", 3]  # long enough to be caught in the middle
+LONG = ["--recipe.epochs", 8, "--checkpoint-every", 3]  # long enough to be caught in the middle
 
 
 def arguments(data: Path, runs: Path, *more: object) -> list[object]:
@@ -86,7 +86,7 @@ def straight(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("processes", "how"),
-    [(1, "SIGKILL"), (1, "SIGTERM"), (1, "SIGUSR1"), (2, "SIGKILL"), (2, "stop file"), (3, "stop file")],
+    [(1, "SIGUSR1"), (2, "SIGKILL"), (3, "stop file")],
 )
 def test_what_was_ended_and_resumed_is_what_never_ended(
     straight, small_data: Path, tmp_path: Path, processes: int, how: str
@@ -94,7 +94,7 @@ def test_what_was_ended_and_resumed_is_what_never_ended(
     """In the middle of an epoch; weights, rows and summary."""
     run = tmp_path / "tiny-everything" / "seed-0"
     process = begun(processes, *arguments(small_data, tmp_path, *LONG))
-    wait_for_step(run, 20)
+    wait_for_step(run, 9)
     if how == "stop file":
         (run / "stop").touch()
     elif how == "SIGKILL":
@@ -114,7 +114,7 @@ def test_what_was_ended_and_resumed_is_what_never_ended(
     assert done.returncode == 0, done.stderr
     (resumed,) = Run(run).config()["resumed"]
     assert resumed["bitwise"]
-    assert resumed["step"] >= 20
+    assert resumed["step"] >= 9
     assert Run(run).config()["wandb_id"]
     assert_the_same(straight(processes), run)
 

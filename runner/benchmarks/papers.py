@@ -7,11 +7,13 @@ import json as json_format
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from data_prep.console import UserError, run_command
+from runner import experiments
+from runner.recipe import Architecture, Experiment, differences, recipe_from_json
 from runner.report import collect
 from runner.runs import find_runs
 
@@ -40,6 +42,7 @@ class Papers:
                 for record in of_entry
             }
             config = of_entry[0].config
+            entry |= against_the_experiment(entry, config)
             entry |= {
                 "test_accuracy_augmented": [collect.row(record)["test_accuracy_augmented"] for record in of_entry],
                 "precision": config["precision"],
@@ -55,6 +58,21 @@ class Papers:
             self.json.parent.mkdir(parents=True, exist_ok=True)
             self.json.write_text(content)
             print(f"{self.json}: {len(entries)} experiments")
+
+
+def against_the_experiment(entry: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """In what a run departs from the experiment as it now stands, and how far a whole run of it is from the
+    report."""
+    registered = experiments.load().get(entry["experiment"])
+    if registered is None:
+        return {}
+    ran = Experiment(Architecture(**config["architecture"]), recipe_from_json(config["recipe"]), registered.paper)
+    now = Experiment(registered.architecture, registered.recipe, registered.paper)
+    changed = {name: list(pair) for name, pair in differences(now, ran).items()}
+    whole = not changed and entry["epochs"] >= registered.recipe.epochs - 1e-9 and entry["teacher"] is None
+    ours = entry["reproduced"] if whole else None
+    difference = None if ours is None or registered.reported is None else ours - registered.reported.accuracy
+    return {"overrides": changed, "recipe_epochs": registered.recipe.epochs, "difference": difference}
 
 
 def main() -> None:

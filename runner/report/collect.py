@@ -74,8 +74,8 @@ def row(record: RunRecord) -> dict[str, Any]:
         "test_images": summary.get("test_images"),
         "reported": config["reported"],
         "overrides": config["overrides"],
-        "teacher": config["teacher"] and config["teacher"]["experiment"],
-        "started_from": config["started_from"] and config["started_from"]["experiment"],
+        "teacher": origin(config, "teacher"),
+        "started_from": origin(config, "started_from"),
         "seed": config["seed"],
         "precision": config["precision"],
         "world_size": config["world_size"],
@@ -89,6 +89,11 @@ def row(record: RunRecord) -> dict[str, Any]:
             if "p50_ms" in part
         ],
     }
+
+
+def origin(config: dict[str, Any], kind: str) -> str | None:
+    """The experiment whose run a run learned from ("teacher") or went on from ("started_from")."""
+    return config[kind] and config[kind]["experiment"]
 
 
 def reproduced(record: RunRecord) -> float | None:
