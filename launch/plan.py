@@ -53,25 +53,30 @@ def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, tr
     # Every rank has the same share of a batch; GPUs that it does not divide among stay idle.
     gpus = max((n for n in range(1, hardware.gpus + 1) if recipe.batch_size % n == 0), default=0)
     launcher = launcher_for(replace(hardware, gpus=gpus))
+    # A set much smaller than CIFAR-10 has not as many images to hold out as the recipe says.
+    held_out, options = recipe.validation, _on(hardware)
+    if 2 * held_out > training_images:
+        held_out = training_images // 10
+        options = ("--recipe.validation", str(held_out), *options)
     if epochs is not None or hardware.gpus:
         count = epochs or recipe.epochs
         changed = ("--recipe.epochs", str(count)) if count != recipe.epochs else ()
         told = f"{count} of {recipe.epochs} epochs"
         if gpus < hardware.gpus:
             told += f" on {gpus} of {hardware.gpus} GPUs, among which batches of {recipe.batch_size} divide"
-        return Job(f"{count}-epochs", launcher, changed + _on(hardware), told)
-    whole = max(1, (training_images - recipe.validation) // recipe.batch_size)
+        return Job(f"{count}-epochs", launcher, changed + options, told)
+    whole = max(1, (training_images - held_out) // recipe.batch_size)
     named = f"{experiment.architecture.factory} {experiment.architecture.arguments}"
     depthwise = any(name in named for name in DEPTHWISE)
     cost = (experiment.macs or 1e9) * (DEPTHWISE_COST if depthwise else 1) * recipe.batch_size
     steps = int(QUICK_MACS_PER_CORE * hardware.cores / cost)
     steps = max(1, min(steps, whole))
-    options = ("--recipe.epochs", "1", "--max-steps", str(steps))
+    options = ("--recipe.epochs", "1", "--max-steps", str(steps), *options)
     told = "1 epoch" if steps == whole else f"{steps} of the {whole} steps of an epoch"
     return Job(
         f"{steps}-steps",
         launcher,
-        options + _on(hardware),
+        options,
         f"{told}, of a recipe of {recipe.epochs} epochs",
     )
 

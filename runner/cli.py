@@ -375,7 +375,8 @@ def _experiment_in(given: list[str]) -> Experiment:
             modules.append(word)
     if given[:1] == ["train"] and given[1:] and not given[1].startswith("-"):
         return experiments.get(given[1], tuple(modules))
-    return next(iter(experiments.load().values()))
+    # One without arguments of its architecture: those of another would stand in the help without a word.
+    return next(one for one in experiments.load().values() if not one.architecture.arguments)
 
 
 def _result(result: dict[str, Any], json: bool, line: str) -> None:

@@ -74,11 +74,11 @@ def make(
     for thread in numba.prange(threads):
         # One row of the crop, and the same mirrored; what lies outside of the image is 0, or reflected.
         line, mirrored = np.zeros(run, np.uint8), np.empty(run, np.uint8)
-        seen = np.zeros(1, np.uint8)
+        seen = np.zeros(1, np.int64)
         stop = min(count, (thread + 1) * share)
         for i in range(thread * share, stop):
             if i + 1 < stop:
-                seen[0] |= touch(flat[index[i + 1]])
+                seen[0] += touch(flat[index[i + 1]])
             image = flat[index[i]]
             left, right = max(0, -column[i]), min(width, width - column[i])  # of its pixels, those inside
             first, last, start = left * channels, right * channels, column[i] * channels
