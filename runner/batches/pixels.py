@@ -91,9 +91,13 @@ def in_numba(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`make` by a compiled loop over the images, on as many threads as torch has."""
+    import numba
+
     from runner import cpu
     from runner.batches import kernel
 
+    # FFCV's Loader marks numba's one type of byte arrays as read-only, for everybody in the process.
+    numba.uint8[::1].mutable = True
     out = torch.empty((len(index), *images.shape[1:]), dtype=torch.uint8 if dtype == torch.uint8 else torch.float32)
     parts = [part.numpy() for part in (images, index, row, column, flip)]
     with cpu.torch_threads_kept():
