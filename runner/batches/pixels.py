@@ -1,5 +1,6 @@
 """Gather, crop, flip and normalise in one pass: a compiled loop on the CPU, one kernel on a GPU."""
 
+import functools
 import threading
 
 import torch
@@ -10,10 +11,15 @@ def prepare(device: torch.device) -> None:
     as long as reading the images does, which needs no Python.
     """
     if device.type == "cpu":
-        threading.Thread(target=_load_loop, name="load kernel", daemon=True).start()
+        threading.Thread(target=load_loop, name="load kernel", daemon=True).start()
 
 
-def _load_loop() -> None:
+@functools.cache
+def load_loop() -> None:
+    """Compiles the CPU's loop for both of its outputs, or finds it compiled; once in a process.
+
+    Before FFCV makes a Loader: that marks numba's one type of byte arrays as read-only, for everybody.
+    """
     import numba
 
     from runner import cpu
@@ -21,8 +27,9 @@ def _load_loop() -> None:
 
     cpu.choose_openmp()
     pixels, places = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
-    example = (pixels, places, places, places, places.bool(), False, *[torch.zeros(3)] * 2, 1, pixels.float())
-    kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))
+    for out in (pixels.float(), pixels):
+        example = (pixels, places, places, places, places.bool(), False, *[torch.zeros(3)] * 2, 1, out)
+        kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))
 
 
 def make(
@@ -91,13 +98,10 @@ def in_numba(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`make` by a compiled loop over the images, on as many threads as torch has."""
-    import numba
-
     from runner import cpu
     from runner.batches import kernel
 
-    # FFCV's Loader marks numba's one type of byte arrays as read-only, for everybody in the process.
-    numba.uint8[::1].mutable = True
+    load_loop()
     out = torch.empty((len(index), *images.shape[1:]), dtype=torch.uint8 if dtype == torch.uint8 else torch.float32)
     parts = [part.numpy() for part in (images, index, row, column, flip)]
     with cpu.torch_threads_kept():

@@ -15,6 +15,7 @@ import torch
 
 from data_prep.console import UserError
 from runner import cpu
+from runner.batches import pixels
 from runner.batches.stream import BatchStream
 
 BATCH_SECONDS = 60.0  # longer than this for a batch, and the reader counts as hung
@@ -53,6 +54,8 @@ class StreamingBatches(BatchStream):
         if not 1 <= workers <= most:
             raise UserError(f"--workers {workers}: expected 1 to {most}, the usable cores")
         super().__init__(labels, **settings)
+        if self.device.type == "cpu":
+            pixels.load_loop()
         self.path, self.workers, self.records = path, workers, records
         self.loader: Any = None  # compiled at the first epoch
 
