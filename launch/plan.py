@@ -6,6 +6,7 @@ from runner.recipe import Experiment
 
 # Multiply-accumulates, times images, that a quick look may cost for each CPU core: about a minute.
 QUICK_MACS_PER_CORE = 1.2e12
+FP32_SHARE = 0.4  # of the speed, where the cores do not multiply bf16
 # Depthwise convolutions are bound by memory: they take twice as long as their MACs tell and more.
 DEPTHWISE = ("mobilenet", "efficientnet")
 DEPTHWISE_COST = 2
@@ -69,7 +70,8 @@ def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, tr
     named = f"{experiment.architecture.factory} {experiment.architecture.arguments}"
     depthwise = any(name in named for name in DEPTHWISE)
     cost = (experiment.macs or 1e9) * (DEPTHWISE_COST if depthwise else 1) * recipe.batch_size
-    steps = int(QUICK_MACS_PER_CORE * hardware.cores / cost)
+    speed = 1 if hardware.bf16 else FP32_SHARE
+    steps = int(QUICK_MACS_PER_CORE * speed * hardware.cores / cost)
     steps = max(1, min(steps, whole))
     options = ("--recipe.epochs", "1", "--max-steps", str(steps), *options)
     told = "1 epoch" if steps == whole else f"{steps} of the {whole} steps of an epoch"

@@ -63,7 +63,7 @@ class Road:
         if not self.chosen:
             raise UserError("--experiments: expected at least one name (see runner list)")
         self.hardware = Hardware(environment.count_gpus(), len(os.sched_getaffinity(0)), environment.cpu_has_bf16())
-        self.stage, self.stages = 0, 2 + 4 * len(self.chosen)
+        self.stage, self.stages = 0, 2 + 5 * len(self.chosen)
         self.began = time.monotonic()
 
     def walk(self) -> None:
@@ -114,10 +114,13 @@ class Road:
         launch = ["-m", "accelerate.commands.launch", *_absolute(job.launcher), *threads]
         self.do(f"train {name}: {job.told}", trained, [*launch, *train, "--overwrite", *job.options])
         folder = str(run.folder)
-        self.do(f"export {name}", trained and _holds(run, "parity.json"), ["-m", "runner", "export", folder])
-        self.do(f"engine {name}", trained and _holds(run, "engine.json"), ["-m", "runner", "engine", folder])
+        # Whether a stage is done is asked when its turn has come: the one before may have changed its files.
+        self.do(f"export {name}", trained and _scored(run), ["-m", "runner", "export", folder])
+        device = () if self.hardware.gpus else ("--device", "cpu")
+        self.do(f"parity {name}", trained and _scored(run), ["-m", "runner", "parity", folder, *device])
+        self.do(f"engine {name}", trained and _built(run), ["-m", "runner", "engine", folder])
         quick = ["--batch", "1", "--seconds", "1"]
-        self.do(f"bench {name}", trained and _holds(run, "latency.json"), ["-m", "runner", "bench", folder, *quick])
+        self.do(f"bench {name}", trained and _measured(run), ["-m", "runner", "bench", folder, *quick])
 
     def do(self, told: str, done: bool, arguments: list[str]) -> None:
         """Runs one stage as a process of its own, unless it is done."""
@@ -146,16 +149,32 @@ def _absolute(launcher: tuple[str, ...]) -> list[str]:
     return [str(ROOT / part) if part.startswith("launch/") else part for part in launcher]
 
 
-def _holds(run: Run, name: str) -> bool:
-    """Whether a deployment file is there and speaks of the ONNX file that is there."""
+def _scored(run: Run) -> bool:
+    """Whether the gate's report speaks of the ONNX file that is there."""
+    return _speaks_of_onnx(run, "parity.json")
+
+
+def _measured(run: Run) -> bool:
+    """Whether the latencies are those of the ONNX file that is there."""
+    return _speaks_of_onnx(run, "latency.json")
+
+
+def _speaks_of_onnx(run: Run, name: str) -> bool:
+    from runner.deploy import onnx
+
+    try:
+        rows, sha256 = read_json(run.deploy / name)["rows"], onnx.exported(run).sha256
+    except (UserError, KeyError):
+        return False
+    return any(row.get("onnx_sha256") == sha256 for row in rows)
+
+
+def _built(run: Run) -> bool:
+    """Whether there is an engine, of the ONNX file that is there."""
     from runner.deploy import engine, onnx
 
-    path = run.deploy / name
     try:
-        if name == engine.SIDECAR:
-            engine.check_sidecar(run)
-            return True
-        return read_json(path)["onnx_sha256"] == onnx.exported(run)[1]
+        return bool(engine.built(run, onnx.exported(run)))
     except (UserError, KeyError):
         return False
 

@@ -1,5 +1,6 @@
 """ONNX, engine and latency of every architecture, each with its proof."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ from data_prep import manifest
 from data_prep.console import UserError, sha256_of
 from runner import checkpoint, experiments
 from runner.batches.protocol import model_input
-from runner.deploy import engine, latency, parity, session
+from runner.deploy import engine, latency, parity, precision
 from runner.deploy import onnx as exporter
+from runner.deploy.session import ProviderError, Session
 from runner.recipe import to_json
 from runner.runs import Run, write_json
 from tests.conftest import runner
@@ -34,7 +36,7 @@ def untrained(name: str, data: Path, folder: Path) -> Run:
             "experiment": name,
             "run": "seed-0",
             "architecture": to_json(experiment.architecture),
-            "recipe": to_json(experiment.recipe),
+            "recipe": to_json(dataclasses.replace(experiment.recipe, validation=0)),
             "dataset": {**dataset, "folder": str(data)},
             "input": model_input(prepared, experiment.recipe),
             "git": {},
@@ -58,58 +60,73 @@ def shape_of(run: Run) -> list[int]:
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES.values()))
 def exported(request: pytest.FixtureRequest, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """In three precisions, the fp32 one with a raw front end as well."""
     run = untrained(request.param, small_data, tmp_path_factory.mktemp("deploy"))
     exporter.export(run)
+    images = precision.calibration_images(run, None, 8)
+    for kind in ("fp16", "int8"):
+        precision.convert(run, kind, images, "minmax")
+    precision.raw(run, "fp32")
     return run
 
 
-def test_onnx_agrees_with_the_model(exported: Run) -> None:
-    path, _ = exporter.exported(exported)
-    report = parity.compare(exported, path, None)
-    assert report["passed"]
-    assert report["agreement"] == 1
-    assert report["images"] == 200
-    assert report["largest_logit_difference"] < 1e-4
-    assert report["provider"] == "CPUExecutionProvider"
+def test_fp32_agrees_with_the_model_by_either_front_end(exported: Run) -> None:
+    files = [exporter.exported(exported, "fp32", raw) for raw in (False, True)]
+    report = parity.compare(exported, files, None, "cpu")
+    assert [row["front_end"] for row in report["rows"]] == ["normalised", "raw"]
+    for row in report["rows"]:
+        assert row["passed"]
+        assert row["agreement"] == 1
+        assert row["images"] == 200
+        assert row["largest_logit_difference"] < 1e-4
+        assert row["provider"] == "CPUExecutionProvider"
 
 
-@pytest.mark.parametrize("batch", [1, 7, 30])
-def test_onnx_takes_any_batch(exported: Run, batch: int) -> None:
-    path, _ = exporter.exported(exported)
-    images = torch.randn(batch, *shape_of(exported))
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_onnx_takes_any_batch(exported: Run, kind: str) -> None:
+    """fp16 is held against fp32; int8 of random weights and 8 calibration images only has to be finite."""
+    session = Session(exporter.exported(exported, kind).path, fp16=kind == "fp16")
+    images = torch.randn(30, *shape_of(exported), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = checkpoint.load_model(exported)(images).numpy()
-    np.testing.assert_allclose(session.Session(path)(images.numpy()), expected, atol=1e-4)
+    tolerance = {"fp32": 1e-4, "fp16": 1e-2, "int8": np.inf}[kind] * max(1, np.abs(expected).max())
+    for size in (1, 7, 30):
+        found = session(images[:size].numpy())
+        assert found.dtype == np.float32
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found, expected[:size], atol=tolerance)
 
 
 def test_onnx_is_one_file_that_explains_itself(exported: Run, small_data: Path) -> None:
-    path, _ = exporter.exported(exported)
-    assert [file.name for file in path.parent.iterdir() if "onnx" in file.name] == ["model.onnx"]
-    model = onnx.load(path, load_external_data=False)
-    assert not any(tensor.external_data for tensor in model.graph.initializer)
-    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    names = {file.name for file in exported.deploy.iterdir() if "onnx" in file.name}
+    assert names == {f"model.{kind}.onnx" for kind in ("fp32", "fp32.raw", "fp16", "int8")}
     prepared = manifest.read(small_data)
-    assert metadata["classes"] == list(prepared.classes)
-    assert metadata["mean"] == exported.config()["input"]["mean"]
-    assert metadata["dataset"]["fingerprint"] == prepared.fingerprint
-    assert (model.graph.input[0].name, model.graph.output[0].name) == ("images", "logits")
+    for file in exporter.all_exported(exported):
+        model, metadata = exporter.read(file.path)
+        assert metadata["precision"] == file.precision
+        assert metadata["classes"] == list(prepared.classes)
+        assert metadata["mean"] == exported.config()["input"]["mean"]
+        assert metadata["dataset"]["fingerprint"] == prepared.fingerprint
+        given = model.graph.input[0]
+        assert given.name == ("pixels" if file.raw else "images")
+        assert given.type.tensor_type.shape.dim[0].dim_param
+        assert model.graph.output[0].name == "logits"
 
 
-def test_a_real_engine_is_built(exported: Run) -> None:
-    sidecar = engine.build(exported, "tensorrt-rtx", (1, 64, 256), None)
-    file = exported.folder / sidecar["engine"]
-    parameters = experiments.get(exported.config()["experiment"]).parameters
-    assert file.stat().st_size == sidecar["bytes"] > 3.9 * parameters  # fp32 weights are in it
-    assert sidecar["backend"] == "tensorrt-rtx"
-    assert sidecar["onnx_sha256"] == sha256_of(exported.deploy / "model.onnx")
-    assert set(sidecar["layer_output_types"]["CONVOLUTION"]) == {"FLOAT"}
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> None:
+    file = exporter.exported(exported, kind)
+    sidecar = engine.build(exported, file, engine.Wish("tensorrt-rtx", (1, 64, 256)))
+    path = exported.folder / sidecar["engine"]
+    assert path.stat().st_size == sidecar["bytes"]
+    assert sidecar["onnx_sha256"] == sha256_of(file.path)
+    arithmetic = sidecar["layer_precisions"]["CONVOLUTION"]
+    assert arithmetic[{"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8"}[kind]] > 0
+    if kind != "int8":
+        assert len(arithmetic) == 1
     assert sidecar["batch"] == {"min": 1, "opt": 64, "max": 256}
     assert sidecar["dataset"] == exported.config()["dataset"]["name"]
-    assert engine.check_sidecar(exported) == sidecar
-
-
-def test_a_target_is_written_down(exported: Run) -> None:
-    assert engine.build(exported, "tensorrt-rtx", (1, 8, 16), "SM89")["target"] == "SM89"
+    assert sidecar in engine.built(exported, file)
 
 
 @pytest.fixture
@@ -120,28 +137,65 @@ def own(tiny_run: Path, tmp_path: Path) -> Run:
     return run
 
 
-def test_the_gate_fails_for_other_weights(own: Run) -> None:
-    path, _ = exporter.exported(own)
-    model = onnx.load(path)
-    weights = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
-    spoiled = onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weights), weights.name)
-    weights.CopyFrom(spoiled)
-    onnx.save(model, path)
-    report = parity.compare(own, path, None)
-    assert not report["passed"]
-    assert report["agreement"] < 0.9999
+def test_targets_and_the_raw_front_end_are_written_down(own: Run) -> None:
+    file = precision.raw(own, "fp32")
+    sidecar = engine.build(own, file, engine.Wish("tensorrt-rtx", (1, 8, 16), ("SM89", "SM120"), 3))
+    assert sidecar["target"] == "SM89, SM120"
+    assert sidecar["optimization_level"] == 3
+    assert sidecar["inputs"] == [["pixels", [-1, 32, 32, 3], "UINT8"]]
+
+
+def test_an_fp16_request_cannot_give_an_fp32_engine(own: Run) -> None:
+    """A file that is fp16 by its name and fp32 by its graph."""
+    shutil.copy(exporter.path_of(own, "fp32"), exporter.path_of(own, "fp16"))
+    with pytest.raises(RuntimeError, match=r"expected HALF arithmetic for fp16, found {'FLOAT'"):
+        engine.build(own, exporter.exported(own, "fp16"), engine.Wish("tensorrt-rtx", (1, 2, 4)))
+    assert not list(own.deploy.glob("*.engine*"))
+
+
+def test_the_gate_names_the_layer_that_fails(own: Run) -> None:
+    file = precision.convert(own, "fp16", None)
+    model = onnx.load(file.path)
+    halves = [t for t in model.graph.initializer if len(t.dims) == 4]
+    spoiled = onnx.numpy_helper.to_array(halves[1]).copy()
+    spoiled[:] = -spoiled
+    halves[1].CopyFrom(onnx.numpy_helper.from_array(spoiled, halves[1].name))
+    onnx.save(model, file.path)
+    file = exporter.exported(own, "fp16")
+    (row,) = parity.compare(own, [file], None, "cpu")["rows"]
+    assert not row["passed"]
+    assert row["agreement"] < 0.999
+    second = [node for node in model.graph.node if node.op_type == "Conv"][1]
+    assert row["culprit"].startswith(f"Conv {second.name}")
+    done = runner("parity", own.folder, "--precision", "fp16", "--device", "cpu")
+    assert done.returncode == 1
+    assert "worst at Conv" in done.stderr
+    done = runner("bench", own.folder, "--precision", "fp16", "--device", "cpu", "--backend", "onnxruntime")
+    assert done.returncode == 2
+    assert "failed the gate" in done.stderr
 
 
 def test_commands_print_only_json(own: Run) -> None:
-    report = json.loads(runner("export", own.folder, "--json").stdout)
-    assert report["passed"]
-    sidecar = json.loads(runner("engine", own.folder, "--json", "--batch", 1, 2, 4).stdout)
+    done = runner("export", own.folder, "--precision", "fp32", "int8-cpu", "--calibration", 64, "--raw", "--json")
+    assert [row["name"] for row in json.loads(done.stdout)] == ["fp32", "int8-cpu", "fp32.raw", "int8-cpu.raw"]
+    unscored = runner("bench", own.folder, "--device", "cpu")
+    assert unscored.returncode == 2
+    assert "first: runner parity" in unscored.stderr
+    report = json.loads(runner("parity", own.folder, "--json", "--device", "cpu").stdout)
+    assert [row["onnx"].removeprefix("deploy/model.") for row in report["rows"]] == [
+        "fp32.onnx", "int8-cpu.onnx", "fp32.raw.onnx", "int8-cpu.raw.onnx",
+    ]  # fmt: skip
+    by_front = {row["front_end"]: row["accuracy"] for row in report["rows"] if row["precision"] == "int8-cpu"}
+    assert by_front["raw"] == pytest.approx(by_front["normalised"], abs=0.01)
+    (sidecar,) = json.loads(runner("engine", own.folder, "--json", "--batch", 1, 2, 4).stdout)
     assert sidecar["batch"]["max"] == 4
-    done = runner("bench", own.folder, "--json", "--batch", 1, 3, "--seconds", 0.05, "--repeats", 20)
-    result = json.loads(done.stdout)
+    words = ["--batch", 1, 3, "--seconds", 0.05, "--repeats", 20, "--precision", "fp32", "int8-cpu", "--threads", 1]
+    (result,) = json.loads(runner("bench", own.folder, "--json", *words).stdout)
     measured = [row for row in result["rows"] if "p50_ms" in row]
-    assert [(row["backend"], row["batch"]) for row in measured] == [
-        ("eager", 1), ("onnxruntime", 1), ("eager", 3), ("onnxruntime", 3),
+    assert [(row["backend"], row["precision"], row["batch"]) for row in measured] == [
+        ("eager", "fp32", 1), ("eager", "fp32", 3),
+        ("onnxruntime", "fp32", 1), ("onnxruntime", "fp32", 3),
+        ("onnxruntime", "int8-cpu", 1), ("onnxruntime", "int8-cpu", 3),
     ]  # fmt: skip
     for row in measured:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
@@ -149,34 +203,106 @@ def test_commands_print_only_json(own: Run) -> None:
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["p50_ms"])
     assert result["hardware"]["cores"] >= 1
     if result["device"] == "cpu":
-        assert result["rows"][-1]["not_measured"].startswith("an engine runs on a GPU")
+        assert result["threads"] == 1
+        assert {row["not_measured"] for row in result["rows"] if "not_measured" in row} == {
+            "an engine runs on a GPU, measured on the CPU here"
+        }
+
+
+def test_rows_of_different_hardware_are_not_mixed() -> None:
+    places = [{"cpu": name, "cores": 2} for name in ("one", "other")]
+    with pytest.raises(UserError, match="expected one machine"):
+        latency.show([{"run": "r", "hardware": place, "rows": []} for place in places])
+
+
+def test_predict_needs_nothing_but_the_file(own: Run, source, tmp_path: Path) -> None:
+    from PIL import Image
+
+    raw = precision.raw(own, "fp32").path
+    chosen = [0, 7, 42, 99, 150]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in chosen:
+        Image.fromarray(source.test.images[k]).save(pictures / f"{k:03}.png")
+    (pictures / "note.txt").write_text("no image")
+    said = {}
+    for path in (shutil.copy(raw, tmp_path / "raw.onnx"), shutil.copy(exporter.path_of(own, "fp32"), tmp_path)):
+        done = runner("predict", path, pictures, "--batch", 2, "--json", "--sheet", tmp_path / "sheet.jpg")
+        assert done.returncode == 0, done.stderr
+        said[path] = json.loads(done.stdout)
+        (tmp_path / "sheet.jpg").unlink()
+    one, other = said.values()
+    assert [Path(p["image"]).name for p in one] == [f"{k:03}.png" for k in chosen]
+    for a, b in zip(one, other, strict=True):
+        assert (a["image"], a["label"]) == (b["image"], b["label"])
+        assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["/etc/passwd", "../outside.bin", "inside.bin"])
+def test_a_file_that_keeps_data_outside_is_refused(own: Run, where: str, tmp_path: Path) -> None:
+    """By an absolute path, one that leaves the folder, or a link: all the same, for none is read."""
+    model = onnx.load(exporter.path_of(own, "fp32"))
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=where)
+    (tmp_path / "inside.bin").symlink_to("/etc/passwd")
+    path = tmp_path / "foreign.onnx"
+    path.write_bytes(model.SerializeToString())
+    done = runner("predict", path, tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "found external data" in done.stderr or "expected images" in done.stderr
+    with pytest.raises(UserError, match="found external data"):
+        exporter.read(path)
+
+
+def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    model = exporter.path_of(own, "fp32")
+    for words, says in (
+        ([tmp_path / "no.onnx", tmp_path / "broken.png"], "expected an ONNX file"),
+        ([model, tmp_path / "broken.png"], "expected an image"),
+        ([model, tmp_path / "none.png"], "there is none"),
+        ([model, tmp_path / "broken.png", "--batch", 5000], "--batch 5000: expected at most 4096"),
+    ):
+        done = runner("predict", *words)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert says in done.stderr
 
 
 @pytest.mark.parametrize("what", ["engine", "onnx"])
 def test_an_engine_that_the_sidecar_does_not_speak_of_is_refused(own: Run, what: str) -> None:
-    sidecar = engine.build(own, "tensorrt-rtx", (1, 2, 4), None)
+    sidecar = engine.build(own, exporter.exported(own), engine.Wish("tensorrt-rtx", (1, 2, 4)))
     with (own.folder / sidecar[what]).open("ab") as file:
         file.write(b"x")
+    (path,) = engine.sidecars(own)
     with pytest.raises(UserError, match=r"not the file that .* speaks of"):
-        engine.check_sidecar(own)
+        engine.check_sidecar(own, path)
 
 
-def test_what_cannot_be_built_is_one_line(own: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--batch 8 4 16"):
-        engine.build(own, "tensorrt-rtx", (8, 4, 16), None)
-    with pytest.raises(UserError, match="--target SM12345: expected one"):
-        engine.build(own, "tensorrt-rtx", (1, 2, 4), "SM12345")
-    (own.deploy / "model.onnx").unlink()
+def test_what_cannot_be_built_is_one_line(own: Run) -> None:
+    file = exporter.exported(own)
+    for wish, says in (
+        (engine.Wish("tensorrt-rtx", (8, 4, 16)), "--batch 8 4 16"),
+        (engine.Wish("tensorrt-rtx", (1, 2, 4), ("SM12345",)), "--target SM12345: expected one"),
+        (engine.Wish("tensorrt-rtx", (1, 2, 4), (), 9), "--optimization-level 9: expected 0 to 5"),
+    ):
+        with pytest.raises(UserError, match=says):
+            engine.build(own, file, wish)
+    with pytest.raises(UserError, match=r"make it: runner export .* --precision fp16"):
+        exporter.exported(own, "fp16")
+    file.path.unlink()
     with pytest.raises(UserError, match="make it: runner export"):
-        engine.build(own, "auto", (1, 2, 4), None)
-    with pytest.raises(UserError, match="make it: runner export"):
-        latency.bench(own, (1,), 0.1, 1, "cpu", {})
+        latency.bench(own, latency.Wish(), "cpu", {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
-    with pytest.raises(session.ProviderError, match="asked onnxruntime for CUDAExecutionProvider"):
-        session.Session(own.deploy / "model.onnx", "cuda")
+    with pytest.raises(ProviderError, match="asked onnxruntime for CUDAExecutionProvider"):
+        Session(exporter.path_of(own, "fp32"), "cuda")
     done = runner("bench", own.folder, "--device", "cuda")
     assert done.returncode == 2
     assert "--device cuda means 1 CUDA GPU(s) on this node, found 0" in done.stderr
@@ -185,10 +311,21 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
 
 
 @pytest.mark.gpu
-def test_the_engine_runs_on_a_gpu(own: Run) -> None:
-    sidecar = engine.build(own, "auto", (1, 32, 64), None)
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_the_engine_runs_on_a_gpu(own: Run, kind: str) -> None:
+    if kind != "fp32":
+        precision.convert(own, kind, precision.calibration_images(own, None, 64))
+    file = exporter.exported(own, kind)
+    sidecar = engine.build(own, file, engine.Wish("auto", (1, 32, 64)))
     running = engine.RunningEngine(own, sidecar)
     images = torch.randn(16, 3, 32, 32)
     with torch.no_grad():
         expected = checkpoint.load_model(own)(images)
-    torch.testing.assert_close(running(images.cuda()).cpu(), expected, atol=1e-2, rtol=1e-2)
+    tolerance = {"fp32": 1e-2, "fp16": 2e-2, "int8": 0.5}[kind]
+    torch.testing.assert_close(running(images.cuda()).cpu(), expected, atol=tolerance, rtol=tolerance)
+    with pytest.raises(UserError, match="expected 1 to 64 images"):
+        running(torch.randn(65, 3, 32, 32).cuda())
+    parity.compare(own, [file], None, "cuda")
+    wish = latency.Wish((1, 8), (kind,), ("eager", "onnxruntime", "engine"), 0.1, 10)
+    rows = latency.bench(own, wish, "cuda", {})["rows"]
+    assert all(row["p50_ms"] > 0 for row in rows)

@@ -32,20 +32,20 @@ def test_the_whole_road_and_a_second_walk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "out/runs/pictures/podeti-alexnet/1-steps"
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
-    assert json.loads((run / "deploy/parity.json").read_text())["passed"]
-    assert (run / "deploy/model.tensorrt-rtx.engine").stat().st_size > 90e6
+    assert [row["passed"] for row in json.loads((run / "deploy/parity.json").read_text())["rows"]] == [True]
+    assert (run / "deploy/model.fp32.tensorrt-rtx.engine").stat().st_size > 90e6
     page = (tmp_path / "out/report.html").read_text()
     assert "podeti-alexnet/1-steps" in page
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     again = quickstart(*call, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("there already") == 4
+    assert again.stdout.count("there already") == 5
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    (run / "deploy/model.onnx").write_bytes(b"damaged")
+    (run / "deploy/model.fp32.onnx").write_bytes(b"damaged")
     third = quickstart(*call, cwd=tmp_path)
     assert third.returncode == 0
-    # The export alone is made again, and to the same bytes: engine and latencies still speak of it.
-    assert third.stdout.count("there already") == 3
+    # The export alone is made again, and to the same bytes: what came after it still speaks of it.
+    assert third.stdout.count("there already") == 4
     assert not third.stdout.count("export podeti-alexnet – there already")
 
 

@@ -24,12 +24,13 @@ def test_gpus_get_the_whole_recipe_and_as_many_as_divide_a_batch_are_used(name: 
 def test_the_cpu_gets_steps_by_its_cores_and_never_more_than_an_epoch() -> None:
     steps = []
     for cores in (1, 2, 4, 64):
-        options = quick_job(ALL["merabishvili"], Hardware(0, cores), None, 50_000).options
+        options = quick_job(ALL["merabishvili"], Hardware(0, cores, bf16=True), None, 50_000).options
         assert options[:2] == ("--recipe.epochs", "1")
         assert options[4:6] == ("--device", "cpu")
         steps.append(int(options[3]))
     assert steps[0] < steps[1] < steps[2] < steps[3] == 390
     assert int(quick_job(ALL["merabishvili"], Hardware(0, 1), None, 128).options[3]) == 1
+    assert int(quick_job(ALL["merabishvili"], Hardware(0, 2), None, 50_000).options[3]) < steps[1]  # in fp32
 
 
 def test_memory_bound_networks_get_fewer() -> None:

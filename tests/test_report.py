@@ -19,7 +19,7 @@ def runs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs: one deployed, one of a paper's experiment cut short on synthetic data, one unfinished."""
     folder = tmp_path_factory.mktemp("compared")
     shutil.copytree(tiny_run, folder / "tiny" / "seed-0", ignore=shutil.ignore_patterns("wandb"))
-    for command in (["export"], ["engine"], ["bench", "--seconds", 0.05, "--repeats", 5]):
+    for command in (["export"], ["parity"], ["engine"], ["bench", "--seconds", 0.05, "--repeats", 5]):
         done = runner(command[0], folder / "tiny" / "seed-0", *command[1:])
         assert done.returncode == 0, done.stderr
     other = folder / "podeti-alexnet" / "seed-1"
@@ -89,7 +89,7 @@ def test_json_rows(runs: Path, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
     assert set(rows) == {"tiny/seed-0", "podeti-alexnet/seed-1", "tiny/half"}
     assert rows["tiny/seed-0"]["onnx_agreement"] == 1
-    assert rows["tiny/seed-0"]["engine"]["backend"] == "tensorrt-rtx"
+    assert rows["tiny/seed-0"]["engines"][0]["backend"] == "tensorrt-rtx"
     assert rows["tiny/half"]["test_accuracy"] is None
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -216,6 +216,16 @@ def open_test_of_run(config: dict[str, Any], data: Path | None, device: torch.de
     Raises:
         UserError: the dataset is gone, damaged, or another one.
     """
+    return _open_of_run(config, data, device, "test")
+
+
+def open_train_of_run(config: dict[str, Any], data: Path | None, device: torch.device) -> BatchStream:
+    """The images that a run was trained on, for `BatchStream.plain`; opened as `open_test_of_run` opens the
+    others."""
+    return _open_of_run(config, data, device, "train")
+
+
+def _open_of_run(config: dict[str, Any], data: Path | None, device: torch.device, split: Split) -> BatchStream:
     folder = data or Path(config["dataset"]["folder"])
     manifest = open_manifest(folder)
     if manifest.fingerprint != config["dataset"]["fingerprint"]:
@@ -223,4 +233,5 @@ def open_test_of_run(config: dict[str, Any], data: Path | None, device: torch.de
             f"--data {folder}: expected the dataset of the run, {config['dataset']['name']} "
             f"{config['dataset']['fingerprint']}, found {manifest.name} {manifest.fingerprint}; give that one"
         )
-    return open_split(folder, manifest, "test", recipe_from_json(config["recipe"]), Place(device))
+    recipe = replace(recipe_from_json(config["recipe"]), batch_size=1)  # how it was cut does not matter any more
+    return open_split(folder, manifest, split, recipe, Place(device))

@@ -113,9 +113,11 @@ class BatchStream(ABC):
             yield self._finish(images).to(self.dtype), targets
 
     def first(self, count: int) -> torch.Tensor:
-        """The first images of the split as evaluation sees them: (count, 3, H, W) float32, normalised, on the
-        device."""
-        samples = np.arange(min(count, self.samples))
+        """The first images of the split, as `plain`."""
+        return self.plain(np.arange(min(count, self.samples)))
+
+    def plain(self, samples: np.ndarray) -> torch.Tensor:
+        """The images of these samples as evaluation sees them: (n, 3, H, W) float32, normalised, on the device."""
         draws = augments.draw(None, samples, self.side, self.seed, 0).to(self.device)
         ((source, index),) = self.read(samples, [slice(0, len(samples))])
         return self._finish(self._make(source, index, draws))

@@ -6,82 +6,179 @@ request for one precision into an engine of another. TensorRT for RTX builds ahe
 
 import importlib
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from data_prep.console import UserError, sha256_of
 from runner import environment
 from runner.deploy import onnx
+from runner.deploy.onnx import Exported
 from runner.runs import Run, read_json, write_atomically, write_json
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-SIDECAR = "engine.json"
+TIMING_CACHE = "timing.cache"  # of the builder's measurements, beside the engines
+LOWER = {"fp16": "HALF", "int8": "INT8"}  # what the arithmetic of a precision must be, and none of it FLOAT
+ARITHMETIC = ("CONVOLUTION", "MATRIX_MULTIPLY", "DECONVOLUTION")
 
 
-def build(run: Run, backend: str, batch: tuple[int, int, int], target: str | None) -> dict[str, Any]:
-    """Writes `deploy/model.<backend>.engine` and its sidecar `deploy/engine.json`.
+@dataclass(frozen=True)
+class Wish:
+    """How an engine is to be built.
+
+    Attributes:
+        backend: "tensorrt", "tensorrt-rtx" or "auto".
+        batch: smallest, best served and largest batch.
+        targets: compute capabilities like "SM89" to build for (TensorRT for RTX); none for the GPU that is here,
+            or, without one, an engine that runs from Ampere on.
+        optimization_level: 0 to 5, how long the builder looks for the fastest kernels; None for its default.
+        timing_cache: keep what the builder measures, and begin with what it measured before (TensorRT).
+    """
+
+    backend: str = "auto"
+    batch: tuple[int, int, int] = (1, 128, 512)
+    targets: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    timing_cache: bool = True
+
+
+def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
+    """Writes `deploy/model.<kind>.<backend>.engine` and its sidecar, `….engine.json`.
 
     Args:
-        run: exported.
-        backend: "tensorrt", "tensorrt-rtx" or "auto".
-        batch: smallest, best served and largest batch of the engine.
-        target: compute capability like "SM89" to build for (TensorRT for RTX); None for the GPU that is here,
-            or, without one, an engine that runs from Ampere on.
+        run: whose.
+        file: its ONNX file in the precision wanted.
+        wish: how.
 
     Returns:
         The sidecar.
 
     Raises:
         UserError: a backend, batch or target that cannot be had here.
-        RuntimeError: the parser or the builder refused the graph; carries what they said.
+        RuntimeError: the parser or the builder refused the graph, with what they said; or the parsed network does
+            not
+            have the precision of the file.
     """
-    smallest, best, largest = batch
+    smallest, best, largest = wish.batch
     if not 1 <= smallest <= best <= largest <= onnx.LARGEST_BATCH:
         raise UserError(
             f"--batch {smallest} {best} {largest}: expected 1 ≤ MIN ≤ OPT ≤ MAX ≤ {onnx.LARGEST_BATCH}, rising"
         )
-    path, sha256 = onnx.exported(run)
-    backend, trt = load(backend)
+    if wish.optimization_level is not None and not 0 <= wish.optimization_level <= 5:
+        raise UserError(f"--optimization-level {wish.optimization_level}: expected 0 to 5")
+    if file.precision == "int8-cpu":
+        raise UserError("--precision int8-cpu: its graph is for the CPU; engines are built of int8")
+    backend, trt = load(wish.backend)
     log = _Log(trt)
     builder = trt.Builder(log.logger)
+    # TensorRT 11 knows no other kind of network, and ignores the flag.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse(path.read_bytes()):
+    if not parser.parse(file.path.read_bytes()):
         errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise RuntimeError(f"{path}: {backend}'s parser refused it: {errors}")
+        raise RuntimeError(f"{file.path}: {backend}'s parser refused it: {errors}")
+    precisions = layer_precisions(network)
+    check_precision(file, precisions)
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     images = network.get_input(0)
     profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, *[(size, *images.shape[1:]) for size in batch])
+    profile.set_shape(images.name, *[(size, *images.shape[1:]) for size in wish.batch])
     config.add_optimization_profile(profile)
-    if target is not None:
-        _set_target(trt, config, backend, target)
+    if wish.optimization_level is not None:
+        config.builder_optimization_level = wish.optimization_level
+    if wish.targets:
+        _set_targets(trt, config, backend, wish.targets)
+    cache = run.deploy / TIMING_CACHE
+    timed = wish.timing_cache and backend == "tensorrt"  # RTX measures when an engine is first run, not before
+    if timed:
+        kept = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+        config.set_timing_cache(kept, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError(f"{path}: {backend} could not build an engine: {log.last_errors()}")
-    engine = run.deploy / f"model.{backend}.engine"
+        raise RuntimeError(f"{file.path}: {backend} could not build an engine: {log.last_errors()}")
+    if timed:
+        write_atomically(cache, bytes(config.get_timing_cache().serialize()))
+    engine = run.deploy / f"model.{file.name}.{backend}.engine"
     write_atomically(engine, bytes(plan))
+    inspected = _inspected(trt, log, engine) if environment.count_gpus() else None
     sidecar = {
         "engine": str(engine.relative_to(run.folder)),
         "sha256": sha256_of(engine),
         "bytes": engine.stat().st_size,
-        "onnx": str(path.relative_to(run.folder)),
-        "onnx_sha256": sha256,
+        "onnx": str(file.path.relative_to(run.folder)),
+        "onnx_sha256": file.sha256,
+        "precision": file.precision,
+        "front_end": "raw" if file.raw else "normalised",
         "dataset": run.config()["dataset"]["name"],
         "backend": backend,
         "version": trt.__version__,
-        "target": target or ("this GPU" if environment.count_gpus() else "portable, Ampere and later"),
+        "target": ", ".join(wish.targets)
+        or ("this GPU" if environment.count_gpus() else "portable, Ampere and later"),
         "batch": {"min": smallest, "opt": best, "max": largest},
         "inputs": [[images.name, list(images.shape), str(images.dtype).removeprefix("DataType.")]],
         "layers": network.num_layers,
-        # Of the parsed network; strongly typed, so the engine keeps them.
-        "layer_output_types": _output_types(network),
+        "layer_precisions": precisions,
+        "layer_precisions_from": "the parsed network; it is strongly typed, so the engine keeps them",
+        "inspected_layers": inspected,
+        "optimization_level": config.builder_optimization_level,
+        "timing_cache": timed,
         "hardware": environment.hardware(),
         "versions": environment.versions("tensorrt", "tensorrt-rtx"),
         "log": log.lines[-50:],
     }
-    write_json(run.deploy / SIDECAR, sidecar)
+    write_json(sidecar_of(engine), sidecar)
     return sidecar
+
+
+def layer_precisions(network: Any) -> dict[str, dict[str, int]]:
+    """Of a parsed network, layer type to type of its arithmetic to number of layers: {"CONVOLUTION": {"HALF": 20}}.
+
+    The type is that of the layer's first input; where that comes from a DQ layer it is what was dequantised, for
+    the builder fuses the pair into a kernel of that type.
+    """
+    quantised = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if _kind(layer) == "DEQUANTIZE":
+            quantised[layer.get_output(0).name] = _dtype(layer.get_input(0))
+    counts: dict[str, Counter[str]] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensor = layer.get_input(0) if layer.num_inputs else layer.get_output(0)
+        if tensor is not None:
+            counts.setdefault(_kind(layer), Counter())[quantised.get(tensor.name, _dtype(tensor))] += 1
+    return {kind: dict(types) for kind, types in sorted(counts.items())}
+
+
+def check_precision(file: Exported, precisions: dict[str, dict[str, int]]) -> None:
+    """Raises RuntimeError where a network's arithmetic is not of the precision that its file is called by."""
+    wanted = LOWER.get(file.precision, "FLOAT")
+    found = Counter()
+    for kind in ARITHMETIC:
+        found.update(precisions.get(kind, {}))
+    if not found[wanted] or (wanted != "INT8" and set(found) != {wanted}):
+        raise RuntimeError(f"{file.path}: expected {wanted} arithmetic for {file.precision}, found {dict(found)}")
+
+
+def _kind(layer: Any) -> str:
+    return str(layer.type).removeprefix("LayerType.")
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("DataType.")
+
+
+def _inspected(trt: ModuleType, log: "_Log", engine: Path) -> list[Any] | None:
+    """What the engine itself says of its layers; None where this GPU does not load it."""
+    import json
+
+    loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine.read_bytes())
+    if loaded is None:
+        return None
+    told = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return json.loads(told).get("Layers")
 
 
 def load(backend: str) -> tuple[str, ModuleType]:
@@ -110,18 +207,47 @@ def load(backend: str) -> tuple[str, ModuleType]:
     raise UserError("--backend auto: neither tensorrt nor tensorrt-rtx loads here; install tensorrt-rtx")
 
 
-def check_sidecar(run: Run) -> dict[str, Any]:
-    """The sidecar of a run's engine, when engine and ONNX file are still the ones it speaks of.
+def smallest(backend: str) -> int:
+    """Builds an engine of one layer, and returns its size in bytes. Raises as `load` does, and RuntimeError."""
+    _, trt = load(backend)
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    images = network.add_input("images", trt.float32, (1, 8))
+    network.mark_output(network.add_activation(images, trt.ActivationType.RELU).get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        raise RuntimeError(log.last_errors())
+    return len(bytes(plan))
+
+
+def sidecar_of(engine: Path) -> Path:
+    """Where the sidecar of an engine lies."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def sidecars(run: Run) -> list[Path]:
+    """The sidecar of every engine of a run."""
+    return sorted(sidecar_of(path) for path in run.deploy.glob("model.*.engine"))
+
+
+def built(run: Run, file: Exported) -> list[dict[str, Any]]:
+    """The checked sidecars of the engines that were built of a file."""
+    found = [check_sidecar(run, path) for path in sidecars(run)]
+    return [sidecar for sidecar in found if sidecar["onnx_sha256"] == file.sha256]
+
+
+def check_sidecar(run: Run, path: Path) -> dict[str, Any]:
+    """A sidecar, when its engine and ONNX file are still the ones it speaks of.
 
     NVIDIA treats engines as executable: nothing may deserialize one before this.
 
     Raises:
         UserError: none, or one of another engine or ONNX file.
     """
-    path = run.deploy / SIDECAR
-    remedy = "build it again: runner engine"
+    remedy = f"build it again: runner engine {run.folder}"
     if not path.is_file():
-        raise UserError(f"{run.folder}: expected {path.relative_to(run.folder)}, found none; {remedy}")
+        raise UserError(f"{path}: expected an engine's sidecar, found none; {remedy}")
     sidecar = read_json(path)
     for kind, key in (("engine", "sha256"), ("onnx", "onnx_sha256")):
         file = run.folder / sidecar[kind]
@@ -148,9 +274,11 @@ class RunningEngine:
         if sidecar["version"] != trt.__version__:
             raise UserError(
                 f"{sidecar['engine']}: built by {sidecar['backend']} {sidecar['version']}, here is "
-                f"{trt.__version__}; build it again: runner engine"
+                f"{trt.__version__}; build it again: runner engine {run.folder}"
             )
         self.torch = torch
+        self.sidecar = sidecar
+        self.provider = f"{sidecar['backend']} {sidecar['version']}"
         self.log = _Log(trt)
         self.runtime = trt.Runtime(self.log.logger)
         self.engine = self.runtime.deserialize_cuda_engine((run.folder / sidecar["engine"]).read_bytes())
@@ -163,37 +291,47 @@ class RunningEngine:
         self.output = next(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
 
     def __call__(self, images: Any) -> Any:
-        """images (n, 3, H, W) float32 on the GPU to logits (n, classes) float32 there, on torch's stream."""
-        self.context.set_input_shape(self.input, tuple(images.shape))
-        images = images.contiguous()
+        """images, as the engine's front end wants them, on the GPU, to logits (n, classes) float32 there, on
+        torch's stream.
+
+        Raises:
+            UserError: a batch or shape that the engine was not built for.
+        """
+        images = self.accepted(images)
         shape = tuple(self.context.get_tensor_shape(self.output))
         logits = self.torch.empty(shape, dtype=self.torch.float32, device=images.device)
+        self.enqueue(images, logits)
+        return logits
+
+    def accepted(self, images: Any) -> Any:
+        """The images, contiguous, with the context set to their shape. Raises as `__call__`."""
+        limits, shape = self.sidecar["batch"], list(self.sidecar["inputs"][0][1])
+        if list(images.shape[1:]) != shape[1:] or not limits["min"] <= len(images) <= limits["max"]:
+            raise UserError(
+                f"{self.sidecar['engine']}: expected {limits['min']} to {limits['max']} images of {shape[1:]}, "
+                f"found {list(images.shape)}; build it for more: runner engine --batch"
+            )
+        images = images.contiguous()
+        self.context.set_input_shape(self.input, tuple(images.shape))
+        return images
+
+    def enqueue(self, images: Any, logits: Any) -> None:
+        """Runs the engine from one tensor to another, on torch's current stream; a CUDA graph can hold it."""
         self.context.set_tensor_address(self.input, images.data_ptr())
         self.context.set_tensor_address(self.output, logits.data_ptr())
         if not self.context.execute_async_v3(self.torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(f"the engine did not run: {self.log.last_errors()}")
-        return logits
 
 
-def _set_target(trt: ModuleType, config: Any, backend: str, target: str) -> None:
-    capabilities = [name for name in dir(getattr(trt, "ComputeCapability", None)) if name.startswith("SM")]
-    if target not in capabilities:
-        names = ", ".join(capabilities) or "none: it builds for the GPU that is here"
-        raise UserError(f"--target {target}: expected one that {backend} builds for ({names})")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
-
-
-def _output_types(network: Any) -> dict[str, dict[str, int]]:
-    """Layer type to output type to number of layers: {"CONVOLUTION": {"FLOAT": 20}}."""
-    counts: dict[str, Counter[str]] = {}
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        kind = str(layer.type).removeprefix("LayerType.")
-        for output in range(layer.num_outputs):
-            dtype = str(layer.get_output(output).dtype).removeprefix("DataType.")
-            counts.setdefault(kind, Counter())[dtype] += 1
-    return {kind: dict(types) for kind, types in sorted(counts.items())}
+def _set_targets(trt: ModuleType, config: Any, backend: str, targets: tuple[str, ...]) -> None:
+    known = [name for name in dir(getattr(trt, "ComputeCapability", None)) if name.startswith("SM")]
+    for target in targets:
+        if target not in known:
+            names = ", ".join(known) or "none: it builds for the GPU that is here"
+            raise UserError(f"--target {target}: expected one that {backend} builds for ({names})")
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
 
 
 class _Log:

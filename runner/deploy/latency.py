@@ -1,178 +1,305 @@
-"""Latency of a run: the model in torch, onnxruntime, and the TensorRT engine where a GPU is.
+"""Latency of a run: the model in torch, eager and compiled, onnxruntime, and TensorRT engines where a GPU is.
 
-Method: warm-up by time; then calls one by one, each timed, for a least time and a least number; percentiles of
-all of them, none cut. What is timed is one forward pass until its result is there, from an input on the device
-to an output on it; onnxruntime on a GPU is timed with its copies from and to the host, and its row says so.
+Method, as of trtexec and MLPerf's single stream: warm-up by time; then calls one by one, for a least time and a
+least number; percentiles of all of them, none cut. On a GPU the input's copy, the computation and the output's
+copy are timed apart, each by CUDA events, on pinned memory; engines and the compiled model replay a CUDA graph. On
+the CPU a call is timed whole, with a stated number of threads that do not spin. Only what has passed the gate is
+measured.
 """
 
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from data_prep.console import UserError, progress
 from runner import checkpoint, cpu, environment, launched
-from runner.deploy import engine, onnx
+from runner.deploy import engine, onnx, parity
+from runner.deploy.onnx import Precision
 from runner.deploy.session import Session
 from runner.runs import Run, write_json
 
 FILE_NAME = "latency.json"
 WARMUP_SECONDS = 0.5
+WIDE = 1.5  # p90 over p50, from which a row carries a warning
+PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+Backend = Literal["eager", "compiled", "onnxruntime", "engine"]
 
 
-def bench(
-    run: Run,
-    batches: tuple[int, ...],
-    seconds: float,
-    repeats: int,
-    device: launched.Device,
-    environ: Mapping[str, str],
-) -> dict[str, Any]:
-    """Measures every backend that can run here, and writes `deploy/latency.json`.
+@dataclass(frozen=True)
+class Wish:
+    """What is to be measured, and how long.
+
+    Attributes:
+        batches: batch sizes.
+        precisions: of ONNX files and engines; eager and compiled follow with fp32, and on a GPU fp16.
+        backends: which.
+        seconds, repeats: least time and number of calls of each figure.
+        threads: on the CPU; None for all usable cores.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    precisions: tuple[Precision, ...] = ("fp32",)
+    backends: tuple[Backend, ...] = ("eager", "onnxruntime", "engine")
+    seconds: float = 3.0
+    repeats: int = 100
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to measure: its row's beginning, and for a batch size what does the work.
+
+    `parts` gives, for images on the host, the steps of a call in order, by name.
+    """
+
+    row: dict[str, Any]
+    parts: Callable[[np.ndarray], dict[str, Callable[[], Any]]]
+    largest: int = onnx.LARGEST_BATCH
+    raw: bool = False
+
+
+def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Measures what is wished and can run here, and writes `deploy/latency.json`.
 
     Args:
-        run: exported; its engine is measured where a GPU is.
-        batches: batch sizes.
-        seconds, repeats: the least time and number of calls for each figure.
+        run: exported, and scored by the gate.
+        wish: what.
         device: where to compute.
         environ: the process environment, for what the launcher has set.
 
     Returns:
-        Hardware, versions, method, and a row for each backend and batch. A backend that cannot run here has a
-        row that says why, and no figure.
+        Hardware, versions, method, and a row for each backend, precision and batch. What cannot run here has a row
+        that says why, and no figure.
+
+    Raises:
+        UserError: a number out of range; a file that was not exported, or has not passed the gate.
     """
     for option, value in (
-        ("--seconds", seconds),
-        ("--repeats", repeats),
-        ("--batch", min(batches, default=0)),
+        ("--seconds", wish.seconds),
+        ("--repeats", wish.repeats),
+        ("--batch", min(wish.batches, default=0)),
+        ("--threads", wish.threads or 1),
     ):
         if value <= 0:
             raise UserError(f"{option} {value}: expected more than 0")
-    if max(batches) > onnx.LARGEST_BATCH:
-        raise UserError(f"--batch {max(batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
+    if max(wish.batches) > onnx.LARGEST_BATCH:
+        raise UserError(
+            f"--batch {max(wish.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit"
+        )
     config = run.config()
-    path, sha256 = onnx.exported(run)
+    files = [onnx.exported(run, precision) for precision in wish.precisions]
     chosen, told = launched.device(device, launched.read(environ), torch.cuda.device_count())
     print(told, file=sys.stderr)
     if chosen == "cpu":
         cpu.prepare()
-    model = checkpoint.load_model(run).to(chosen)
-    session = Session(path, chosen)
-    rows = []
-    with progress("measure latency", 2 * len(batches)) as advance, torch.inference_mode():
-        for size in batches:
-            images = torch.randn(size, *config["input"]["shape"], generator=torch.Generator().manual_seed(0))
-            on_device = images.to(chosen, memory_format=torch.channels_last)
-            array = images.numpy()
-            subjects: list[tuple[str, str, Callable[[], Any]]] = [
-                ("eager", f"torch {chosen}", lambda x=on_device: _finished(model(x))),
-                ("onnxruntime", session.provider, lambda x=array: session(x)),
-            ]
-            for backend, provider, call in subjects:
-                row = {"backend": backend, "provider": provider, "precision": "fp32", "batch": size}
-                rows.append(row | measure(call, size, seconds, repeats))
-                if backend == "onnxruntime" and chosen == "cuda":
-                    rows[-1]["includes"] = "copies from and to the host"
+        torch.set_num_threads(wish.threads or torch.get_num_threads())
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    subjects = list(_subjects(run, files, wish, chosen))
+    with progress("measure latency", len(subjects) * len(wish.batches)) as advance, torch.inference_mode():
+        for subject in subjects:
+            for size in wish.batches:
                 advance(1)
-        rows += _engine_rows(run, chosen, batches, seconds, repeats)
+                row = subject.row | {"batch": size}
+                if "not_measured" in row:
+                    rows.append(subject.row)
+                    break
+                if size > subject.largest:
+                    rows.append(row | {"not_measured": f"the engine takes batches of at most {subject.largest}"})
+                    continue
+                images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
+                rows.append(row | measure(subject.parts(images), size, wish.seconds, wish.repeats))
     result = {
         "run": str(run.folder),
-        "onnx_sha256": sha256,
+        "weights": checkpoint.latest(run).name,
         "dataset": config["dataset"]["name"],
         "device": chosen,
         "threads": torch.get_num_threads() if chosen == "cpu" else None,
+        "load": round(os.getloadavg()[0], 2),
+        "clocks": _clocks() if chosen == "cuda" else None,
         "hardware": environment.hardware(),
         "versions": environment.versions("tensorrt", "tensorrt-rtx"),
-        "method": {
-            "warmup_seconds": WARMUP_SECONDS,
-            "seconds": seconds,
-            "repeats": repeats,
-            "timed": "forward pass",
-        },
+        "method": {"warmup_seconds": WARMUP_SECONDS, "seconds": wish.seconds, "repeats": wish.repeats},
         "rows": rows,
     }
     write_json(run.deploy / FILE_NAME, result)
     return result
 
 
-def measure(call: Callable[[], Any], images: int, seconds: float, repeats: int) -> dict[str, float]:
-    """Times a call that handles so many images.
+def _subjects(run: Run, files: list[onnx.Exported], wish: Wish, device: str) -> Iterator[Subject]:
+    """What is wished, as far as it can run here; the rest with the reason."""
+    for backend in ("eager", "compiled"):
+        if backend in wish.backends:
+            for precision in ("fp32",) if device == "cpu" else ("fp32", "fp16"):
+                yield _in_torch(run, backend, precision, device)
+    for file in files:
+        if "onnxruntime" in wish.backends:
+            yield _in_onnxruntime(run, file, wish, device)
+        if "engine" in wish.backends and file.precision != "int8-cpu":
+            yield from _in_tensorrt(run, file, device)
+
+
+def _in_torch(run: Run, backend: str, precision: str, device: str) -> Subject:
+    model = checkpoint.load_model(run).to(device)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    if precision == "fp16":
+        model = model.half()
+    if backend == "compiled":
+        model = torch.compile(model, mode="max-autotune" if device == "cuda" else None)
+
+    def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
+        host = torch.from_numpy(images)
+        if device == "cpu":
+            ours = host.to(memory_format=torch.channels_last)
+            return {"compute": lambda: model(ours)}
+        return _on_gpu(host.to(dtype), lambda images: model(images), torch.channels_last)
+
+    return Subject({"backend": backend, "provider": f"torch {device}", "precision": precision}, parts)
+
+
+def _in_onnxruntime(run: Run, file: onnx.Exported, wish: Wish, device: str) -> Subject:
+    session = Session(file.path, device, wish.threads, spinning=False, fp16=file.precision == "fp16")
+    parity.check(run, file, session.provider)
+    row = {"backend": "onnxruntime", "provider": session.provider, "precision": file.precision}
+    row["onnx_sha256"] = file.sha256
+
+    def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
+        if device == "cpu":
+            return {"compute": lambda: session(images)}
+        bound = session.bound(torch.from_numpy(images).cuda())
+        return {"compute": bound}
+
+    return Subject(row, parts)
+
+
+def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject]:
+    sidecars = engine.built(run, file)
+    if not sidecars:
+        row = {"backend": "engine", "precision": file.precision}
+        yield Subject(row | {"not_measured": "not built (runner engine)"}, lambda images: {})
+    for sidecar in sidecars:
+        row = {"backend": sidecar["backend"], "provider": sidecar["version"], "precision": file.precision}
+        if device != "cuda":
+            reason = "an engine runs on a GPU, measured on the CPU here"
+            yield Subject(row | {"not_measured": reason}, lambda images: {})
+            continue
+        running = engine.RunningEngine(run, sidecar)
+        parity.check(run, file, running.provider)
+
+        def parts(images: np.ndarray, running: engine.RunningEngine = running) -> dict[str, Callable[[], Any]]:
+            host = torch.from_numpy(images)
+            on_device = running.accepted(host.cuda())
+            logits = running(on_device)  # once outside, which the graph's capture needs
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                running.enqueue(on_device, logits)
+            return _copies(host, on_device, logits) | {"compute": graph.replay}
+
+        yield Subject(row, parts, largest=sidecar["batch"]["max"])
+
+
+def _on_gpu(
+    host: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], layout: torch.memory_format
+) -> dict[str, Callable[[], Any]]:
+    on_device = host.cuda().to(memory_format=layout)
+    return _copies(host, on_device, forward(on_device)) | {"compute": lambda: forward(on_device)}
+
+
+def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Copies between pinned memory and the device."""
+    pinned, out = host.pin_memory(), torch.empty_like(logits, device="cpu").pin_memory()
+    return {
+        "copy_in": lambda: on_device.copy_(pinned, non_blocking=True),
+        "copy_out": lambda: out.copy_(logits, non_blocking=True),
+    }
+
+
+def measure(parts: dict[str, Callable[[], Any]], images: int, seconds: float, repeats: int) -> dict[str, Any]:
+    """Times calls that handle so many images.
+
+    Args:
+        parts: by name; `compute` is the one that the row is about, the others are copies around it.
+        images: in a call.
+        seconds, repeats: least time and number of calls.
 
     Returns:
-        p50, p90, p99 in milliseconds, images per second at p50, and the number of calls.
+        p50, p90, p99 in milliseconds, images a second at p50, and the number of calls; of each copy its p50; a
+        warning where the spread is wide.
     """
+    clock = _by_events if torch.cuda.is_available() else _by_clock
+    times: dict[str, list[float]] = {name: [] for name in parts}
     end = time.perf_counter() + WARMUP_SECONDS
     while time.perf_counter() < end:
-        call()
-    times = []
+        for call in parts.values():
+            clock(call)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < repeats:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    p50, p90, p99 = np.percentile(times, [50, 90, 99]) * 1e3
-    figures = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "images_per_second": images * 1e3 / p50}
-    return {name: float(value) for name, value in figures.items()} | {"calls": len(times)}
+    while time.perf_counter() < end or len(times["compute"]) < repeats:
+        for name, call in parts.items():
+            times[name].append(clock(call))
+    figures: dict[str, Any] = {
+        name: float(np.percentile(times["compute"], percentile)) for name, percentile in PERCENTILES.items()
+    }
+    figures["images_per_second"] = images * 1e3 / figures["p50_ms"]
+    figures["calls"] = len(times["compute"])
+    figures |= {f"{name}_p50_ms": float(np.median(spent)) for name, spent in times.items() if name != "compute"}
+    if figures["p90_ms"] > WIDE * figures["p50_ms"]:
+        figures["warning"] = f"p90 is {figures['p90_ms'] / figures['p50_ms']:.1f} times p50: something else ran"
+    return figures
 
 
-def show(result: dict[str, Any]) -> None:
-    """Prints the rows as a table."""
+def _by_clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _by_events(call: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _clocks() -> dict[str, int] | None:
+    """Of the GPU, in MHz, while it works; None where the driver does not tell."""
+    try:
+        return {"sm_mhz": torch.cuda.clock_rate()}
+    except (RuntimeError, ImportError, AttributeError):
+        return None
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Prints the rows of runs as one table.
+
+    Raises:
+        UserError: they were measured on different hardware.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['run']} on {environment.described(result['hardware'])}"
-    table = Table("backend", "provider", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", title=title, box=None)
-    for row in result["rows"]:
-        if "p50_ms" in row:
-            figures = [f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")]
-            table.add_row(
-                row["backend"],
-                row["provider"],
-                str(row["batch"]),
-                *figures,
-                f"{row['images_per_second']:,.0f}",
-            )
-        else:
-            table.add_row(row["backend"], row["not_measured"])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _finished(output: torch.Tensor) -> torch.Tensor:
-    if output.is_cuda:
-        torch.cuda.synchronize()
-    return output
-
-
-def _engine_rows(
-    run: Run, device: str, batches: tuple[int, ...], seconds: float, repeats: int
-) -> list[dict[str, Any]]:
-    """The engine's rows. Running an engine needs a GPU; without one its row says so and has no figure."""
-    if not (run.deploy / engine.SIDECAR).is_file():
-        return [{"backend": "engine", "not_measured": "not built (runner engine)"}]
-    sidecar = engine.check_sidecar(run)
-    if device != "cuda":
-        return [
-            {
-                "backend": sidecar["backend"],
-                "not_measured": "an engine runs on a GPU, measured on the CPU here",
-            }
-        ]
-    running = engine.RunningEngine(run, sidecar)
-    rows = []
-    for size in batches:
-        row = {
-            "backend": sidecar["backend"],
-            "provider": sidecar["version"],
-            "precision": "fp32",
-            "batch": size,
-        }
-        if not sidecar["batch"]["min"] <= size <= sidecar["batch"]["max"]:
-            rows.append(row | {"not_measured": f"the engine takes batches of {sidecar['batch']}"})
-            continue
-        _, *image_shape = sidecar["inputs"][0][1]
-        images = torch.randn(size, *image_shape, device=device)
-        rows.append(row | measure(lambda x=images: _finished(running(x)), size, seconds, repeats))
-    return rows
+    places = {environment.described(result["hardware"]) for result in results}
+    if len(places) > 1:
+        raise UserError(
+            f"rows of {' and of '.join(sorted(places))}: expected one machine; measure them again on it"
+        )
+    titles = ("run", "backend", "provider", "precision", "batch", *PERCENTILES, "images/s")
+    table = Table(*titles, title=f"latency on {places.pop()}", box=None)
+    for result in results:
+        for row in result["rows"]:
+            told = [row["backend"], row.get("provider", ""), row["precision"], str(row.get("batch", ""))]
+            if "p50_ms" in row:
+                figures = [f"{row[key]:.2f}" for key in PERCENTILES]
+                table.add_row(
+                    result["run"], *told, *figures, f"{row['images_per_second']:,.0f}", row.get("warning")
+                )
+            else:
+                table.add_row(result["run"], *told, row["not_measured"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

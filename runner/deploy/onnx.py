@@ -1,4 +1,9 @@
-"""Exports a run's weights to one ONNX file with a dynamic batch."""
+"""A run as ONNX: one file for each precision, and for each of two front ends.
+
+model.fp32.onnx          images (batch, 3, H, W) float32, normalised, to logits (batch, classes) float32
+model.<precision>.onnx   the same inputs and outputs; inside, the precision of its name (see precision.py)
+model.<precision>.raw.onnx   pixels (batch, H, W, 3) uint8, as a decoder gives them; normalising is in the graph
+"""
 
 import contextlib
 import io
@@ -6,47 +11,119 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_prep.console import UserError, sha256_of
 from runner.runs import Run
 
-FILE_NAME = "model.onnx"
-INPUT, OUTPUT = "images", "logits"
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+INPUT, RAW_INPUT, OUTPUT = "images", "pixels", "logits"
 LARGEST_BATCH = 4096
+QUICK_IMAGES = 64
+QUICK_LIMIT = 1e-3  # of the largest logit, by which fp32 may differ on the quick check's images
 
 
-def export(run: Run) -> Path:
-    """Writes `deploy/model.onnx`: `images` (batch, 3, H, W) float32, normalised, to `logits` (batch, classes).
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file of a run.
+
+    Attributes:
+        path: of the file.
+        precision: of its arithmetic.
+        raw: whether it takes pixels as they are.
+        sha256: of the file, now.
+    """
+
+    path: Path
+    precision: Precision
+    raw: bool
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """`fp16`, or `fp16.raw`."""
+        return name_of(self.precision, self.raw)
+
+
+def name_of(precision: str, raw: bool) -> str:
+    """How a file of this kind is called between `model.` and `.onnx`."""
+    return f"{precision}.raw" if raw else precision
+
+
+def path_of(run: Run, precision: Precision, raw: bool = False) -> Path:
+    """Where the ONNX file of a run in a precision lies."""
+    return run.deploy / f"model.{name_of(precision, raw)}.onnx"
+
+
+def export(run: Run) -> Exported:
+    """Writes `deploy/model.fp32.onnx`, when it gives the model's logits for a few images.
 
     The file holds its weights, and as metadata what a server needs: class names, mean and deviation, run,
     experiment, dataset, commit.
 
-    Returns:
-        The file, which appears only when onnx's checker has passed it.
+    Raises:
+        RuntimeError: its logits are others. No file is left then.
     """
-    import onnx
     import torch
 
-    from runner import checkpoint
+    from runner import checkpoint, cpu
 
+    cpu.prepare()
     config = run.config()
-    model = checkpoint.load_model(run)
-    example = torch.zeros(2, *config["input"]["shape"])
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    # Traced in channels_last, flattening becomes an index computation in the graph.
+    model = checkpoint.load_model(run).to(memory_format=torch.contiguous_format)
+    proto = bare(model, config["input"]["shape"])
+
+    def check(path: Path) -> None:
+        from runner.deploy.session import Session
+
+        images = torch.randn(QUICK_IMAGES, *config["input"]["shape"], generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = model(images)
+        difference = (torch.from_numpy(Session(path)(images.numpy())) - expected).abs().max()
+        if not difference <= QUICK_LIMIT * expected.abs().max():
+            raise RuntimeError(
+                f"{path}: logits differ from the model's by {difference:.3g} on {QUICK_IMAGES} images"
+            )
+
+    return write(run, proto, "fp32", raw=False, check=check)
+
+
+def bare(model: Any, shape: list[int]) -> "ModelProto":
+    """torch's exporter alone, with a dynamic batch of images (3, H, W)."""
+    import torch
+
     with _quiet():
         program = torch.onnx.export(
             model,
-            (example,),
+            (torch.zeros(2, *shape),),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},),
             dynamo=True,
             verbose=False,
         )
-    proto = program.model_proto
+    return program.model_proto
+
+
+def write(run: Run, proto: "ModelProto", precision: Precision, raw: bool, check: Any = None) -> Exported:
+    """Writes a graph as a run's file, with its metadata, after onnx's checker and `check` have passed it."""
+    import onnx
+
+    config = run.config()
     metadata = {
         "classes": config["dataset"]["classes"],
+        "precision": precision,
+        "front_end": "raw" if raw else "normalised",
+        "shape": config["input"]["shape"],
+        "image_shape": config["dataset"]["image_shape"],
         "mean": config["input"]["mean"],
         "std": config["input"]["std"],
         "experiment": config["experiment"],
@@ -55,38 +132,127 @@ def export(run: Run) -> Path:
         "commit": config["git"].get("commit"),
         "largest_batch": LARGEST_BATCH,
     }
+    del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
-    path = run.deploy / FILE_NAME
+    path = path_of(run, precision, raw)
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(".model.part.onnx")
+    part = path.with_name(f".{path.name}.part")
     try:
         onnx.save_model(proto, part, save_as_external_data=False)
         onnx.checker.check_model(part, full_check=True)
+        if check is not None:
+            check(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+    return Exported(path, precision, raw, sha256_of(path))
 
 
-def exported(run: Run) -> tuple[Path, str]:
-    """The run's ONNX file and its SHA-256.
+def with_raw_input(proto: "ModelProto", config: dict[str, Any]) -> "ModelProto":
+    """The same graph, for pixels as a decoder gives them: (batch, H, W, 3) uint8 in front of what `images` was.
+
+    Normalised and resized in float32, in that order, as training did it. Resizing is bilinear; where it makes
+    images larger, as it does here, torchvision's antialiasing changes nothing.
+    """
+    import numpy as np
+    from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+    made = ModelProto()
+    made.CopyFrom(proto)
+    graph, shape = made.graph, config["input"]["shape"]
+    height, width, _ = config["dataset"]["image_shape"]
+    mean, std = (np.array(config["input"][key], dtype=np.float32) for key in ("mean", "std"))
+    constants = {"raw_scale": 1 / std, "raw_shift": -mean / std}
+    resized = [height, width] != shape[1:]
+    planes = "raw_small" if resized else INPUT
+    nodes = [  # the cast comes first: TensorRT takes uint8 nowhere else
+        helper.make_node("Cast", [RAW_INPUT], ["raw_float"], name="raw_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["raw_float", "raw_scale"], ["raw_scaled"], name="raw_scale"),
+        helper.make_node("Add", ["raw_scaled", "raw_shift"], ["raw_normalised"], name="raw_shift"),
+        helper.make_node("Transpose", ["raw_normalised"], [planes], name="raw_transpose", perm=[0, 3, 1, 2]),
+    ]
+    if resized:
+        assert height < shape[1], "making images smaller would need antialiasing"
+        constants["raw_factors"] = np.array([1, 1, shape[1] / height, shape[2] / width], dtype=np.float32)
+        inputs = ["raw_small", "", "raw_factors"]
+        nodes.append(helper.make_node("Resize", inputs, [INPUT], name="raw_resize", mode="linear"))
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    kept = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *kept])
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    del graph.input[:]
+    graph.input.append(helper.make_tensor_value_info(RAW_INPUT, TensorProto.UINT8, [batch, height, width, 3]))
+    return made
+
+
+def exported(run: Run, precision: Precision = "fp32", raw: bool = False) -> Exported:
+    """A run's ONNX file.
 
     Raises:
-        UserError: the run has not been exported.
+        UserError: the run has not been exported so.
     """
     run.config()
-    path = run.deploy / FILE_NAME
+    path = path_of(run, precision, raw)
     if not path.is_file():
+        words = f"{run.folder}" + ("" if precision == "fp32" else f" --precision {precision}") + " --raw" * raw
         raise UserError(
-            f"{run.folder}: expected {path.relative_to(run.folder)}, found none; make it: runner export"
+            f"{run.folder}: expected {path.relative_to(run.folder)}, found none; make it: runner export {words}"
         )
-    return path, sha256_of(path)
+    return Exported(path, precision, raw, sha256_of(path))
+
+
+def all_exported(run: Run) -> list[Exported]:
+    """Every ONNX file that a run has, fp32 first."""
+    found = [(precision, raw) for raw in (False, True) for precision in PRECISIONS]
+    return [exported(run, *kind) for kind in found if path_of(run, *kind).is_file()]
+
+
+def read(path: Path) -> tuple["ModelProto", dict[str, Any]]:
+    """Reads an ONNX file that may come from anyone, and its metadata.
+
+    Raises:
+        UserError: it is no ONNX file, or keeps data outside of itself, wherever that is: such a file can name any
+            other on this machine.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"{path}: expected an ONNX file, there is none")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own kinds
+        raise UserError(f"{path}: expected an ONNX file: {_first_line(error)}") from None
+    if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in _tensors(proto.graph)):
+        raise UserError(f"{path}: expected one file that holds its weights, found external data; save it as one")
+    try:
+        onnx.checker.check_model(proto)
+        metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise UserError(f"{path}: expected a sound ONNX file: {_first_line(error)}") from None
+    return proto, metadata
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every constant of a graph and of the graphs inside it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """The exporter tells its progress on standard output, where only our result belongs."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -17,7 +17,7 @@ class RunRecord:
     summary: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     parity: dict[str, Any] | None
-    engine: dict[str, Any] | None
+    engines: list[dict[str, Any]]
     latency: dict[str, Any] | None
 
     @property
@@ -48,7 +48,7 @@ def read(run: Run) -> RunRecord:
         summary=optional("summary.json"),
         metrics=read_metrics(run),
         parity=optional("deploy/parity.json"),
-        engine=optional("deploy/engine.json"),
+        engines=[read_json(path) for path in sorted((run.folder / "deploy").glob("model.*.engine.json"))],
         latency=optional("deploy/latency.json"),
     )
 
@@ -81,10 +81,20 @@ def row(record: RunRecord) -> dict[str, Any]:
         "world_size": config["world_size"],
         "parameters": config["parameters"],
         "macs": config["macs"],
-        "onnx_agreement": (record.parity or {}).get("agreement"),
-        "engine": record.engine and {key: record.engine[key] for key in ("backend", "version", "bytes", "target")},
+        "parity": [
+            {key: part[key] for key in ("precision", "front_end", "provider", "agreement", "accuracy", "passed")}
+            for part in (record.parity or {}).get("rows", [])
+        ],
+        "onnx_agreement": agreement(record),
+        "engines": [
+            {key: sidecar[key] for key in ("precision", "backend", "version", "bytes", "target")}
+            for sidecar in record.engines
+        ],
         "latency": [
-            {key: part[key] for key in ("backend", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")}
+            {
+                key: part[key]
+                for key in ("backend", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
+            }
             for part in (record.latency or {}).get("rows", [])
             if "p50_ms" in part
         ],
@@ -152,9 +162,19 @@ def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
     return found
 
 
-def p50(record_row: dict[str, Any], backend: str, batch: int = 1) -> float | None:
+def agreement(record: RunRecord) -> float | None:
+    """Top-1 agreement of the fp32 ONNX file with the model, where it was scored."""
+    rows = (record.parity or {}).get("rows", [])
+    found = [row["agreement"] for row in rows if (row["precision"], row["front_end"]) == ("fp32", "normalised")]
+    return found[0] if found else None
+
+
+def p50(record_row: dict[str, Any], backend: str, batch: int = 1, precision: str = "fp32") -> float | None:
     """The median latency in milliseconds of a backend in a row, where it was measured."""
+    wanted = (backend, batch, precision)
     found = [
-        part["p50_ms"] for part in record_row["latency"] if (part["backend"], part["batch"]) == (backend, batch)
+        part["p50_ms"]
+        for part in record_row["latency"]
+        if (part["backend"], part["batch"], part["precision"]) == wanted
     ]
     return found[0] if found else None

@@ -74,8 +74,8 @@ def _shown(record: RunRecord, position: int) -> dict[str, Any]:
         "samples": base64.b64encode(samples.read_bytes()).decode() if samples.is_file() else None,
         "config": record.config,
         "hardware": described(record.config["hardware"]),
-        "parity": record.parity,
+        "parity_rows": (record.parity or {}).get("rows", []),
         "latency_rows": (record.latency or {}).get("rows", []),
         "latency_hardware": described(record.latency["hardware"]) if record.latency else None,
-        "engine_sidecar": record.engine,
+        "engine_sidecars": record.engines,
     }
