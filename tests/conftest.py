@@ -1,11 +1,14 @@
 """Fixtures: datasets prepared once, real processes, and the closing tally of what ran and what did not."""
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def python(
-    *arguments: object, cwd: Path | None = None, timeout: float = 300, **environ: str
+    *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs this Python with arguments and returns what it said."""
     return subprocess.run(
@@ -51,6 +54,55 @@ def launch(processes: int, *arguments: object, **options: object) -> subprocess.
     """`accelerate launch ... -m runner ... --device cpu` with so many gloo ranks."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml"]
     return python(*launcher, "--num_processes", processes, "-m", "runner", *arguments, "--device", "cpu", **options)
+
+
+def begun(processes: int, *words: object, **environ: str) -> subprocess.Popen[str]:
+    """A `runner ...` on so many gloo ranks that is under way, in a process group of its own."""
+    launcher = [
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "launch/cpu.yaml",
+        "--num_processes",
+        processes,
+    ]
+    command = [sys.executable, "-m", *launcher, "-m", "runner", *words]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=clean_environment(**environ), stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 240) -> None:
+    """Until a checkpoint of `step` or later is there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step-*")):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no checkpoint of step {step}")
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def gone(processes: list[int], seconds: float) -> bool:
+    """Whether all have ended within so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        states = [Path(f"/proc/{process}/stat") for process in processes]
+        if not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@contextlib.contextmanager
+def taken_port() -> Iterator[int]:
+    """A port that someone listens on."""
+    with socket.create_server(("", 0)) as server:
+        yield server.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -114,18 +166,15 @@ _ran: Counter[str] = Counter()
 _skipped: Counter[tuple[str, str]] = Counter()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    report = yield
-    if call.when == "call" or report.skipped or (call.when == "setup" and report.failed):
-        kinds = [marker for marker in MARKERS if item.get_closest_marker(marker)] or ["plain"]
-        for kind in kinds:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts in the process that reports, also where others run the tests."""
+    if report.when == "call" or report.skipped or (report.when == "setup" and report.failed):
+        for kind in [marker for marker in MARKERS if marker in report.keywords] or ["plain"]:
             if report.skipped:
-                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple | list) else str(report.longrepr)
                 _skipped[kind, reason.removeprefix("Skipped: ")] += 1
             else:
                 _ran[kind] += 1
-    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -151,9 +200,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     )
 
 
+# Files that take longest begin first, so that at the end none is waited for alone.
+LONGEST = ("test_slurm", "test_deploy", "test_experiments", "test_resume", "test_train_pieces", "test_faults")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from runner import environment
 
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if environment.count_gpus() == 0:
         for item in items:
             if item.get_closest_marker("gpu"):
