@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 
@@ -41,12 +41,18 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool 
         if stop.code == EXIT_BAD_INPUT and speaks:
             print(f"{prog}: {message}", file=sys.stderr)
         raise
+    except UserError as error:
+        _refuse(prog, error, speaks)
     try:
         return command()
     except UserError as error:
-        if speaks:
-            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        _refuse(prog, error, speaks)
+
+
+def _refuse(prog: str, error: UserError, speaks: bool) -> NoReturn:
+    if speaks:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 _display: Any = None  # the one display of bars that a terminal can hold

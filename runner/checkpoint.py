@@ -1,15 +1,20 @@
 """Checkpoints: weights as safetensors with a manifest of hashes, in a folder that appears only when whole."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import nn
 
 from data_prep.console import UserError, sha256_of
@@ -20,12 +25,59 @@ WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
+REPLACED = re.compile(r"\.(step-\d+)\.replaced")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. The one before it stays."""
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one after the other, while training goes on.
+
+    What it is given must be copies: training changes its own tensors with the next step.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> None:
+        """Has a checkpoint written as `save` does; waits for the one before.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        self.pending = self.thread.submit(save, self.run, weights, step, state)
+
+    def wait(self) -> None:
+        """Until all that was given is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            reason = "no space left on the disk" if full else str(error)
+            whole = _folders(self.run)
+            stays = f"{whole[-1].name} stays; make room and" if whole else "there is none before it; make room and"
+            raise CheckpointError(
+                f"{self.run.checkpoints}: cannot write a checkpoint ({reason}); {stays}"
+            ) from error
 
 
 def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> Path:
     """Writes `checkpoints/step-N/` and then removes the older ones.
 
-    Everything is written and synced in a temporary folder first; the rename is the commit.
+    Everything is written and synced in a temporary folder first; the rename is the commit. Killed at any moment, it
+    leaves a whole checkpoint behind, if there was one.
 
     Args:
         run: whose.
@@ -41,20 +93,22 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     # What the weights were trained on goes with them, also where the file is copied elsewhere.
     trained_on = run.config()["dataset"]["name"]
-    save_file(weights, staging / WEIGHTS, metadata={"dataset": trained_on})
+    _write(staging / WEIGHTS, serialised(weights, metadata={"dataset": trained_on}))
     if state is not None:
-        torch.save(state, staging / STATE)
+        buffer = io.BytesIO()  # torch's own writer calls a full disk an unexpected position
+        torch.save(state, buffer)
+        _write(staging / STATE, buffer.getbuffer())
     hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
     manifest = {"step": step, "dataset": trained_on, "sha256": hashes}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in staging.iterdir():
-        _sync(file)
-    shutil.rmtree(folder, ignore_errors=True)
+    _write(staging / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    _sync(staging)
+    if folder.exists():  # of a run that goes on from an earlier step
+        folder.rename(run.checkpoints / f".{folder.name}.replaced")
     staging.rename(folder)
     _sync(run.checkpoints)
-    for older in run.checkpoints.iterdir():
-        if older != folder and STEP_FOLDER.fullmatch(older.name):
-            shutil.rmtree(older)
+    for other in run.checkpoints.iterdir():
+        if other != folder and re.match(r"\.?step-", other.name):
+            shutil.rmtree(other)
     return folder
 
 
@@ -64,6 +118,11 @@ def newest_whole(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
     Returns:
         The state, or None where no checkpoint is whole; and a line about each that is not.
     """
+    for aside in run.checkpoints.glob(".step-*.replaced"):  # a save was killed between its two renames
+        name = REPLACED.fullmatch(aside.name)
+        if name and not (run.checkpoints / name[1]).exists():
+            with contextlib.suppress(OSError):  # another rank was quicker
+                aside.rename(run.checkpoints / name[1])
     damaged = []
     for folder in reversed(_folders(run)):
         try:
@@ -129,6 +188,13 @@ def _check(folder: Path) -> None:
         found = sha256_of(folder / name) if (folder / name).is_file() else "no such file"
         if found != expected:
             raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again")
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,6 @@ Heavy imports happen inside the commands that need them, so that `runner list` a
 """
 
 import dataclasses
-import functools
 import json as json_format
 import os
 import statistics
@@ -15,15 +14,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data_prep.console import UserError, run_command
+from data_prep.console import UserError, run_command, track
 from runner import experiments, launched
-from runner.recipe import Architecture, Experiment, Recipe, first_mistake
+from runner.recipe import Architecture, Experiment, Recipe
 from runner.request import TrainRequest
 from runner.runs import Run
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
 Modules = tuple[str, ...]
+Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+Calibration = Literal["minmax", "percentile"]
 SCORED = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
 
 
@@ -112,62 +113,150 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export a finished run to ONNX and compare it with the model on the whole test set, in onnxruntime."""
+    """Export a finished run to ONNX, one file for each precision, with a quick check against the model."""
 
     run: RunFolder
     """Run folder."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """fp32; fp16; int8, symmetric Q/DQ for TensorRT; int8-cpu, for onnxruntime on the CPU. The others are made of
+    fp32, which is exported first where it is not there."""
+    raw: bool = False
+    """Also write files that take uint8 pixels (batch, H, W, 3) and normalise inside the graph."""
+    calibration: int = 512
+    """Training images on which int8 finds the ranges of activations."""
+    calibration_method: Calibration = "minmax"
+    """How int8 chooses ranges from what it saw."""
     data: Path | None = None
-    """Prepared dataset; by default the one the run was trained on."""
+    """Prepared dataset, for calibration; by default the one the run was trained on."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self) -> None:
+        from runner.deploy import onnx, precision
+
+        run = Run(self.run)
+        made = []
+        if "fp32" in self.precision or not onnx.path_of(run, "fp32").is_file():
+            made.append(onnx.export(run))
+        lower = [kind for kind in self.precision if kind != "fp32"]
+        quantised = any(kind.startswith("int8") for kind in lower)
+        images = precision.calibration_images(run, self.data, self.calibration) if quantised else None
+        made += [
+            precision.convert(run, kind, images, self.calibration_method)
+            for kind in track(lower, "convert", len(lower))
+        ]
+        if self.raw:
+            made += [precision.raw(run, kind) for kind in self.precision]
+        rows = [
+            {"onnx": str(file.path), "name": file.name, "sha256": file.sha256, "bytes": file.path.stat().st_size}
+            for file in made
+        ]
+        if self.json:
+            print(json_format.dumps(rows))
+            return
+        for row in rows:
+            print("{onnx}: {bytes:,} bytes".format(**row))
+        print(f"next, the gate: runner parity {self.run}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Score a run's ONNX files on the whole test set beside the model; exit code 1 where one leaves its limit."""
+
+    run: RunFolder
+    """Run folder."""
+    precision: tuple[Precision, ...] = ()
+    """Which files; by default all that were exported, each with its raw front end where it has one."""
+    data: Path | None = None
+    """Prepared dataset; by default the one the run was trained on."""
+    device: launched.Device = "auto"
+    """Where to compute; on a GPU engines are scored as well."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner import environment
         from runner.deploy import onnx, parity
 
         run = Run(self.run)
-        path = onnx.export(run)
-        report = parity.compare(run, path, self.data)
-        _result(report, self.json, "{onnx}: top-1 agreement {agreement:.4%} on {images:,} test images")
-        if not report["passed"]:
-            print(f"runner: {path}: agreement below the limit of {report['limit']:.2%}", file=sys.stderr)
+        for kind in self.precision or ("fp32",):
+            onnx.exported(run, kind)
+        files = [file for file in onnx.all_exported(run) if not self.precision or file.precision in self.precision]
+        launch = launched.read(os.environ)
+        device, told = launched.device(self.device, launch, environment.count_gpus())
+        print(told, file=sys.stderr)
+        report = parity.compare(run, files, self.data, device)
+        names = [str(file.path.relative_to(run.folder)) for file in files]
+        rows = [row for row in report["rows"] if row["onnx"] in names]
+        if self.json:
+            print(json_format.dumps(report))
+        for row in rows:
+            line = f"{self.run / row['onnx']} on {row['provider']}: {parity.told(row)}, {row['images']:,} images"
+            if not row["passed"]:
+                print(f"runner: {line}", file=sys.stderr)
+            elif not self.json:
+                print(line)
+        if not all(row["passed"] for row in rows):
             raise SystemExit(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Build a TensorRT engine from an exported run, with a sidecar that says what it is."""
+    """Build TensorRT engines of an exported run, each with a sidecar that says what it is."""
 
     run: RunFolder
     """Run folder."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """Of which ONNX files: an engine has the precision of its graph."""
+    raw: bool = False
+    """Build of the files with the raw front end."""
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     """TensorRT, or TensorRT for RTX, which also builds without a GPU; auto takes TensorRT where its libraries
     load and a GPU is there, and says which it took."""
     batch: tuple[int, int, int] = (1, 128, 512)
     """Smallest, best served, and largest batch."""
-    target: str | None = None
-    """Compute capability to build for without having it, e.g. SM89 (tensorrt-rtx only); by default portable."""
+    target: tuple[str, ...] = ()
+    """Compute capabilities to build for without having them, e.g. SM89 SM120 (tensorrt-rtx only); by default the
+    GPU that is here, or portable."""
+    optimization_level: int | None = None
+    """0 to 5: how long the builder looks for the fastest kernels; by default its own choice."""
+    no_timing_cache: bool = False
+    """Begin without what the builder measured before, and keep nothing of it (tensorrt only)."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self) -> None:
-        from runner.deploy import engine
+        from runner.deploy import engine, onnx
 
-        sidecar = engine.build(Run(self.run), self.backend, self.batch, self.target)
-        _result(sidecar, self.json, "{engine}: {backend} {version}, {bytes:,} bytes, target {target}")
+        run = Run(self.run)
+        wish = engine.Wish(self.backend, self.batch, self.target, self.optimization_level, not self.no_timing_cache)
+        files = [onnx.exported(run, kind, self.raw) for kind in self.precision]
+        sidecars = [engine.build(run, file, wish) for file in track(files, "build", len(files))]
+        if self.json:
+            print(json_format.dumps(sidecars))
+            return
+        for sidecar in sidecars:
+            print("{engine}: {backend} {version}, {precision}, {bytes:,} bytes, target {target}".format(**sidecar))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure latency of a run: the model in torch, onnxruntime, and the engine where a GPU is."""
+    """Measure latency of runs: the model in torch, onnxruntime, and engines where a GPU is."""
 
-    run: RunFolder
-    """Run folder."""
-    batch: tuple[int, ...] = (1, 32)
+    runs: RunFolders
+    """Run folders, exported and scored by `runner parity`."""
+    batch: tuple[int, ...] = (1, 8, 32)
     """Batch sizes to measure, one after the other."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """Which ONNX files and engines."""
+    backend: tuple[Literal["eager", "compiled", "onnxruntime", "engine"], ...] = ("eager", "onnxruntime", "engine")
+    """What runs them; compiled takes a minute before it can be measured."""
     seconds: float = 3.0
     """Measure each for at least so long."""
     repeats: int = 100
     """Measure each at least so many times."""
+    threads: int | None = None
+    """On the CPU; by default all usable cores."""
     device: launched.Device = "auto"
     """Where to compute; auto takes a GPU where there is one and says which it took."""
     json: bool = False
@@ -176,11 +265,42 @@ class Bench:
     def __call__(self) -> None:
         from runner.deploy import latency
 
-        result = latency.bench(Run(self.run), self.batch, self.seconds, self.repeats, self.device, os.environ)
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder")
+        wish = latency.Wish(self.batch, self.precision, self.backend, self.seconds, self.repeats, self.threads)
+        results = [latency.bench(Run(run), wish, self.device, os.environ) for run in self.runs]
         if self.json:
-            print(json_format.dumps(result))
+            print(json_format.dumps(results))
         else:
-            latency.show(result)
+            latency.show(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify images with an exported model; needs nothing but its file."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """ONNX file of `runner export`, or an engine with its sidecar (on a GPU)."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """Image files, or folders of them."""
+    batch: int = 32
+    """Images at a time."""
+    sheet: Path | None = None
+    """PNG file for a contact sheet: the images with what was said of them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where onnxruntime computes."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner.deploy import predict
+
+        found = predict.predict(self.model, list(self.images), self.batch, self.device, self.sheet)
+        if self.json:
+            print(json_format.dumps([dataclasses.asdict(one) for one in found]))
+            return
+        for one in found:
+            print(f"{one.image}: {one.label} {one.probability:.1%}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,38 +329,50 @@ class Report:
             print(f"{self.out}: {len(collected)} runs compared")
 
 
-def _train(request: TrainRequest) -> None:
-    """Checks what can be checked without torch, trains, and prints the summary."""
-    for option, value, least in (
-        ("--max-steps", request.max_steps, 1),
-        *(("--seed", seed, 0) for seed in request.seeds),
-        ("--workers", request.workers, 1),
-        ("--checkpoint-every", request.checkpoint_every, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{option} {value}: expected {least} or more")
-    if request.resume not in ("auto", "never") and len(request.seeds) > 1:
-        raise UserError(f"--resume {request.resume}: expected auto or never with several seeds")
-    if max(request.seeds) >= 2**32:
-        raise UserError(f"--seed {max(request.seeds)}: expected less than {2**32}")
-    if len(set(request.seeds)) < len(request.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: expected each seed once")
-    if mistake := first_mistake(request.recipe):
-        raise UserError(mistake)
-    if request.recipe.ema and request.recipe.prune:
-        raise UserError("--recipe.ema and --recipe.prune: expected one of them; an average would fill the zeros in")
-    registered = experiments.get(request.experiment, request.experiments_from)
-    from runner.job import run_training
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Check this machine: data, disk, GPUs, all-reduce, rendezvous, W&B, onnxruntime, TensorRT; say what to do."""
 
-    finished = run_training(request, registered, os.environ)
-    if len(finished.summaries) == 1:
-        _result(finished.summaries[0], request.json, SCORED)
-    elif finished.summaries:
-        _results(finished.summaries, request.json)
-    if finished.leave_at_once:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    data: Path | None = None
+    """Prepared dataset to check, file by file."""
+    runs: Path = Path("runs")
+    """Folder of runs, whose disk is checked."""
+    ranks: int | None = None
+    """Ranks of the all-reduce; by default one a GPU, or two on the CPU."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner import doctor
+
+        findings = doctor.examine(self.data, self.runs, self.ranks, os.environ)
+        if self.json:
+            print(json_format.dumps([dataclasses.asdict(finding) for finding in findings]))
+        else:
+            doctor.show(findings)
+        if any(finding.state == "fault" for finding in findings):
+            raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train as a request says, and print the summary."""
+
+    request: TrainRequest
+
+    def __call__(self) -> None:
+        registered = self.request.check()
+        from runner.job import run_training
+
+        finished = run_training(self.request, registered, os.environ)
+        if len(finished.summaries) == 1:
+            _result(finished.summaries[0], self.request.json, SCORED)
+        elif finished.summaries:
+            _results(finished.summaries, self.request.json)
+        if finished.leave_at_once:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def _results(summaries: list[dict[str, Any]], json: bool) -> None:
@@ -282,6 +414,8 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         checkpoint_every: int | None = None,
         resume: str = "never",
         resume_anyway: bool = False,
+        stop_file: Path | None = None,
+        hang_timeout: float = 600.0,
         architecture: Architecture = default.architecture,
         recipe: Recipe = default.recipe,
     ) -> Callable[[], None]:
@@ -315,6 +449,10 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
                 SIGUSR1, SIGTERM or a file `stop` in the run folder end a run with a checkpoint and exit code 75.
             resume_anyway: Resume also where recipe, data or anything else of the training has changed since;
                 run.json says what.
+            stop_file: File that ends the run with a checkpoint when it appears, and is removed when that is done;
+                by default `stop` in the run folder.
+            hang_timeout: Seconds without a step after which a rank shows its stacks and leaves with exit code 70,
+                and all ranks with it; three times as long until the first step.
             architecture: What is trained.
             recipe: How it is trained.
         """
@@ -324,42 +462,45 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         request = TrainRequest(
             experiment, data, runs, name, chosen, max_steps, device, precision, loader, workers,
             overwrite, json, experiments_from, architecture, recipe, teacher, start_from, checkpoint_every,
-            resume, resume_anyway,
+            resume, resume_anyway, stop_file, hang_timeout,
         )  # fmt: skip
-        return functools.partial(_train, request)
+        return Train(request)
 
     return train
+
+
+def parse(given: list[str]) -> Callable[[], Any]:
+    """Reads a command line; returns the command as a function of no arguments.
+
+    Raises:
+        UserError: it names an experiment that there is not.
+        SystemExit: code 2 where the options cannot be read.
+    """
+    commands: dict[str, Callable[..., Any]] = {
+        "list": List,
+        "train": train_with_defaults(_experiment_in(given)),
+        "eval": Eval,
+        "export": Export,
+        "parity": Parity,
+        "engine": Engine,
+        "bench": Bench,
+        "predict": Predict,
+        "report": Report,
+        "doctor": Doctor,
+    }
+    return tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="runner",
+        description="From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report.",
+        args=given,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-
-    def parse() -> Callable[[], Any]:
-        commands: dict[str, Callable[..., Any]] = {
-            "list": List,
-            "train": train_with_defaults(_experiment_in(given)),
-            "eval": Eval,
-            "export": Export,
-            "engine": Engine,
-            "bench": Bench,
-            "report": Report,
-        }
-        return tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="runner",
-            description="From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report.",
-            args=given,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
-        )
-
-    def checked_parse() -> Callable[[], Any]:
-        try:
-            return parse()
-        except UserError as error:
-            return lambda error=error: (_ for _ in ()).throw(error)
-
-    run_command(checked_parse, "runner", speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+    run_command(lambda: parse(given), "runner", speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
 
 
 def _experiment_in(given: list[str]) -> Experiment:

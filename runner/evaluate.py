@@ -11,6 +11,8 @@ from torch import nn
 
 from runner.batches import Batches
 
+Views = Literal["none", "flip", "flip-shift"]  # of each image, over which test-time augmentation takes the mean
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -94,7 +96,7 @@ def evaluate(
     classes: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,
-    views: Literal["none", "flip", "flip-shift"] = "none",
+    views: Views = "none",
 ) -> Evaluation:
     """Scores `model` in evaluation mode and puts it back into the mode it was in.
 
@@ -111,23 +113,23 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    table = torch.zeros(batches.samples, classes + 2, dtype=torch.float32)
+    table = torch.zeros(batches.samples, classes + 2, dtype=torch.float32, device=_device_of(model))
     for step, (images, labels) in enumerate(batches.epoch(0)):
         rows = batches.slice_of(step)
         if len(labels) == 0:  # a last batch with fewer images than ranks
             continue
         logits = [model(view).float() for view in views_of(images, views)]
-        table[rows, :classes] = torch.stack(logits).mean(0).cpu()
-        table[rows, classes] = labels.float().cpu()
+        table[rows, :classes] = torch.stack(logits).mean(0)
+        table[rows, classes] = labels.float()
         table[rows, classes + 1] += 1
         advance(len(labels))
     model.train(was_training)
-    table = sum_over_ranks(table.to(_device_of(model))).cpu()
+    table = sum_over_ranks(table).cpu()
     assert (table[:, -1] == 1).all(), "an image was scored twice or not at all"
     return Evaluation(table[:, :classes].clone(), table[:, classes].long())
 
 
-def views_of(images: torch.Tensor, kind: Literal["none", "flip", "flip-shift"]) -> list[torch.Tensor]:
+def views_of(images: torch.Tensor, kind: Views) -> list[torch.Tensor]:
     """The views of (n, 3, H, W) images over which test-time augmentation takes the mean.
 
     The image alone; with its mirror image; or these two as they are and shifted by a pixel up and left, and down

@@ -4,41 +4,42 @@ The algorithm is in train.py; here is everything around it that makes a run a re
 """
 
 import contextlib
-import json
+import errno
 import os
 import secrets
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
-from runner import checkpoint, cpu, environment, figures, launched
+from runner import checkpoint, cpu, figures, launched, record, watchdog
 from runner.batches import beton, pixels
 from runner.batches.protocol import Place, Split, model_input, open_manifest, open_split, open_test_of_run
 from runner.batches.stream import BatchStream
-from runner.build import build, count
+from runner.build import build
 from runner.evaluate import Evaluation, evaluate
-from runner.recipe import Experiment, Recipe, differences, to_json
+from runner.recipe import Experiment, Recipe
 from runner.request import TrainRequest
-from runner.runs import FORMAT, Run, new_runs, read_json, trim_metrics, write_json
+from runner.runs import Run, new_runs, trim_metrics, write_json
 from runner.tracking import Tracker
-from runner.train import Data, DivergedError, Outcome, StoppedError, train
+from runner.train import Control, Data, DivergedError, StoppedError, train
 
 STOP_FILE = "stop"  # in the run folder; asks for a checkpoint and an end
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours, and accelerate's names
+COLLECTIVE_GRACE = 60  # seconds that a collective has beyond --hang-timeout; our watchdog tells more, and is first
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
 
     accelerator = Accelerator(
         cpu=device == "cpu",
-        mixed_precision=PRECISIONS.get(request.precision),
+        mixed_precision=record.PRECISIONS.get(request.precision),
         # Gradients live in the all-reduce's own buckets, the graph is the same every step (but for parts of a
         # batch, of which only the last is reduced), and batch norm's statistics are averaged once before they are
         # used (train.sync_buffers) instead of sent every step.
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True, static_graph=recipe.accumulate == 1, broadcast_buffers=False
-            )
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=request.hang_timeout + COLLECTIVE_GRACE)),
         ],
     )
     if accelerator.num_processes != launch.world_size:
@@ -133,9 +135,9 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
             training.seed = seed
             model = models.pop(seed) or build(request.architecture, recipe, seed, training.first, start)
             wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
-            config = _config(request, registered, manifest, accelerator, place, run, seed, model, wandb_id)
+            config = record.config(request, registered, manifest, accelerator, place, run, seed, model, wandb_id)
             if states[seed] is not None:
-                config = _continued(request, run, config, states[seed])
+                config = record.continued(request, run, config, states[seed])
                 accelerator.wait_for_everyone()  # all have read what the first now writes anew
             summary, tracker_hung = _train_one(
                 request, data, accelerator, manifest, run, seed, model, teacher, config, environ, states[seed]
@@ -173,32 +175,33 @@ def _train_one(
     log = tracker.log if tracker else lambda row: None
     if teacher is not None:
         teacher.to(accelerator.device)
+    who = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+    stop_file = request.stop_file or run.folder / STOP_FILE
     try:
-        with asked_to_stop(run.folder / STOP_FILE) as asked:
+        with asked_to_stop(stop_file) as asked, watchdog.watching(request.hang_timeout, who) as alive:
+            control = Control(request.checkpoint_every, state, asked, alive)
             outcome = train(
-                model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log,
-                request.checkpoint_every, state, asked,
-            )  # fmt: skip
-    except StoppedError as stopped:
-        if tracker:
-            tracker.finish()
-            (run.folder / STOP_FILE).unlink(missing_ok=True)
-            print(f"runner: {run.folder}: {stopped}; go on with --resume auto", file=sys.stderr)
-        raise SystemExit(EXIT_STOPPED) from None
-    except DivergedError as error:
-        if tracker:
-            tracker.finish()
-            print(
-                f"runner: {run.folder}: {error}; lower the learning rate or use --precision fp32", file=sys.stderr
+                model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log, control
             )
+    except Exception as error:
+        told = _ending(error, request.recipe, accelerator.num_processes)
+        if told is None:
+            raise
+        code, line = told
+        if tracker:
+            print(f"runner: {run.folder}: {line}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # rows may be left that a full disk does not take
+                tracker.finish()
+            if isinstance(error, StoppedError):
+                stop_file.unlink(missing_ok=True)
             if tracker.hung:  # W&B's exit handler would wait for ever
-                os._exit(1)
-        raise SystemExit(1) from None
+                os._exit(code)
+        raise SystemExit(code) from None
     if tracker is None:
         return None, False
     with run.predictions.open("wb") as file:
         np.savez_compressed(file, **outcome.test.arrays())
-    summary = _summary(request, manifest, run, seed, outcome)
+    summary = record.summary(request, manifest, run, seed, outcome)
     test = manifest.splits["test"]
     shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
     pictures = figures.draw(run, config, outcome.test.confusion, shown)
@@ -209,38 +212,28 @@ def _train_one(
     return summary, tracker.hung
 
 
-def _summary(request: TrainRequest, manifest: Manifest, run: Run, seed: int, outcome: Outcome) -> dict[str, Any]:
-    """The contents of summary.json: figures of the last epoch, and of the best beside them."""
-    test = outcome.test.figures()
-    best = outcome.best
-    summary = {
-        "experiment": request.experiment,
-        "run": str(run.folder),
-        "dataset": manifest.name,
-        "seed": seed,
-        "epochs": outcome.epochs,
-        "steps": outcome.steps,
-        "test_accuracy": test["accuracy"],
-        "test_loss": test["loss"],
-        "test_top5": test["top5"],
-        "test_calibration_error": test["calibration_error"],
-        "test_images": outcome.test.images,
-        "best_epoch": best["epoch"],
-    }
-    if outcome.validation is None:
-        # Chosen on the test set, and so no estimate of anything; beside the last epoch for the papers' sake.
-        summary["best_test_accuracy"] = best["test/accuracy"]
-    else:
-        summary |= {
-            "validation_accuracy": outcome.validation.accuracy,
-            "validation_loss": outcome.validation.loss,
-            "validation_images": outcome.validation.images,
-            "best_validation_accuracy": best["validation/accuracy"],
-            "test_accuracy_of_best_validation": best["test/accuracy"],
-        }
-    if outcome.augmented is not None:
-        summary["test_accuracy_augmented"] = outcome.augmented.accuracy
-    return summary | {"class_accuracy": test["class_accuracy"], "confusion": outcome.test.confusion}
+def _ending(error: Exception, recipe: Recipe, ranks: int) -> tuple[int, str] | None:
+    """Exit code and the line to tell, where training ended for a reason that is known; None for a fault of ours."""
+    if isinstance(error, StoppedError):
+        return EXIT_STOPPED, f"{error}; go on with --resume auto"
+    if isinstance(error, DivergedError):
+        return 1, f"{error}; lower the learning rate or use --precision fp32"
+    if isinstance(error, checkpoint.CheckpointError):
+        return 1, f"{error} go on with --resume auto"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            1,
+            f"no space left on the disk for {error.filename or 'metrics'}; make room and go on with --resume auto",
+        )
+    refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if refused:
+        share = recipe.batch_size // (ranks * recipe.accumulate)
+        return 1, (
+            f"out of memory with {share} images at a time (batch {recipe.batch_size} over {ranks} ranks); "
+            f"--recipe.accumulate {2 * recipe.accumulate} halves that and trains the same, so do more ranks, or "
+            "--precision bf16"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -271,47 +264,6 @@ def _state_of(request: TrainRequest, run: Run) -> dict[str, Any] | None:
     return state
 
 
-SAME = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
-
-
-def _continued(request: TrainRequest, run: Run, config: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run that is resumed: its own, with where it went on.
-
-    Raises:
-        UserError: it is another training than the one that was begun, and --resume-anyway was not said.
-    """
-    before, config = run.config(), json.loads(json.dumps(config))  # tuples become lists on both sides
-    changed = {key: (before[key], config[key]) for key in SAME if before[key] != config[key]}
-    fingerprints = before["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
-    if fingerprints[0] != fingerprints[1]:
-        changed["dataset"] = fingerprints
-    told = {
-        name: pair for key, values in changed.items() for name, pair in _leaves_that_differ(key, *values).items()
-    }
-    if told and not request.resume_anyway:
-        lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in told.items())
-        raise UserError(f"{run.folder}: expected the training that was begun, found {lines}; or --resume-anyway")
-    bitwise = state["world_size"] == config["world_size"] and before["device"] == config["device"] and not told
-    resumed = {"step": state["step"], "world_size": config["world_size"], "bitwise": bitwise, "changed": told}
-    if not bitwise:
-        print(f"runner: {run.folder}: goes on from step {state['step']}, not to the bit", file=sys.stderr)
-    return {
-        **(config if told else before),
-        "max_steps": config["max_steps"],
-        "wandb_id": before["wandb_id"],
-        "resumed": [*before.get("resumed", []), resumed],
-    }
-
-
-def _leaves_that_differ(name: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [
-            _leaves_that_differ(f"{name}.{key}", old.get(key), new.get(key)) for key in old.keys() | new.keys()
-        ]
-        return {key: pair for part in parts for key, pair in part.items()}
-    return {} if old == new else {name: (old, new)}
-
-
 def _teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
     """The model of a finished run, for another to learn from.
 
@@ -326,76 +278,6 @@ def _teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
     if found["input"] != wanted:
         raise UserError(f"--teacher {folder}: expected a run on images like {wanted}, found {found['input']}")
     return checkpoint.load_model(run).requires_grad_(False)
-
-
-def _config(
-    request: TrainRequest,
-    registered: Experiment,
-    manifest: Manifest,
-    accelerator: Accelerator,
-    place: Place,
-    run: Run,
-    seed: int,
-    model: nn.Module,
-    wandb_id: str,
-) -> dict[str, Any]:
-    """The contents of run.json."""
-    given = Experiment(request.architecture, request.recipe, registered.paper)
-    before = Experiment(registered.architecture, registered.recipe, registered.paper)
-    shape = model_input(manifest, request.recipe)
-    parameters, macs = registered.parameters, registered.macs
-    known = parameters is not None and macs is not None and request.architecture == registered.architecture
-    if not known or request.recipe.resize != registered.recipe.resize:
-        parameters, macs = count(model, shape["shape"])
-    precision = next(ours for ours, theirs in PRECISIONS.items() if theirs == accelerator.mixed_precision)
-    return {
-        "format": FORMAT,
-        "experiment": request.experiment,
-        "run": run.folder.name,
-        "paper": registered.paper,
-        "seed": seed,
-        "max_steps": request.max_steps,
-        "architecture": to_json(request.architecture),
-        "recipe": to_json(request.recipe),
-        "overrides": {name: list(pair) for name, pair in differences(before, given).items()},
-        "reported": registered.reported and asdict(registered.reported),
-        "parameters": parameters,
-        "macs": macs,
-        "teacher": request.teacher and _origin(request.teacher),
-        "started_from": request.start_from and _origin(request.start_from),
-        "dataset": {
-            "name": manifest.name,
-            "folder": str(request.data.absolute()),
-            "fingerprint": manifest.fingerprint,
-            "classes": list(manifest.classes),
-            "image_shape": list(manifest.image_shape),
-            "mean": list(manifest.mean),
-            "std": list(manifest.std),
-            "source": manifest.source,
-        },
-        "input": shape,
-        "precision": precision,
-        "device": accelerator.device.type,
-        "world_size": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "loader": place.loader_for(manifest.splits["train"])[0],
-        "hardware": environment.hardware(),
-        "versions": environment.versions(),
-        "git": environment.git_commit(),
-        "wandb_id": wandb_id,
-    }
-
-
-def _origin(folder: Path) -> dict[str, str]:
-    """Which weights another run gave, for run.json."""
-    config, weights = Run(folder).config(), checkpoint.latest(Run(folder))
-    manifest = read_json(weights / checkpoint.MANIFEST)
-    return {
-        "experiment": config["experiment"],
-        "folder": str(folder.absolute()),
-        "checkpoint": weights.name,
-        "sha256": manifest["sha256"][checkpoint.WEIGHTS],
-    }
 
 
 def run_evaluation(

@@ -1,11 +1,13 @@
 """Optimizers from recipes, and the learning rate as a pure function of the step."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from runner import recipe as recipes
 from runner.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
@@ -113,6 +115,31 @@ def orthogonalised(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+class Average:
+    """An exponential moving average of a model's weights, to be evaluated and kept in their place.
+
+    torch's AveragedModel asks the device for its counter in every step, and so waits for it.
+
+    Attributes:
+        module: a copy of the model, with the averages as weights and the model's own buffers.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.blend = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes the weights after optimizer step `step` in; those after the first begin it."""
+        ours, theirs = list(self.module.parameters()), list(model.parameters())
+        if step == 1:
+            torch._foreach_copy_(ours, theirs)
+        else:
+            self.blend(ours, theirs, None)
+        if buffers := list(model.buffers()):
+            torch._foreach_copy_(list(self.module.buffers()), buffers)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, steps: int) -> float:

@@ -4,7 +4,6 @@ Standard library only. Hardware never enters here: ranks, devices and precision 
 """
 
 import importlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
@@ -301,43 +300,63 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 KINDS = {kind.__name__: kind for kind in (*get_args(Optimizer), *get_args(Schedule))}
 
 
-# Where a number must lie, by its dotted name: the least, the most, and whether the least itself is allowed.
-LIMITS: dict[str, tuple[float, float, bool]] = {
-    "epochs": (1, math.inf, True),
-    "batch_size": (1, math.inf, True),
-    "optimizer.lr": (0, math.inf, False),
-    "optimizer.momentum": (0, 1, True),
-    "optimizer.weight_decay": (0, math.inf, True),
-    "schedule.warmup": (0, 1, True),
-    "augment.crop_padding": (0, math.inf, True),
-    "augment.brightness": (0, math.inf, True),
-    "augment.contrast": (0, math.inf, True),
-    "augment.saturation": (0, math.inf, True),
-    "augment.hue": (0, 0.5, True),
-    "augment.cutout": (0, math.inf, True),
-    "augment.mixup": (0, math.inf, True),
-    "augment.cutmix": (0, math.inf, True),
-    "resize": (0, math.inf, True),
-    "label_smoothing": (0, 1, True),
-    "validation": (0, math.inf, True),
-    "clip_gradient": (0, math.inf, True),
-    "accumulate": (1, math.inf, True),
-    "ema": (0, 1, True),
-    "teacher_weight": (0, 1, True),
-    "teacher_temperature": (0, math.inf, False),
-    "prune": (0, 1, True),
+# Where a number, or each number of several, must lie, by its dotted name: intervals as mathematics writes them.
+LIMITS: dict[str, str] = {
+    "epochs": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "optimizer.lr": "(0, inf)",
+    "optimizer.momentum": "[0, 1)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.alpha": "[0, 1)",
+    "optimizer.other_lr": "(0, inf)",
+    "optimizer.other_momentum": "[0, 1)",
+    "optimizer.other_weight_decay": "[0, inf)",
+    "schedule.warmup": "[0, 1]",
+    "schedule.milestones": "[0, 1]",
+    "schedule.factor": "[0, inf)",
+    "schedule.initial": "[0, 1]",
+    "schedule.final": "[0, 1]",
+    "augment.crop_padding": "[0, inf)",
+    "augment.brightness": "[0, inf)",
+    "augment.contrast": "[0, inf)",
+    "augment.saturation": "[0, inf)",
+    "augment.hue": "[0, 0.5]",
+    "augment.cutout": "[0, inf)",
+    "augment.mixup": "[0, inf)",
+    "augment.cutmix": "[0, inf)",
+    "resize": "[0, inf)",
+    "label_smoothing": "[0, 1]",
+    "validation": "[0, inf)",
+    "clip_gradient": "[0, inf)",
+    "accumulate": "[1, inf)",
+    "ema": "[0, 1)",
+    "teacher_weight": "[0, 1]",
+    "teacher_temperature": "(0, inf)",
+    "prune": "[0, 1)",
 }
 
 
 def first_mistake(recipe: Recipe) -> str | None:
-    """A line about the first number of a recipe that lies outside its limits; None where all are well."""
+    """A line about the first number of a recipe that lies outside its limits, or about two settings that do not
+    go together; None where all is well."""
     for name, value in _leaves("", asdict(recipe)):
-        least, most, inclusive = LIMITS.get(name, (-math.inf, math.inf, True))
-        if isinstance(value, int | float) and not (least < value <= most or (inclusive and value == least)):
-            expected = f"{least:g} or more" if inclusive else f"more than {least:g}"
-            expected += f", at most {most:g}" if most < math.inf else ""
-            return f"--recipe.{name.replace('_', '-')} {value}: expected {expected}"
+        if name in LIMITS and not all(
+            _within(LIMITS[name], v) for v in (value if isinstance(value, tuple) else [value])
+        ):
+            return f"--recipe.{name.replace('_', '-')} {value}: expected a number in {LIMITS[name]}"
+    optimizer = recipe.optimizer
+    if isinstance(optimizer, SGD) and optimizer.nesterov and not optimizer.momentum:
+        return "--recipe.optimizer.nesterov: expected --recipe.optimizer.momentum above 0 with it"
+    if recipe.ema and recipe.prune:
+        return "--recipe.ema and --recipe.prune: expected one of them; torch cannot copy a model that it prunes"
     return None
+
+
+def _within(interval: str, value: float) -> bool:
+    least, most = map(float, interval[1:-1].split(","))
+    above = value >= least if interval[0] == "[" else value > least
+    return above and (value <= most if interval[-1] == "]" else value < most)
 
 
 def to_json(value: Any) -> Any:

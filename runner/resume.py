@@ -50,7 +50,7 @@ class Resumable:
         # Batch norm's statistics are each rank's own until the epoch's end.
         own = {"meter": meter, "buffers": dict(statistics_of(self.bare))}
         ranks = gather_object([own | {"generators": generators(self.accelerator.device)}])
-        return _copied(
+        return copied(
             {
                 "step": step,
                 "world_size": self.accelerator.num_processes,
@@ -130,14 +130,14 @@ def set_generators(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _copied(value: Any) -> Any:
-    """A deep copy with every tensor on the CPU."""
+def copied(value: Any) -> Any:
+    """A deep copy of nested dictionaries and lists, with every tensor on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: copied(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(part) for part in value)
+        return type(value)(copied(part) for part in value)
     return value
 
 

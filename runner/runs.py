@@ -88,8 +88,7 @@ def new_runs(
     """
     made = [Run(runs / experiment / name) for name in names]
     for name, run in zip(names, made, strict=True):
-        if not NAME.fullmatch(name):
-            raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
+        check_name(name)
         if run.record.exists() and not resuming and not overwrite:
             state = "a finished" if run.summary.exists() else "an unfinished"
             raise UserError(
@@ -106,6 +105,12 @@ def new_runs(
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
     return made
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where a run cannot be called so."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
 
 
 def find_runs(paths: list[Path]) -> list[Run]:

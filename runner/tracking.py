@@ -4,13 +4,14 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from runner.runs import Run
 
 PROJECT = "training-runner"
+SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
 FINISH_TIMEOUT = 45.0  # seconds it may take at the end to be reached and to hand over what it has left
 STEP = "global_step"
@@ -31,7 +32,7 @@ class Tracker:
     ) -> None:
         self.run, self.config, self.environ, self.tags = run, config, environ, tags
         self.rows = run.metrics.open("a", buffering=1)
-        self.mode = environ.get("WANDB_MODE") or ("online" if _has_key(environ) else "offline")
+        self.mode = environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline")
         self.actions: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()  # None is the last
         self.view = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self.hung = False  # W&B did not come back in time at the end; leaving needs os._exit
@@ -133,13 +134,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _has_key(environ: MutableMapping[str, str]) -> bool:
+def has_key(environ: Mapping[str, str]) -> bool:
+    """Whether W&B's key is in the environment or in ~/.netrc."""
     if environ.get("WANDB_API_KEY"):
         return True
     import netrc
     from urllib.parse import urlsplit
 
-    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlsplit(environ.get("WANDB_BASE_URL", SERVER)).hostname
     try:
         return netrc.netrc(environ.get("NETRC")).authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_prep.console import progress
 from runner import checkpoint, optim
@@ -22,10 +21,10 @@ from runner import objective as objectives
 from runner.batches import Batches
 from runner.batches.order import rank_seed
 from runner.build import kept_state
-from runner.evaluate import Evaluation, evaluate
+from runner.evaluate import Evaluation, Views, evaluate
 from runner.models import norm
 from runner.recipe import Recipe
-from runner.resume import Resumable, settle_buckets
+from runner.resume import Resumable, copied, settle_buckets
 from runner.runs import Run
 
 LOG_EVERY = 20  # optimizer steps between two rows of training metrics
@@ -51,6 +50,28 @@ class Data:
     test: Batches
     validation: Batches | None
     classes: int
+
+    @property
+    def scored(self) -> dict[str, Batches]:
+        """The splits that are scored after every epoch."""
+        return ({"validation": self.validation} if self.validation else {}) | {"test": self.test}
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a run is kept, ended and gone on with.
+
+    Attributes:
+        checkpoint_every: optimizer steps between checkpoints within an epoch; each epoch ends with one anyway.
+        resume: the state of a checkpoint, from which training goes on.
+        asked_to_stop: whether this rank was told to stop.
+        alive: called with every step and every evaluated batch.
+    """
+
+    checkpoint_every: int | None = None
+    resume: dict[str, Any] | None = None
+    asked_to_stop: Callable[[], bool] = lambda: False
+    alive: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -84,9 +105,7 @@ def train(
     max_steps: int | None = None,
     teacher: nn.Module | None = None,
     log: Callable[[dict[str, float]], None] = lambda row: None,
-    checkpoint_every: int | None = None,
-    resume: dict[str, Any] | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    control: Control = Control(),
 ) -> Outcome:
     """Trains a model; evaluates after every epoch; leaves a checkpoint of the last.
 
@@ -100,18 +119,17 @@ def train(
         max_steps: stop after so many optimizer steps; the schedule is the whole recipe's all the same.
         teacher: a model to learn from beside the labels, on the device.
         log: receives the rows of metrics, which are the same on every rank; to be written on the first alone.
-        checkpoint_every: optimizer steps between checkpoints within an epoch; at the end of each there is one
-        anyway. resume: the state of a checkpoint, from which training goes on.
-        asked_to_stop: whether this rank was told to stop.
+        control: how the run is kept, ended and gone on with.
 
     Raises:
         DivergedError: the loss is not finite.
         StoppedError: a rank was told to stop; all have stopped at the same step, and the checkpoint is written.
+        CheckpointError: a checkpoint could not be written; the one before it stays.
     """
     bare = bare.to(accelerator.device)
     if recipe.sync_batch_norm:
         bare = norm.synchronised(bare)
-    average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    average = optim.Average(bare, recipe.ema) if recipe.ema else None
     kept = average.module if average else bare  # what is evaluated and saved
     optimizer = optim.build(recipe.optimizer, bare)
     model, optimizer = accelerator.prepare(torch.compile(bare) if recipe.compile else bare, optimizer)
@@ -122,15 +140,23 @@ def train(
     steps = recipe.epochs * per_epoch
     stop = min(steps, max_steps or steps)
     step, best, found, counted = 0, {}, {}, {}
-    state = Resumable(bare, optimizer, average, accelerator)
-    if resume is not None:
+    state = Resumable(bare, optimizer, average and average.module, accelerator)
+    if control.resume is not None:
         settle_buckets(model, objective, data.train, accelerator)
-        step, best, counted = resume["step"], resume["best"], state.restore(resume)
+        step, best, counted = control.resume["step"], control.resume["best"], state.restore(control.resume)
+    writer = checkpoint.Writer(run)
 
     def save(meter: Meter) -> None:
+        meter.check(step)
         everything = state.state(step, best, meter.state())
         if accelerator.is_main_process:
-            checkpoint.save(run, kept_state(kept), step, everything)
+            writer.save(copied(kept_state(kept)), step, everything)
+
+    def scores(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
+        return {
+            name: score(kept, batches, data.classes, accelerator, views, control.alive)
+            for name, batches in splits.items()
+        }
 
     with progress("train", stop, shown=accelerator.is_main_process) as advance:
         advance(step)
@@ -154,35 +180,38 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 if average:
-                    average.update_parameters(bare)
+                    average.update(bare, step + 1)
                 step += 1
                 advance(1)
+                control.alive()
                 ended = step == stop or step % per_epoch == 0
                 if ended or step % LOG_EVERY == 0:
                     log({"global_step": step, "epoch": step / per_epoch, "lr": lr, **meter.window(step)})
                 if ended:
                     break
-                stopping = agreed(asked_to_stop(), step, accelerator)
-                if stopping or (checkpoint_every and step % checkpoint_every == 0):
+                stopping = agreed(control.asked_to_stop(), step, accelerator)
+                if stopping or (control.checkpoint_every and step % control.checkpoint_every == 0):
                     save(meter)
                 if stopping:
+                    writer.wait()
                     raise StoppedError(step)
 
             sync_buffers(kept, accelerator)
-            found = {name: score(kept, batches, data.classes, accelerator) for name, batches in scored(data)}
+            found = scores(data.scored)
             row = {"global_step": step, "epoch": step / per_epoch, **meter.epoch(), **named(found)}
             log(row)
             best = max(best or row, row, key=lambda row: row.get("validation/accuracy", row["test/accuracy"]))
             save(meter)
             if step == stop:
                 break
-            if agreed(asked_to_stop(), step, accelerator):
+            if agreed(control.asked_to_stop(), step, accelerator):
+                writer.wait()
                 raise StoppedError(step)
-    if not found:  # resumed after the last step
-        found = {name: score(kept, batches, data.classes, accelerator) for name, batches in scored(data)}
+    writer.wait()
+    found = found or scores(data.scored)  # none yet where a run is resumed after its last step
     views = recipe.test_augmentation
-    augmented = None if views == "none" else score(kept, data.test, data.classes, accelerator, views)
-    return Outcome(found["test"], augmented, found.get("validation"), step, step / per_epoch, best)
+    augmented = {} if views == "none" else scores({"test": data.test}, views)
+    return Outcome(found["test"], augmented.get("test"), found.get("validation"), step, step / per_epoch, best)
 
 
 def agreed(asked: bool, step: int, accelerator: Accelerator) -> bool:
@@ -206,18 +235,13 @@ def parts(
         yield part, k == len(cut)
 
 
-def scored(data: Data) -> list[tuple[str, Batches]]:
-    """The splits that are scored after every epoch."""
-    validation = [] if data.validation is None else [("validation", data.validation)]
-    return [*validation, ("test", data.test)]
-
-
 def score(
     model: nn.Module,
     batches: Batches,
     classes: int,
     accelerator: Accelerator,
-    views: Literal["none", "flip", "flip-shift"] = "none",
+    views: Views = "none",
+    alive: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluates on all ranks together, in the precision of training.
 
@@ -225,7 +249,12 @@ def score(
     """
     ours = batches.samples / accelerator.num_processes
     with progress("evaluate", ours, shown=accelerator.is_main_process) as advance, accelerator.autocast():
-        return evaluate(model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), advance, views)
+
+        def scored(images: float) -> None:
+            advance(images)
+            alive()
+
+        return evaluate(model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), scored, views)
 
 
 def named(found: dict[str, Evaluation]) -> dict[str, float]:
@@ -280,13 +309,24 @@ class Meter:
         """
         ours = torch.cat([self.sums, self.sums.new_tensor([self.images])])
         loss, hits, images = sums = self.accelerator.reduce(ours, "sum").tolist()
+        self._finite(loss, step)
         self.epoch_sums = [total + part for total, part in zip(self.epoch_sums, sums, strict=True)]
         self.sums, self.images = torch.zeros_like(self.sums), 0
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
+        return {"train/loss": loss / images, "train/accuracy": hits / images, "images_per_second": images / seconds}
+
+    def check(self, step: int) -> None:
+        """Sees to it that no checkpoint holds what has diverged.
+
+        Raises:
+            DivergedError: the loss since the last row is not finite, on any rank.
+        """
+        self._finite(self.accelerator.reduce(self.sums, "sum")[0].item(), step)
+
+    def _finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise DivergedError(f"the training loss is {loss} within the {LOG_EVERY} steps before step {step}")
-        return {"train/loss": loss / images, "train/accuracy": hits / images, "images_per_second": images / seconds}
 
     def epoch(self) -> dict[str, float]:
         """Means over the windows of the epoch, over all ranks."""

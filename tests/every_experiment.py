@@ -20,9 +20,9 @@ from runner import checkpoint, cpu, experiments
 from runner.batches.protocol import Place, open_manifest, open_split
 from runner.build import build
 from runner.evaluate import evaluate
-from runner.job import PRECISIONS
 from runner.models import transfer
 from runner.recipe import to_json
+from runner.record import PRECISIONS
 from runner.runs import Run, write_json
 from runner.train import Data, train
 

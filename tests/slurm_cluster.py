@@ -1,5 +1,6 @@
 """A real SLURM on this machine: munged, slurmctld, and two slurmd that stand for two nodes."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname().split(".")[0]
         cores = len(os.sched_getaffinity(0))
         ports = free_ports(2 + NODES)
@@ -41,6 +43,7 @@ AuthInfo=socket={folder}/munge/socket
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool%n
+SlurmdTimeout=10
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/log/slurmctld
@@ -66,7 +69,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._munge()
         self._start("slurmctld", "-D")
         for node in range(1, NODES + 1):
-            self._start("slurmd", "-D", "-N", f"n{node}")
+            self.start_node(f"n{node}")
         self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"], 60)
         return self
 
@@ -80,6 +83,48 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+
+    def start_node(self, name: str) -> None:
+        """Starts the daemon that stands for a node."""
+        self.nodes[name] = self._start("slurmd", "-D", "-N", name)
+
+    def lose_node(self, name: str) -> None:
+        """Kills everything that runs on a node, daemon first, as when its power goes."""
+        self.nodes[name].kill()
+        self.nodes[name].wait()
+        tasks = [process for process in all_processes() if f"SLURMD_NODENAME={name}" in of(process, "environ")]
+        # Their supervisors first, which would tell the controller of their end.
+        supervisors = {
+            pid for task in tasks for pid in ancestors(task) if of(pid, "cmdline")[0][:10] == "slurmstepd"
+        }
+        for pid in (*supervisors, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def restart_count(self, job: object) -> int:
+        """How often a job has been queued again."""
+        return int(self.shown(job).get("Restarts", 0))
+
+    def shown(self, job: object) -> dict[str, str]:
+        """What scontrol tells of a job."""
+        told = self.run("scontrol", "show", "job", job, "-o").stdout.split()
+        return dict(part.split("=", 1) for part in told if "=" in part)
+
+    def empty(self) -> None:
+        """Cancels all jobs, and waits until they are gone and both nodes are idle."""
+        self.run("scancel", "--user", "root")
+        self.run("scancel", "--user", "root", "--signal", "KILL")
+        self._wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 60)
+        self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"], 60)
+
+    def wait_for_requeue(self, job: object, count: int, seconds: float, **changes: object) -> None:
+        """Until a job has been queued again so often; it then starts at once instead of two minutes later."""
+        self._wait_for(lambda: self.restart_count(job) >= count, seconds)
+        self._wait_for(lambda: self.shown(job).get("JobState") == "PENDING", 60)
+        words = [f"{key}={value}" for key, value in (changes | {"StartTime": "now"}).items()]
+        time.sleep(3)  # started within the second of its end, its credential would count as revoked
+        update = ["scontrol", "update", f"jobid={job}", *words]
+        self._wait_for(lambda: self.run(*update).returncode == 0, 60)  # refused while the job's end is cleaned up
 
     def run(self, *command: object, check: bool = False) -> subprocess.CompletedProcess[str]:
         """Runs a SLURM command against this cluster."""
@@ -104,18 +149,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def wait(self, job: int, seconds: float) -> str:
+    def wait(self, job: object, seconds: float) -> str:
         """Waits until a job has ended; returns its state."""
-        state = ""
-
-        def ended() -> bool:
-            nonlocal state
-            shown = self.run("scontrol", "show", "job", job, "-o").stdout
-            state = next((part[9:] for part in shown.split() if part.startswith("JobState=")), "GONE")
-            return state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")
-
-        self._wait_for(ended, seconds)
-        return state
+        going = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")
+        self._wait_for(lambda: self.shown(job).get("JobState", "GONE") not in going, seconds)
+        return self.shown(job).get("JobState", "GONE")
 
     def _munge(self) -> None:
         """munged wants a key that is its own, and folders that no one else can write."""
@@ -131,11 +169,12 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._start("munged", *options, user="munge")
         self._wait_for((home / "socket").exists, 20)
 
-    def _start(self, program: str, *arguments: str, user: str | None = None) -> None:
+    def _start(self, program: str, *arguments: str, user: str | None = None) -> subprocess.Popen[bytes]:
         log = (self.folder / "log" / f"start-{program}-{len(self.daemons)}").open("wb")
         self.daemons.append(
             subprocess.Popen([program, *arguments], env=self.environ, stdout=log, stderr=log, user=user)
         )
+        return self.daemons[-1]
 
     def _wait_for(self, condition, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -144,6 +183,31 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 logs = "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in (self.folder / "log").iterdir())
                 raise TimeoutError(f"SLURM: waited for {seconds:.0f} s\n{logs}")
             time.sleep(0.5)
+
+
+def all_processes() -> list[int]:
+    """The number of every process."""
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+
+
+def of(pid: int, what: str) -> list[str]:
+    """A process's `cmdline` or `environ`; one empty word where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_text(errors="replace").split("\0")
+    except OSError:
+        return [""]
+
+
+def ancestors(pid: int) -> list[int]:
+    """The processes that a process descends from, nearest first."""
+    found = []
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        found.append(pid)
+    return found
 
 
 def free_ports(count: int) -> list[int]:

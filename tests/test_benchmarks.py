@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.console import UserError
-from runner.benchmarks import measure, tables
+from runner import experiments
+from runner.benchmarks import allreduce, measure, tables
 from tests.conftest import python
 
 
@@ -49,11 +50,36 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert "".join(order) == "abcbcacab"
 
 
-@pytest.mark.parametrize("name", ["loader", "overhead", "papers", "tables"])
+@pytest.mark.parametrize("name", ["loader", "overhead", "scaling", "deploy", "allreduce", "papers", "tables"])
 def test_every_benchmark_explains_itself(name: str) -> None:
     done = python("-m", f"runner.benchmarks.{name}", "--help")
     assert done.returncode == 0
     assert "usage" in done.stdout
+
+
+def test_the_all_reduce_model_and_its_document_agree() -> None:
+    text = allreduce.DOCUMENT.read_text()
+    assert allreduce.filled(text) == text, "run: python -m runner.benchmarks.allreduce --write"
+    cluster = allreduce.Cluster()
+    assert allreduce.all_reduce(1e6, 1, cluster) == 0
+    # 8 GPUs of a node: each sends 7/8 of the gradients twice.
+    assert allreduce.all_reduce(8e9, 8, cluster) == pytest.approx(2 * 7e9 / cluster.link, rel=2e-3)
+    known = experiments.load()
+    for name in allreduce.SHOWN:
+        shares = [allreduce.efficiency(known[name], 512, gpus, cluster) for gpus in allreduce.GPUS]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] == 1
+        assert allreduce.efficiency(known[name], 2048, 64, cluster) > allreduce.efficiency(
+            known[name], 512, 64, cluster
+        )
+
+
+def test_ddp_of_one_is_measured_against_none(small_data: Path) -> None:
+    code = "import sys, json, pathlib; from runner.benchmarks import scaling; "
+    code += "print(json.dumps(scaling.ddp_of_one('soni-2', pathlib.Path(sys.argv[1]), 2, 'cpu')))"
+    done = python("-c", code, small_data)
+    walls = json.loads(done.stdout.splitlines()[-1])
+    assert {name: len(found) for name, found in walls.items()} == {"none": 2, "ddp": 2}
 
 
 def test_the_overhead_benchmark_runs_its_parts(small_data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from data_prep.console import UserError
 from runner import checkpoint
 from runner.runs import Run, write_json
+from tests.conftest import ROOT, python
 from tests.tiny import Tiny
 
 
@@ -60,7 +62,7 @@ def test_a_failed_save_keeps_the_old_one(run: Run, monkeypatch: pytest.MonkeyPat
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "_write", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(run, Tiny(norm=True).state_dict(), 2)
     assert checkpoint.latest(run).name == "step-1"
@@ -80,3 +82,19 @@ def test_a_damaged_one_is_named(run: Run) -> None:
 def test_none(run: Run) -> None:
     with pytest.raises(UserError, match="expected a checkpoint"):
         checkpoint.load_model(run)
+
+
+@pytest.mark.parametrize("kind", ["a new step", "replace"])
+def test_killed_at_any_write_a_whole_one_is_found(kind: str, tmp_path: Path) -> None:
+    """Every write, sync, rename and removal of a save is enumerated, and a process killed just before it."""
+    library = tmp_path / "killer.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, ROOT / "tests/killer.c", "-ldl"], check=True)
+    done = python(
+        "-m", "tests.killed_saves", tmp_path / "work", *(["replace"] if kind == "replace" else []),
+        LD_PRELOAD=str(library),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["changes"] > 12, done.stdout
+    assert found["lost"] == []
+    assert found["left"] == []

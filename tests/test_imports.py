@@ -74,7 +74,7 @@ RESERVED = {
     "tensorrt": {"runner.deploy.engine", "runner.deploy.latency"},
     "tensorrt_rtx": {"runner.deploy.engine", "runner.deploy.latency"},
     "wandb": {"runner.tracking", "runner.report.wandb_report"},
-    "onnxruntime": {"runner.deploy.session"},
+    "onnxruntime": {"runner.deploy.session", "runner.deploy.precision"},
 }
 
 
@@ -98,7 +98,7 @@ def test_wandb_ffcv_and_tensorrt_are_imported_late() -> None:
 
 def test_only_the_edges_read_arguments_and_environment() -> None:
     readers = {module_of(path) for path in FILES if {"os.environ", "sys.argv"} & names_in(path)}
-    assert readers <= {"runner.cli"}
+    assert readers <= {"runner.cli", "launch.__main__"}
 
 
 def names_in(path: Path) -> set[str]:

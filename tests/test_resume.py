@@ -1,13 +1,8 @@
 """A run that was stopped or killed, and went on, is the run that never was: the same weights, to the bit."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +11,34 @@ import torch
 from safetensors.numpy import load_file
 
 from data_prep.console import sha256_of
+from runner import checkpoint
 from runner.runs import Run, read_metrics
-from tests.conftest import ROOT, TINY, clean_environment, launch, runner
+from tests.conftest import TINY, begun, launch, runner, wait_for_step
 
-LONG = ["--recipe.epochs", 8, "--checkpoint-every", 3]  # long enough to be caught in the middle
+ENDING = ("--experiments-from", "tests.ending")
+LIVES = (  # how each but the last ends; "last" is the last rank
+    "train 12 last SIGKILL",  # in the middle of an epoch
+    "eval 2 0 SIGKILL",  # between epochs; the first pass counts operations
+    "commit 2 0 SIGKILL",  # at a checkpoint
+    "train 6 last SIGTERM",
+    "train 6 0 SIGUSR1",
+)
 
 
 def arguments(data: Path, runs: Path, *more: object) -> list[object]:
-    return ["train", "tiny-everything", *TINY, "--data", data, "--runs", runs, *more]
+    """8 epochs of 7 steps."""
+    return ["train", "ending", *ENDING, "--data", data, "--runs", runs, "--checkpoint-every", 3, *more]
 
 
 def assert_the_same(one: Path, other: Path) -> None:
-    """Weights to the bit, and every row of metrics but for its speed."""
+    """Weights, optimizer and generators to the bit, and every row of metrics but for its speed."""
     for name, tensor in weights(one).items():
         np.testing.assert_array_equal(tensor, weights(other)[name], err_msg=name)
+    states = [checkpoint.read_state(checkpoint.latest(Run(run))) for run in (one, other)]
+    for key in ("step", "best", "model", "optimizer", "average"):
+        assert_equal(states[0][key], states[1][key], key)
+    for ranks in zip(*(state["ranks"] for state in states), strict=True):
+        assert_equal(*[rank["generators"]["torch"] for rank in ranks], "generators")
     rows = [
         [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(Run(run))]
         for run in (one, other)
@@ -39,102 +48,105 @@ def assert_the_same(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+def assert_equal(one: object, other: object, where: str) -> None:
+    """Nested dictionaries and lists of tensors, to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        for k, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}.{k}")
+    else:
+        assert one == other, where
+
+
 def weights(run: Path) -> dict[str, np.ndarray]:
     (folder,) = (run / "checkpoints").iterdir()
     return load_file(folder / "model.safetensors")
 
 
-def begun(processes: int, *words: object) -> subprocess.Popen[str]:
-    """A training that is under way, by itself or under the launcher."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        launcher = ["accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml"]
-        command += [*launcher, "--num_processes", processes, "-m"]
-    command += ["runner", *words, "--device", "cpu"]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+@pytest.mark.processes
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_what_was_ended_five_times_is_what_never_ended(small_data: Path, tmp_path: Path, processes: int) -> None:
+    """Killed in the middle of an epoch, between epochs and at a checkpoint, and asked to stop by both signals."""
+    for life in LIVES:
+        run = tmp_path / "ended" / "ending" / "seed-0"
+        words = arguments(small_data, tmp_path / "ended", "--resume", "auto")
+        ended = launch(processes, *words, END=life.replace("last", str(processes - 1)), WANDB_MODE="disabled")
+        assert ended.returncode != 0
+        assert not run.joinpath("summary.json").exists(), "it was over before it could be ended"
+        asked = life.endswith(("TERM", "USR1"))
+        assert ("go on with --resume auto" in ended.stderr) == asked, ended.stderr
+    for runs in ("ended", "straight"):
+        words = arguments(small_data, tmp_path / runs, "--resume", "auto")
+        done = launch(processes, *words, WANDB_MODE="disabled")
+        assert done.returncode == 0, done.stderr
+    resumed = Run(run).config()["resumed"]
+    assert len(resumed) == len(LIVES)
+    assert all(entry["bitwise"] for entry in resumed)
+    steps = [entry["step"] for entry in resumed]
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 3
+    assert_the_same(tmp_path / "straight" / "ending" / "seed-0", run)
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    """Until a checkpoint of `step` or later is there."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        if any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step-*")):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"no checkpoint of step {step}")
+def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Path) -> None:
+    words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
+    asked = tmp_path / "asked"
+    asked.touch()
+    stopped = runner(*words, "--stop-file", asked)
+    assert stopped.returncode == 75
+    assert "stopped at step 1" in stopped.stderr
+    assert not asked.exists()
+    run = tmp_path / "ending" / "seed-0"
+    (run / "stop").touch()
+    assert "stopped at step 2" in runner(*words).stderr
+    assert not (run / "stop").exists()
+
+
+@pytest.mark.processes
+def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None:
+    """As SLURM sends it before it takes the nodes."""
+    words = arguments(small_data, tmp_path, "--device", "cpu")
+    with begun(2, *words, END="train 4 1 SLEEP") as process:
+        wait_for_step(tmp_path / "ending" / "seed-0", 3)
+        process.terminate()
+        _, told = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "stopped at step" in told
 
 
 @pytest.fixture(scope="module")
-def straight(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Runs that were never interrupted, by their number of ranks."""
-    folder, made = tmp_path_factory.mktemp("straight"), {}
-
-    def run(processes: int) -> Path:
-        if processes not in made:
-            runs = folder / str(processes)
-            done = launch(processes, *arguments(small_data, runs, *LONG))
-            assert done.returncode == 0, done.stderr
-            made[processes] = runs / "tiny-everything" / "seed-0"
-        return made[processes]
-
-    return run
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("processes", "how"),
-    [(1, "SIGUSR1"), (2, "SIGKILL"), (3, "stop file")],
-)
-def test_what_was_ended_and_resumed_is_what_never_ended(
-    straight, small_data: Path, tmp_path: Path, processes: int, how: str
-) -> None:
-    """In the middle of an epoch; weights, rows and summary."""
-    run = tmp_path / "tiny-everything" / "seed-0"
-    process = begun(processes, *arguments(small_data, tmp_path, *LONG))
-    wait_for_step(run, 9)
-    if how == "stop file":
-        (run / "stop").touch()
-    elif how == "SIGKILL":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.send_signal(getattr(signal, how))
-    _, told = process.communicate(timeout=120)
-    assert not (run / "summary.json").exists(), "it was over before it could be ended"
-    if how == "SIGKILL":
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == (75 if processes == 1 else 1)  # the launcher gives 1 for every failure
-        assert "go on with --resume auto" in told
-        assert not (run / "stop").exists()
-    time.sleep(1)
-    done = launch(processes, *arguments(small_data, tmp_path, *LONG, "--resume", "auto"))
+def of_one_rank(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without dropout and batch norm, on which ranks differ by rounding alone."""
+    runs = tmp_path_factory.mktemp("one")
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", runs, "--device", "cpu"]
+    done = runner(*words, WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr
-    (resumed,) = Run(run).config()["resumed"]
-    assert resumed["bitwise"]
-    assert resumed["step"] >= 9
-    assert Run(run).config()["wandb_id"]
-    assert_the_same(straight(processes), run)
+    return runs / "tiny" / "seed-0"
 
 
 @pytest.mark.processes
-def test_another_number_of_ranks_goes_on_with_the_same_images(small_data: Path, tmp_path: Path) -> None:
-    """Without dropout and batch norm, two ranks and one differ by rounding alone."""
-    words = ["train", "tiny", *TINY, "--data", small_data]
-    for runs, changes in (
-        ("straight", [(1, [])]),
-        ("changed", [(2, ["--max-steps", 11]), (1, ["--resume", "auto"])]),
-    ):
-        for processes, more in changes:
-            done = launch(processes, *words, "--runs", tmp_path / runs, *more)
-            assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_another_number_of_ranks_goes_on_with_the_same_images(
+    of_one_rank: Path, small_data: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path]
+    begun = launch(before, *words, "--max-steps", 11, WANDB_MODE="disabled")
+    assert begun.returncode == 0, begun.stderr
+    run = tmp_path / "tiny" / "seed-0"
+    wandb_id = Run(run).config()["wandb_id"]
+    done = launch(after, *words, "--resume", "auto", WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
     assert "not to the bit" in done.stderr
-    run = tmp_path / "changed" / "tiny" / "seed-0"
     (resumed,) = Run(run).config()["resumed"]
-    assert resumed == {"step": 11, "world_size": 1, "bitwise": False, "changed": {}}
-    for name, tensor in weights(tmp_path / "straight" / "tiny" / "seed-0").items():
+    assert resumed == {"step": 11, "world_size": after, "bitwise": False, "changed": {}}
+    assert Run(run).config()["wandb_id"] == wandb_id
+    assert json.loads((run / "summary.json").read_text())["test_images"] == 200
+    for name, tensor in weights(of_one_rank).items():
         np.testing.assert_allclose(tensor, weights(run)[name], atol=1e-5, err_msg=name)
 
 

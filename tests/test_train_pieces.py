@@ -17,7 +17,7 @@ from runner import build, checkpoint, objective
 from runner.batches.protocol import Place, open_manifest, open_split
 from runner.evaluate import Evaluation, views_of
 from runner.models import norm
-from runner.recipe import SGD, Architecture, Recipe, first_mistake, to_json
+from runner.recipe import SGD, Adam, Architecture, Recipe, Step, first_mistake, to_json
 from runner.runs import Run, read_metrics, write_json
 from runner.train import Data, Outcome, parts, train
 from tests.conftest import TINY, launch, runner
@@ -225,13 +225,17 @@ def test_figures_are_torchmetrics() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--recipe.epochs 0: expected 1 or more"),
-        ({"optimizer": SGD(0.0)}, "--recipe.optimizer.lr 0.0: expected more than 0"),
-        ({"optimizer": SGD(0.1, momentum=1.5)}, "expected 0 or more, at most 1"),
+        ({"epochs": 0}, "--recipe.epochs 0: expected a number in [1, inf)"),
+        ({"optimizer": SGD(0.0)}, "--recipe.optimizer.lr 0.0: expected a number in (0, inf)"),
+        ({"optimizer": SGD(0.1, momentum=1.5)}, "expected a number in [0, 1)"),
+        ({"optimizer": Adam(0.1, betas=(0.9, 1.0))}, "--recipe.optimizer.betas (0.9, 1.0): expected"),
+        ({"optimizer": SGD(0.1, momentum=0.0, nesterov=True)}, "expected --recipe.optimizer.momentum above 0"),
+        ({"schedule": Step(milestones=(0.5, 1.5))}, "--recipe.schedule.milestones (0.5, 1.5)"),
+        ({"ema": 0.9, "prune": 0.5}, "expected one of them"),
         ({"ema": -0.1}, "--recipe.ema -0.1"),
         ({"label_smoothing": float("nan")}, "--recipe.label-smoothing nan"),
-        ({"accumulate": 0}, "--recipe.accumulate 0: expected 1 or more"),
-        ({"prune": 1.1}, "at most 1"),
+        ({"accumulate": 0}, "--recipe.accumulate 0: expected a number in [1, inf)"),
+        ({"prune": 1.0}, "[0, 1)"),
     ],
 )
 def test_numbers_out_of_range_get_one_line(changes: dict[str, Any], message: str) -> None:

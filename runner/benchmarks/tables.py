@@ -77,9 +77,11 @@ def papers() -> str:
 
 
 def loaders() -> str:
-    """The loader benchmark's and the overhead benchmark's ratios."""
+    """The ratios of the loader, overhead, scaling and deployment benchmarks."""
     rows = []
-    for name in ("loader-cpu", "overhead-cpu", "loader-gpu", "overhead-gpu"):
+    for name in [
+        f"{name}-{place}" for place in ("cpu", "gpu") for name in ("loader", "overhead", "scaling", "deploy")
+    ]:
         measured = result(name)
         if measured is None:
             rows.append([name, MISSING, "", ""])

@@ -1,0 +1,71 @@
+"""A network that ends its own process at a chosen moment, as the variable END says.
+
+`train 5 1 SIGKILL` sends rank 1 that signal in its fifth forward pass of training; `eval 2 0 SIGKILL` in the second
+of evaluation; `commit 2 0 SIGKILL` just before the second checkpoint is renamed into place; `train 5 1 NAN` makes
+the logits of that pass not-a-number; `train 5 1 SLEEP` sleeps half a second in that pass and each later one, but
+for a job that SLURM has queued again twice.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from runner.recipe import Adam, Architecture, Augment, Cosine, Experiment, Recipe
+from tests.tiny import Tiny
+
+
+class Ending(Tiny):
+    """Tiny, until the moment comes."""
+
+    def __init__(self, **arguments: float) -> None:
+        super().__init__(**arguments)
+        self.passes = {"train": 0, "eval": 0}
+        self.moment, self.count, self.rank, self.how = ("never", 0, "", "")
+        if "END" in os.environ:
+            self.moment, count, self.rank, self.how = os.environ["END"].split()
+            self.count = int(count)
+        if self.rank == os.environ.get("RANK", "0") and self.moment == "commit":
+            commits = []
+
+            def hook(event: str, arguments: tuple) -> None:
+                if event == "os.rename" and str(arguments[0]).endswith(".writing"):
+                    commits.append(arguments)
+                    if len(commits) == self.count:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        moment = "train" if self.training else "eval"
+        self.passes[moment] += 1
+        logits = super().forward(images)
+        if moment == self.moment and self.rank == os.environ.get("RANK", "0"):
+            if self.how == "SLEEP":
+                if self.passes[moment] >= self.count and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
+                    time.sleep(0.5)
+            elif self.passes[moment] == self.count:
+                if self.how == "NAN":
+                    return logits * torch.nan
+                os.kill(os.getpid(), getattr(signal, self.how))
+        return logits
+
+
+EXPERIMENTS = {
+    "ending": Experiment(
+        Architecture("tests.ending:Ending", {"channels": 8, "norm": True, "dropout": 0.3}),
+        Recipe(
+            8,
+            60,
+            Adam(0.01),
+            Cosine(warmup=0.2),
+            Augment(crop_padding=4, flip="random", contrast=0.3, mixup=0.3),
+            ema=0.9,
+            validation=80,
+            test_augmentation="flip",
+        ),
+        paper="tests",
+    )
+}

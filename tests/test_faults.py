@@ -1,0 +1,132 @@
+"""What goes wrong on clusters: each fault ends in bounded time, with one clear message and no process left
+behind."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runner import checkpoint
+from runner.runs import Run
+from tests.conftest import begun, gone, launch, python, ranks_of, runner, taken_port, wait_for_step
+
+ENDING = ("--experiments-from", "tests.ending")
+
+
+def ending(data: Path, runs: Path, *more: object) -> list[object]:
+    return ["train", "ending", *ENDING, "--data", data, "--runs", runs, "--device", "cpu", *more]
+
+
+@pytest.mark.processes
+def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: Path) -> None:
+    words = ending(small_data, tmp_path, "--hang-timeout", 10)
+    with begun(3, *words, END="train 9 1 SIGSTOP", WANDB_MODE="disabled") as process:
+        wait_for_step(tmp_path / "ending" / "seed-0", 7)
+        ranks = ranks_of(process.pid)
+        _, told = process.communicate(timeout=200)
+    assert process.returncode == 1
+    for rank in (0, 2):
+        assert f"runner: rank {rank} of 3 made no step for" in told
+    assert "rank 1 of 3 made" not in told
+    assert "in train" in told  # a stack
+    assert len(ranks) == 3
+    assert gone(ranks, 5)
+
+
+@pytest.mark.processes
+def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None:
+    with begun(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP", WANDB_MODE="disabled") as process:
+        wait_for_step(tmp_path / "ending" / "seed-0", 7)
+        ranks = ranks_of(process.pid)
+        process.kill()
+    assert len(ranks) == 2
+    assert gone(ranks, 10)
+
+
+@pytest.mark.processes
+def test_nan_on_one_rank_stops_all_and_is_never_kept(small_data: Path, tmp_path: Path) -> None:
+    words = ending(small_data, tmp_path, "--checkpoint-every", 1)
+    done = launch(3, *words, END="train 9 1 NAN", WANDB_MODE="disabled")
+    assert done.returncode == 1
+    assert done.stderr.count("the training loss is nan") == 1
+    assert "before step 9" in done.stderr
+    assert "--precision fp32" in done.stderr
+    run = Run(tmp_path / "ending" / "seed-0")
+    assert checkpoint.latest(run).name == "step-8"
+    assert not run.summary.exists()
+
+
+@pytest.mark.processes
+def test_a_taken_port_does_not_matter_on_one_node_and_is_said_on_several(small_data: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+    with taken_port() as port:
+        words = ["--main_process_port", port, "-m", "runner", *ending(small_data, tmp_path, "--max-steps", 2)]
+        one = python(*launcher, "launch/cpu.yaml", "--num_processes", 2, *words, timeout=240)
+        assert one.returncode == 0, one.stderr
+        several = ["--num_machines", 2, "--num_processes", 2, "--machine_rank", 0, "--main_process_ip", "127.0.0.1"]
+        two = python(*launcher, "launch/multi_node.yaml", *several, *words, "--overwrite", timeout=240)
+    assert two.returncode != 0
+    assert "EADDRINUSE" in two.stderr or f"port `{port}`" in two.stderr
+
+
+def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_path: Path) -> None:
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    limited += "from runner.cli import main; main(sys.argv[1:])"
+    words = ["--recipe.resize", 1024, "--recipe.batch-size", 480, "--recipe.validation", 0]
+    done = python("-c", limited, *ending(small_data, tmp_path, *words), WANDB_MODE="disabled")
+    assert done.returncode == 1, done.stderr
+    assert "out of memory with 480 images at a time" in done.stderr
+    assert "--recipe.accumulate 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def little_room(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    folder = tmp_path / "little"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(small_data: Path, little_room: Path) -> None:
+    words = ending(small_data, little_room, "--architecture.arguments.channels", 24)
+    run = Run(little_room / "ending" / "seed-0")
+    done = runner(*words, "--max-steps", 7, WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
+    run.summary.unlink()
+    free = os.statvfs(little_room)
+    (little_room / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - (100 << 10)))
+    done = runner(*words, "--resume", "auto", WANDB_MODE="disabled")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("no space left on the disk") == 1
+    assert "Traceback" not in done.stderr
+    assert "step-7 stays" in done.stderr
+    (little_room / "filler").unlink()
+    done = runner(*words, "--resume", "auto", WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
+    assert run.config()["resumed"][-1]["step"] == 7
+
+
+@pytest.fixture
+def read_only(small_data: Path, tmp_path: Path) -> Iterator[Path]:
+    """The small dataset where nothing can be written."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if subprocess.run(["mount", "--bind", small_data, folder], check=False).returncode != 0:
+        pytest.skip("needs the right to mount")
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_dataset_is_enough(read_only: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Read-only"):
+        (read_only / "probe").touch()
+    done = runner(*ending(read_only, tmp_path / "runs", "--max-steps", 2), WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
