@@ -70,7 +70,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._start("slurmctld", "-D")
         for node in range(1, NODES + 1):
             self.start_node(f"n{node}")
-        self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"], 60)
+        self._wait_for(self.idle, 60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,16 +115,32 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self.run("scancel", "--user", "root")
         self.run("scancel", "--user", "root", "--signal", "KILL")
         self._wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 60)
-        self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"], 60)
+        self._wait_for(self.idle, 60)
 
     def wait_for_requeue(self, job: object, count: int, seconds: float, **changes: object) -> None:
         """Until a job has been queued again so often; it then starts at once instead of two minutes later."""
         self._wait_for(lambda: self.restart_count(job) >= count, seconds)
         self._wait_for(lambda: self.shown(job).get("JobState") == "PENDING", 60)
+        self.start_now(job, **changes)
+
+    def start_now(self, job: object, **changes: object) -> None:
+        """Has a job that is queued again start at once."""
         words = [f"{key}={value}" for key, value in (changes | {"StartTime": "now"}).items()]
         time.sleep(3)  # started within the second of its end, its credential would count as revoked
         update = ["scontrol", "update", f"jobid={job}", *words]
         self._wait_for(lambda: self.run(*update).returncode == 0, 60)  # refused while the job's end is cleaned up
+
+    def mend_node(self, name: str, job: object, seconds: float) -> None:
+        """Waits until the controller has noticed a lost node and queued its job again; brings the node back."""
+        self._wait_for(lambda: "down" in self.run("sinfo", "-h", "-n", name, "-o", "%t").stdout, seconds)
+        self._wait_for(lambda: self.restart_count(job) >= 1, seconds)
+        self._wait_for(lambda: self.shown(job).get("JobState") == "PENDING", 60)
+        self.start_node(name)
+        self._wait_for(self.idle, 60)
+
+    def idle(self) -> bool:
+        """Whether every node waits for work."""
+        return self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == [str(NODES), "idle"]
 
     def run(self, *command: object, check: bool = False) -> subprocess.CompletedProcess[str]:
         """Runs a SLURM command against this cluster."""

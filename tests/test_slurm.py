@@ -147,7 +147,7 @@ def test_a_lost_node_costs_what_was_after_the_last_checkpoint(
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.lose_node(lost)
-    cluster.wait_for_requeue(job, 1, 240)
-    cluster.start_node(lost)
+    cluster.mend_node(lost, job, 240)
+    cluster.start_now(job)
     assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
     assert_the_same(straight, run)
