@@ -114,8 +114,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         """Cancels all jobs, and waits until they are gone and both nodes are idle."""
         self.run("scancel", "--user", "root")
         self.run("scancel", "--user", "root", "--signal", "KILL")
-        self._wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 60)
-        self._wait_for(self.idle, 60)
+        self._wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 180)
+        self._wait_for(self.idle, 180)
 
     def wait_for_requeue(self, job: object, count: int, seconds: float, **changes: object) -> None:
         """Until a job has been queued again so often; it then starts at once instead of two minutes later."""
@@ -136,7 +136,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._wait_for(lambda: self.restart_count(job) >= 1, seconds)
         self._wait_for(lambda: self.shown(job).get("JobState") == "PENDING", 60)
         self.start_node(name)
-        self._wait_for(self.idle, 60)
+        self._wait_for(self.idle, 180)  # the other node cleans the job's step up first
 
     def idle(self) -> bool:
         """Whether every node waits for work."""
