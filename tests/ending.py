@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
-from runner.recipe import Adam, Architecture, Augment, Cosine, Experiment, Recipe
+from runner.recipe import Architecture
+from tests import tiny
 from tests.tiny import Tiny
 
 
@@ -53,19 +55,11 @@ class Ending(Tiny):
         return logits
 
 
+_everything = tiny.EXPERIMENTS["tiny-everything"]
 EXPERIMENTS = {
-    "ending": Experiment(
-        Architecture("tests.ending:Ending", {"channels": 8, "norm": True, "dropout": 0.3}),
-        Recipe(
-            8,
-            60,
-            Adam(0.01),
-            Cosine(warmup=0.2),
-            Augment(crop_padding=4, flip="random", contrast=0.3, mixup=0.3),
-            ema=0.9,
-            validation=80,
-            test_augmentation="flip",
-        ),
-        paper="tests",
+    "ending": replace(
+        _everything,
+        architecture=Architecture("tests.ending:Ending", {"channels": 8, **_everything.architecture.arguments}),
+        recipe=replace(_everything.recipe, epochs=8),
     )
 }

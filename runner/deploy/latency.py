@@ -114,7 +114,7 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
                     rows.append(row | {"not_measured": f"the engine takes batches of at most {subject.largest}"})
                     continue
                 images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
-                rows.append(row | measure(subject.parts(images), size, wish.seconds, wish.repeats))
+                rows.append(row | measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen))
     result = {
         "run": str(run.folder),
         "weights": checkpoint.latest(run).name,
@@ -220,19 +220,22 @@ def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -
     }
 
 
-def measure(parts: dict[str, Callable[[], Any]], images: int, seconds: float, repeats: int) -> dict[str, Any]:
+def measure(
+    parts: dict[str, Callable[[], Any]], images: int, seconds: float, repeats: int, device: str
+) -> dict[str, Any]:
     """Times calls that handle so many images.
 
     Args:
         parts: by name; `compute` is the one that the row is about, the others are copies around it.
         images: in a call.
         seconds, repeats: least time and number of calls.
+        device: "cuda" times by its events, "cpu" by the clock, also where there is a GPU.
 
     Returns:
         p50, p90, p99 in milliseconds, images a second at p50, and the number of calls; of each copy its p50; a
         warning where the spread is wide.
     """
-    clock = _by_events if torch.cuda.is_available() else _by_clock
+    clock = _by_events if device == "cuda" else _by_clock
     times: dict[str, list[float]] = {name: [] for name in parts}
     end = time.perf_counter() + WARMUP_SECONDS
     while time.perf_counter() < end:

@@ -159,7 +159,6 @@ def culprit(run: Run, file: Exported, images: torch.Tensor) -> str:
         file: whose normalised front end is looked at; what is in front of it is the same in all.
         images: (n, 3, H, W) float32, normalised.
     """
-    import onnx as library
     from onnx import helper
 
     reference, _ = onnx.read(onnx.exported(run, "fp32").path)
@@ -184,7 +183,6 @@ def culprit(run: Run, file: Exported, images: torch.Tensor) -> str:
         for name in node.output:
             if name in errors:
                 growth[name] = (errors[name] - before, f"{node.op_type} {node.name or name}")
-    assert library.__version__
     worst = max(growth, key=lambda name: growth[name][0])
     return (
         f"{growth[worst][1]} (relative error {errors[worst]:.2g}, {errors[worst] - growth[worst][0]:.2g} before it)"
