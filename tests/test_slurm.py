@@ -1,4 +1,4 @@
-"""Batch jobs on a real SLURM of two nodes, started here."""
+"""Batch jobs on two nodes of a real SLURM, started here."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_one_task_of_an_array_is_queued_again_alone(
     trials = tmp_path / "trials"
     trials.write_text("ending --name first\nending --name second\n")
     job = cluster.submit(
-        "--nodes", 2, "--array", "0-1", "--output", tmp_path / "%a.log", "slurm/sweep.sbatch", trials, *ENDING,
+        "--nodelist", "n1,n2", "--array", "0-1", "--output", tmp_path / "%a.log", "slurm/sweep.sbatch", trials, *ENDING,
         "--data", small_data, "--runs", tmp_path / "runs",
         cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP", WANDB_MODE="disabled"),
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_one_task_of_an_array_is_queued_again_alone(
 def test_a_lost_node_costs_what_was_after_the_last_checkpoint(
     cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path, lost: str
 ) -> None:
-    """The node of the batch script and the first rank, and the other."""
+    """The node of the batch script and the first rank, and the other. A third takes its place."""
     log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
     job = cluster.submit(
         "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending", *ENDING,
@@ -147,7 +147,6 @@ def test_a_lost_node_costs_what_was_after_the_last_checkpoint(
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.lose_node(lost)
-    cluster.mend_node(lost, job, 240)
-    cluster.start_now(job)
+    cluster.wait_for_requeue(job, 1, 240)
     assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
     assert_the_same(straight, run)
