@@ -31,22 +31,30 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool 
         prog: the program's name, put before the message.
         speaks: False on ranks other than the node's first, so that one mistake is told once and not once a rank.
     """
-    panel = io.StringIO()
     try:
-        with contextlib.redirect_stderr(panel):
-            command = parse()
-    except SystemExit as stop:
-        # tyro draws its refusals as a panel of several lines; anything else it prints goes to standard output.
-        message = " ".join(re.sub(r"[─━╭╮╰╯│┃]+", " ", panel.getvalue()).split())
-        if stop.code == EXIT_BAD_INPUT and speaks:
-            print(f"{prog}: {message}", file=sys.stderr)
-        raise
+        command = in_one_line(parse)
     except UserError as error:
         _refuse(prog, error, speaks)
     try:
         return command()
     except UserError as error:
         _refuse(prog, error, speaks)
+
+
+def in_one_line(parse: Callable[[], Any]) -> Any:
+    """What `parse` returns of a command line.
+
+    Raises:
+        UserError: the option parser refuses it; tyro would draw a panel of several lines.
+    """
+    panel = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(panel):
+            return parse()
+    except SystemExit as stop:
+        if stop.code != EXIT_BAD_INPUT:
+            raise  # --help, which has been printed
+        raise UserError(re.sub(r"[─━╭╮╰╯│┃]+", " ", panel.getvalue())) from None
 
 
 def _refuse(prog: str, error: UserError, speaks: bool) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`python -m launch`: hands work to a cluster."""
+"""`python -m launch`: hands work to a cluster, and runs sweeps here or there."""
 
 import functools
 import os
@@ -9,9 +9,11 @@ from typing import Any
 import tyro
 
 from data_prep.console import UserError, run_command
+from launch.agent import Agent
 from launch.submit import Submit
+from launch.sweep import Sweep
 
-COMMANDS = {"submit": Submit}
+COMMANDS = {"submit": Submit, "sweep": Sweep, "agent": Agent}
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
             config=(tyro.conf.FlagCreatePairsOff,),
             return_unknown_args=True,
         )
-        return functools.partial(command, command.training(unknown), os.environ)
+        return functools.partial(command, unknown, os.environ)
 
     run_command(parse, "launch")
 

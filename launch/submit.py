@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +13,46 @@ from typing import Annotated
 import tyro
 
 from data_prep import manifest as manifests
-from data_prep.console import UserError
+from data_prep.console import UserError, in_one_line
 from runner import cli
+from runner.request import TrainRequest
 
 ROOT = Path(__file__).parent.parent
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]*")  # a value that sbatch takes; never an option of its own
 SECRETS = ("WANDB_API_KEY",)  # an environment is kept in the controller's files
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a job asks SLURM for."""
+
+    nodes: int = 1
+    """How many nodes."""
+    gpus_per_node: str | None = None
+    """GPUs of each node, as a number or as TYPE:NUMBER; without, one rank a node, for --device cpu."""
+    time: str | None = None
+    """Time limit as sbatch takes it, e.g. 2:00:00."""
+    partition: str | None = None
+    """Partition; by default the cluster's."""
+    account: str | None = None
+    """Account that is charged; by default yours."""
+
+    def options(self) -> list[str]:
+        """The options of sbatch.
+
+        Raises:
+            UserError: a value that is not plain.
+        """
+        if self.nodes < 1:
+            raise UserError(f"--nodes {self.nodes}: expected 1 or more")
+        given = {
+            "nodes": str(self.nodes),
+            "gpus-per-node": self.gpus_per_node,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+        }
+        return plain(given)
 
 
 @dataclass(frozen=True)
@@ -34,43 +68,20 @@ class Submit:
     """Prepared dataset, on a file system that all nodes see."""
     runs: Path = Path("runs")
     """Folder of runs, on a file system that all nodes see; the job's log goes to its folder slurm."""
-    nodes: int = 1
-    """How many nodes."""
-    gpus_per_node: str | None = None
-    """GPUs of each node, as a number or as TYPE:NUMBER; without, one rank a node, for --device cpu."""
-    time: str | None = None
-    """Time limit as sbatch takes it, e.g. 2:00:00."""
-    partition: str | None = None
-    """Partition; by default the cluster's."""
-    account: str | None = None
-    """Account that is charged; by default yours."""
+    slurm: Annotated[Allocation, tyro.conf.arg(name="")] = Allocation()
     dry_run: bool = False
     """Print the command, and submit nothing."""
 
-    def training(self, options: list[str]) -> list[str]:
-        """Arguments of `runner train` for the job, with those `options`; checked as the job will read them.
+    def __call__(self, options: list[str], environ: Mapping[str, str]) -> None:
+        """Submits, or prints what would be.
 
         Raises:
-            UserError: they are mistaken, or there is no such dataset.
-            SystemExit: code 2 where they cannot be read.
+            UserError: the options are mistaken, there is no such dataset, or SLURM refuses.
         """
-        words = [
-            self.experiment,
-            "--data",
-            str(self.data.absolute()),
-            "--runs",
-            str(self.runs.absolute()),
-            *options,
-        ]
-        command = cli.parse(["train", *words])
-        assert isinstance(command, cli.Train)
-        command.request.check()
+        words = [self.experiment, *places(self.data, self.runs), *options]
+        requested(words).check()
         manifests.read(self.data)
-        return words
-
-    def __call__(self, training: list[str], environ: Mapping[str, str]) -> None:
-        """Submits, or prints what would be."""
-        command = self.command(training)
+        command = self.command(words)
         if self.dry_run:
             print(shlex.join(command))
             return
@@ -85,19 +96,26 @@ class Submit:
         Raises:
             UserError: a value that is not plain.
         """
-        if self.nodes < 1:
-            raise UserError(f"--nodes {self.nodes}: expected 1 or more")
-        given = {
-            "nodes": str(self.nodes),
-            "gpus-per-node": self.gpus_per_node,
-            "time": self.time,
-            "partition": self.partition,
-            "account": self.account,
-        }
         name = f"runner-{self.experiment.replace('/', '-')}"
         log = self.runs.absolute() / "slurm" / "%x-%j.log"
         fixed = ["sbatch", "--parsable", f"--job-name={name}", f"--output={log}"]
-        return [*fixed, *plain(given), "slurm/train.sbatch", *training]
+        return [*fixed, *self.slurm.options(), "slurm/train.sbatch", *training]
+
+
+def places(data: Path, runs: Path) -> list[str]:
+    """The arguments of `runner train` that say where; absolute, because a job starts elsewhere."""
+    return ["--data", str(data.absolute()), "--runs", str(runs.absolute())]
+
+
+def requested(words: Sequence[str]) -> TrainRequest:
+    """What `runner train` would understand of these arguments.
+
+    Raises:
+        UserError: they are mistaken.
+    """
+    command = in_one_line(lambda: cli.parse(["train", *words]))
+    assert isinstance(command, cli.Train)
+    return command.request
 
 
 def plain(given: Mapping[str, str | None]) -> list[str]:
@@ -112,6 +130,12 @@ def plain(given: Mapping[str, str | None]) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
+def require_sbatch(environ: Mapping[str, str]) -> None:
+    """Raises UserError where SLURM takes no jobs."""
+    if shutil.which("sbatch", path=environ.get("PATH")) is None:
+        raise UserError("sbatch: not found; expected a machine from which SLURM takes jobs")
+
+
 def submitted(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
     """Calls sbatch from the checkout, and returns the job's number.
 
@@ -121,8 +145,7 @@ def submitted(command: list[str], runs: Path, environ: Mapping[str, str]) -> str
     Raises:
         UserError: there is no sbatch, or it refused.
     """
-    if shutil.which(command[0], path=environ.get("PATH")) is None:
-        raise UserError("sbatch: not found; expected a machine from which SLURM takes jobs")
+    require_sbatch(environ)
     if any(name in environ for name in SECRETS):
         told = "its key is not handed to SLURM, which keeps it in files; log in on the cluster with: wandb login"
         print(f"W&B: {told}", file=sys.stderr)

@@ -305,28 +305,80 @@ class Predict:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Compare runs on one HTML page that opens offline."""
+    """Compare runs on one HTML page that opens offline, as Markdown, or as a W&B report."""
 
     runs: RunFolders
     """Run folders, or folders that hold some at any depth."""
     out: Path = Path("report.html")
     """HTML file to write the page to."""
+    markdown: Path | None = None
+    """Also write the tables as Markdown to this file."""
+    wandb: str | None = None
+    """Also create, or update, the report in W&B, as ENTITY/PROJECT; its runs are those that training or `runner
+    sync` has shown there."""
+    wandb_spec: Path | None = None
+    """Also write that report's specification to this file; needs no network."""
     json: bool = False
     """Print the compared rows as JSON, and nothing else, on standard output."""
 
     def __call__(self) -> None:
-        from runner.report import collect, page
-        from runner.runs import find_runs
+        from runner.report import collect, markdown, page
+        from runner.runs import find_runs, write_atomically
 
         if not self.runs:
             raise UserError("RUNS: expected at least one run folder or folder of runs")
-        collected = [collect.read(run) for run in find_runs(list(self.runs))]
-        page.write(collected, self.out)
+        if self.wandb is not None and self.wandb.count("/") != 1:
+            raise UserError(f"--wandb {self.wandb}: expected ENTITY/PROJECT")
+        records, unreadable = collect.read_all(find_runs(list(self.runs)))
+        for entry in unreadable:
+            print(f"runner: not read: {entry.run.folder}: {entry.told}", file=sys.stderr)
+        if not records:
+            raise UserError("RUNS: expected a run that can be read, found none")
+        page.write(records, self.out, unreadable)
+        for path, text in ((self.markdown, markdown.render),):
+            if path is not None:
+                write_atomically(path, text(records).encode())
+        if self.wandb_spec is not None or self.wandb is not None:
+            from runner.report import wandb_report
+
+            if self.wandb_spec is not None:
+                write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb).encode())
+            if self.wandb is not None:
+                print(f"W&B report: {wandb_report.save(records, self.wandb)}", file=sys.stderr)
         if self.json:
-            rows = [collect.row(entry) for entry in collected]
-            print(json_format.dumps({"runs": rows, "experiments": collect.experiments(collected)}))
+            rows = [collect.row(entry) for entry in records]
+            print(json_format.dumps({"runs": rows, "experiments": collect.experiments(records)}))
         else:
-            print(f"{self.out}: {len(collected)} runs compared")
+            print(f"{self.out}: {len(records)} runs compared")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """Bring W&B to what run folders hold: rows, tables, summary, artifacts; each once, however often called."""
+
+    runs: RunFolders
+    """Run folders, or folders that hold some at any depth."""
+    json: bool = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self) -> None:
+        from runner import wandb_view
+        from runner.runs import find_runs
+        from runner.tracking import has_key
+
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder or folder of runs")
+        found = find_runs(list(self.runs))
+        if not has_key(os.environ):
+            raise UserError("W&B: no key in WANDB_API_KEY or ~/.netrc; expected one, from: wandb login")
+        results = wandb_view.sync(found, os.environ)
+        if self.json:
+            print(json_format.dumps(results))
+            return
+        for result in results:
+            print(
+                f"{result['run']}: {result['rows']} new rows" if result["new"] else f"{result['run']}: nothing new"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,6 +538,7 @@ def parse(given: list[str]) -> Callable[[], Any]:
         "bench": Bench,
         "predict": Predict,
         "report": Report,
+        "sync": Sync,
         "doctor": Doctor,
     }
     return tyro.extras.subcommand_cli_from_dict(

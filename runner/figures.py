@@ -5,14 +5,55 @@ from typing import Any
 
 import numpy as np
 
-from runner.runs import Run, read_metrics
+from runner.runs import Run, read_metrics, write_json
 
 SAMPLES = 32
+MISTAKES = 12
 
 
 def samples_of(images: int) -> np.ndarray:
     """Which test images are shown, (n,) int64: the same spread for every run of a dataset, so that runs compare."""
     return np.linspace(0, images - 1, SAMPLES).astype(int)
+
+
+def mistakes_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The mistakes of which the model was surest, those first: (n,) int64, n at most MISTAKES."""
+    probability = _probabilities(logits)
+    surest = np.argsort(-probability.max(1), kind="stable")
+    return surest[logits.argmax(1)[surest] != labels[surest]][:MISTAKES]
+
+
+def write_mistakes(run: Run, images: np.ndarray) -> None:
+    """Writes mistakes.png, the images side by side, and mistakes.json, what they are and were taken for.
+
+    Args:
+        run: has predictions.
+        images: (n, H, W, 3) uint8, the test images of `mistakes_of`.
+    """
+    from PIL import Image
+
+    predictions = np.load(run.predictions)
+    logits, labels = predictions["logits"], predictions["labels"]
+    chosen = mistakes_of(logits, labels)
+    probability = _probabilities(logits)
+    if len(images):
+        run.figures.mkdir(exist_ok=True)
+        Image.fromarray(np.concatenate(list(images), axis=1)).save(run.figures / "mistakes.png")
+    rows = [
+        {
+            "sample": int(sample),
+            "label": int(labels[sample]),
+            "predicted": int(logits[sample].argmax()),
+            "probability": float(probability[sample].max()),
+        }
+        for sample in chosen
+    ]
+    write_json(run.figures / "mistakes.json", {"mistakes": rows})
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - logits.max(1, keepdims=True))
+    return exponents / exponents.sum(1, keepdims=True)
 
 
 def draw(run: Run, config: dict[str, Any], confusion: list[list[int]], images: np.ndarray) -> list[Path]:
@@ -78,8 +119,7 @@ def _samples(
 ) -> Path:
     from matplotlib import pyplot as plt
 
-    exponents = np.exp(logits - logits.max(1, keepdims=True))
-    probability = exponents / exponents.sum(1, keepdims=True)
+    probability = _probabilities(logits)
     figure, axes = plt.subplots(4, SAMPLES // 4, figsize=(11, 6.4), layout="constrained")
     for axis, image, index in zip(axes.flat, images, samples_of(len(labels)), strict=True):
         predicted = logits[index].argmax()

@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from runner.build import build
 from runner.evaluate import Evaluation, evaluate
 from runner.recipe import Experiment, Recipe
 from runner.request import TrainRequest
-from runner.runs import Run, new_runs, trim_metrics, write_json
+from runner.runs import Run, claimed_runs, trim_metrics, write_json
 from runner.tracking import Tracker
 from runner.train import Control, Data, DivergedError, StoppedError, train
 
@@ -97,45 +97,31 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
     # The first now, so that weights which cannot be had are refused before anything is written.
     models[request.seeds[0]] = build(request.architecture, recipe, request.seeds[0], training.first, start)
     runs = {seed: Run(request.runs / request.experiment / name) for seed, name in request.run_names().items()}
-    resuming = request.resume != "never"
-    states = {seed: _state_of(request, run) if resuming else None for seed, run in runs.items()}
     needed = {folder.resolve() for folder in (request.start_from, request.teacher) if folder}
     for run in runs.values():
         if request.overwrite and run.folder.resolve() in needed:
             raise UserError(f"--overwrite: expected another --name, {run.folder} is what this run learns from")
-    if launch.rank == 0:
-        names = list(request.run_names().values())
-        new_runs(request.runs, request.experiment, names, resuming, request.overwrite)
-
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=record.PRECISIONS.get(request.precision),
-        # Gradients live in the all-reduce's own buckets, the graph is the same every step (but for parts of a
-        # batch, of which only the last is reduced), and batch norm's statistics are averaged once before they are
-        # used (train.sync_buffers) instead of sent every step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, static_graph=recipe.accumulate == 1, broadcast_buffers=False
-            ),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=request.hang_timeout + COLLECTIVE_GRACE)),
-        ],
-    )
-    if accelerator.num_processes != launch.world_size:
-        raise UserError(
-            f"{launch.world_size} ranks were launched, {accelerator.num_processes} joined; launch again"
-        )
-    if accelerator.is_main_process:
-        print(told, file=sys.stderr)
-        print(place.loader_for(manifest.splits["train"])[1], file=sys.stderr)
-    # torch 2.15 renames it to an option that accelerate does not know yet.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    resuming = request.resume != "never"
+    names = list(request.run_names().values())
     summaries, hung = [], False
-    try:
+    with contextlib.ExitStack() as stack:
+        if launch.rank == 0:
+            stack.enter_context(claimed_runs(request.runs, request.experiment, names, resuming, request.overwrite))
+        accelerator = _joined(request, launch, device)
+        stack.callback(_leave, accelerator)
+        if accelerator.is_main_process:
+            print(told, file=sys.stderr)
+            print(place.loader_for(manifest.splits["train"])[1], file=sys.stderr)
+        # Not before all have joined: by then the folders are ours, and nobody else writes a checkpoint.
+        states = {seed: _state_of(request, run) if resuming else None for seed, run in runs.items()}
         for seed, run in runs.items():
             training.seed = seed
             model = models.pop(seed) or build(request.architecture, recipe, seed, training.first, start)
-            wandb_id = broadcast_object_list([secrets.token_hex(4)])[0]
-            config = record.config(request, registered, manifest, accelerator, place, run, seed, model, wandb_id)
+            wandb_id = broadcast_object_list([_wandb_id(request, environ)])[0]
+            group = environ.get("WANDB_RUN_GROUP", registered.paper)
+            config = record.config(
+                request, registered, manifest, accelerator, place, run, seed, model, wandb_id, group
+            )
             if states[seed] is not None:
                 config = record.continued(request, run, config, states[seed])
                 accelerator.wait_for_everyone()  # all have read what the first now writes anew
@@ -145,10 +131,48 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
             summaries += [summary] if summary else []
             hung = hung or tracker_hung
             accelerator.free_memory()
-    finally:
-        if accelerator.num_processes > 1:
-            torch.distributed.destroy_process_group()
     return Finished(summaries, leave_at_once=accelerator.num_processes > 1 or hung)
+
+
+def _wandb_id(request: TrainRequest, environ: Mapping[str, str]) -> str:
+    """A new one, or the one that W&B's agent has reserved for a run of its sweep."""
+    given = environ.get("WANDB_RUN_ID") if len(request.seeds) == 1 else None
+    return given or secrets.token_hex(4)
+
+
+def _joined(request: TrainRequest, launch: launched.Launch, device: str) -> Accelerator:
+    """Accelerate's view of all ranks, which have met when this returns.
+
+    Raises:
+        UserError: there are not as many as were launched.
+    """
+    # torch 2.15 renames it to an option that accelerate does not know yet.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=record.PRECISIONS.get(request.precision),
+        # Gradients live in the all-reduce's own buckets, the graph is the same every step (but for parts of a
+        # batch, of which only the last is reduced), and batch norm's statistics are averaged once before they are
+        # used (train.sync_buffers) instead of sent every step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                static_graph=request.recipe.accumulate == 1,
+                broadcast_buffers=False,
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=request.hang_timeout + COLLECTIVE_GRACE)),
+        ],
+    )
+    if accelerator.num_processes != launch.world_size:
+        raise UserError(
+            f"{launch.world_size} ranks were launched, {accelerator.num_processes} joined; launch again"
+        )
+    return accelerator
+
+
+def _leave(accelerator: Accelerator) -> None:
+    if accelerator.num_processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 def _train_one(
@@ -170,8 +194,7 @@ def _train_one(
         write_json(run.record, config)
         if state is not None:
             trim_metrics(run, state["step"])
-        tags = [config["architecture"]["factory"].rpartition(":")[2], manifest.name, config["precision"]]
-        tracker = Tracker(run, config, environ, tags)
+        tracker = Tracker(run, config, environ)
     log = tracker.log if tracker else lambda row: None
     if teacher is not None:
         teacher.to(accelerator.device)
@@ -185,9 +208,12 @@ def _train_one(
             )
     except Exception as error:
         told = _ending(error, request.recipe, accelerator.num_processes)
+        code, line = told or (1, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        if tracker:
+            with contextlib.suppress(OSError):
+                write_json(run.ended, {"stopped": isinstance(error, StoppedError), "told": line})
         if told is None:
             raise
-        code, line = told
         if tracker:
             print(f"runner: {run.folder}: {line}", file=sys.stderr)
             with contextlib.suppress(OSError):  # rows may be left that a full disk does not take
@@ -199,15 +225,19 @@ def _train_one(
         raise SystemExit(code) from None
     if tracker is None:
         return None, False
+    arrays = outcome.test.arrays()
     with run.predictions.open("wb") as file:
-        np.savez_compressed(file, **outcome.test.arrays())
+        np.savez_compressed(file, **arrays)
     summary = record.summary(request, manifest, run, seed, outcome)
     test = manifest.splits["test"]
-    shown = beton.read_some(request.data / test.file, test, manifest, figures.samples_of(test.images))
-    pictures = figures.draw(run, config, outcome.test.confusion, shown)
-    tracker.figures(pictures, outcome.steps)
-    tracker.summarise({key: value for key, value in summary.items() if key not in ("confusion", "class_accuracy")})
+
+    def seen(samples: np.ndarray) -> np.ndarray:
+        return beton.read_some(request.data / test.file, test, manifest, samples)
+
+    figures.write_mistakes(run, seen(figures.mistakes_of(arrays["logits"], arrays["labels"])))
+    figures.draw(run, config, outcome.test.confusion, seen(figures.samples_of(test.images)))
     write_json(run.summary, summary)
+    tracker.conclude()
     tracker.finish()
     return summary, tracker.hung
 

@@ -33,6 +33,7 @@ def config(
     seed: int,
     model: nn.Module,
     wandb_id: str,
+    group: str,
 ) -> dict[str, Any]:
     """The contents of run.json."""
     given = Experiment(request.architecture, request.recipe, registered.paper)
@@ -78,6 +79,7 @@ def config(
         "versions": environment.versions(),
         "git": environment.git_commit(),
         "wandb_id": wandb_id,
+        "group": group,
     }
 
 

@@ -3,25 +3,34 @@
 run.json         what was run: resolved config, versions, git commit, dataset, hardware
 metrics.jsonl    every metric, one row a line: the truth that W&B is a view of
 summary.json     the outcome; its presence means that the run is finished
+ended.json       how the last attempt ended where that was before its time
 predictions.npz  logits (N, classes) and labels (N,) on the test images at the end
 checkpoints/     step-N/: weights, and a manifest with their hash
 figures/         pictures of this run
 deploy/          ONNX, engines, parity, latencies
 wandb/           W&B's own files
+lock             held by the process that trains
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from data_prep.console import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 FORMAT = 1
+CLAIM_TIMEOUT = 60.0  # seconds that the process before may still be dying, on another node too
+State = Literal["whole", "running", "stopped", "failed", "broken off", "missing"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,16 @@ class Run:
         return self.folder / "summary.json"
 
     @property
+    def ended(self) -> Path:
+        """ended.json."""
+        return self.folder / "ended.json"
+
+    @property
+    def lock(self) -> Path:
+        """lock."""
+        return self.folder / "lock"
+
+    @property
     def predictions(self) -> Path:
         """predictions.npz."""
         return self.folder / "predictions.npz"
@@ -65,6 +84,16 @@ class Run:
         """Folder of ONNX files, engines and what was measured of them."""
         return self.folder / "deploy"
 
+    def state(self) -> State:
+        """How far it is. Stopped: on request, with a checkpoint. Broken off: it left no word, as when killed."""
+        if self.summary.is_file():
+            return "whole"
+        if is_claimed(self):
+            return "running"
+        if self.ended.is_file():
+            return "stopped" if read_json(self.ended)["stopped"] else "failed"
+        return "broken off" if self.record.is_file() else "missing"
+
     def config(self) -> dict[str, Any]:
         """The contents of run.json.
 
@@ -76,15 +105,17 @@ class Run:
         return read_json(self.record)
 
 
-def new_runs(
+@contextlib.contextmanager
+def claimed_runs(
     runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False
-) -> list[Run]:
-    """The folders for new runs; made, and still empty. None is made or emptied where one of them cannot be.
+) -> Iterator[list[Run]]:
+    """The folders for new runs: made, still empty, and this process's own until the end of the context.
 
-    With `resuming`, a folder may hold a run already; with `overwrite`, that run is deleted.
+    None is made or emptied where one of them cannot be. With `resuming`, a folder may hold a run already; with
+    `overwrite`, that run is deleted.
 
     Raises:
-        UserError: a name is not plain, a folder holds a run already, or it cannot be made.
+        UserError: a name is not plain, a folder holds a run already or is another process's, or cannot be made.
     """
     made = [Run(runs / experiment / name) for name in names]
     for name, run in zip(names, made, strict=True):
@@ -94,17 +125,64 @@ def new_runs(
             raise UserError(
                 f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite it"
             )
+    with contextlib.ExitStack() as stack:
+        try:
+            for run in made:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_claim(run, CLAIM_TIMEOUT if resuming else 1))
+            for run in made:
+                if overwrite:
+                    _empty(run)
+                run.ended.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--runs {runs}: cannot write there ({error.strerror}); choose another folder"
+            ) from None
+        yield made
+
+
+def _claim(run: Run, seconds: float) -> IO[str]:
+    """The run's lock, held until it is closed or its process ends; waits so long for the one who has it."""
+    lock = run.lock.open("a+")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                lock.seek(0)
+                raise UserError(
+                    f"{run.folder}: {lock.read().strip() or 'another process'} trains it; wait for it, or choose "
+                    "another --name"
+                ) from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def is_claimed(run: Run) -> bool:
+    """Whether a process trains it now."""
     try:
-        for run in made:
-            if overwrite and run.record.exists():
-                shutil.rmtree(run.folder)
-            run.folder.mkdir(parents=True, exist_ok=True)
-            probe = run.folder / ".writable"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    return made
+        with run.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _empty(run: Run) -> None:
+    for path in run.folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != run.lock:
+            path.unlink()
 
 
 def check_name(name: str) -> None:

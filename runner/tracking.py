@@ -5,17 +5,15 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
-from runner.runs import Run
+from runner import wandb_view
+from runner.runs import Run, read_metrics
 
-PROJECT = "training-runner"
 SERVER = "https://api.wandb.ai"
-INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
 FINISH_TIMEOUT = 45.0  # seconds it may take at the end to be reached and to hand over what it has left
-STEP = "global_step"
-OURS = "/."  # ends the folders that we choose, and changes nothing about them
+UPLOAD_RATE = 1e6  # bytes a second that it must manage beyond that
+ONLINE = ("online", "shared")
 
 
 class Tracker:
@@ -27,12 +25,12 @@ class Tracker:
     is told once and then left alone.
     """
 
-    def __init__(
-        self, run: Run, config: dict[str, Any], environ: MutableMapping[str, str], tags: list[str]
-    ) -> None:
-        self.run, self.config, self.environ, self.tags = run, config, environ, tags
+    def __init__(self, run: Run, config: dict[str, Any], environ: MutableMapping[str, str]) -> None:
+        self.run, self.config, self.environ = run, config, environ
+        self.place = len(read_metrics(run))  # of the next row; a run that is resumed has some
         self.rows = run.metrics.open("a", buffering=1)
         self.mode = environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline")
+        self.before = self.place  # rows of the process before, which may not have handed them all over
         self.actions: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()  # None is the last
         self.view = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self.hung = False  # W&B did not come back in time at the end; leaving needs os._exit
@@ -40,21 +38,12 @@ class Tracker:
     def log(self, row: dict[str, float]) -> None:
         """Writes one row; it has `global_step`, the optimizer steps done so far."""
         self.rows.write(json.dumps(row) + "\n")
-        self._show(lambda shown: shown.log(row))
+        place, self.place = self.place, self.place + 1
+        self._show(lambda shown: wandb_view.log(shown, row, place))
 
-    def figures(self, paths: list[Path], step: int) -> None:
-        """Shows pictures of the run."""
-
-        def show(shown: Any) -> None:
-            import wandb
-
-            shown.log({STEP: step} | {f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
-
-        self._show(show)
-
-    def summarise(self, summary: dict[str, Any]) -> None:
-        """Shows the outcome."""
-        self._show(lambda shown: shown.summary.update(summary))
+    def conclude(self) -> None:
+        """Shows what the finished run's folder holds."""
+        self._show(lambda shown: wandb_view.conclude(shown, self.run, shown.settings.mode in ONLINE))
 
     def finish(self) -> None:
         """Closes the files, and gives W&B a limited time to hand over what it has left."""
@@ -64,17 +53,23 @@ class Tracker:
         self._show(lambda shown: shown.finish())
         self.actions.put(None)
         # A server that never answers would keep us for ever; the files are on disk by then.
-        self.view.join(FINISH_TIMEOUT)
+        weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob("model.safetensors"))
+        self.view.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE else 0))
         self.hung = self.view.is_alive()
         if self.hung:
-            self._tell(f"did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {self.run.folder / 'wandb'}")
+            self._tell(f"did not take everything in time; what it lacks is sent by: runner sync {self.run.folder}")
 
     def _show(self, action: Callable[[Any], Any]) -> None:
         if self.mode == "disabled":
             return
         if not self.view.ident:
+            self.actions.put(self._catch_up)
             self.view.start()
         self.actions.put(action)
+
+    def _catch_up(self, shown: Any) -> None:
+        if self.before and shown.settings.mode in ONLINE:
+            wandb_view.catch_up(shown, self.run, self.before)
 
     def _serve(self) -> None:
         """The thread: starts W&B, and does what it is given until one action fails or no more come."""
@@ -88,43 +83,16 @@ class Tracker:
 
     def _start(self) -> Any:
         """W&B's run, online if that is wanted and possible; None where it cannot run at all."""
-        # W&B's own files stay with the run, not under the home folder.
-        for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
-            folder = self.run.folder.absolute() / "wandb" / f".{name.lower()}"
-            if self.environ.get(f"WANDB_{name}_DIR", OURS).endswith(OURS):  # unset, or of an earlier run of ours
-                self.environ[f"WANDB_{name}_DIR"] = f"{folder}{OURS}"
+        wandb_view.keep_inside(self.run, self.environ)
         try:
-            return self._init(self.mode)
+            return wandb_view.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:
             self._tell(f"cannot be reached ({type(error).__name__}: {_first_line(error)}); going on offline")
         try:
-            return self._init("offline")
+            return wandb_view.start(self.run, self.config, self.environ, "offline")
         except Exception as error:
             self._tell(f"cannot run offline either ({_first_line(error)}); metrics.jsonl has everything")
             return None
-
-    def _init(self, mode: str) -> Any:
-        import wandb
-
-        config, environ = self.config, self.environ
-        timeout = float(environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT))
-        shown = wandb.init(
-            project=environ.get("WANDB_PROJECT", PROJECT),
-            entity=environ.get("WANDB_ENTITY"),
-            id=config["wandb_id"],
-            name=environ.get("WANDB_NAME", f"{config['experiment']}/{config['run']}"),
-            group=environ.get("WANDB_RUN_GROUP", config["paper"]),
-            job_type=environ.get("WANDB_JOB_TYPE", "train"),
-            tags=[*self.tags, *filter(None, environ.get("WANDB_TAGS", "").split(","))],
-            config=config,
-            dir=self.run.folder,
-            mode=mode,
-            resume="allow",
-            settings=wandb.Settings(init_timeout=timeout, silent=True),
-        )
-        shown.define_metric(STEP)
-        shown.define_metric("*", step_metric=STEP)
-        return shown
 
     def _tell(self, message: str) -> None:
         print(f"W&B {message}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 `train 5 1 SIGKILL` sends rank 1 that signal in its fifth forward pass of training; `eval 2 0 SIGKILL` in the second
 of evaluation; `commit 2 0 SIGKILL` just before the second checkpoint is renamed into place; `train 5 1 NAN` makes
-the logits of that pass not-a-number; `train 5 1 SLEEP` sleeps half a second in that pass and each later one, but
-for a job that SLURM has queued again twice.
+the logits of that pass not-a-number; `train 5 1 SLEEP2` sleeps half a second in that pass and each later one, in
+the first two starts of a job of SLURM's.
 """
 
 import os
@@ -45,8 +45,9 @@ class Ending(Tiny):
         self.passes[moment] += 1
         logits = super().forward(images)
         if moment == self.moment and self.rank == os.environ.get("RANK", "0"):
-            if self.how == "SLEEP":
-                if self.passes[moment] >= self.count and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
+            if self.how.startswith("SLEEP"):
+                restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+                if self.passes[moment] >= self.count and restarts < int(self.how.removeprefix("SLEEP")):
                     time.sleep(0.5)
             elif self.passes[moment] == self.count:
                 if self.how == "NAN":

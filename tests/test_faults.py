@@ -37,7 +37,7 @@ def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: 
 
 @pytest.mark.processes
 def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None:
-    with begun(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP", WANDB_MODE="disabled") as process:
+    with begun(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP1", WANDB_MODE="disabled") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 7)
         ranks = ranks_of(process.pid)
         process.kill()

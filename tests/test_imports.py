@@ -52,6 +52,7 @@ FORBIDDEN = [
     ("runner.evaluate", ["runner.train", "runner.deploy", "runner.report"]),
     ("runner.checkpoint", ["runner.train", "runner.deploy", "runner.report"]),
     ("runner.tracking", ["runner.train", "runner.deploy", "runner.report"]),
+    ("runner.wandb_view", ["torch", "runner.train", "runner.deploy", "runner.report"]),
     ("runner.train", ["runner.deploy", "runner.report", "runner.cli", "runner.tracking"]),
     ("runner.deploy", ["runner.train", "runner.job", "runner.report"]),
     (
@@ -73,7 +74,8 @@ RESERVED = {
     "ffcv": {"data_prep.beton", "data_prep.verify", "runner.batches.streaming"},
     "tensorrt": {"runner.deploy.engine", "runner.deploy.latency"},
     "tensorrt_rtx": {"runner.deploy.engine", "runner.deploy.latency"},
-    "wandb": {"runner.tracking", "runner.report.wandb_report"},
+    "wandb": {"runner.wandb_view", "runner.report.wandb_report"},
+    "wandb_workspaces": {"runner.report.wandb_report"},
     "onnxruntime": {"runner.deploy.session", "runner.deploy.precision"},
 }
 

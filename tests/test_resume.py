@@ -111,7 +111,7 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
 def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None:
     """As SLURM sends it before it takes the nodes."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
-    with begun(2, *words, END="train 4 1 SLEEP") as process:
+    with begun(2, *words, END="train 4 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 3)
         process.terminate()
         _, told = process.communicate(timeout=240)

@@ -97,7 +97,7 @@ def test_a_job_that_is_preempted_and_then_out_of_time_ends_with_the_same_bits(
     job = cluster.submit(
         "--nodes", 2, "--signal", "B:USR1@60", "--output", log, "slurm/train.sbatch", "ending",
         *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP", WANDB_MODE="disabled"),
+        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2", WANDB_MODE="disabled"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
@@ -117,9 +117,9 @@ def test_one_task_of_an_array_is_queued_again_alone(
     trials = tmp_path / "trials"
     trials.write_text("ending --name first\nending --name second\n")
     job = cluster.submit(
-        "--nodelist", "n1,n2", "--array", "0-1", "--output", tmp_path / "%a.log", "slurm/sweep.sbatch", trials, *ENDING,
-        "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP", WANDB_MODE="disabled"),
+        "--nodelist", "n1,n2", "--array", "0-1", "--output", tmp_path / "%a.log", "slurm/sweep.sbatch", trials,
+        *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
+        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP1", WANDB_MODE="disabled"),
     )  # fmt: skip
     runs = tmp_path / "runs" / "ending"
     for name in ("first", "second"):
@@ -143,7 +143,7 @@ def test_a_lost_node_costs_what_was_after_the_last_checkpoint(
     job = cluster.submit(
         "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending", *ENDING,
         "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 8 1 SLEEP", WANDB_MODE="disabled"),
+        cwd=ROOT, environ=clean_environment(END="train 8 1 SLEEP1", WANDB_MODE="disabled"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.lose_node(lost)

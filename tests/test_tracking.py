@@ -20,7 +20,7 @@ def test_the_offline_file_holds_what_was_logged(tiny_run: Path) -> None:
     run = Run(tiny_run)
     (path,) = run.folder.glob("wandb/offline-run-*/*.wandb")
     shown = wandb_file.history(path)
-    rows = [row for row in shown if not any(key.startswith("figures/") for key in row)]
+    rows = [row for row in shown if not any(key.startswith(("figures/", "confusion", "mistakes")) for key in row)]
     assert rows == read_metrics(run)
     assert {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "lr", "images_per_second"} <= {
         key for row in rows for key in row
@@ -39,6 +39,14 @@ def test_the_offline_file_holds_what_was_logged(tiny_run: Path) -> None:
     updates = [item for r in kinds if r.WhichOneof("record_type") == "summary" for item in r.summary.update]
     summary = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
     assert summary["test_accuracy"] == json.loads(run.summary.read_text())["test_accuracy"]
+    assert summary["parameters"] == run.config()["parameters"]
+    logged = [r.artifact for r in kinds if r.WhichOneof("record_type") == "artifact"]
+    (weights,) = [artifact for artifact in logged if artifact.type == "model"]
+    assert weights.name == "tiny-weights"
+    assert list(weights.aliases) == ["latest"]
+    assert {entry.path for entry in weights.manifest.contents} == {"model.safetensors", "manifest.json"}
+    tables = {artifact.name.rpartition("-")[2] for artifact in logged if artifact.type == "run_table"}
+    assert tables == {"confusion_table", "mistakes"}
 
 
 def test_everything_lies_in_the_run_folder(small_data: Path, tmp_path: Path) -> None:
@@ -75,7 +83,7 @@ def test_an_unreachable_server_costs_little_time_and_nothing_else(
     began = time.monotonic()
     done = runner(
         "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--json",
-        WANDB_MODE="", WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_INIT_TIMEOUT="5",
+        WANDB_MODE="online", WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_INIT_TIMEOUT="5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 120
@@ -103,12 +111,12 @@ def test_disabled_writes_only_local_files(small_data: Path, tmp_path: Path) -> N
 def tracker_with(shown: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Tracker:
     """A tracker whose W&B is a stand-in."""
     monkeypatch.setattr(tracking.Tracker, "_start", lambda self: shown)
-    return tracking.Tracker(Run(folder), {"wandb_id": "x"}, {"WANDB_MODE": "offline"}, [])
+    return tracking.Tracker(Run(folder), {"wandb_id": "x"}, {"WANDB_MODE": "offline"})
 
 
 def test_a_tracker_that_hangs_at_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hung:
-        def log(self, row: object) -> None: ...
+        def log(self, row: object, step: int) -> None: ...
 
         def finish(self) -> None:
             time.sleep(60)
@@ -124,7 +132,7 @@ def test_a_tracker_that_is_slow_holds_no_row_back(tmp_path: Path, monkeypatch: p
     seen = []
 
     class Slow:
-        def log(self, row: dict[str, float]) -> None:
+        def log(self, row: dict[str, float], step: int) -> None:
             time.sleep(0.05)
             seen.append(row["global_step"])
 
@@ -144,7 +152,7 @@ def test_a_tracker_that_raises_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Broken:
-        def log(self, row: object) -> None:
+        def log(self, row: object, step: int) -> None:
             raise RuntimeError("broken pipe")
 
     tracker = tracker_with(Broken(), tmp_path, monkeypatch)

@@ -46,7 +46,7 @@ def read_some(path: Path, split: SplitFile, manifest: Manifest, samples: np.ndar
     content, pointers, _ = _table(path, split, manifest)
     size = math.prod(manifest.image_shape)
     images = [content[pointers[sample] : pointers[sample] + size] for sample in samples]
-    return np.stack(images).reshape(-1, *manifest.image_shape)
+    return np.array(images, np.uint8).reshape(len(samples), *manifest.image_shape)
 
 
 def read_labels(path: Path, split: SplitFile, manifest: Manifest) -> np.ndarray:

@@ -5,7 +5,11 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from runner.runs import Run, read_json, read_metrics
+from data_prep.console import UserError
+from runner.runs import Run, State, read_json, read_metrics
+
+PORTABLE = ("eager", "compiled", "onnxruntime")  # backends; any other is an engine's
+LEAST_OF_GRID = 4  # runs that a heat map wants
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class RunRecord:
     parity: dict[str, Any] | None
     engines: list[dict[str, Any]]
     latency: dict[str, Any] | None
+    mistakes: dict[str, Any] | None
+    state: State
+    told: str
 
     @property
     def name(self) -> str:
@@ -29,6 +36,30 @@ class RunRecord:
     def dataset(self) -> str:
         """The label of the dataset, on every figure."""
         return self.config["dataset"]["name"]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A run folder whose files are damaged, and what is wrong with them."""
+
+    run: Run
+    told: str
+
+
+def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
+    """Reads every run folder; one that is damaged keeps no other from being shown."""
+    records, unreadable = [], []
+    for run in runs:
+        try:
+            record = read(run)
+            row(record)
+            records.append(record)
+        except UserError as error:
+            unreadable.append(Unreadable(run, str(error)))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            told = f"not of this version's form ({type(error).__name__}: {error})"
+            unreadable.append(Unreadable(run, told))
+    return records, unreadable
 
 
 def read(run: Run) -> RunRecord:
@@ -50,6 +81,9 @@ def read(run: Run) -> RunRecord:
         parity=optional("deploy/parity.json"),
         engines=[read_json(path) for path in sorted((run.folder / "deploy").glob("model.*.engine.json"))],
         latency=optional("deploy/latency.json"),
+        mistakes=optional("figures/mistakes.json"),
+        state=(state := run.state()),
+        told=read_json(run.ended)["told"] if state in ("stopped", "failed") else "",
     )
 
 
@@ -160,6 +194,83 @@ def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
         entry["difference"] = entry["reproduced"] - reported["accuracy"] if comparable else None
         found.append(entry)
     return found
+
+
+def best_of_architectures(records: list[RunRecord]) -> list[int]:
+    """Of every architecture and dataset the position of the finished run with the highest accuracy."""
+    best: dict[tuple[str, str], tuple[float, int]] = {}
+    for position, record in enumerate(records):
+        if record.summary is not None:
+            key = (record.config["architecture"]["factory"], record.dataset)
+            best[key] = max(best.get(key, (-1.0, 0)), (record.summary["test_accuracy"], position))
+    return sorted(position for _, position in best.values())
+
+
+def grids(records: list[RunRecord]) -> list[dict[str, Any]]:
+    """Finished runs of one grid or paper that differ in two or more ways, for heat maps of their accuracy.
+
+    Returns:
+        For each: its name; `factors`, by dotted name the values that occur, those first that move the accuracy
+        most; and `cells`, a row for each run with the value of every factor, as shown, and its accuracy.
+    """
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
+    for record in records:
+        if record.summary is not None:
+            experiment = record.config["experiment"]
+            name = experiment.partition("/")[0] if "/" in experiment else record.config["paper"]
+            groups.setdefault((name, record.dataset), []).append(record)
+    found = []
+    for (name, dataset), members in groups.items():
+        leaves = [
+            _leaves("", {key: record.config[key] for key in ("architecture", "recipe")}) for record in members
+        ]
+        keys = list(dict.fromkeys(key for one in leaves for key in one))
+        cells = [{key: _told(one.get(key)) for key in keys} for one in leaves]
+        varying = [key for key in keys if len({cell[key] for cell in cells}) > 1]
+        if len(members) < LEAST_OF_GRID or len(varying) < 2:
+            continue
+        accuracies = [record.summary["test_accuracy"] for record in members if record.summary]
+        effects = {key: _effect([cell[key] for cell in cells], accuracies) for key in varying}
+        varying.sort(key=lambda key: -effects[key])
+        found.append(
+            {
+                "name": name,
+                "dataset": dataset,
+                "factors": {key: sorted({cell[key] for cell in cells}, key=_by_number) for key in varying},
+                "cells": [
+                    {key: cell[key] for key in varying} | {"accuracy": accuracy, "run": record.name}
+                    for cell, accuracy, record in zip(cells, accuracies, members, strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _leaves(prefix: str, value: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by dotted name; the module of a factory is left out."""
+    if not isinstance(value, dict):
+        return {prefix: value.rpartition(":")[2] if prefix.endswith(".factory") else value}
+    parts = [_leaves(f"{prefix}.{key}" if prefix else key, part) for key, part in value.items()]
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+def _told(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_number(text: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
+
+
+def _effect(values: list[str], accuracies: list[float]) -> float:
+    """How far apart the mean accuracies of a factor's values lie."""
+    means = [
+        statistics.mean(a for v, a in zip(values, accuracies, strict=True) if v == value) for value in set(values)
+    ]
+    return max(means) - min(means)
 
 
 def agreement(record: RunRecord) -> float | None:

@@ -1,9 +1,7 @@
 """The charts of the page, as plotly specifications: plain dictionaries that the page's script draws."""
 
-import math
 from typing import Any
 
-from runner.report import collect
 from runner.report.collect import RunRecord
 
 PALETTE = [
@@ -19,39 +17,6 @@ PALETTE = [
     "#9498a0",
 ]
 Chart = dict[str, Any]
-
-
-def accuracy_against_latency(records: list[RunRecord]) -> Chart:
-    """One point for each run: onnxruntime's p50 at batch 1 against test accuracy, its area the parameters."""
-    data = []
-    for index, record in enumerate(records):
-        row = collect.row(record)
-        latency = collect.p50(row, "onnxruntime")
-        if latency is None or row["test_accuracy"] is None:
-            continue
-        size = 14 if not row["parameters"] else 10 + 8 * (row["parameters"] / 1e6) ** 0.5
-        parameters = f"{row['parameters']:,}" if row["parameters"] else "not counted"
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers+text",
-                "x": [latency],
-                "y": [100 * row["test_accuracy"]],
-                "text": [record.name],
-                "textposition": "top center",
-                "marker": {"size": size, "color": _colour(index), "opacity": 0.85},
-                "hovertemplate": f"{record.name}<br>{row['test_accuracy']:.2%}, %{{x:.2f}} ms<br>{parameters} "
-                "parameters<extra></extra>",
-                "showlegend": False,
-            }
-        )
-    latencies = [point["x"][0] for point in data] or [1]
-    room = [math.log10(min(latencies)) - 0.3, math.log10(max(latencies)) + 0.3]  # for the names beside the points
-    layout = {
-        "xaxis": {"title": {"text": "onnxruntime p50 at batch 1, ms (log)"}, "type": "log", "range": room},
-        "yaxis": {"title": {"text": "test accuracy, %"}},
-    }
-    return {"id": "tradeoff", "data": data, "layout": layout}
 
 
 def curves(records: list[RunRecord], metric: str) -> Chart:
@@ -73,6 +38,7 @@ def curves(records: list[RunRecord], metric: str) -> Chart:
                         "y": list(y),
                         "name": f"{record.name} {split}",
                         "legendgroup": record.name,
+                        "run": index,
                         "line": {"color": _colour(index), "width": width},
                         "marker": {"size": 9},
                         "opacity": 0.7 if split == "train" else 1,
@@ -81,6 +47,40 @@ def curves(records: list[RunRecord], metric: str) -> Chart:
     unit = ", %" if metric == "accuracy" else ", nats"
     layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": metric + unit}}}
     return {"id": f"curve-{metric}", "data": data, "layout": layout}
+
+
+def reported(entries: list[dict[str, Any]]) -> Chart | None:
+    """Reported accuracies beside ours, an experiment a line; deviations over seeds as bars. None without any."""
+    entries = [entry for entry in entries if entry["reported"] and entry["reproduced"] is not None]
+    if not entries:
+        return None
+    names = [f"{entry['experiment']} ({', '.join(map(str, entry['seeds']))})" for entry in entries]
+    deviations = [100 * (entry["reproduced_std"] or 0) for entry in entries]
+    ours = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "ours, mean over seeds",
+        "x": [100 * entry["reproduced"] for entry in entries],
+        "y": names,
+        "error_x": {"type": "data", "array": deviations},
+        "marker": {"size": 10, "color": PALETTE[0]},
+        "hovertemplate": "%{y}<br>ours %{x:.2f} %<extra></extra>",
+    }
+    theirs = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "reported",
+        "x": [100 * entry["reported"]["accuracy"] for entry in entries],
+        "y": names,
+        "marker": {"size": 11, "symbol": "diamond-open", "color": PALETTE[2], "line": {"width": 2}},
+        "hovertemplate": "%{y}<br>reported %{x:.2f} %<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": "accuracy, %"}},
+        "yaxis": {"automargin": True, "autorange": "reversed"},
+        "height": 160 + 26 * len(entries),
+    }
+    return {"id": "reported", "data": [theirs, ours], "layout": layout}
 
 
 def confusion(record: RunRecord, position: int) -> Chart | None:
