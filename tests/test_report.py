@@ -1,16 +1,22 @@
 """The page: everything on it comes from run folders, and it needs nothing but itself."""
 
+import ast
+import contextlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.console import UserError
 from runner.report import collect, page
 from runner.runs import Run, find_runs
+from tests import many_runs
 from tests.conftest import python, runner
 
 
@@ -146,25 +152,124 @@ def test_a_page_that_cannot_be_written(runs: Path, tmp_path: Path) -> None:
         page.write([collect.read(Run(runs / "tiny" / "seed-0"))], tmp_path / "file" / "report.html")
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(html: Path, scheme: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 finished runs, and two folders that cannot be read."""
+    folder = tmp_path_factory.mktemp("many")
+    many_runs.write(folder, 200)
+    for name, text in (("cut-short", '{"experiment": "x"'), ("of-another-form", '{"experiment": "x"}')):
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many_html(many: Path) -> Path:
+    done = runner("report", many, "--out", many / "report.html", "--markdown", many / "report.md")
+    assert done.returncode == 0, done.stderr
+    assert "200 runs compared" in done.stdout
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" not read"] * 2
+    return many / "report.html"
+
+
+def test_what_cannot_be_read_is_listed_and_breaks_nothing(many_html: Path) -> None:
+    shown = text_of(many_html)
+    assert "cut-short" in shown
+    assert "not readable as JSON" in shown
+    assert "of-another-form" in shown
+    assert many_html.stat().st_size < 15e6
+
+
+def test_a_grid_is_what_varies(many: Path) -> None:
+    records, unreadable = collect.read_all(find_runs([many]))
+    assert len(unreadable) == 2
+    grids = {grid["name"]: grid for grid in collect.grids(records)}
+    grid = grids["podeti-grid"]
+    assert {"architecture.factory", "recipe.optimizer.lr", "recipe.optimizer.weight_decay"} <= set(grid["factors"])
+    assert set(grid["factors"]["recipe.optimizer.lr"]) == {cell["recipe.optimizer.lr"] for cell in grid["cells"]}
+    assert "ghasemi" in grids
+    assert "seed" not in str(grid["factors"])
+
+
+def test_markdown_has_every_experiment_and_latency(many: Path, many_html: Path) -> None:
+    text = (many / "report.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `soni-2`")]
+    assert len(lines) == 1
+    assert "83.94% (test, last)" in lines[0] or "(test" in lines[0]
+    assert text.count("int8-cpu") == 200
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| `")}
+    assert len(widths) == 2  # of two tables, each of one width
+
+
+GOLDEN = Path(__file__).parent / "wandb_report.json"
+
+
+def test_the_wandb_report_is_the_golden_one(tmp_path: Path) -> None:
+    """Made of wandb-workspaces' own objects, without a network or a key; and it reads back as what it was.
+
+    After a change that is meant: UPDATE_GOLDEN=1 python -m pytest tests/test_report.py -k golden
+    """
+    many_runs.write(tmp_path / "runs", 6)
+    spec = tmp_path / "spec.json"
+    words = ["report", tmp_path / "runs", "--out", tmp_path / "x.html", "--wandb-spec", spec]
+    done = runner(*words, NETRC="/nowhere", WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(spec.read_text())
+    assert json.loads(spec.read_text()) == json.loads(GOLDEN.read_text())
+    check = (
+        "import sys; from wandb_workspaces.reports.v2 import internal, interface;"
+        "model = internal.ReportViewspec.model_validate_json(open(sys.argv[1]).read());"
+        "report = interface.Report._from_model(model);"
+        "print([type(block).__name__ for block in report.blocks])"
+    )
+    read = python("-c", check, spec)
+    assert read.returncode == 0, read.stderr
+    kinds = ast.literal_eval(read.stdout.splitlines()[-1])
+    assert kinds.count("PanelGrid") >= 3
+    assert "UnknownBlock" not in kinds
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("Chromium is not installed")
     flags = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=flags, chromium_sandbox=False)
-        tab = browser.new_page(color_scheme=scheme, viewport={"width": 1200, "height": 900})
-        problems, requests = [], []
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(html.as_uri())
-        tab.wait_for_selector("#tradeoff .main-svg")
-        for chart in ("curve-loss", "curve-accuracy", "confusion-0", "confusion-1"):
+        running = p.chromium.launch(executable_path=chromium, args=flags, chromium_sandbox=False)
+        yield running
+        running.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Any, html: Path, scheme: str = "light", width: int = 1200) -> Iterator[Any]:
+    """The page in a tab; nothing was requested and nothing failed when the context ends."""
+    tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    problems, requests = [], []
+    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(html.as_uri())
+    tab.wait_for_selector("#tradeoff .main-svg")
+    yield tab
+    assert problems == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(browser: Any, html: Path, scheme: str) -> None:
+    with opened(browser, html, scheme) as tab:
+        for chart in ("curve-loss", "curve-accuracy", "confusion-0"):
             assert tab.locator(f"[id={chart}] .main-svg").count() > 0
+        assert tab.locator("[id=confusion-1] .main-svg").count() == 0  # drawn when its run is opened
+        tab.locator("#run-1 > summary").click()
+        tab.wait_for_selector("[id=confusion-1] .main-svg")
+        paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
         heads = tab.locator("#table thead button")
         names = lambda: tab.locator("#table tbody td:first-child").all_text_contents()  # noqa: E731
         heads.nth(0).click()
@@ -173,6 +278,49 @@ def test_in_a_browser(html: Path, scheme: str, tmp_path: Path) -> None:
         assert names() == sorted(names(), reverse=True)
         tab.set_viewport_size({"width": 375, "height": 800})
         tab.wait_for_function("document.documentElement.scrollWidth <= 375", timeout=5_000)
-        assert problems == []
-        assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
-        browser.close()
+
+
+@pytest.mark.browser
+def test_filter_overlay_hover_and_heat_maps(browser: Any, many_html: Path) -> None:
+    traces = "id => document.getElementById(id).data.length"
+    with opened(browser, many_html) as tab:
+        assert tab.locator("#count").text_content() == "200 of 200 runs"
+        tab.fill("#filter", "mobilenet seed-0")
+        rows = tab.locator("#table tbody tr:visible").all_text_contents()
+        assert 0 < len(rows) < 60
+        assert all("mobilenet" in row and "seed-0" in row for row in rows)
+        points = tab.evaluate("document.getElementById('tradeoff').data[1].x.length")
+        assert points == len(rows)
+        tab.click("#all")
+        assert tab.evaluate(traces, "curve-loss") == 2 * len(rows)  # training and test
+        tab.click("#none")
+        assert tab.evaluate(traces, "curve-loss") == 0
+        tab.locator("#table tbody tr:visible input").first.check()
+        assert tab.evaluate(traces, "curve-loss") == 2
+        tab.fill("#filter", "")
+        tab.select_option("#paper", "ghasemi")
+        assert 0 < tab.locator("#table tbody tr:visible").count() < 60
+        tab.select_option("#cost", "parameters")
+        front = tab.evaluate(
+            "(({x, y}) => x.map((v, i) => [v, y[i]]))(document.getElementById('tradeoff').data[0])"
+        )
+        assert front == sorted(front)
+        assert [y for _, y in front] == sorted(y for _, y in front)
+        tab.locator("#tradeoff").scroll_into_view_if_needed()
+        point = tab.locator("#tradeoff .point").first.bounding_box()
+        tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+        tab.wait_for_selector("#tradeoff .hovertext", timeout=5_000)
+        assert "parameters" in tab.locator("#tradeoff .hovertext").first.text_content()
+        tab.select_option("#grid-0-x", index=1)
+        chosen = tab.locator("#grid-0-x").input_value()
+        assert chosen in tab.locator("[id=grid-0]").text_content()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_barrier(browser: Any, html: Path, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    with opened(browser, html, scheme) as tab:
+        found = Axe().run(tab)
+    assert found.violations_count == 0, found.generate_report()

@@ -110,28 +110,34 @@ def test_a_job_that_is_preempted_and_then_out_of_time_ends_with_the_same_bits(
     assert not list(ROOT.glob(".stop-*"))
 
 
-def test_one_task_of_an_array_is_queued_again_alone(
+def test_one_task_of_a_sweep_is_queued_again_alone(
     cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """Both tasks run at once on the same two nodes, each with a rendezvous of its own."""
-    trials = tmp_path / "trials"
-    trials.write_text("ending --name first\nending --name second\n")
-    job = cluster.submit(
-        "--nodelist", "n1,n2", "--array", "0-1", "--output", tmp_path / "%a.log", "slurm/sweep.sbatch", trials,
-        *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP1", WANDB_MODE="disabled"),
-    )  # fmt: skip
-    runs = tmp_path / "runs" / "ending"
-    for name in ("first", "second"):
-        wait_for_step(runs / name, 7, 240)
-    cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_1", check=True)
-    cluster.wait_for_requeue(f"{job}_1", 1, 120)
+    """Both tasks run at once, each with a rendezvous of its own; the sweep knows how far they are."""
+    words = ["sweep", "ending", *ENDING, "--data", small_data, "--runs", tmp_path, "--seeds", 0, 1, "--name", "s"]
+    environ = clean_environment(SLURM_CONF=str(cluster.config), PATH=cluster.environ["PATH"], WANDB_MODE="disabled")
+
+    def sweep(**more: str) -> str:
+        command = [sys.executable, "-m", "launch", *map(str, words), "--on", "slurm", "--nodes", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ | more, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (job,) = re.findall(r"^job (\d+), an array of 2;", sweep(END="train 1 1 SLEEP1"), re.M)
+    runs = [tmp_path / "ending" / f"s-seed-{seed}" for seed in (0, 1)]
+    for run in runs:
+        wait_for_step(run, 7, 240)
+    assert sweep() == "2 trials: 2 running\n"
+    cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_0", check=True)
+    cluster.wait_for_requeue(f"{job}_0", 1, 120)
+    logs = tmp_path / "slurm"
     for task in (0, 1):
-        assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", (tmp_path / f"{task}.log").read_text()
-    assert "resumed" not in Run(runs / "first").config()
-    assert len(Run(runs / "second").config()["resumed"]) == 1
-    for name in ("first", "second"):
-        assert_the_same(straight, runs / name)
+        told = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
+        assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", told
+    assert sweep() == "2 trials: 2 whole\n"
+    assert len(Run(runs[0]).config()["resumed"]) == 1
+    assert "resumed" not in Run(runs[1]).config()
+    assert_the_same(straight, runs[0])
 
 
 @pytest.mark.parametrize("lost", ["n1", "n2"])

@@ -7,7 +7,7 @@ function themed(layout) {
   const ink = dark.matches ? "#e8eaed" : "#1b1e23", line = dark.matches ? "#363b44" : "#d9dce1";
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line};
   return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink, family: "system-ui, sans-serif"},
-    margin: {l: 60, r: 20, t: 30, b: 60}, legend: {orientation: "h", y: -0.2}, ...layout,
+    margin: {l: 60, r: 20, t: 30, b: 60}, legend: {orientation: "h", y: -0.3}, ...layout,
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis}};
 }
 // Numbers on a heat map must be read on its darkest and its lightest cell, on either paper.
@@ -60,7 +60,7 @@ function drawTradeoff() {
   const costs = points.map(point => point.cost), room = [Math.log10(Math.min(...costs)) - 0.3, Math.log10(Math.max(...costs)) + 0.3];
   const size = run => run.parameters ? 8 + 6 * Math.sqrt(run.parameters / 1e6) : 10;
   const dots = {type: "scatter", mode: "markers+text", x: costs, y: points.map(point => point.accuracy),
-    text: points.map(point => named.has(point) ? point.run.name : ""), textposition: "top center", showlegend: false,
+    text: points.map(point => named.has(point) ? point.run.name : ""), textposition: points.map(point => best.indexOf(point) % 2 > 0 ? "bottom center" : "top center"), showlegend: false,
     customdata: points.map(point => [point.run.name, point.run.parameters ? point.run.parameters.toLocaleString("en") : "not counted"]),
     marker: {size: points.map(point => size(point.run)), color: points.map(point => palette[point.run.position % palette.length]), opacity: 0.85},
     hovertemplate: "%{customdata[0]}<br>%{y:.2f} %, %{x:,}<br>%{customdata[1]} parameters<extra></extra>"};
