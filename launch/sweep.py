@@ -140,7 +140,9 @@ class Sweep:
                     states[trial] = "queued"
         return states
 
-    def record(self, folder: Path, trials: list[Trial], states: Mapping[str, str], **job: Any) -> None:
+    def record(
+        self, folder: Path, trials: list[Trial], states: Mapping[str, str], job: dict[str, Any] | None = None
+    ) -> None:
         """Writes the manifest: what the sweep is, how far each trial is, and which jobs were given to SLURM."""
         path = folder / MANIFEST
         before = read_json(path) if path.is_file() else {"jobs": [], "trials": {}}
@@ -168,7 +170,7 @@ class Sweep:
         command += [f"--array=0-{len(missing) - 1}{limit}", *self.slurm.options()]
         command += ["slurm/sweep.sbatch", str(file.absolute()), *common]
         job = submitted(command, self.runs, environ)
-        self.record(folder, [], {}, job=job, trials=ids)
+        self.record(folder, [], {}, {"job": job, "trials": ids})
         print(f"job {job}, an array of {len(missing)}; logs: {self.runs / 'slurm'}")
 
 
