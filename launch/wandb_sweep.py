@@ -8,6 +8,11 @@ from data_prep.console import UserError
 from launch.trials import Trial
 from runner.runs import write_atomically
 
+HEADER = """\
+# For a Bayesian search: method: bayes, and under parameters any option of `runner train` with its range, such as
+#   recipe.optimizer.lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}
+"""
+
 
 def write(path: Path, names: Sequence[str], trials: list[Trial], common: list[str]) -> None:
     """Writes the definition and says how to start it.
@@ -18,18 +23,15 @@ def write(path: Path, names: Sequence[str], trials: list[Trial], common: list[st
     import yaml
 
     try:
-        write_atomically(path, yaml.safe_dump(definition(names, trials, common), sort_keys=False).encode())
+        text = HEADER + yaml.safe_dump(definition(names, trials, common), sort_keys=False)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"--as-wandb-sweep {path}: cannot write there ({error.strerror})") from None
     print(f"{path}: {len(trials)} trials; start with: wandb sweep {path}, and on each machine: wandb agent SWEEP")
 
 
 def definition(names: Sequence[str], trials: list[Trial], common: list[str]) -> dict[str, Any]:
-    """What `wandb sweep` takes.
-
-    For a Bayesian search set `method: bayes` and add, under parameters, any option of `runner train` with its
-    range, such as recipe.optimizer.lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}.
-    """
+    """What `wandb sweep` takes."""
     experiments = list(dict.fromkeys(trial.request.experiment for trial in trials))
     seeds = sorted({trial.request.seeds[0] for trial in trials})
     return {

@@ -98,11 +98,16 @@ class Run:
         """The contents of run.json.
 
         Raises:
-            UserError: this is no run folder.
+            UserError: this is no run folder, or one of a later version.
         """
         if not self.record.is_file():
             raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
-        return read_json(self.record)
+        config = read_json(self.record)
+        if config.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"{self.record}: expected format {FORMAT}, found {config['format']}; use the version it is of"
+            )
+        return config
 
 
 @contextlib.contextmanager

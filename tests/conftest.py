@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from data_prep import beton, sources
 from data_prep.sources import Source
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 MARKERS = ("gpu", "slurm", "browser", "processes")
@@ -45,9 +47,24 @@ def python(
     )
 
 
-def runner(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """`runner ...` as a process."""
-    return python("-m", "runner", *arguments, **options)
+_warm: list[warm.Server] = []
+COLD = ("HOME", "XDG_", "OMP_", "LD_", "PYTHON", "PATH")  # variables that count when a process starts
+
+
+def runner(
+    *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """`runner ...` as a process that has made its imports already, where the environment does not concern these."""
+    words = ["-m", "runner", *map(str, arguments)]
+    if any(name.startswith(COLD) for name in environ):
+        return python(*words, cwd=cwd, timeout=timeout, **environ)
+    if not _warm:
+        _warm.append(warm.Server())
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        place = (cwd or ROOT, clean_environment(**environ), timeout)
+        code = _warm[0].run(words, *place, out.fileno(), err.fileno())
+        told = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(words, code, *told)
 
 
 def launch(processes: int, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,12 @@ def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
     assert config["dataset"]["folder"] == str(small_data)
     assert config["overrides"] == {}
     assert {"torch", "ffcv", "accelerate", "python"} <= config["versions"].keys()
-    assert {path.name for path in run.figures.iterdir()} == {"curves.png", "confusion.png", "samples.png"}
+    pictures = {"curves.png", "confusion.png", "samples.png", "mistakes.png", "mistakes.json"}
+    assert {path.name for path in run.figures.iterdir()} == pictures
+    predictions = np.load(run.predictions)
+    for row in json.loads((run.figures / "mistakes.json").read_text())["mistakes"]:
+        logits, label = predictions["logits"][row["sample"]], predictions["labels"][row["sample"]]
+        assert logits.argmax() == row["predicted"] != row["label"] == label
     stored = np.load(run.predictions)
     assert (stored["logits"].argmax(1) == stored["labels"]).mean() == summary["test_accuracy"]
     assert [row["epoch"] for row in read_metrics(run) if "test/accuracy" in row] == [1, 2]

@@ -23,12 +23,12 @@ def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
         extra_modules: importable modules outside this package that define EXPERIMENTS as well.
 
     Raises:
-        UserError: an extra module cannot be imported or defines none.
-        ValueError: two experiments have one name.
+        UserError: an extra module cannot be imported or defines none, or has a name that is taken.
+        ValueError: two experiments of this package have one name.
     """
     found: dict[str, Experiment] = {}
     for module in _modules(extra_modules):
-        _add(found, module.EXPERIMENTS, module.__name__)
+        _add(found, module.EXPERIMENTS, module.__name__, extra_modules)
     return found
 
 
@@ -36,7 +36,7 @@ def load_grids(extra_modules: tuple[str, ...] = ()) -> dict[str, dict[str, Exper
     """All grids: by name their trials, which are experiments by name. Raises as `load` does."""
     found: dict[str, dict[str, Experiment]] = {}
     for module in _modules(extra_modules):
-        _add(found, getattr(module, "GRIDS", {}), module.__name__)
+        _add(found, getattr(module, "GRIDS", {}), module.__name__, extra_modules)
     return found
 
 
@@ -53,8 +53,12 @@ def _modules(extra: tuple[str, ...]) -> Iterator[ModuleType]:
             raise UserError(f"--experiments-from {name}: expected a module with EXPERIMENTS: {error}") from None
 
 
-def _add(found: dict[str, Any], entries: dict[str, Any], module: str) -> None:
+def _add(found: dict[str, Any], entries: dict[str, Any], module: str, extra: tuple[str, ...]) -> None:
     for key, entry in entries.items():
+        if key in found and module in extra:
+            raise UserError(
+                f"--experiments-from {module}: expected names of its own, found {key!r}, which exists already"
+            )
         if key in found:
             raise ValueError(f"{module}: {key!r} exists already")
         found[key] = entry

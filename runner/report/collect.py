@@ -135,6 +135,11 @@ def row(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def of_cifar10(dataset: str) -> bool:
+    """Whether a dataset of this name is CIFAR-10, or a copy of it that its name tells of."""
+    return dataset == "CIFAR-10" or dataset.startswith("CIFAR-10 ")
+
+
 def origin(config: dict[str, Any], kind: str) -> str | None:
     """The experiment whose run a run learned from ("teacher") or went on from ("started_from")."""
     return config[kind] and config[kind]["experiment"]
@@ -190,7 +195,7 @@ def experiments(records: list[RunRecord]) -> list[dict[str, Any]]:
         reported = entry["reported"]
         comparable = entry["reproduced"] is not None and first["epochs"] >= first["recipe_epochs"] - 1e-9
         alone = of["teacher"] is None and of["started_from"] is None
-        comparable = comparable and alone and not first["overrides"] and first["dataset"].startswith("CIFAR-10")
+        comparable = comparable and alone and not first["overrides"] and of_cifar10(first["dataset"])
         entry["difference"] = entry["reproduced"] - reported["accuracy"] if comparable else None
         found.append(entry)
     return found

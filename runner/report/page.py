@@ -95,7 +95,7 @@ def _shown(record: RunRecord, position: int, pictured: bool) -> dict[str, Any]:
         "finished": record.summary is not None,
         "stopped_early": stopped,
         "comparable": not (stopped or row["overrides"] or row["teacher"] or row["started_from"])
-        and record.dataset.startswith("CIFAR-10"),
+        and collect.of_cifar10(record.dataset),
         "eager_ms": collect.p50(row, "eager"),
         "onnx_ms": collect.p50(row, "onnxruntime"),
         "engine_ms": min(engines) if engines else None,
