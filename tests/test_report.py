@@ -180,6 +180,19 @@ def test_what_cannot_be_read_is_listed_and_breaks_nothing(many_html: Path) -> No
     assert many_html.stat().st_size < 15e6
 
 
+@pytest.mark.parametrize("name", ["deploy/parity.json", "deploy/latency.json"])
+def test_a_row_that_lacks_what_is_shown_is_told(name: str, tmp_path: Path) -> None:
+    many_runs.write(tmp_path, 2)
+    damaged = find_runs([tmp_path])[0]
+    rows = json.loads((damaged.folder / name).read_text())
+    del rows["rows"][0]["precision"]
+    (damaged.folder / name).write_text(json.dumps(rows))
+    records, (entry,) = collect.read_all(find_runs([tmp_path]))
+    assert len(records) == 1
+    assert entry.run == damaged
+    assert "'precision'" in entry.told
+
+
 def test_a_grid_is_what_varies(many: Path) -> None:
     records, unreadable = collect.read_all(find_runs([many]))
     assert len(unreadable) == 2

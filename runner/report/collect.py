@@ -9,6 +9,16 @@ from data_prep.console import UserError
 from runner.runs import Run, State, read_json, read_metrics
 
 PORTABLE = ("eager", "compiled", "onnxruntime")  # backends; any other is an engine's
+PARITY_KEYS = (
+    "precision", "front_end", "provider", "images", "accuracy", "accuracy_change", "agreement",
+    "largest_logit_difference", "limit", "passed", "culprit",
+)  # fmt: skip
+LATENCY_KEYS = (
+    "backend", "provider", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "calls",
+)  # fmt: skip
+UNMEASURED_KEYS = ("backend", "precision", "not_measured")
+SIDECAR_KEYS = ("precision", "backend", "version", "bytes", "target", "batch")
+MISTAKE_KEYS = ("sample", "label", "predicted", "probability")
 LEAST_OF_GRID = 4  # runs that a heat map wants
 
 
@@ -53,6 +63,7 @@ def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
         try:
             record = read(run)
             row(record)
+            _check_rows(record)
             records.append(record)
         except UserError as error:
             unreadable.append(Unreadable(run, str(error)))
@@ -60,6 +71,21 @@ def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
             told = f"not of this version's form ({type(error).__name__}: {error})"
             unreadable.append(Unreadable(run, told))
     return records, unreadable
+
+
+def _check_rows(record: RunRecord) -> None:
+    """Raises KeyError where a row lacks what the page shows of it."""
+    kinds = (
+        ((record.parity or {}).get("rows", []), PARITY_KEYS),
+        ([part for part in (record.latency or {}).get("rows", []) if "p50_ms" in part], LATENCY_KEYS),
+        ([part for part in (record.latency or {}).get("rows", []) if "p50_ms" not in part], UNMEASURED_KEYS),
+        (record.engines, SIDECAR_KEYS),
+        ((record.mistakes or {}).get("mistakes", []), MISTAKE_KEYS),
+    )
+    for rows, keys in kinds:
+        for part in rows:
+            for key in keys:
+                part[key]
 
 
 def read(run: Run) -> RunRecord:
