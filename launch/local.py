@@ -187,7 +187,7 @@ def _table(trials: list[Trial], slots: list[Slot], outcomes: dict[str, str]) -> 
                 live.update(_drawn(trials, slots, outcomes, console.height - 4), refresh=True)
 
         yield show
-        live.update(_drawn(trials, slots, outcomes, len(trials)), refresh=True)
+        live.update(_drawn(trials, slots, outcomes, len(trials) + 2), refresh=True)
 
 
 def _drawn(trials: list[Trial], slots: list[Slot], outcomes: dict[str, str], height: int) -> Any:

@@ -63,7 +63,11 @@ def reported(entries: list[dict[str, Any]]) -> Chart | None:
         "x": [100 * entry["reproduced"] for entry in entries],
         "y": names,
         "error_x": {"type": "data", "array": deviations},
-        "marker": {"size": 10, "color": PALETTE[0]},
+        "marker": {
+            "size": 10,
+            "color": PALETTE[0],
+            "symbol": ["circle" if entry["difference"] is not None else "circle-open" for entry in entries],
+        },
         "hovertemplate": "%{y}<br>ours %{x:.2f} %<extra></extra>",
     }
     theirs = {
