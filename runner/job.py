@@ -192,6 +192,7 @@ def _train_one(
     tracker = None
     if accelerator.is_main_process:
         write_json(run.record, config)
+        run.ended.unlink(missing_ok=True)
         if state is not None:
             trim_metrics(run, state["step"])
         tracker = Tracker(run, config, environ)

@@ -138,7 +138,6 @@ def claimed_runs(
             for run in made:
                 if overwrite:
                     _empty(run)
-                run.ended.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"--runs {runs}: cannot write there ({error.strerror}); choose another folder"
