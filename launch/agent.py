@@ -4,13 +4,10 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from launch.plan import Hardware, launcher_for
+from launch.plan import Hardware, launcher_for, training_command
 from launch.submit import requested
 from runner import environment
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -37,20 +34,6 @@ class Agent:
         request = requested(words)
         request.check()
         gpus = 0 if request.device == "cpu" else environment.count_gpus()
-        launcher = [
-            str(ROOT / part) if part.startswith("launch/") else part for part in launcher_for(Hardware(gpus, 1))
-        ]
         device = [] if gpus or "--device" in options else ["--device", "cpu"]
-        threads = ["--num_cpu_threads_per_process", str(len(os.sched_getaffinity(0)))]
-        command = [
-            "-m",
-            "accelerate.commands.launch",
-            *launcher,
-            *threads,
-            "-m",
-            "runner",
-            "train",
-            *words,
-            *device,
-        ]
-        os.execve(sys.executable, [sys.executable, *command], dict(environ))
+        command = training_command(launcher_for(Hardware(gpus, 1)), len(os.sched_getaffinity(0)))
+        os.execve(sys.executable, [sys.executable, *command, *words, *device], dict(environ))

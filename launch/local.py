@@ -1,23 +1,21 @@
 """Trains trials on this machine, some at a time, each in a process of its own; one failure stops no other."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from launch.plan import ROOT, training_command
 from launch.trials import Trial
+from runner import launched
 from runner.runs import read_json, read_metrics
 
-ROOT = Path(__file__).parent.parent
-PR_SET_PDEATHSIG = 1  # prctl.h
 GRACE = 120.0  # seconds that a trial has for its checkpoint
 
 
@@ -103,9 +101,7 @@ def _begin(
     slot.log = (logs / f"{trial.id.replace('/', '-')}.log").open("ab")
     device = () if place.gpus or "--device" in common else ("--device", "cpu")
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", *place.launcher),
-        *("--num_cpu_threads_per_process", str(place.threads), "--main_process_port", "0"),
-        *("-m", "runner", "train", *trial.words, *common, *device),
+        *(sys.executable, *training_command(place.launcher, place.threads), *trial.words, *common, *device),
         *("--resume", "auto", "--stop-file", str(slot.stop_file().absolute())),
     ]
     visible = {"CUDA_VISIBLE_DEVICES": str(slot.number % place.gpus)} if place.gpus else {}
@@ -117,7 +113,7 @@ def _begin(
         stdout=slot.log,
         stderr=slot.log,
         start_new_session=True,  # a Ctrl-C is for us alone
-        preexec_fn=_end_with_parent,
+        preexec_fn=launched.end_with_parent,
     )
 
 
@@ -140,11 +136,6 @@ def _end(slot: Slot, outcomes: dict[str, str]) -> None:
     slot.trial = slot.process = slot.log = None
 
 
-def _end_with_parent() -> None:
-    """In the child: SIGKILL for it when we die. Its ranks end with it in turn."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _say(line: str) -> None:
     """One line, where no table is drawn."""
     if not sys.stderr.isatty():
@@ -155,9 +146,6 @@ def _say(line: str) -> None:
 def _interrupts() -> Iterator[list[int]]:
     """The Ctrl-Cs and SIGTERMs since; they end nothing by themselves meanwhile."""
     told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
     try:

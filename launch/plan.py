@@ -1,9 +1,11 @@
 """Which command trains an experiment on the hardware that is there: pure functions, from values to values."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from runner.recipe import Experiment
 
+ROOT = Path(__file__).parent.parent
 # Multiply-accumulates, times images, that a quick look may cost for each CPU core: about a minute.
 QUICK_MACS_PER_CORE = 1.2e12
 FP32_SHARE = 0.4  # of the speed, where the cores do not multiply bf16
@@ -91,6 +93,19 @@ def launcher_for(hardware: Hardware) -> tuple[str, ...]:
     if hardware.gpus == 1:
         return ("--config_file", "launch/one_process.yaml")
     return ("--config_file", "launch/one_node.yaml", "--num_processes", str(hardware.gpus))
+
+
+def training_command(launcher: tuple[str, ...], threads: int) -> list[str]:
+    """Python's arguments that start training under `accelerate launch`, from any folder; those of `runner train`
+    follow.
+
+    Args:
+        launcher: of `launcher_for`.
+        threads: of each process, which the launcher would otherwise warn of.
+    """
+    absolute = [str(ROOT / part) if part.startswith("launch/") else part for part in launcher]
+    words = ["-m", "accelerate.commands.launch", *absolute, "--num_cpu_threads_per_process", str(threads)]
+    return [*words, "-m", "runner", "train"]
 
 
 def _on(hardware: Hardware) -> tuple[str, ...]:

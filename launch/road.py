@@ -18,12 +18,11 @@ import tyro
 from data_prep import beton, sources
 from data_prep.console import UserError, run_command
 from data_prep.manifest import SPLITS, Manifest
-from launch.plan import Hardware, Job, quick_job
+from launch.plan import Hardware, Job, quick_job, training_command
 from runner import environment, experiments
 from runner.recipe import Experiment
 from runner.runs import Run, find_runs, read_json
 
-ROOT = Path(__file__).parent.parent
 DEFAULT_EXPERIMENTS = ("podeti-alexnet", "podeti-mobilenetv2", "merabishvili")
 DOWNLOADS = Path("~/.cache/training-runner/downloads")
 BANNER = (
@@ -109,10 +108,9 @@ class Road:
         """Trains, exports, builds and measures one experiment, as far as that is not done already."""
         run = Run(runs / name / job.name)
         trained = run.summary.is_file() and run.config()["dataset"]["fingerprint"] == manifest.fingerprint
-        train = ["-m", "runner", "train", name, "--data", str(data), "--runs", str(runs), "--name", job.name]
-        threads = ("--num_cpu_threads_per_process", str(self.hardware.cores))  # said, so that it is not warned of
-        launch = ["-m", "accelerate.commands.launch", *_absolute(job.launcher), *threads]
-        self.do(f"train {name}: {job.told}", trained, [*launch, *train, "--overwrite", *job.options])
+        train = [*training_command(job.launcher, self.hardware.cores), name, "--data", str(data)]
+        train += ["--runs", str(runs), "--name", job.name, "--overwrite", *job.options]
+        self.do(f"train {name}: {job.told}", trained, train)
         folder = str(run.folder)
         # Whether a stage is done is asked when its turn has come: the one before may have changed its files.
         self.do(f"export {name}", trained and _scored(run), ["-m", "runner", "export", folder])
@@ -142,11 +140,6 @@ class Road:
 def say(line: str) -> None:
     """Tells the user, at once even through a pipe."""
     print(line, flush=True)
-
-
-def _absolute(launcher: tuple[str, ...]) -> list[str]:
-    """The launcher's configuration by its full path: the quickstart may be called from anywhere."""
-    return [str(ROOT / part) if part.startswith("launch/") else part for part in launcher]
 
 
 def _scored(run: Run) -> bool:

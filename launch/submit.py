@@ -14,10 +14,10 @@ import tyro
 
 from data_prep import manifest as manifests
 from data_prep.console import UserError, in_one_line
+from launch.plan import ROOT
 from runner import cli
 from runner.request import TrainRequest
 
-ROOT = Path(__file__).parent.parent
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]*")  # a value that sbatch takes; never an option of its own
 SECRETS = ("WANDB_API_KEY",)  # an environment is kept in the controller's files
 

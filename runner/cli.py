@@ -468,6 +468,8 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         resume_anyway: bool = False,
         stop_file: Path | None = None,
         hang_timeout: float = 600.0,
+        evaluate_every: int = 1,
+        deterministic: bool = False,
         architecture: Architecture = default.architecture,
         recipe: Recipe = default.recipe,
     ) -> Callable[[], None]:
@@ -505,6 +507,9 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
                 by default `stop` in the run folder.
             hang_timeout: Seconds without a step after which a rank shows its stacks and leaves with exit code 70,
                 and all ranks with it; three times as long until the first step.
+            evaluate_every: Epochs between two evaluations, each with a checkpoint; the last epoch always has one.
+            deterministic: Choose kernels that give the same sums every time, so that two runs on one GPU are equal
+                to the bit; an operation that has none is refused. On the CPU they are so anyway.
             architecture: What is trained.
             recipe: How it is trained.
         """
@@ -514,7 +519,7 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
         request = TrainRequest(
             experiment, data, runs, name, chosen, max_steps, device, precision, loader, workers,
             overwrite, json, experiments_from, architecture, recipe, teacher, start_from, checkpoint_every,
-            resume, resume_anyway, stop_file, hang_timeout,
+            resume, resume_anyway, stop_file, hang_timeout, evaluate_every, deterministic,
         )  # fmt: skip
         return Train(request)
 

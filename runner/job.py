@@ -24,7 +24,7 @@ from torch import nn
 
 from data_prep.console import UserError, progress
 from data_prep.manifest import Manifest
-from runner import checkpoint, cpu, figures, launched, record, watchdog
+from runner import checkpoint, cpu, cuda, figures, launched, record, watchdog
 from runner.batches import beton, pixels
 from runner.batches.protocol import Place, Split, model_input, open_manifest, open_split, open_test_of_run
 from runner.batches.stream import BatchStream
@@ -79,8 +79,7 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
         cpu.prepare(launch.local_world_size)
         if "fp16" in (request.precision, environ.get("ACCELERATE_MIXED_PRECISION")):
             raise UserError("--precision fp16: expected a GPU; on the CPU it would be fp32, or choose bf16")
-    else:
-        torch.cuda.set_device(place.device)  # kernels of ours start on the current device
+    cuda.prepare(place.device, request.deterministic, environ)
     pixels.prepare(place.device)
     manifest = open_manifest(request.data)
     recipe = request.recipe
@@ -203,7 +202,7 @@ def _train_one(
     stop_file = request.stop_file or run.folder / STOP_FILE
     try:
         with asked_to_stop(stop_file) as asked, watchdog.watching(request.hang_timeout, who) as alive:
-            control = Control(request.checkpoint_every, state, asked, alive)
+            control = Control(request.checkpoint_every, request.evaluate_every, state, asked, alive)
             outcome = train(
                 model, request.recipe, data, accelerator, run, seed, request.max_steps, teacher, log, control
             )
@@ -255,6 +254,11 @@ def _ending(error: Exception, recipe: Recipe, ranks: int) -> tuple[int, str] | N
         return (
             1,
             f"no space left on the disk for {error.filename or 'metrics'}; make room and go on with --resume auto",
+        )
+    if "does not have a deterministic implementation" in str(error):
+        return (
+            1,
+            f"--deterministic: {str(error).split(' does not')[0]} has no kernel of that kind; train without it",
         )
     refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if refused:

@@ -74,6 +74,7 @@ def config(
         "device": accelerator.device.type,
         "world_size": accelerator.num_processes,
         "threads": torch.get_num_threads(),
+        "deterministic": request.deterministic,
         "loader": place.loader_for(manifest.splits["train"])[0],
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -150,9 +151,9 @@ def continued(request: TrainRequest, run: Run, config: dict[str, Any], state: di
         lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in told.items())
         raise UserError(f"{run.folder}: expected the training that was begun, found {lines}; or --resume-anyway")
     # The order of sums follows from the ranks, their threads, and the kernels that a machine has.
-    same = ("world_size", "device", "threads", "hardware", "versions")
+    same = ("world_size", "device", "threads", "deterministic", "hardware", "versions")
     bitwise = state["world_size"] == config["world_size"] and not told
-    bitwise = bitwise and all(before[key] == config[key] for key in same)
+    bitwise = bitwise and all(before.get(key, False) == config[key] for key in same)
     resumed = {"step": state["step"], "world_size": config["world_size"], "bitwise": bitwise, "changed": told}
     if not bitwise:
         print(f"runner: {run.folder}: goes on from step {state['step']}, not to the bit", file=sys.stderr)

@@ -37,6 +37,8 @@ class TrainRequest:
     resume_anyway: bool = False
     stop_file: Path | None = None
     hang_timeout: float = 600.0
+    evaluate_every: int = 1
+    deterministic: bool = False
 
     def run_names(self) -> dict[int, str]:
         """The name of each seed's run."""
@@ -57,6 +59,7 @@ class TrainRequest:
             *(("--seed", seed, 0) for seed in self.seeds),
             ("--workers", self.workers, 1),
             ("--checkpoint-every", self.checkpoint_every, 1),
+            ("--evaluate-every", self.evaluate_every, 1),
             ("--hang-timeout", self.hang_timeout, 1),
         ):
             if value is not None and value < least:

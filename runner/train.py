@@ -62,16 +62,22 @@ class Control:
     """How a run is kept, ended and gone on with.
 
     Attributes:
-        checkpoint_every: optimizer steps between checkpoints within an epoch; each epoch ends with one anyway.
+        checkpoint_every: optimizer steps between checkpoints within an epoch; each evaluation comes with one.
+        evaluate_every: epochs between evaluations; the last epoch always has one.
         resume: the state of a checkpoint, from which training goes on.
         asked_to_stop: whether this rank was told to stop.
         alive: called with every step and every evaluated batch.
     """
 
     checkpoint_every: int | None = None
+    evaluate_every: int = 1
     resume: dict[str, Any] | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     alive: Callable[[], None] = lambda: None
+
+    def keeps(self, step: int) -> bool:
+        """Whether a checkpoint was asked for after so many steps."""
+        return self.checkpoint_every is not None and step % self.checkpoint_every == 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def train(
     log: Callable[[dict[str, float]], None] = lambda row: None,
     control: Control = Control(),
 ) -> Outcome:
-    """Trains a model; evaluates after every epoch; leaves a checkpoint of the last.
+    """Trains a model; evaluates between epochs; leaves a checkpoint of the last.
 
     Args:
         bare: the model with its first weights (see runner.build), the same on every rank.
@@ -190,23 +196,27 @@ def train(
                 if ended:
                     break
                 stopping = agreed(control.asked_to_stop(), step, accelerator)
-                if stopping or (control.checkpoint_every and step % control.checkpoint_every == 0):
+                if stopping or control.keeps(step):
                     save(meter)
                 if stopping:
                     writer.wait()
                     raise StoppedError(step)
 
             sync_buffers(kept, accelerator)
-            found = scores(data.scored)
+            due = step == stop or (epoch + 1) % control.evaluate_every == 0
+            found = scores(data.scored) if due else {}
             row = {"global_step": step, "epoch": step / per_epoch, **meter.epoch(), **named(found)}
             log(row)
-            best = max(best or row, row, key=lambda row: row.get("validation/accuracy", row["test/accuracy"]))
-            save(meter)
-            if step == stop:
-                break
-            if agreed(control.asked_to_stop(), step, accelerator):
+            if due:
+                best = max(best or row, row, key=lambda row: row.get("validation/accuracy", row["test/accuracy"]))
+            stopping = step < stop and agreed(control.asked_to_stop(), step, accelerator)
+            if due or stopping or control.keeps(step):
+                save(meter)
+            if stopping:
                 writer.wait()
                 raise StoppedError(step)
+            if step == stop:
+                break
     writer.wait()
     found = found or scores(data.scored)  # none yet where a run is resumed after its last step
     views = recipe.test_augmentation

@@ -115,6 +115,14 @@ def gone(processes: list[int], seconds: float) -> bool:
     return False
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every",
+        action="store_true",
+        help="export and build every experiment, in batches up to the largest; by default one of each architecture",
+    )
+
+
 @contextlib.contextmanager
 def taken_port() -> Iterator[int]:
     """A port that someone listens on."""

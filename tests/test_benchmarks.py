@@ -21,7 +21,7 @@ def test_a_cell_without_a_result_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     shown = tables.papers()
     assert shown.count(tables.MISSING) >= 2 * shown.count("| `")
-    assert "not measured" in tables.loaders()
+    assert "not measured" in tables.ratios()
     with pytest.raises(UserError, match="expected <!-- papers -->"):
         tables.filled("no marks")
 

@@ -58,7 +58,14 @@ def shape_of(run: Run) -> list[int]:
     return run.config()["input"]["shape"]
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES.values()))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "exported" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every")
+        names = list(experiments.load() if every else ARCHITECTURES.values())
+        metafunc.parametrize("exported", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def exported(request: pytest.FixtureRequest, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """In three precisions, the fp32 one with a raw front end as well."""
     run = untrained(request.param, small_data, tmp_path_factory.mktemp("deploy"))
@@ -83,14 +90,15 @@ def test_fp32_agrees_with_the_model_by_either_front_end(exported: Run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
-def test_onnx_takes_any_batch(exported: Run, kind: str) -> None:
+def test_onnx_takes_any_batch(exported: Run, kind: str, request: pytest.FixtureRequest) -> None:
     """fp16 is held against fp32; int8 of random weights and 8 calibration images only has to be finite."""
     session = Session(exporter.exported(exported, kind).path, fp16=kind == "fp16")
-    images = torch.randn(30, *shape_of(exported), generator=torch.Generator().manual_seed(0))
+    largest = exporter.LARGEST_BATCH if request.config.getoption("--every") else 30
+    images = torch.randn(largest, *shape_of(exported), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = checkpoint.load_model(exported)(images).numpy()
     tolerance = {"fp32": 1e-4, "fp16": 1e-2, "int8": np.inf}[kind] * max(1, np.abs(expected).max())
-    for size in (1, 7, 30):
+    for size in (1, 7, largest):
         found = session(images[:size].numpy())
         assert found.dtype == np.float32
         assert np.isfinite(found).all()

@@ -254,3 +254,16 @@ def test_resuming_a_finished_run_changes_nothing(tiny_run: Path, small_data: Pat
     assert read_metrics(Run(run)) == read_metrics(Run(tiny_run))
     for name, tensor in weights(tiny_run).items():
         np.testing.assert_array_equal(tensor, weights(run)[name])
+
+
+def test_stopped_where_no_evaluation_was_due(small_data: Path, tmp_path: Path) -> None:
+    """Epochs of one step, of which only the third is scored; stopped after the others, they have a checkpoint."""
+    words = ["train", "tiny-norm", *TINY, "--data", small_data, "--device", "cpu", "--recipe.epochs", 3]
+    words += ["--recipe.batch-size", 500, "--evaluate-every", 3, "--resume", "auto"]
+    straight, ended, asked = tmp_path / "straight", tmp_path / "ended", tmp_path / "asked"
+    assert runner(*words, "--runs", straight).returncode == 0
+    for step in (1, 2):
+        asked.touch()
+        assert f"stopped at step {step};" in runner(*words, "--runs", ended, "--stop-file", asked).stderr
+    assert runner(*words, "--runs", ended).returncode == 0
+    assert_the_same(*(runs / "tiny-norm" / "seed-0" for runs in (straight, ended)))

@@ -199,3 +199,23 @@ def test_a_gpu_trains_in_bf16(small_data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = Run(tmp_path / "tiny-norm" / "seed-0").config()
     assert (config["device"], config["precision"]) == ("cuda", "bf16")
+
+
+def test_epochs_without_evaluation_change_nothing_else(small_data: Path, tmp_path: Path) -> None:
+    found = {}
+    for every in (1, 3):
+        words = ["--data", small_data, "--runs", tmp_path / str(every), "--recipe.epochs", 4, "--device", "cpu"]
+        done = runner("train", "tiny-everything", *TINY, *words, "--evaluate-every", every, "--deterministic")
+        assert done.returncode == 0, done.stderr
+        run = Run(tmp_path / str(every) / "tiny-everything" / "seed-0")
+        found[every] = json.loads(run.summary.read_text()), read_metrics(run), weights(run)
+        assert run.config()["deterministic"]
+    (all_of_them, rows, theirs), (some, fewer, ours) = found.values()
+    assert [row["epoch"] for row in rows if "test/accuracy" in row] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in fewer if "test/accuracy" in row] == [3, 4]
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [
+        row["train/loss"] for row in fewer if "train/loss" in row
+    ]
+    assert all(np.array_equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert all_of_them["test_accuracy"] == some["test_accuracy"]
+    assert some["best_epoch"] in (3, 4)

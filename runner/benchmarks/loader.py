@@ -52,49 +52,72 @@ class LoaderBenchmark:
             raise UserError(f"--rounds {self.rounds}: expected {measure.LEAST_ROUNDS} or more, for a spread")
         cpu.prepare()
         manifest = open_manifest(self.data)
-        split = manifest.splits["train"]
-        whole = split.images // self.batch_size
-        if whole < 3:
-            raise UserError(f"--batch-size {self.batch_size}: expected at most a third of {split.images} images")
-        epochs: dict[str, Callable[[int], Iterator[Any]]] = {
-            "resident": ours(self, manifest, "resident"),
-            "streaming": ours(self, manifest, "streaming"),
-            "torchvision": torchvision_loader(self, manifest),
-            "ffcv": ffcv_loader(self, manifest),
-        }
-        # Whole epochs only: readers that were left in the middle of one would go on beside the next in turn.
-        # torchvision's is over a third of the images, so that its turn is not much longer than the others'.
-        batches = {"resident": 12 * whole, "streaming": whole, "torchvision": whole // 3, "ffcv": whole}
+        epochs = readers(self, manifest, torch.device("cpu"))
         first = {name: _seconds_to_first(epoch) for name, epoch in epochs.items()}
-        found = measure.in_turn(
-            {name: _rate(epoch, batches[name], self.batch_size) for name, epoch in epochs.items()},
-            self.rounds,
-            "measure loaders",
-        )
-        pairs = [
-            ("resident", "torchvision"),
-            ("resident", "ffcv"),
-            ("streaming", "ffcv"),
-            ("streaming", "torchvision"),
-        ]
-        ratios = {f"ratio_{a}_to_{b}": measure.ratio(found[a], found[b]) for a, b in pairs}
-        ratios |= {
+        found = measure.in_turn(rates(self, manifest, epochs), self.rounds, "measure loaders")
+        first_ratios = {
             f"ratio_first_batch_{name}_to_ffcv": measure.Ratio(*[first[name] / first["ffcv"]] * 3, rounds=1)
             for name in ("resident", "streaming", "torchvision")
         }
         settings = {"batch_size": self.batch_size, "workers": self.workers, "threads": torch.get_num_threads()}
         settings |= {"dataset": manifest.name, "cores": len(os.sched_getaffinity(0))}
-        measure.conclude("images per second", ratios, GOALS, {"settings": settings}, self.json)
+        title = "images per second"
+        measure.conclude(title, ratios(found) | first_ratios, GOALS, {"settings": settings}, self.json)
 
 
-def ours(benchmark: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice) -> Callable[[int], Iterator[Any]]:
+Epoch = Callable[[int], Iterator[Any]]
+
+
+def readers(benchmark: LoaderBenchmark, manifest: Manifest, device: torch.device) -> dict[str, Epoch]:
+    """Every loader by its name, as a function from an epoch's number to batches on the device."""
+    theirs = {"torchvision": torchvision_loader(benchmark, manifest), "ffcv": ffcv_loader(benchmark, manifest)}
+    return {
+        "resident": ours(benchmark, manifest, "resident", device),
+        "streaming": ours(benchmark, manifest, "streaming", device),
+        **{name: epoch if device.type == "cpu" else _moved(epoch, device) for name, epoch in theirs.items()},
+    }
+
+
+def rates(
+    benchmark: LoaderBenchmark, manifest: Manifest, epochs: dict[str, Epoch]
+) -> dict[str, Callable[[], float]]:
+    """For every loader a function that runs through some batches and returns images per second.
+
+    Raises:
+        UserError: the batches are too large for the split.
+    """
+    images = manifest.splits["train"].images
+    whole = images // benchmark.batch_size
+    if whole < 3:
+        raise UserError(f"--batch-size {benchmark.batch_size}: expected at most a third of {images} images")
+    # Whole epochs only: readers that were left in the middle of one would go on beside the next in turn.
+    # torchvision's is over a third of the images, so that its turn is not much longer than the others'.
+    batches = {"resident": 12 * whole, "streaming": whole, "torchvision": whole // 3, "ffcv": whole}
+    return {name: _rate(epoch, batches[name], benchmark.batch_size) for name, epoch in epochs.items()}
+
+
+def ratios(found: dict[str, list[float]]) -> dict[str, measure.Ratio]:
+    """Ours against theirs, of the rates of each."""
+    pairs = [(ours, theirs) for theirs in ("torchvision", "ffcv") for ours in ("resident", "streaming")]
+    return {f"ratio_{a}_to_{b}": measure.ratio(found[a], found[b]) for a, b in pairs}
+
+
+def ours(benchmark: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice, device: torch.device) -> Epoch:
     """Our batches as training gets them."""
     recipe = Recipe(1, benchmark.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip="random"))
-    place = Place(torch.device("cpu"), loader=loader, workers=benchmark.workers)
+    place = Place(device, loader=loader, workers=benchmark.workers)
     return open_split(benchmark.data, manifest, "train", recipe, place).epoch
 
 
-def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Callable[[int], Iterator[Any]]:
+def _moved(epoch: Epoch, device: torch.device) -> Epoch:
+    def moved(number: int) -> Iterator[Any]:
+        for images, labels in epoch(number):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    return moved
+
+
+def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     """torch's DataLoader over tensors in memory with torchvision's v2 transforms, one image at a time."""
     from torchvision.transforms import v2
 
@@ -116,6 +139,7 @@ def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Callab
         shuffle=True,
         num_workers=benchmark.workers,
         drop_last=True,
+        pin_memory=torch.cuda.is_available(),
         persistent_workers=benchmark.workers > 0,
     )
     return lambda epoch: iter(loader)
@@ -132,7 +156,7 @@ class _Images(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Callable[[int], Iterator[Any]]:
+def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     """FFCV's Loader with the operations of its CIFAR example, random order."""
     from runner.batches.streaming import example_loader
 
@@ -147,13 +171,13 @@ def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Callable[[int
     return epoch
 
 
-def _seconds_to_first(epoch: Callable[[int], Iterator[Any]]) -> float:
+def _seconds_to_first(epoch: Epoch) -> float:
     began = time.perf_counter()
     next(iter(epoch(0)))
     return time.perf_counter() - began
 
 
-def _rate(epoch: Callable[[int], Iterator[Any]], batches: int, batch_size: int) -> Callable[[], float]:
+def _rate(epoch: Epoch, batches: int, batch_size: int) -> Callable[[], float]:
     """A function that runs through so many batches and returns images per second."""
     turns = iter(range(1, 10**9))
 
@@ -162,6 +186,8 @@ def _rate(epoch: Callable[[int], Iterator[Any]], batches: int, batch_size: int) 
         while left > 0:
             for _ in islice(epoch(next(turns)), left):
                 left -= 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return batches * batch_size / (time.perf_counter() - began)
 
     return run

@@ -51,6 +51,13 @@ def ratio(over: list[float], under: list[float]) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios), len(ratios))
 
 
+def accelerate_launch(processes: int, precision: str) -> list[str]:
+    """Python's arguments that start so many ranks on this node, of the module that follows."""
+    words = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+    words += ["--main_process_port", "0", "--mixed_precision", precision, "--dynamo_backend", "no"]
+    return [*words, *(["--multi_gpu"] if processes > 1 else [])]
+
+
 def conclude(
     title: str,
     ratios: dict[str, Ratio],

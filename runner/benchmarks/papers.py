@@ -15,7 +15,7 @@ from data_prep.console import UserError, run_command
 from runner import experiments
 from runner.recipe import Architecture, Experiment, differences, recipe_from_json
 from runner.report import collect
-from runner.runs import find_runs
+from runner.runs import Run, find_runs
 
 
 @dataclass(frozen=True)
@@ -30,34 +30,40 @@ class Papers:
     def __call__(self) -> None:
         if not self.runs:
             raise UserError("RUNS: expected at least one run folder or folder of runs")
-        records = [collect.read(run) for run in find_runs(list(self.runs))]
-        entries = collect.experiments(records)
-        if not entries:
+        found = entries(find_runs(list(self.runs)))
+        if not found:
             raise UserError(f"{self.runs[0]}: expected a finished run, found none")
-        for entry in entries:
-            of_entry = [record for record in records if str(record.run.folder) in entry["folders"]]
-            del entry["folders"]
-            entry["epochs_test_accuracy"] = {
-                record.config["seed"]: [row["test/accuracy"] for row in record.metrics if "test/accuracy" in row]
-                for record in of_entry
-            }
-            config = of_entry[0].config
-            entry |= against_the_experiment(entry, config)
-            entry |= {
-                "test_accuracy_augmented": [collect.row(record)["test_accuracy_augmented"] for record in of_entry],
-                "precision": config["precision"],
-                "world_size": config["world_size"],
-                "hardware": config["hardware"],
-                "versions": config["versions"],
-                "fingerprint": config["dataset"]["fingerprint"],
-            }
-        content = json_format.dumps({"experiments": entries}, indent=2) + "\n"
+        content = json_format.dumps({"experiments": found}, indent=2) + "\n"
         if self.json is None:
             sys.stdout.write(content)
         else:
             self.json.parent.mkdir(parents=True, exist_ok=True)
             self.json.write_text(content)
-            print(f"{self.json}: {len(entries)} experiments")
+            print(f"{self.json}: {len(found)} experiments")
+
+
+def entries(runs: list[Run]) -> list[dict[str, Any]]:
+    """An entry for each experiment that whole runs were trained of."""
+    records = [collect.read(run) for run in runs]
+    found = collect.experiments(records)
+    for entry in found:
+        of_entry = [record for record in records if str(record.run.folder) in entry["folders"]]
+        del entry["folders"]
+        entry["epochs_test_accuracy"] = {
+            record.config["seed"]: [row["test/accuracy"] for row in record.metrics if "test/accuracy" in row]
+            for record in of_entry
+        }
+        config = of_entry[0].config
+        entry |= against_the_experiment(entry, config)
+        entry |= {
+            "test_accuracy_augmented": [collect.row(record)["test_accuracy_augmented"] for record in of_entry],
+            "precision": config["precision"],
+            "world_size": config["world_size"],
+            "hardware": config["hardware"],
+            "versions": config["versions"],
+            "fingerprint": config["dataset"]["fingerprint"],
+        }
+    return found
 
 
 def against_the_experiment(entry: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -79,9 +79,7 @@ class ScalingBenchmark:
     def launched(self, processes: int, batch: int) -> float:
         """Seconds from the second step to the last of `runner train` on so many processes."""
         gpus = environment.count_gpus()
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-        launcher += ["--num_processes", str(processes), "--main_process_port", "0", "--dynamo_backend", "no"]
-        launcher += ["--mixed_precision", "bf16" if gpus else "no", *(["--multi_gpu"] if processes > 1 else [])]
+        launcher = [sys.executable, *measure.accelerate_launch(processes, "bf16" if gpus else "no")]
         # Threads that spin for work take it from the other rank's.
         variables = ["WANDB_MODE=disabled", *([] if gpus else ["ACCELERATE_USE_CPU=true", "GOMP_SPINCOUNT=1000"])]
         words = ["--data", self.data, "--experiment", self.experiment, "--steps", self.steps, "--batch", batch]

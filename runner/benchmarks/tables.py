@@ -4,6 +4,7 @@ python -m runner.benchmarks.tables --write
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import tyro
 
 from data_prep.console import UserError, run_command
 from runner import experiments
+from runner.benchmarks.gpu.part import was_measured
 from runner.environment import described
+from runner.report.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -73,30 +76,183 @@ def papers() -> str:
         )
     titles = ["experiment", "parameters", "M MACs", "reported", "ours, CPU", "ours, GPU"]
     told = "; ".join(_hardware(entry) for entry in _distinct([*found["cpu"].values(), *found["gpu"].values()]))
-    return f"{_table(titles, rows)}\n\nMeasured on: {told or MISSING}."
+    return f"{table(titles, rows)}\n\nMeasured on: {told or MISSING}."
 
 
-def loaders() -> str:
-    """The ratios of the loader, overhead, scaling and deployment benchmarks."""
+def ratios() -> str:
+    """The ratios of the benchmarks of loaders, overhead, ranks and deployment, and of those on the GPU."""
     rows = []
-    for name in [
-        f"{name}-{place}" for place in ("cpu", "gpu") for name in ("loader", "overhead", "scaling", "deploy")
-    ]:
+    for name in ("loader-cpu", "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
         measured = result(name)
         if measured is None:
             rows.append([name, MISSING, "", ""])
             continue
         place = described(measured["hardware"])
-        for key, ratio in measured.items():
-            if isinstance(ratio, dict) and "median" in ratio:
+        goals = measured.get("goals", {})
+        for key, ratio in _leaves(measured):
+            if isinstance(ratio, dict) and "median" in ratio and key.startswith("ratio"):
                 spread = (
                     f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g}, {ratio['rounds']} rounds)"
                 )
-                rows.append([key.replace("_", " "), spread, measured["goals"].get(key, "–"), place])
-    return _table(["ratio", "median (spread)", "goal", "hardware"], rows)
+                rows.append([key.replace("_", " "), spread, goals.get(key, "–"), place])
+    return table(["ratio", "median (spread)", "goal", "hardware"], rows)
 
 
-TABLES = {"papers": papers, "loaders": loaders}
+def correctness() -> str:
+    """What the GPU part that is about correctness found, in words."""
+    found = _found("correctness")
+    tests = _found("tests").get("pytest", {})
+    rows = [["GPU tests", f"{tests['passed']} passed, {len(tests['failed_tests'])} failed" if tests else MISSING]]
+    for name, one in found.items():
+        if name.startswith("batches/"):
+            kind = name.removeprefix("batches/")
+            told = f"{one['equal_share']:.4%} equal, largest difference {one['largest_difference']:g} of 255"
+            rows.append([f"pixels made on the GPU beside the CPU's, {kind}", told])
+    losses = found.get("losses", {})
+    for precision in ("bf16", "fp16"):
+        told = f"{losses[precision]['mean']:.2%} mean, {losses[precision]['most']:.2%} most" if losses else MISSING
+        rows.append([f"training loss in {precision} beside fp32's, relative", told])
+    resume, one, every = (found.get(name) for name in ("resume", "ddp/one", "ddp/all"))
+    rows += [
+        ["killed and resumed beside never stopped, deterministic", _equal(resume, "same_weights", "weights")],
+        ["DDP of one process beside none", _equal(one, "same_gradients", "gradients")],
+        [
+            "all GPUs of the node beside one, training loss, relative",
+            f"{every['difference']['most']:.2e} most, {every['ranks']} ranks" if every else MISSING,
+        ],
+    ]
+    return _with_place("correctness", table(["what", "found"], rows))
+
+
+def architectures() -> str:
+    """Steps of every architecture: images a second, share of the peak, memory."""
+    found = _found("speed")
+    rows = []
+    for name in dict.fromkeys(key.split("/")[1] for key in found if key.startswith("architectures/")):
+        modes = {mode: found.get(f"architectures/{name}/{mode}") for mode in ("eager", "compiled", "graphs")}
+        measured = [one for one in modes.values() if one]
+        best = max(measured, key=lambda one: one["images_per_second"]["median"])
+        rates = [f"{one['images_per_second']['median']:,.0f}" if one else MISSING for one in modes.values()]
+        limit = best.get("limit_images_per_second")
+        used = [f"{limit:,.0f}", f"{best['utilisation']:.0%}"] if limit else ["–", "–"]
+        rows.append([f"`{name}`", *rates, *used, f"{best['peak_memory_gib']:.1f}"])
+    titles = ["img/s of", "eager", "compiled", "CUDA graphs", "limit of arithmetic", "best ÷ limit", "GiB"]
+    return _with_place("speed", table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]]))
+
+
+def speedrun() -> str:
+    """Seconds to an accuracy, ours and a peer's."""
+    found = _found("speedrun").get("together", {})
+    rows = []
+    for who in ("ours/eager", "ours/compiled", "peer"):
+        one = found.get(who)
+        if not one:
+            rows.append([who, *[MISSING] * 3])
+            continue
+        ratio = one.get("ratio_to_peer")
+        rows.append(
+            [
+                who,
+                f"{one['accuracy']:.2%} ± {one['accuracy_std']:.2%}, {one['trainings']} seeds",
+                f"{one['seconds']:.2f} ± {one['seconds_std']:.2f}",
+                f"{ratio['median']:.2f}" if ratio else "–",
+            ]
+        )
+    titles = ["", "accuracy", "seconds", "÷ peer (goal ≤ 0.9)"]
+    return _with_place("speedrun", table(titles, rows))
+
+
+def deployment() -> str:
+    """Latency on the GPU by backend and precision, of what has passed the gate."""
+    found = _found("deployment")
+    rows = []
+    for name, one in found.items():
+        if not name.endswith("/latency"):
+            continue
+        experiment = name.split("/")[0]
+        for row in one["rows"]:
+            if "p50_ms" in row:
+                figures = [f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")]
+                told = [f"`{experiment}`", row["backend"], row["precision"], str(row["batch"]), *figures]
+                rows.append([*told, f"{row['images_per_second']:,.0f}"])
+    titles = ["experiment", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "img/s"]
+    return _with_place("deployment", table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]]))
+
+
+def parity() -> str:
+    """The gate's rows of trained runs, on the CPU and on a GPU."""
+    rows = []
+    measured = result("parity-cpu")
+    reports = [] if measured is None else [(described(measured["hardware"]), each) for each in measured["runs"]]
+    gpu = result("deployment-gpu")
+    for name, one in _found("deployment").items():
+        if name.endswith("/parity"):
+            reports.append((described(gpu["hardware"]), one | {"experiment": name.split("/")[0], "trained": ""}))
+    for place, report in reports:
+        for row in report["rows"]:
+            backend = row["provider"].removesuffix("ExecutionProvider")
+            rows.append(
+                [
+                    f"`{report['experiment']}`",
+                    row["precision"],
+                    f"{row['backend']} {backend}, {place}",
+                    f"{report['eager_accuracy']:.2%}",
+                    f"{row['accuracy']:.2%} ({100 * row['accuracy_change']:+.2f})",
+                    f"{row['agreement']:.2%}",
+                    "yes" if row["passed"] else f"no: {row['limit']}",
+                ]
+            )
+    titles = ["experiment", "precision", "ran on", "torch", "exported", "same class", "passed"]
+    return table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]])
+
+
+TABLES = {
+    "papers": papers,
+    "ratios": ratios,
+    "parity": parity,
+    "correctness": correctness,
+    "architectures": architectures,
+    "speedrun": speedrun,
+    "deployment": deployment,
+}
+
+
+def _found(part: str) -> dict[str, dict[str, Any]]:
+    """What a part of the GPU benchmark has measured, by name.
+
+    Raises:
+        UserError: it was a rehearsal, which is evidence of nothing.
+    """
+    measured = result(f"{part}-gpu")
+    if measured is None:
+        return {}
+    if measured["rehearsal"] or not measured["hardware"].get("gpus"):
+        raise UserError(f"results/{part}-gpu.json: expected measurements of a GPU, found a rehearsal")
+    return {name: one for name, one in measured["found"].items() if was_measured(one)}
+
+
+def _equal(found: dict[str, Any] | None, key: str, what: str) -> str:
+    if found is None:
+        return MISSING
+    return f"the same {what}, to the bit" if found[key] else f"other {what}"
+
+
+def _with_place(part: str, rows: str) -> str:
+    """A table with the GPU, driver and versions that it was measured with."""
+    measured = result(f"{part}-gpu")
+    if measured is None:
+        return rows
+    told = f"{_hardware(measured)}, driver {measured['driver']}, {measured['dataset']}"
+    return f"{rows}\n\nMeasured on: {told}."
+
+
+def _leaves(measured: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a result, and of a GPU part those of its findings."""
+    if "found" not in measured:
+        yield from measured.items()
+        return
+    for finding in measured["found"].values():
+        yield from finding.items()
 
 
 def _by_name(measured: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -129,11 +285,6 @@ def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _hardware(entry: dict[str, Any]) -> str:
     return f"{described(entry['hardware'])}, torch {entry['versions']['torch']}"
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
