@@ -226,7 +226,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 # Files that take longest begin first, so that at the end none is waited for alone.
-LONGEST = ("test_slurm", "test_deploy", "test_experiments", "test_resume", "test_train_pieces", "test_faults")
+LONGEST = (
+    "test_slurm",
+    "test_gpu_benchmark",
+    "test_deploy",
+    "test_experiments",
+    "test_resume",
+    "test_train_pieces",
+    "test_faults",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,10 +16,11 @@ from runner import experiments
 from runner.benchmarks import tables
 from runner.benchmarks.gpu import correctness, profile, speed, tests
 from runner.benchmarks.gpu.__main__ import SHARES, PartName
-from runner.benchmarks.gpu.part import MISSING_IN_REHEARSAL, Context, Ledger, MissingError, OutOfTimeError
+from runner.benchmarks.gpu.part import Context, Ledger, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
 from tests.conftest import ROOT, clean_environment, gone, python, ranks_of
 
+pytestmark = pytest.mark.timeout(1800)  # the first waits for the rehearsal
 PARTS = get_args(PartName)
 PEER = """
 import torch, time
@@ -88,16 +89,14 @@ def rehearsed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.processes
 def test_every_part_in_miniature(rehearsed: Path) -> None:
     found = found_in(rehearsed)
     assert {part for part, _ in found} == set(PARTS)
     for path in rehearsed.glob("*-rehearsal.json"):
         content = json.loads(path.read_text())
-        lacking = {name: one["missing"] for name, one in content["found"].items() if "missing" in one}
-        assert set(lacking.values()) <= MISSING_IN_REHEARSAL, lacking
-        assert not [name for name, one in content["found"].items() if "failed" in one]
+        assert not {name: one for name, one in content["found"].items() if one.keys() & {"missing", "failed"}}
+        assert content["ended"]
 
 
 def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
@@ -114,7 +113,7 @@ def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
     for name in ("podeti-resnet18", "speedrun"):
         shares = found["profile", name]["shares"]
         assert sum(shares.values()) == pytest.approx(1)
-        assert shares["convolution"] > 0.2
+        assert next(iter(shares)) in ("convolution", "matrix product")  # the largest share is the first
         assert f"A step of {name} spends" in found["profile", name]["told"]
     assert (rehearsed / "profile.png").read_bytes().startswith(b"\x89PNG")
     together = found["speedrun", "together"]
@@ -131,7 +130,7 @@ def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
 
 
 def test_a_folder_of_other_findings_is_refused(rehearsed: Path, data: Path, tmp_path: Path) -> None:
-    words = ["-m", "runner.benchmarks.gpu", "--rehearse", "--out", rehearsed, "--only", "tests", "--part", "tests"]
+    words = ["-m", "runner.benchmarks.gpu", "--rehearse", "--out", rehearsed, "--only", "tests"]
     done = python(*words, "--data", data)
     assert done.returncode == 2
     assert "expected an --out of its own" in done.stderr

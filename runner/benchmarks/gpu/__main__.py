@@ -90,12 +90,16 @@ class GpuBenchmark:
             self.data.absolute(), manifest, self.out.absolute(), self.rehearse, ends, self.peer, self.peer_row
         )
         if self.part is not None:
-            part = importlib.import_module(f"runner.benchmarks.gpu.{self.part}")
-            part.measure(context, Ledger(context, self.part))
+            part, ledger = importlib.import_module(f"runner.benchmarks.gpu.{self.part}"), Ledger(context, self.part)
+            part.measure(context, ledger)
+            ledger.write(ended=True)
             return
         self.out.mkdir(parents=True, exist_ok=True)
         chosen = [name for name in get_args(PartName) if name in (self.only or get_args(PartName))]
-        codes = {name: self.run(name, context, last=name == chosen[-1]) for name in chosen}
+        ledgers = {name: Ledger(context, name) for name in chosen}  # a folder of other findings is refused at once
+        codes = {
+            name: 0 if ledgers[name].whole else self.run(name, context, last=name == chosen[-1]) for name in chosen
+        }
         if not show(context, codes):
             raise SystemExit(1)
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from runner.batches.protocol import Place, open_split
-from runner.benchmarks.gpu.part import FP16, Context, Ledger, MissingError, fitted
+from runner.benchmarks.gpu.part import Context, Ledger, MissingError, fitted
 from runner.recipe import SGD, Augment, Recipe
 from runner.runs import Run, read_json, read_metrics
 
@@ -16,14 +16,13 @@ AUGMENTATIONS = {
     "jitter": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
 }
 BATCHES = 3  # of each augmentation that are compared
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def measure(context: Context, ledger: Ledger) -> None:
     """Everything that a table of speeds is worth nothing without."""
     for name, augment in AUGMENTATIONS.items():
         ledger.once(f"batches/{name}", lambda augment=augment: batches(context, augment))
-    for precision in PRECISIONS:
+    for precision in context.scale.trained_in:
         ledger.once(f"losses/{precision}", lambda precision=precision: losses(context, precision))
     ledger.once("losses", lambda: differences(ledger), derived=True)
     ledger.once("resume", lambda: killed_and_resumed(context))
@@ -72,8 +71,6 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 def losses(context: Context, precision: str) -> dict[str, Any]:
     """The training loss of a precision, window by window."""
-    if context.rehearse and precision == "fp16":
-        raise MissingError(FP16)
     name, *options = _experiment(context)
     words = ["--precision", precision, "--max-steps", context.scale.losses, "--evaluate-every", 1000]
     rows = _rows(context.train(name, f"loss-{precision}", *words, *options))
@@ -82,14 +79,13 @@ def losses(context: Context, precision: str) -> dict[str, Any]:
 
 def differences(ledger: Ledger) -> dict[str, Any]:
     """How far the lower precisions' losses are from fp32's, as a share of it: mean over all windows, and most."""
-    found = {precision: ledger.found.get(f"losses/{precision}") for precision in PRECISIONS}
-    if found["fp32"] is None or not any(found[precision] for precision in PRECISIONS[1:]):
-        raise MissingError("no losses to compare")
-    return {
-        precision: _distance(found["fp32"]["loss"], found[precision]["loss"])
-        for precision in PRECISIONS[1:]
-        if found[precision]
+    found = {
+        p: ledger.found[f"losses/{p}"]["loss"] for p in ("fp32", "bf16", "fp16") if f"losses/{p}" in ledger.found
     }
+    expected = found.pop("fp32", None)
+    if expected is None or not found:
+        raise MissingError("no losses to compare")
+    return {precision: _distance(expected, loss) for precision, loss in found.items()}
 
 
 def _distance(expected: list[float], other: list[float]) -> dict[str, float]:

@@ -24,11 +24,6 @@ PATIENCE = 45.0  # seconds that a command has to end by itself, with a checkpoin
 SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")
 
 
-# What a rehearsal cannot have, in the words of the parts.
-COMPILED, FP16, APART = "compiled on a GPU alone", "fp16 is trained on a GPU alone", "its own tests rehearse it"
-MISSING_IN_REHEARSAL = {COMPILED, FP16, APART}
-
-
 class MissingError(RuntimeError):
     """Something that a finding needs is not here: a package, a second GPU, time."""
 
@@ -53,9 +48,12 @@ class Scale:
         steps: optimizer steps in a turn.
         batch: images of a training step.
         losses: optimizer steps over which precisions and ranks are compared.
+        trained_in: precisions of training; fp16 is a GPU's alone.
         killed: optimizer steps of the run that is killed.
         product: side of the matrices whose product tells the peak.
         architectures: experiments whose steps are measured; empty for one of every architecture.
+        modes: of torch.compile by name, None for none.
+        scripts: other benchmarks, whose own tests rehearse them.
         seeds: trainings of the speed run.
         speedrun: its options beyond the recipe.
         reproduced: experiments that are trained; empty for all.
@@ -70,9 +68,12 @@ class Scale:
     steps: int = 20
     batch: int = 512
     losses: int = 200
+    trained_in: tuple[str, ...] = ("fp32", "bf16", "fp16")
     killed: int = 2000
     product: int = 8192
     architectures: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("eager", "compiled", "graphs")
+    scripts: tuple[str, ...] = ("overhead", "scaling")
     seeds: int = 20
     speedrun: tuple[tuple[str, Any], ...] = ()
     reproduced: tuple[str, ...] = ()
@@ -95,9 +96,12 @@ MINIATURE = Scale(
     steps=2,
     batch=8,
     losses=2,
+    trained_in=("fp32", "bf16"),
     killed=40,
     product=128,
     architectures=("soni-2", "efficientnet-b0"),
+    modes=("eager",),
+    scripts=(),
     seeds=2,
     speedrun=(("epochs", 1), ("batch_size", 100)),
     reproduced=("soni-2",),
@@ -235,6 +239,11 @@ class Ledger:
                     "expected an --out of its own for each"
                 )
         self.content: dict[str, Any] = {"found": {}, **before, **about}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the part has come to its end, and lacked nothing."""
+        return self.content.get("ended", False) and len(self.found) == len(self.content["found"])
 
     @property
     def found(self) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from runner import experiments
 from runner.benchmarks import loader as loaders
 from runner.benchmarks import measure as measured
-from runner.benchmarks.gpu.part import APART, COMPILED, Context, Ledger, MissingError, OutOfTimeError, spread
+from runner.benchmarks.gpu.part import Context, Ledger, spread
 from runner.recipe import Experiment
 from runner.runs import read_json
 
@@ -25,9 +25,9 @@ def measure(context: Context, ledger: Ledger) -> None:
     ledger.once("loader", lambda: loader(context))
     names = architectures(context)
     ledger.once("step", lambda: step_with_loader(context, names[0]))
-    for name in ("overhead", "scaling"):
+    for name in context.scale.scripts:
         ledger.once(name, lambda name=name: script(context, name))
-    for mode in MODES:
+    for mode in context.scale.modes:
         for name in names:
             ledger.once(
                 f"architectures/{name}/{mode}", lambda name=name, mode=mode: steps(context, name, mode, peak)
@@ -168,10 +168,6 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     """Images a second of one architecture, its share of the GPU's peak, and the most memory it took."""
     import torch
 
-    if context.rehearse and MODES[mode]:
-        raise MissingError(COMPILED)
-    if mode == "graphs" and not context.left() > 0:
-        raise OutOfTimeError
     scale, experiment = context.scale, experiments.get(name)
     gpu = context.device == "cuda"
     if gpu:
@@ -202,8 +198,6 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
 
 def script(context: Context, name: str) -> dict[str, Any]:
     """One of the other benchmarks, which starts processes of its own; its ratios."""
-    if context.rehearse:
-        raise MissingError(APART)
     out = context.out / f"{name}.json"
     words = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":

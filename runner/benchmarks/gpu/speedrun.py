@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.console import track
 from runner import experiments
 from runner.benchmarks import measure as measured
-from runner.benchmarks.gpu.part import COMPILED, Context, Ledger, MissingError, OutOfTimeError
+from runner.benchmarks.gpu.part import Context, Ledger, MissingError, OutOfTimeError
 from runner.recipe import to_json
 from runner.runs import Run, write_json
 
@@ -27,9 +27,10 @@ def measure(context: Context, ledger: Ledger) -> None:
     size = -(-context.scale.seeds // BLOCKS)
     for block in range(BLOCKS):
         seeds = range(block * size, (block + 1) * size)
-        for mode in ("eager", "compiled"):
-            name, compiled = f"ours/{mode}/{block}", mode == "compiled"
-            ledger.once(name, lambda seeds=seeds, compiled=compiled: ours(context, seeds, compiled))
+        for mode in context.scale.modes[:2]:
+            ledger.once(
+                f"ours/{mode}/{block}", lambda seeds=seeds, mode=mode: ours(context, seeds, mode == "compiled")
+            )
         ledger.once(f"peer/{block}", lambda seeds=seeds: peer(context, len(seeds)))
     ledger.once("together", lambda: together(ledger), derived=True)
 
@@ -48,8 +49,6 @@ def ours(context: Context, seeds: range, compiled: bool) -> dict[str, Any]:
     from runner.build import build
     from runner.train import Control, Data, train
 
-    if context.rehearse and compiled:
-        raise MissingError(COMPILED)
     experiment = experiments.get(NAME)
     recipe = replace(experiment.recipe, compile=compiled, **dict(context.scale.speedrun))
     device = torch.device(context.device)
