@@ -171,6 +171,8 @@ class Parity:
     """Prepared dataset; by default the one the run was trained on."""
     device: launched.Device = "auto"
     """Where to compute; on a GPU engines are scored as well."""
+    backend: tuple[Literal["onnxruntime", "engine"], ...] = ("onnxruntime", "engine")
+    """What runs the files; engines run on a GPU alone."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
 
@@ -185,7 +187,7 @@ class Parity:
         launch = launched.read(os.environ)
         device, told = launched.device(self.device, launch, environment.count_gpus())
         print(told, file=sys.stderr)
-        report = parity.compare(run, files, self.data, device)
+        report = parity.compare(run, files, self.data, device, self.backend)
         names = [str(file.path.relative_to(run.folder)) for file in files]
         rows = [row for row in report["rows"] if row["onnx"] in names]
         if self.json:
@@ -485,7 +487,8 @@ def train_with_defaults(default: Experiment) -> Callable[..., Callable[[], None]
             max_steps: Stop after so many optimizer steps, and still evaluate and write the summary.
             device: auto takes a GPU where there is one and says which it took; a launch with a GPU
                 configuration means cuda and refuses without one.
-            precision: Precision of training; `launch` is what the accelerate configuration says, or fp32.
+            precision: Precision of training; `launch` is what the accelerate configuration says, or fp32. On GPUs
+                fp32 has TF32 in convolutions, as torch has it.
             loader: resident keeps the split on the device as uint8; streaming reads it by FFCV as it goes, with
                 the same batches; auto takes resident where the split is a small share of the device's memory,
                 and says which it took.

@@ -16,7 +16,7 @@ def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[s
     torch.use_deterministic_algorithms(deterministic)
     if device.type != "cuda":
         return
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

@@ -9,6 +9,7 @@ from typing import Literal
 from data_prep.console import UserError
 
 PR_SET_PDEATHSIG = 1  # prctl.h
+LIBC = ctypes.CDLL(None)  # here, for it may be called between fork and exec
 Device = Literal["auto", "cuda", "cpu"]
 
 
@@ -61,7 +62,7 @@ def end_with_parent() -> None:
 
     The launcher, killed, would leave its ranks behind, training on into the same folder.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda", "cpu"], str]:

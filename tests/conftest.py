@@ -29,7 +29,8 @@ Runs = Callable[..., subprocess.CompletedProcess[str]]
 def clean_environment(**more: str) -> dict[str, str]:
     """The environment of a command under test: no W&B server, no settings of the person who runs the tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "COLUMNS": "200"} | more
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return kept | {"PYTHONPATH": path, "WANDB_MODE": "offline", "COLUMNS": "200"} | more
 
 
 def python(

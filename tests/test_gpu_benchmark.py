@@ -122,10 +122,11 @@ def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
     assert together["ours/eager"]["ratio_to_peer"]["rounds"] == 2
     (entry,) = json.loads((rehearsed / "papers-rehearsal.json").read_text())["experiments"]
     assert entry["experiment"] == "soni-2"
-    parity = found["deployment", "soni-2/fp16/parity"]
+    parity = found["deployment", "soni-2/fp16/parity/onnxruntime"]
     assert parity["images"] == 200
-    rows = found["deployment", "soni-2/fp32/latency"]["rows"]
-    assert {row["backend"] for row in rows if "p50_ms" in row} == {"eager", "onnxruntime"}
+    for name in ("eager", "fp32/latency/onnxruntime", "fp16/latency/onnxruntime"):
+        rows = found["deployment", f"soni-2/{name}"]["rows"]
+        assert [row["batch"] for row in rows if row["p50_ms"] > 0] == [1, 2]
     assert found["deployment", "soni-2/fp16/engine"]["layer_precisions"]["CONVOLUTION"].keys() == {"HALF"}
 
 

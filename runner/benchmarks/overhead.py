@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from data_prep.console import UserError, run_command
-from runner import experiments
+from runner import experiments, launched
 from runner.benchmarks import measure
 from runner.recipe import Recipe
 
@@ -105,7 +105,9 @@ class OverheadBenchmark:
         ]
         command += ["--experiment", self.experiment, "--steps", str(self.steps), "--device", self.device]
         command += ["--batch", str(self.recipe().batch_size)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=launched.end_with_parent
+        )
         clocks.append([at - began for at in json_format.loads(done.stdout.splitlines()[-1])])
         return clocks[-1][-1]
 
@@ -123,7 +125,7 @@ class OverheadBenchmark:
         with tempfile.TemporaryDirectory() as runs:
             words = ["train", self.experiment, "--data", str(self.data), "--runs", runs, "--device", self.device]
             words += ["--precision", "bf16" if self.device == "cuda" else "fp32"]
-            words += ["--recipe.batch-size", str(self.recipe().batch_size)]
+            words += ["--recipe.batch-size", str(self.recipe().batch_size), "--evaluate-every", "1000"]
             try:
                 cli.main([*words, "--max-steps", str(self.steps)])
             except SystemExit as leaving:

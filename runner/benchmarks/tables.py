@@ -88,8 +88,7 @@ def ratios() -> str:
             rows.append([name, MISSING, "", ""])
             continue
         place = described(measured["hardware"])
-        goals = measured.get("goals", {})
-        for key, ratio in _leaves(measured):
+        for key, ratio, goals in _leaves(measured):
             if isinstance(ratio, dict) and "median" in ratio and key.startswith("ratio"):
                 spread = (
                     f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g}, {ratio['rounds']} rounds)"
@@ -110,7 +109,8 @@ def correctness() -> str:
             rows.append([f"pixels made on the GPU beside the CPU's, {kind}", told])
     losses = found.get("losses", {})
     for precision in ("bf16", "fp16"):
-        told = f"{losses[precision]['mean']:.2%} mean, {losses[precision]['most']:.2%} most" if losses else MISSING
+        one = losses.get(precision)
+        told = f"{one['mean']:.2%} mean, {one['most']:.2%} most" if one else MISSING
         rows.append([f"training loss in {precision} beside fp32's, relative", told])
     resume, one, every = (found.get(name) for name in ("resume", "ddp/one", "ddp/all"))
     rows += [
@@ -167,7 +167,7 @@ def deployment() -> str:
     found = _found("deployment")
     rows = []
     for name, one in found.items():
-        if not name.endswith("/latency"):
+        if "parity" in name or "rows" not in one:
             continue
         experiment = name.split("/")[0]
         for row in one["rows"]:
@@ -186,7 +186,7 @@ def parity() -> str:
     reports = [] if measured is None else [(described(measured["hardware"]), each) for each in measured["runs"]]
     gpu = result("deployment-gpu")
     for name, one in _found("deployment").items():
-        if name.endswith("/parity"):
+        if "/parity/" in name:
             reports.append((described(gpu["hardware"]), one | {"experiment": name.split("/")[0], "trained": ""}))
     for place, report in reports:
         for row in report["rows"]:
@@ -246,18 +246,16 @@ def _with_place(part: str, rows: str) -> str:
     return f"{rows}\n\nMeasured on: {told}."
 
 
-def _leaves(measured: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a result, and of a GPU part those of its findings."""
-    if "found" not in measured:
-        yield from measured.items()
-        return
-    for finding in measured["found"].values():
-        yield from finding.items()
+def _leaves(measured: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """The entries of a result, and of a GPU part those of its findings, each with the goals beside it."""
+    for one in measured["found"].values() if "found" in measured else [measured]:
+        for key, value in one.items():
+            yield key, value, one.get("goals", {})
 
 
 def _by_name(measured: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """The unchanged experiments of a result by name; one entry each."""
-    entries = [] if measured is None else measured["experiments"]
+    entries = [] if measured is None else measured.get("experiments", [])
     entries = [e for e in entries if not e["overrides"].keys() - {"recipe.epochs"} and not e["teacher"]]
     names = [entry["experiment"] for entry in entries]
     if len(set(names)) < len(names):

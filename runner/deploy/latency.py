@@ -208,7 +208,8 @@ def _on_gpu(
     host: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], layout: torch.memory_format
 ) -> dict[str, Callable[[], Any]]:
     on_device = host.cuda().to(memory_format=layout)
-    return _copies(host, on_device, forward(on_device)) | {"compute": lambda: forward(on_device)}
+    logits = forward(on_device).clone()  # a compiled model writes the next ones over its own
+    return _copies(host, on_device, logits) | {"compute": lambda: forward(on_device)}
 
 
 def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -> dict[str, Callable[[], Any]]:

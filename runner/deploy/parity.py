@@ -5,7 +5,7 @@ row is not measured by `runner bench`. Where a row fails, the layer is named at 
 model's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ FILE_NAME = "parity.json"
 AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # least share of images on which the top class is the model's
 ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # most that quantising may cost
 CULPRIT_IMAGES = 16
+BACKENDS = ("onnxruntime", "engine")
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def compare(run: Run, files: list[Exported], data: Path | None, device: str) -> dict[str, Any]:
+def compare(
+    run: Run, files: list[Exported], data: Path | None, device: str, backends: Sequence[str] = BACKENDS
+) -> dict[str, Any]:
     """Scores the model and its files on every test image, and writes their rows into `deploy/parity.json`.
 
     On the CPU onnxruntime runs the files; on a GPU its CUDA provider does, and engines that were built of them.
@@ -38,6 +41,7 @@ def compare(run: Run, files: list[Exported], data: Path | None, device: str) -> 
         files: what to score.
         data: the prepared dataset; None for the run's own.
         device: "cpu" or "cuda".
+        backends: "onnxruntime" and "engine", or one of them.
 
     Returns:
         The whole report: of the model in torch, in fp32 on the same device, its accuracy; and a row for each file
@@ -48,7 +52,7 @@ def compare(run: Run, files: list[Exported], data: Path | None, device: str) -> 
     config = run.config()
     batches = open_test_of_run(config, data, torch.device(device))
     classes = len(config["dataset"]["classes"])
-    subjects = [(file, *subject) for file in files for subject in _subjects(run, file, device)]
+    subjects = [(file, *subject) for file in files for subject in _subjects(run, file, device, backends)]
     with progress("score model and exports", (1 + len(subjects)) * batches.samples) as advance:
         eager = evaluate(checkpoint.load_model(run).to(device), batches, classes, advance=advance)
         rows = []
@@ -101,11 +105,12 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     return read_json(path).get("rows", []) if path.is_file() else []
 
 
-def _subjects(run: Run, file: Exported, device: str) -> Iterator[tuple[str, str, Forward]]:
+def _subjects(run: Run, file: Exported, device: str, backends: Sequence[str]) -> Iterator[tuple[str, str, Forward]]:
     """What can run a file here: backend, provider, and a function from images to logits on the same device."""
-    session = Session(file.path, device, fp16=file.precision == "fp16")
-    yield "onnxruntime", session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy()))
-    if device == "cuda":
+    if "onnxruntime" in backends:
+        session = Session(file.path, device, fp16=file.precision == "fp16")
+        yield "onnxruntime", session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy()))
+    if "engine" in backends and device == "cuda":
         for sidecar in engine.built(run, file):
             running = engine.RunningEngine(run, sidecar)
             yield sidecar["backend"], running.provider, running

@@ -68,8 +68,9 @@ class SpeedNet(nn.Module):
         Args:
             images: (N, 3, H, W) float, normalised, without augmentation.
         """
-        patches = F.unfold(images.float().cpu(), PATCH).transpose(1, 2).flatten(0, 1).double()
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        patches = F.unfold(images.float(), PATCH).transpose(1, 2).flatten(0, 1).double()
+        covariance = (patches.T @ patches / len(patches)).cpu()  # the images may lie on a GPU, where that is quick
+        values, vectors = torch.linalg.eigh(covariance)
         # Directions with next to no variance would be blown up noise.
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).float().view(-1, 3, PATCH, PATCH)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))

@@ -1,11 +1,12 @@
 """Part 2: is the GPU's arithmetic the same? Batches, precisions, a killed run that goes on, and ranks."""
 
+import shutil
 import signal
 import time
 from typing import Any
 
 from runner.batches.protocol import Place, open_split
-from runner.benchmarks.gpu.part import Context, Ledger, MissingError, fitted
+from runner.benchmarks.gpu.part import Context, Ledger, MissingError, OutOfTimeError, fitted
 from runner.recipe import SGD, Augment, Recipe
 from runner.runs import Run, read_json, read_metrics
 
@@ -99,6 +100,8 @@ def killed_and_resumed(context: Context) -> dict[str, Any]:
     steps = context.scale.killed
     options += ["--precision", "fp32" if context.rehearse else "bf16", "--max-steps", steps]
     options += ["--deterministic", "--evaluate-every", 1000, "--checkpoint-every", max(1, steps // 40)]
+    for begun in ("straight", "killed"):  # by a call before this one, and perhaps stopped for lack of time
+        shutil.rmtree(context.training(name, begun)[0].folder, ignore_errors=True)
     straight = context.train(name, "straight", *options)
     run, words = context.training(name, "killed", *options)
     process = context.begin(*words)
@@ -110,7 +113,10 @@ def killed_and_resumed(context: Context) -> dict[str, Any]:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
+    process.kill()
     process.communicate()
+    if context.left() <= 0:
+        raise OutOfTimeError
     if killed_at is None or run.summary.exists():
         raise RuntimeError("the run was over before it could be killed")
     context.command(*words)

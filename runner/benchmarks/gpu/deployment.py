@@ -7,6 +7,7 @@ from runner.benchmarks.gpu.part import Context, Ledger, MissingError, RefusedErr
 from runner.deploy import engine as engines
 from runner.deploy import onnx, parity
 from runner.deploy.latency import FILE_NAME as LATENCY
+from runner.deploy.session import PROVIDERS, usable_providers
 from runner.runs import Run, read_json
 
 TRAINED = "seed-0"  # the run that the papers' part leaves, where its time has been enough
@@ -14,20 +15,31 @@ BRIEF = "brief"
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Model by model, from weights to latency."""
+    """Model by model, from weights to latency; the compiled models last, for each takes minutes to compile."""
+    runs = {}
     for name in context.scale.deployed:
-        if ledger.once(f"{name}/weights", lambda name=name: weights(context, name)) is None:
+        if (found := ledger.once(f"{name}/weights", lambda name=name: weights(context, name))) is None:
             continue
-        run = Run(context.out / "runs" / name / ledger.found[f"{name}/weights"]["run"])
+        runs[name] = run = Run(context.out / "runs" / name / found["run"])
         for precision in context.scale.precisions:
-            place = f"{name}/{precision}"
-            exported = ledger.once(f"{place}/export", lambda p=precision, run=run: export(context, run, p))
-            if exported is None:
-                continue
-            ledger.once(f"{place}/engine", lambda p=precision, run=run: engine(context, run, p))
-            gate = ledger.once(f"{place}/parity", lambda p=precision, run=run: scored(context, run, p))
-            if gate is not None:
-                ledger.once(f"{place}/latency", lambda p=precision, run=run: latency(context, run, p))
+            of_precision(context, ledger, name, run, precision)
+        ledger.once(f"{name}/eager", lambda run=run: latency(context, run, "fp32", "eager", context.scale.seconds))
+    for name, run in runs.items() if not context.rehearse else ():
+        ledger.once(f"{name}/compiled", lambda run=run: latency(context, run, "fp32", "compiled", 1.0))
+
+
+def of_precision(context: Context, ledger: Ledger, name: str, run: Run, precision: str) -> None:
+    """One file: export, engine, the gate for whatever can run them here, and the latency of what has passed."""
+    place = f"{name}/{precision}"
+    if ledger.once(f"{place}/export", lambda: export(context, run, precision)) is None:
+        return
+    ledger.once(f"{place}/engine", lambda: engine(context, run, precision))
+    for backend in ("onnxruntime",) if context.rehearse else ("onnxruntime", "engine"):
+        if ledger.once(f"{place}/parity/{backend}", lambda b=backend: scored(context, run, precision, b)):
+            ledger.once(
+                f"{place}/latency/{backend}",
+                lambda b=backend: latency(context, run, precision, b, context.scale.seconds),
+            )
 
 
 def weights(context: Context, name: str) -> dict[str, Any]:
@@ -62,30 +74,41 @@ def engine(context: Context, run: Run, precision: str) -> dict[str, Any]:
     return {key: sidecar[key] for key in told}
 
 
-def scored(context: Context, run: Run, precision: str) -> dict[str, Any]:
-    """The gate's rows, of everything that can run the file here."""
-    words = ["--precision", precision, "--data", context.data, "--device", context.device]
+def scored(context: Context, run: Run, precision: str, backend: str) -> dict[str, Any]:
+    """The gate's rows of one backend; onnxruntime on the CPU where it has no provider for the GPU."""
+    if backend == "engine" and not engines.built(run, onnx.exported(run, precision)):
+        raise MissingError("no engine")
+    device = context.device if backend == "engine" or has_provider(context) else "cpu"
+    words = ["--precision", precision, "--data", context.data, "--device", device, "--backend", backend]
+    failed = None
     try:
         context.command("-m", "runner", "parity", run.folder, *words)
-        failed = None
-    except RuntimeError as error:
-        failed = str(error)
+    except RuntimeError as error:  # a row that did not pass is one all the same
+        failed = error
     report = read_json(run.deploy / parity.FILE_NAME) if (run.deploy / parity.FILE_NAME).is_file() else {"rows": []}
-    rows = [row for row in report["rows"] if row["precision"] == precision]
-    if not rows:
-        raise RuntimeError(failed)
+    of_engine = backend == "engine"
+    rows = [
+        row
+        for row in report["rows"]
+        if row["precision"] == precision and (row["backend"] != "onnxruntime") == of_engine
+    ]
+    if failed and not rows:
+        raise failed
     return {"images": report["images"], "eager_accuracy": report["eager_accuracy"], "rows": rows}
 
 
-def latency(context: Context, run: Run, precision: str) -> dict[str, Any]:
-    """Latency of the file and its engine; with fp32 also of the model in torch, eager and compiled."""
-    scale = context.scale
-    backends = ["onnxruntime", "engine"]
-    if precision == scale.precisions[0]:
-        backends = ["eager", *([] if context.rehearse else ["compiled"]), *backends]
-    words = ["--precision", precision, "--batch", *scale.batches, "--backend", *backends]
-    words += ["--seconds", scale.seconds, "--device", context.device]
+def latency(context: Context, run: Run, precision: str, backend: str, seconds: float) -> dict[str, Any]:
+    """The rows of one backend."""
+    if backend == "onnxruntime" and not has_provider(context):
+        raise MissingError("onnxruntime has no CUDA provider here")
+    words = ["--precision", precision, "--batch", *context.scale.batches, "--backend", backend]
+    words += ["--seconds", seconds, "--device", context.device]
     words += ["--repeats", 3] if context.rehearse else []
     context.command("-m", "runner", "bench", run.folder, *words)
     measured = read_json(run.deploy / LATENCY)
     return {key: measured[key] for key in ("method", "clocks", "load", "rows")}
+
+
+def has_provider(context: Context) -> bool:
+    """Whether onnxruntime computes where this part does."""
+    return PROVIDERS[context.device] in usable_providers()

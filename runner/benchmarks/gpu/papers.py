@@ -4,7 +4,7 @@ from typing import Any
 
 from runner import experiments
 from runner.benchmarks import papers as collected
-from runner.benchmarks.gpu.part import Context, Ledger, fitted
+from runner.benchmarks.gpu.part import Context, Ledger, MissingError, RefusedError, fitted
 from runner.recipe import Experiment
 from runner.runs import Run
 
@@ -18,8 +18,7 @@ def measure(context: Context, ledger: Ledger) -> None:
     chosen = context.scale.reproduced or tuple(known)
     for name in sorted(chosen, key=lambda name: cost(known[name], images)):
         ledger.once(name, lambda name=name: reproduced(context, name, known[name]))
-    whole = [Run(context.out / "runs" / name / SEED) for name in ledger.found if name in known]
-    if whole:
+        whole = [Run(context.out / "runs" / name / SEED) for name in ledger.found]
         ledger.write(experiments=collected.entries(whole))
 
 
@@ -35,6 +34,9 @@ def reproduced(context: Context, name: str, experiment: Experiment) -> dict[str,
     images = context.manifest.splits["train"].images
     options = [*fitted(experiment, images), *context.scale.training]
     precision = "fp32" if context.rehearse else "bf16"
-    run = context.train(name, SEED, "--precision", precision, *options, processes=processes)
+    try:
+        run = context.train(name, SEED, "--precision", precision, *options, processes=processes)
+    except RefusedError as error:  # ImageNet's weights, where there is no network
+        raise MissingError(str(error)) from None
     (entry,) = collected.entries([run])
     return {key: entry[key] for key in ("test_accuracy", "reproduced", "difference", "epochs") if key in entry}

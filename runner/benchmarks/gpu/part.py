@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep.console import EXIT_BAD_INPUT, UserError
 from data_prep.manifest import Manifest
@@ -178,14 +178,16 @@ class Context:
             raise kind(" ".join((err or out).split())[-600:])
         return out
 
-    def begin(self, *words: object, cwd: Path | None = None) -> subprocess.Popen[str]:
-        """Starts `python words…`; it dies with this process."""
+    def begin(
+        self, *words: object, cwd: Path | None = None, errors: IO[str] | int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
+        """Starts `python words…`, its errors into a file or a pipe; it dies with this process."""
         variables = ["env", "WANDB_MODE=disabled", f"PYTHONPATH={':'.join([str(ROOT), *sys.path[1:]])}"]
         variables += ["ACCELERATE_USE_CPU=true"] if self.rehearse else []
         return subprocess.Popen(
             [*variables, sys.executable, *map(str, words)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             text=True,
             cwd=cwd,
             preexec_fn=launched.end_with_parent,
@@ -233,11 +235,10 @@ class Ledger:
         }
         before = read_json(self.path) if self.path.is_file() else about
         for key in SAME:
-            if before.get(key) != about[key]:
-                raise UserError(
-                    f"{self.path}: holds findings of {key} {before.get(key)}, this is {about[key]}; "
-                    "expected an --out of its own for each"
-                )
+            old, new = (_compared(content.get(key)) for content in (before, about))
+            if old != new:
+                told = f"holds findings of {key} {old}, this is {new}"
+                raise UserError(f"{self.path}: {told}; expected an --out of its own for each")
         self.content: dict[str, Any] = {"found": {}, **before, **about}
 
     @property
@@ -264,7 +265,7 @@ class Ledger:
         Returns:
             The finding; None where there is none.
         """
-        if name in self.found and not (derived and changed(self.found[name], find())):
+        if name in self.found and not derived:
             return self.found[name]
         began = time.monotonic()
         try:
@@ -278,17 +279,26 @@ class Ledger:
         except Exception as error:
             told = (str(error).splitlines() or [""])[0]
             finding = {"failed": f"{type(error).__name__}: {told}"}
+        if derived and name in self.found and not changed(self.found[name], finding):
+            return self.found[name]
         finding |= {"took_seconds": round(time.monotonic() - began, 2)}
         finding |= {"at": datetime.now(UTC).isoformat(timespec="milliseconds")}
         self.content["found"][name] = json.loads(json.dumps(finding))
         self.write()
         print(f"  {name}: {finding.get('missing') or finding.get('failed') or 'done'}", flush=True)
+        if "CUDA error" in finding.get("failed", ""):
+            raise SystemExit(f"  {name}: the GPU is of no use to this process any more; the same command goes on")
         return finding if was_measured(finding) else None
 
     def write(self, **more: Any) -> None:
         """Writes the file, with something beside the findings."""
         self.content |= more
         write_json(self.path, self.content)
+
+
+def _compared(value: Any) -> Any:
+    """What has to be the same; memory may grow and shrink under a virtual machine."""
+    return {key: one for key, one in value.items() if key != "memory_gib"} if isinstance(value, dict) else value
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> bool:

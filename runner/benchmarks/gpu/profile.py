@@ -11,10 +11,10 @@ from runner.benchmarks.gpu.speed import step_of, timed
 SUBJECTS = {"podeti-resnet18": 512, "speedrun": 2000}
 # What a kernel is for, by its name; the first that matches. On the CPU operators stand in for kernels.
 KINDS = {
-    "convolution": r"conv|fprop|dgrad|wgrad|implicit_gemm|xmma",
+    "convolution": r"conv(?!ert)|fprop|dgrad|wgrad|implicit_gemm",
     "normalisation": r"batch_?norm|bn_|layer_?norm",
     "optimizer": r"multi_tensor|foreach|fused_(adam|sgd)|_fused",
-    "matrix product": r"gemm|cutlass|addmm|aten::mm|bmm|splitk",
+    "matrix product": r"nvjet|gemm|cutlass|addmm|aten::mm|bmm|splitk",  # cuBLAS's on Hopper are called nvjet
     "pooling": r"pool",
     "copy and layout": r"memcpy|memset|copy|nchw|nhwc|transpose",
     "reduction": r"reduce|softmax|nll|norm|sum|mean",
@@ -44,11 +44,12 @@ def profiled(context: Context, name: str, batch: int) -> dict[str, Any]:
     gpu = context.device == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as watched:
         timed(step, times, 1, context.device)
-    spent = {}
-    for event in watched.key_averages():
-        of_device = str(event.device_type).endswith("CUDA")
-        if gpu == of_device:
-            spent[event.key] = event.self_device_time_total if gpu else event.self_cpu_time_total
+    events = [
+        event
+        for event in watched.key_averages()
+        if gpu == str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
+    ]
+    spent = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
     total = sum(spent.values())
     kinds: dict[str, float] = {}
     for kernel, microseconds in spent.items():
@@ -60,7 +61,7 @@ def profiled(context: Context, name: str, batch: int) -> dict[str, Any]:
         "batch": batch,
         "precision": "bf16",
         "step_ms": 1e3 * seconds if gpu else None,
-        "kernels_a_step": round(sum(e.count for e in watched.key_averages() if e.key in spent) / (times + 3)),
+        "kernels_a_step": round(sum(event.count for event in events) / (times + 3)),
         "busy": busy if gpu else None,
         "shares": shares,
         "kernels": {kernel[:120]: microseconds / total for kernel, microseconds in dearest},

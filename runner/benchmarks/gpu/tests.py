@@ -21,7 +21,18 @@ def pytest(context: Context) -> dict[str, Any]:
         raise MissingError(f"no tests in {ROOT}: run from a checkout")
     report = context.out / "tests.xml"
     where = folder / "test_batches.py" if context.rehearse else folder
-    words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", where]
+    words = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        where,
+    ]
     try:
         context.command(*words, cwd=ROOT)
     except RuntimeError as error:  # a test has failed, which the report tells, or pytest itself
