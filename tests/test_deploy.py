@@ -314,6 +314,8 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     done = runner("bench", own.folder, "--device", "cuda")
     assert done.returncode == 2
     assert "--device cuda means 1 CUDA GPU(s) on this node, found 0" in done.stderr
+    with pytest.raises(UserError, match="--backend engine: nothing here runs that on cpu; engines run on a GPU"):
+        parity.compare(own, [exporter.exported(own)], None, "cpu", ("engine",))
     with pytest.raises(UserError, match="--backend tensorrt"):
         engine.load("tensorrt")
 

@@ -46,6 +46,9 @@ def compare(
     Returns:
         The whole report: of the model in torch, in fp32 on the same device, its accuracy; and a row for each file
         and backend. Rows of files that were not asked for stay, while they speak of files that are there.
+
+    Raises:
+        UserError: the dataset is another one, or none of the backends runs here.
     """
     if device == "cpu":
         cpu.prepare()
@@ -53,6 +56,9 @@ def compare(
     batches = open_test_of_run(config, data, torch.device(device))
     classes = len(config["dataset"]["classes"])
     subjects = [(file, *subject) for file in files for subject in _subjects(run, file, device, backends)]
+    if not subjects:
+        told = f"--backend {' '.join(backends)}: nothing here runs that on {device}"
+        raise UserError(f"{told}; engines run on a GPU, and are built by: runner engine {run.folder}")
     with progress("score model and exports", (1 + len(subjects)) * batches.samples) as advance:
         eager = evaluate(checkpoint.load_model(run).to(device), batches, classes, advance=advance)
         rows = []
