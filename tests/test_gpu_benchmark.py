@@ -188,6 +188,7 @@ def test_a_ledger_keeps_what_it_has(small_data: Path, tmp_path: Path) -> None:
     late = ledger(small_data, tmp_path, -1)
     assert late.once("new", lambda: {"figure": 3}) is None
     assert late.content["found"]["new"]["missing"] == "out of time"
+    assert late.once("sum", lambda: {"figure": 2}, derived=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.command("-c", "import time; time.sleep(60)")
 
@@ -269,6 +270,8 @@ def test_the_tables_are_made_of_the_findings(
         (tmp_path / path.name.replace("rehearsal", "gpu")).write_text(json.dumps(content))
     shown = {name: make() for name, make in tables.TABLES.items()}
     assert "| `soni-2` |" in shown["architectures"]
+    assert "A step of podeti-resnet18 spends" in shown["profile"]
+    assert "results/profile.png" in shown["profile"]
     assert "GPU tests | 0 passed, 0 failed" in shown["correctness"]
     assert "the same weights, to the bit" in shown["correctness"]
     assert re.search(r"\| ours/eager \| \d+\.\d\d% ± ", shown["speedrun"])

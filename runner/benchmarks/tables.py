@@ -162,6 +162,15 @@ def speedrun() -> str:
     return _with_place("speedrun", table(titles, rows))
 
 
+def profile() -> str:
+    """Where the time of a step goes, in words and as a picture."""
+    found = _found("profile")
+    told = [one["told"] for one in found.values() if "told" in one]
+    if not told:
+        return f"Where the time of a step goes: {MISSING}."
+    return "\n\n".join([*told, "![Shares of the device time of a step](runner/benchmarks/results/profile.png)"])
+
+
 def deployment() -> str:
     """Latency on the GPU by backend and precision, of what has passed the gate."""
     found = _found("deployment")
@@ -212,6 +221,7 @@ TABLES = {
     "parity": parity,
     "correctness": correctness,
     "architectures": architectures,
+    "profile": profile,
     "speedrun": speedrun,
     "deployment": deployment,
 }

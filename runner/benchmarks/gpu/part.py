@@ -160,7 +160,7 @@ class Context:
         Raises:
             OutOfTimeError: it was asked to end, for its time was over; training has left a checkpoint.
             RefusedError: it cannot be had here.
-        RuntimeError: it failed; the message is the end of what it said.
+            RuntimeError: it failed; the message is the end of what it said.
         """
         process = self.begin(*words, cwd=cwd)
         try:
@@ -269,7 +269,7 @@ class Ledger:
             return self.found[name]
         began = time.monotonic()
         try:
-            if self.context.left() <= 0:
+            if self.context.left() <= 0 and not derived:
                 raise OutOfTimeError
             finding = find()
         except MissingError as error:
