@@ -45,8 +45,10 @@ def architectures(context: Context) -> list[str]:
     if context.scale.architectures:
         return list(context.scale.architectures)
     known = experiments.load()
-    one_of_each = {str(known[name].architecture): name for name in reversed([FIRST, *known])}
-    return list(reversed(one_of_each.values()))
+    one_of_each: dict[str, str] = {}
+    for name in (FIRST, *known):
+        one_of_each.setdefault(str(known[name].architecture), name)
+    return list(one_of_each.values())
 
 
 def peaks(context: Context) -> dict[str, Any]:
