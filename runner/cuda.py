@@ -8,8 +8,8 @@ import torch
 def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[str, str]) -> None:
     """Makes a GPU the current one, on which kernels of ours start, and chooses how torch chooses its kernels.
 
-    Nothing is done on the CPU, whose sums are the same every time. Torch's own switch would do harm there: it imports
-    the compiler, which takes seconds, and after which two runs on two ranks were no longer equal to the bit.
+    Nothing is done on the CPU, whose sums are the same every time. Torch's own switch would do harm there: it
+    imports the compiler, which takes seconds, and after which two runs of two ranks were no longer equal to the bit.
 
     Args:
         device: of this rank.

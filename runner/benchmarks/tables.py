@@ -192,17 +192,24 @@ def parity() -> str:
     """The gate's rows of trained runs, on the CPU and on a GPU."""
     rows = []
     measured = result("parity-cpu")
-    reports = [] if measured is None else [(described(measured["hardware"]), each) for each in measured["runs"]]
+    reports = []
+    for each in [] if measured is None else measured["runs"]:
+        told = f"{each['epochs']:.2f} epochs, seed {each['seed']}, {each['dataset']}"
+        reports.append((described(measured["hardware"]), each | {"trained": told}))
     gpu = result("deployment-gpu")
-    for name, one in _found("deployment").items():
+    found = _found("deployment")
+    for name, one in found.items():
         if "/parity/" in name:
-            reports.append((described(gpu["hardware"]), one | {"experiment": name.split("/")[0], "trained": ""}))
+            experiment = name.split("/")[0]
+            trained = f"{found[f'{experiment}/weights']['trained']}, seed 0, {gpu['dataset']}"
+            reports.append((described(gpu["hardware"]), one | {"experiment": experiment, "trained": trained}))
     for place, report in reports:
         for row in report["rows"]:
             backend = row["provider"].removesuffix("ExecutionProvider")
             rows.append(
                 [
                     f"`{report['experiment']}`",
+                    report["trained"],
                     row["precision"],
                     f"{row['backend']} {backend}, {place}",
                     f"{report['eager_accuracy']:.2%}",
@@ -211,7 +218,7 @@ def parity() -> str:
                     "yes" if row["passed"] else f"no: {row['limit']}",
                 ]
             )
-    titles = ["experiment", "precision", "ran on", "torch", "exported", "same class", "passed"]
+    titles = ["experiment", "trained", "precision", "ran on", "torch", "exported", "same class", "passed"]
     return table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]])
 
 
