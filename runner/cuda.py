@@ -9,7 +9,7 @@ def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[s
     """Makes a GPU the current one, on which kernels of ours start, and chooses how torch chooses its kernels.
 
     Nothing is done on the CPU, whose sums are the same every time. Torch's own switch would do harm there: it
-    imports the compiler, which takes seconds, and after which two runs of two ranks were no longer equal to the bit.
+    imports the compiler, which takes seconds, and two runs of two ranks were no longer equal to the bit after it.
 
     Args:
         device: of this rank.
