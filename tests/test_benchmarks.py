@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.console import UserError
 from runner import experiments
-from runner.benchmarks import allreduce, measure, tables
+from runner.benchmarks import allreduce, measure, scaling, tables
 from tests.conftest import python
 
 
@@ -82,6 +82,11 @@ def test_ddp_of_one_is_measured_against_none(small_data: Path) -> None:
     assert {name: len(found) for name, found in walls.items()} == {"none": 2, "ddp": 2}
 
 
+@pytest.mark.processes
+def test_the_scaling_benchmark_launches_ranks(small_data: Path) -> None:
+    assert scaling.ScalingBenchmark(small_data, "soni-2", steps=3).launched(2, 20) > 0
+
+
 def test_the_overhead_benchmark_runs_its_parts(small_data: Path, tmp_path: Path) -> None:
     base = [
         "-m",
@@ -97,8 +102,13 @@ def test_the_overhead_benchmark_runs_its_parts(small_data: Path, tmp_path: Path)
     refused = python(*base, "--part", "runner")
     assert refused.returncode == 2
     assert "expected less than the 500 training images" in refused.stderr
-    done = python(*base, "--part", "imports")
-    assert len(json.loads(done.stdout)) == 1
+    fitting = [*base[:-1], "soni-2", "--batch", 20]
+    for part, steps in (("imports", 1), ("runner", 3), ("loop", 3), ("accelerate", 3)):
+        done = python(*fitting, "--part", part)
+        assert done.returncode == 0, done.stderr
+        clock = json.loads(done.stdout.splitlines()[-1])
+        assert clock == sorted(clock)
+        assert len(clock) == steps
     assert python(*base, "--rounds", 3).returncode == 2
 
 
