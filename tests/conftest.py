@@ -228,6 +228,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # Files that take longest begin first, so that at the end none is waited for alone.
 LONGEST = (
+    "test_slurm", "test_gpu_benchmark", "test_deploy", "test_experiments", "test_resume", "test_sweep",
+    "test_train_pieces", "test_faults", "test_benchmarks", "test_sync",
+)  # fmt: skip
     "test_slurm",
     "test_gpu_benchmark",
     "test_deploy",
