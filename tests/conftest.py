@@ -231,14 +231,6 @@ LONGEST = (
     "test_slurm", "test_gpu_benchmark", "test_deploy", "test_experiments", "test_resume", "test_sweep",
     "test_train_pieces", "test_faults", "test_benchmarks", "test_sync",
 )  # fmt: skip
-    "test_slurm",
-    "test_gpu_benchmark",
-    "test_deploy",
-    "test_experiments",
-    "test_resume",
-    "test_train_pieces",
-    "test_faults",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
