@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from data_prep.console import UserError
-from runner import experiments
+from runner import environment, experiments
 from runner.benchmarks import tables
 from runner.benchmarks.gpu import correctness, profile, speed, tests
 from runner.benchmarks.gpu.__main__ import SHARES, PartName
@@ -144,10 +144,13 @@ def test_a_folder_of_other_findings_is_refused(rehearsed: Path, data: Path, tmp_
         (["--rehearse", "--minutes", 0], "expected more than 0"),
         (["--rehearse", "--peer", "nowhere.py"], "expected a Python script"),
         (["--rehearse", "--only", "everything"], "invalid choice"),
+        (["--rehearse", "--peer-row", "("], "expected a regular expression"),
+        (["--rehearse", "--peer-row", "eval"], "expected the groups (?P<accuracy>"),
+        (["--rehearse", "--out", __file__], "expected a folder, found a file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(small_data: Path, tmp_path: Path, words: list, told: str) -> None:
-    if not words and Path("/dev/nvidia0").exists():
+    if not words and environment.count_gpus():
         pytest.skip("needs a machine without a GPU")
     done = python("-m", "runner.benchmarks.gpu", "--data", small_data, "--out", tmp_path / "out", *words)
     assert done.returncode == 2

@@ -1,14 +1,16 @@
 """Ratios that survive a busy machine: the subjects take turns, and what is compared is taken from one round."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.console import progress
+from data_prep.console import UserError, progress
 from runner import environment
+from runner.runs import write_atomically
 
 LEAST_ROUNDS = 7
 
@@ -95,5 +97,21 @@ def conclude(
             "hardware": hardware,
             "versions": environment.versions(),
         }
+        write(result, out)
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Writes a result as JSON: into a file, or to standard output where there is none.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = json.dumps(result, indent=2) + "\n"
+    if out is None:
+        sys.stdout.write(content)
+        return
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(out, content.encode())
+    except OSError as error:
+        raise UserError(f"--json {out}: expected a file that can be written ({error.strerror})") from None

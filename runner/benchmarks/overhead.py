@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, get_args
@@ -140,8 +140,7 @@ class OverheadBenchmark:
         model, optimizer, device = self.prepared()
         place = Place(device)
         stream = open_split(self.data, open_manifest(self.data), "train", self.recipe(), place)
-        steps = -(-self.steps // len(stream))
-        batches = [batch for epoch in range(steps) for batch in stream.epoch(epoch)][: self.steps]
+        batches = list(islice((batch for epoch in count() for batch in stream.epoch(epoch)), self.steps))
         return self.trained(model, optimizer, batches, lambda loss: loss.backward())
 
     def accelerate(self) -> list[float]:

@@ -3,8 +3,6 @@
 python -m runner.benchmarks.papers runs --json runner/benchmarks/results/papers-gpu.json
 """
 
-import json as json_format
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +11,7 @@ import tyro
 
 from data_prep.console import UserError, run_command
 from runner import experiments
+from runner.benchmarks import measure
 from runner.recipe import Architecture, Experiment, differences, recipe_from_json
 from runner.report import collect
 from runner.runs import Run, find_runs
@@ -33,12 +32,8 @@ class Papers:
         found = entries(find_runs(list(self.runs)))
         if not found:
             raise UserError(f"{self.runs[0]}: expected a finished run, found none")
-        content = json_format.dumps({"experiments": found}, indent=2) + "\n"
-        if self.json is None:
-            sys.stdout.write(content)
-        else:
-            self.json.parent.mkdir(parents=True, exist_ok=True)
-            self.json.write_text(content)
+        measure.write({"experiments": found}, self.json)
+        if self.json is not None:
             print(f"{self.json}: {len(found)} experiments")
 
 

@@ -3,8 +3,6 @@
 python -m runner.benchmarks.parity runs --json runner/benchmarks/results/parity-cpu.json
 """
 
-import json as json_format
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 from data_prep.console import UserError, run_command
+from runner.benchmarks import measure
+from runner.environment import described
 from runner.runs import find_runs, read_json
 
 
@@ -36,17 +36,13 @@ class Parity:
                 entries.append(told | {key: value for key, value in report.items() if key != "run"})
         if not entries:
             raise UserError(f"{self.runs[0]}: expected a run that `runner parity` has scored, found none")
-        places = {json_format.dumps(entry["hardware"]) for entry in entries}
+        places = {described(entry["hardware"]) for entry in entries}
         if len(places) > 1:
             raise UserError(f"{self.runs[0]}: expected runs scored on one machine, found {len(places)}")
         shared = {key: entries[0][key] for key in ("hardware", "versions")}
         runs = [{key: value for key, value in entry.items() if key not in shared} for entry in entries]
-        content = json_format.dumps({**shared, "runs": runs}, indent=2) + "\n"
-        if self.json is None:
-            sys.stdout.write(content)
-        else:
-            self.json.parent.mkdir(parents=True, exist_ok=True)
-            self.json.write_text(content)
+        measure.write({**shared, "runs": runs}, self.json)
+        if self.json is not None:
             print(f"{self.json}: {len(runs)} runs")
 
 

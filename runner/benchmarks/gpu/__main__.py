@@ -9,6 +9,7 @@ says what it lacked. `--rehearse` runs every part in miniature on the CPU.
 """
 
 import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,14 @@ class GpuBenchmark:
             raise UserError(f"--minutes {self.minutes:g}: expected more than 0")
         if self.peer is not None and not self.peer.is_file():
             raise UserError(f"--peer {self.peer}: expected a Python script, found none")
+        try:
+            groups = re.compile(self.peer_row).groupindex.keys()
+        except re.error as error:
+            raise UserError(f"--peer-row {self.peer_row}: expected a regular expression ({error})") from None
+        if self.peer_row and not {"accuracy", "seconds"} <= groups:
+            raise UserError(f"--peer-row {self.peer_row}: expected the groups (?P<accuracy>…) and (?P<seconds>…)")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out}: expected a folder, found a file")
         if not self.rehearse and environment.count_gpus() == 0:
             raise UserError("found no CUDA GPU, expected one; --rehearse runs every part in miniature on the CPU")
         manifest = open_manifest(self.data)

@@ -59,7 +59,7 @@ def profiled(context: Context, name: str, batch: int) -> dict[str, Any]:
     dearest = sorted(spent.items(), key=lambda pair: -pair[1])[:TOP]
     return {
         "batch": batch,
-        "precision": "bf16",
+        "precision": "bf16" if gpu else "fp32",
         "step_ms": 1e3 * seconds if gpu else None,
         "kernels_a_step": round(sum(event.count for event in events) / (times + 3)),
         "busy": busy if gpu else None,

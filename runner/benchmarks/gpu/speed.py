@@ -17,7 +17,6 @@ from runner.runs import read_json
 FLOPS_PER_MAC = 6  # of training: two for each of the forward pass and both halves of the backward pass
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's; graphs are CUDA's
 FIRST = "podeti-resnet18"
-GIGA, TERA = 1e9, 1e12
 
 
 def measure(context: Context, ledger: Ledger) -> None:
@@ -194,7 +193,7 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     rate = spread([scale.batch / each for each in seconds])
     found: dict[str, Any] = {
         "batch": scale.batch,
-        "precision": "bf16",
+        "precision": "fp32" if context.rehearse else "bf16",
         "macs": experiment.macs,
         "images_per_second": rate,
         "first_step_seconds": first,
