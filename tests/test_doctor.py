@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_this_machine_is_well(small_data: Path, tmp_path: Path) -> None:
     done = runner("doctor", "--data", small_data, "--runs", tmp_path, "--json", WANDB_MODE="offline")
     assert done.returncode == 0, done.stdout
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
-    well = ("versions", "data", "disk", "all-reduce", "onnxruntime", "tensorrt-rtx")
+    well = ("versions", "data", "all-reduce", "onnxruntime", "tensorrt-rtx")
     assert {name: found[name]["state"] for name in well} == dict.fromkeys(well, "well")
     assert "every file has its hash" in found["data"]["found"]
     assert "agree" in found["all-reduce"]["found"]
@@ -23,6 +24,16 @@ def test_this_machine_is_well(small_data: Path, tmp_path: Path) -> None:
     assert found["W&B"]["state"] == "warning"
     for finding in found.values():
         assert finding["state"] == "well" or finding["remedy"]
+
+
+@pytest.mark.parametrize(("free", "state"), [(9 << 30, "warning"), (11 << 30, "well")])
+def test_a_disk_that_is_nearly_full_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    finding = doctor.disk(tmp_path)
+    assert finding.state == state
+    assert f"{free >> 30} GiB free" in finding.found
 
 
 def test_damaged_data_is_a_fault_and_exit_1(own_data: Path, monkeypatch, capsys) -> None:
