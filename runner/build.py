@@ -11,8 +11,6 @@ from runner import checkpoint
 from runner.recipe import Architecture, Recipe
 from runner.runs import Run
 
-INITIAL_IMAGES = 5_000  # that a model may look at before its first step
-
 
 def build(
     architecture: Architecture,
@@ -23,10 +21,10 @@ def build(
 ) -> nn.Module:
     """Builds the model of an experiment, on the CPU; the same on every rank.
 
-    Random weights come from `seed`. A model with a method `initialise(images)` is then shown the first training
-    images, (N, 3, H, W) float32, normalised, without augmentation: to load pretrained weights, or to fit a layer
-    to the data. With `start`, the weights are those of that run; with a recipe that prunes, the smallest become 0
-    and stay so.
+    Random weights come from `seed`. A model with a method `initialise(first_images)` is then given the way to the
+    first training images, `first_images(n)`, (n, 3, H, W) float32, normalised, without augmentation: to fit a layer
+    to the data, or to load pretrained weights instead. With `start`, the weights are those of that run; with a
+    recipe that prunes, the smallest become 0 and stay so.
 
     Raises:
         UserError: weights that cannot be had or do not fit.
@@ -44,7 +42,7 @@ def build(
                 f"--start-from {start.folder}: expected the weights of this architecture: {error}"
             ) from None
     elif hasattr(model, "initialise"):
-        model.initialise(first_images(INITIAL_IMAGES))
+        model.initialise(first_images)
     if recipe.prune:
         with torch.no_grad():
             torch_prune.global_unstructured(

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,10 @@ def load_model(run: Run) -> nn.Module:
     """The model of a run with its latest weights, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: no checkpoint, or its files do not have the hashes of its manifest.
+        UserError: no checkpoint, or its weights do not have the hash of its manifest.
     """
     folder = latest(run)
-    _check(folder)
+    _check(folder, (WEIGHTS,))
     architecture = Architecture(**run.config()["architecture"])
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; leave no trace
         model = architecture.build()
@@ -182,9 +183,11 @@ def _folders(run: Run) -> list[Path]:
     return sorted(folders, key=lambda folder: int(STEP_FOLDER.fullmatch(folder.name)[1]))
 
 
-def _check(folder: Path) -> None:
-    """Raises UserError where a file has not the hash that the manifest gives."""
-    for name, expected in read_json(folder / MANIFEST)["sha256"].items():
+def _check(folder: Path, names: Iterable[str] = ()) -> None:
+    """Raises UserError where a file, or one of `names`, has not the hash that the manifest gives."""
+    hashes = read_json(folder / MANIFEST)["sha256"]
+    for name in names or hashes:
+        expected = hashes[name]
         found = sha256_of(folder / name) if (folder / name).is_file() else "no such file"
         if found != expected:
             raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {found}; train again")

@@ -113,8 +113,11 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
             print(place.loader_for(manifest.splits["train"])[1], file=sys.stderr)
         # Not before all have joined: by then the folders are ours, and nobody else writes a checkpoint.
         states = {seed: _state_of(request, run) if resuming else None for seed, run in runs.items()}
+        scale = accelerator.scaler and accelerator.scaler.state_dict()  # fp16's, which every seed begins with
         for seed, run in runs.items():
             training.seed = seed
+            if scale:
+                accelerator.scaler.load_state_dict(scale)
             model = models.pop(seed) or build(request.architecture, recipe, seed, training.first, start)
             wandb_id = broadcast_object_list([_wandb_id(request, environ)])[0]
             group = environ.get("WANDB_RUN_GROUP", registered.paper)

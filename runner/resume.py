@@ -103,7 +103,8 @@ def settle_buckets(model: nn.Module, objective: Objective, batches: Batches, acc
 
 def statistics_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The buffers that training changes: batch norm's statistics, but not a pruned model's masks."""
-    return [(name, buffer) for name, buffer in model.named_buffers() if not name.endswith("_mask")]
+    masks = {f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters() if name.endswith("_orig")}
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in masks]
 
 
 def generators(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ The files with ImageNet weights stand in as random ones: this is about training,
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def main(data: str, out: str, precision: str) -> None:
         if accelerator.num_processes == 1 and precision == "fp32":
             again = evaluate(checkpoint.load_model(run), splits["test"], 10)
             found[name]["change"] = (again.logits - outcome.test.logits).abs().max().item()
+        if accelerator.is_main_process:
+            shutil.rmtree(run.folder)  # all of them are gigabytes
         accelerator.free_memory()
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))

@@ -120,7 +120,7 @@ def test_the_loss_falls_on_a_fixed_batch(name: str) -> None:
     drawn, labels = synthetic.draw(8, seed=0, split=0)
     images, labels = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
     if name == "speedrun":
-        model.initialise(images)
+        model.initialise(lambda count: images)
     if experiment.recipe.resize:
         images = torch.nn.functional.interpolate(images, size=96)  # smaller than asked, to be quicker
     model = model.to(memory_format=torch.channels_last)
@@ -212,7 +212,7 @@ def test_ghasemis_rule_yields_the_listed_network_for_5_3() -> None:
 def test_speednets_first_layer_whitens(small: Source) -> None:
     images = torch.from_numpy(small.train.images).permute(0, 3, 1, 2).float() / 127.5 - 1
     model = SpeedNet()
-    model.initialise(images)
+    model.initialise(lambda count: images[:count])
     out = model.whiten(images)[:, :12].transpose(0, 1).flatten(1)
     moments = out @ out.T / out.shape[1]
     assert (moments - torch.diag(moments.diagonal())).abs().max() < 0.02
@@ -222,24 +222,27 @@ def test_speednets_first_layer_whitens(small: Source) -> None:
 
 
 def test_imagenet_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_images(count: int) -> torch.Tensor:
+        raise AssertionError("5,000 images of 224×224 are 3 GB, and nothing looks at them")
+
     model = Pretrained("resnet18", weights=str(tmp_path / "missing.pth"))
     with pytest.raises(UserError, match="expected a file, found none; download https"):
-        model.initialise(torch.zeros(1))
+        model.initialise(no_images)
     state = torchvision.models.resnet18().state_dict()
     path = tmp_path / "resnet18.pth"
     torch.save(state, path)
     model.weights = str(path)
     with pytest.raises(UserError, match=r"expected SHA-256 f37072fd…, found"):
-        model.initialise(torch.zeros(1))
+        model.initialise(no_images)
     right = types.SimpleNamespace(url=f"https://nowhere.invalid/resnet18-{sha256_of(path)[:8]}.pth")
     monkeypatch.setitem(transfer.WEIGHTS, "resnet18", right)
-    model.initialise(torch.zeros(1))
+    model.initialise(no_images)
     assert torch.equal(model.features[0].weight, state["conv1.weight"])
     assert torch.equal(model.features[4][1].conv2.weight, state["layer1.1.conv2.weight"])
     assert torch.equal(model.features[7][0].bn2.running_var, state["layer4.0.bn2.running_var"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match="cannot be downloaded"):
-        Pretrained("resnet18").initialise(torch.zeros(1))
+        Pretrained("resnet18").initialise(no_images)
     assert list((tmp_path / "hub").rglob("*.pth")) == []
 
 

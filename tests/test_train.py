@@ -201,6 +201,17 @@ def test_a_gpu_trains_in_bf16(small_data: Path, tmp_path: Path) -> None:
     assert (config["device"], config["precision"]) == ("cuda", "bf16")
 
 
+@pytest.mark.gpu
+def test_fp16_of_a_seed_is_the_same_after_another_seed(small_data: Path, tmp_path: Path) -> None:
+    """The gradient scaler begins anew, too."""
+    for name, seeds in (("alone", [1]), ("after", [0, 1])):
+        words = ["--data", small_data, "--runs", tmp_path / name, "--precision", "fp16", "--seeds", *seeds]
+        done = runner("train", "tiny-norm", *TINY, *words, "--deterministic")
+        assert done.returncode == 0, done.stderr
+    alone, after = (weights(Run(tmp_path / name / "tiny-norm" / "seed-1")) for name in ("alone", "after"))
+    assert all(np.array_equal(tensor, after[name]) for name, tensor in alone.items())
+
+
 def test_epochs_without_evaluation_change_nothing_else(small_data: Path, tmp_path: Path) -> None:
     found = {}
     for every in (1, 3):

@@ -22,10 +22,7 @@ class ResidentBatches(BatchStream):
         super().__init__(labels, **settings)
         self.images = torch.from_numpy(images).to(self.device)
 
-    def read(
-        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Gives the split itself, and the wanted samples as they are."""
-        index = torch.from_numpy(samples).to(self.device)
-        for which in wanted:
-            yield self.images, index[which]
+    def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Gives the split itself, and the samples as they are."""
+        for index in torch.from_numpy(samples).to(self.device).split(sizes):
+            yield self.images, index

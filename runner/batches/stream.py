@@ -99,14 +99,16 @@ class BatchStream(ABC):
             images (n, 3, H, W) in channels_last memory, of `dtype`, and labels (n,) int64; where batches are mixed,
             targets (n, classes) float32 in their place.
         """
-        samples = self.order_of(epoch)
-        # Everything is drawn and moved once an epoch, in the epoch's order; a batch only takes slices.
+        order, steps = self.order_of(epoch), range(start_step, len(self))
+        ours = [order[self._wanted(step)] for step in steps]
+        sizes, samples = [len(batch) for batch in ours], np.concatenate([order[:0], *ours])
+        # Everything is drawn and moved once an epoch, for this rank's images alone; a batch only takes slices.
         draws = augments.draw(self.augment, samples, self.side, self.seed, epoch).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
-        steps = range(start_step, len(self))
-        wanted = [self._wanted(step) for step in steps]
-        for step, which, (source, index) in zip(steps, wanted, self.read(samples, wanted), strict=True):
-            images, targets = self._make(source, index, draws[which]), labels[which]
+        end = 0
+        for step, size, (source, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
+            batch, end = slice(end, end + size), end + size
+            images, targets = self._make(source, index, draws[batch]), labels[batch]
             if self.mixes:
                 mixed = mix.draw(self.augment, self.side, self.seed, epoch, step)
                 images, targets = mix.apply(mixed, images, targets, self.classes)
@@ -119,7 +121,7 @@ class BatchStream(ABC):
     def plain(self, samples: np.ndarray) -> torch.Tensor:
         """The images of these samples as evaluation sees them: (n, 3, H, W) float32, normalised, on the device."""
         draws = augments.draw(None, samples, self.side, self.seed, 0).to(self.device)
-        ((source, index),) = self.read(samples, [slice(0, len(samples))])
+        ((source, index),) = self.read(samples, [len(samples)])
         return self._finish(self._make(source, index, draws))
 
     def _finish(self, images: torch.Tensor) -> torch.Tensor:
@@ -150,16 +152,14 @@ class BatchStream(ABC):
         return images
 
     @abstractmethod
-    def read(
-        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Finds the pixels of each batch.
 
         Args:
-            samples: (N,) int64, the epoch's order.
-            wanted: for each batch, the places of its samples in the order.
+            samples: (M,) int64, those of all batches one after the other.
+            sizes: of the batches; they add up to M.
 
         Yields:
-            For each batch: images (M, H, W, 3) uint8 on the device, and where in them the wanted ones are,
-            (n,) int64 on the device.
+            For each batch: images (K, H, W, 3) uint8 on the device, and where in them its own are, (n,) int64 on
+            the device.
         """

@@ -59,19 +59,16 @@ class StreamingBatches(BatchStream):
         self.path, self.workers, self.records = path, workers, records
         self.loader: Any = None  # compiled at the first epoch
 
-    def read(
-        self, samples: np.ndarray, wanted: list[slice] | list[np.ndarray]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Streams the wanted samples in their order, cut into the wanted batches."""
-        if not wanted:
+    def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Streams the samples in their order, cut into the batches."""
+        if not sizes:
             return
-        needed = np.concatenate([samples[which] for which in wanted])
         with cpu.torch_threads_kept():
             loader = self._open()
-            loader.traversal_order.samples = needed if self.records is None else self.records[needed]
+            loader.traversal_order.samples = samples if self.records is None else self.records[samples]
             chunks = _within_time(iter(loader), self.path)
         left: list[torch.Tensor] = []
-        for size in (len(samples[which]) for which in wanted):
+        for size in sizes:
             while sum(map(len, left)) < size:
                 # FFCV uses its buffers again: what waits for a later batch must be a copy of ours.
                 left.append(next(chunks).clone())

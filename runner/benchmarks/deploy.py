@@ -1,11 +1,13 @@
 """What does deployment buy, and what does its proof cost? On the CPU, for runs that were trained here.
 
 onnxruntime against eager torch, and its int8 graph against its fp32 one: medians of calls with one image on one
-thread, in turn. And `runner export` with its quick check against the bare exporter.
+thread, in turn. And `runner export`, with its hashes and its quick check, against loading the weights, the bare
+exporter, and saving.
 
     python -m runner.benchmarks.deploy runs/podeti-resnet18/seed-0 runs/podeti-mobilenetv2/seed-0 --json deploy.json
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,10 +63,13 @@ class DeployBenchmark:
 def _subjects(run: Run, data: Path | None) -> dict[str, Callable[[], float]]:
     import numpy as np
     import torch
+    from onnx import save_model
+    from safetensors.torch import load_file
 
     from runner import checkpoint
     from runner.deploy import onnx, precision
     from runner.deploy.session import Session
+    from runner.recipe import Architecture
 
     config = run.config()
     fp32 = onnx.export(run)
@@ -89,9 +94,12 @@ def _subjects(run: Run, data: Path | None) -> dict[str, Callable[[], float]]:
         return float(np.median(times[CALLS // 6 :]))  # the first warm up
 
     def bare() -> float:
-        plain = checkpoint.load_model(run).to(memory_format=torch.contiguous_format)
         began = time.perf_counter()
-        onnx.bare(plain, config["input"]["shape"])
+        plain = Architecture(**config["architecture"]).build()
+        plain.load_state_dict(load_file(checkpoint.latest(run) / checkpoint.WEIGHTS))
+        proto = onnx.bare(plain.eval(), config["input"]["shape"])
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(proto, Path(folder) / "model.onnx")
         return time.perf_counter() - began
 
     def ours_whole() -> float:

@@ -220,6 +220,7 @@ class _Pixels:
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = self.batches.order_of(epoch)
-        wanted = [self.slice_of(step) for step in range(len(self.batches))]
-        for which, (source, index) in zip(wanted, self.batches.read(order, wanted), strict=True):
-            yield source[index], self.batches.labels[torch.from_numpy(order[which])]
+        sizes = [self.batches.size_of(step) for step in range(len(self.batches))]
+        labels = self.batches.labels[torch.from_numpy(order)].split(sizes)
+        for ours, (source, index) in zip(labels, self.batches.read(order, sizes), strict=True):
+            yield source[index], ours

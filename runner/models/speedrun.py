@@ -4,11 +4,14 @@ Known to help, and used here: a frozen first layer that whitens 2×2 patches of 
 arXiv:2404.00498), batch norm without scale, GELU, max pooling before the activation, and a scaled-down last layer.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 PATCH = 2  # side of the whitened patches
+WHITENING_IMAGES = 5_000  # whose patches they are
 
 
 class ConvGroup(nn.Module):
@@ -62,12 +65,13 @@ class SpeedNet(nn.Module):
         self.scale = scale
 
     @torch.no_grad()
-    def initialise(self, images: torch.Tensor) -> None:
+    def initialise(self, first_images: Callable[[int], torch.Tensor]) -> None:
         """Sets the first layer to the principal directions of the images' patches, each scaled to variance 1.
 
         Args:
-            images: (N, 3, H, W) float, normalised, without augmentation.
+            first_images: gives the first n training images, (n, 3, H, W) float, normalised, without augmentation.
         """
+        images = first_images(WHITENING_IMAGES)
         patches = F.unfold(images.float(), PATCH).transpose(1, 2).flatten(0, 1).double()
         covariance = (patches.T @ patches / len(patches)).cpu()  # the images may lie on a GPU, where that is quick
         values, vectors = torch.linalg.eigh(covariance)

@@ -5,6 +5,7 @@ calls once, puts the ImageNet weights in.
 """
 
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -69,8 +70,8 @@ class Pretrained(nn.Module):
             self.features.eval()
         return self
 
-    def initialise(self, images: torch.Tensor) -> None:
-        """Loads the ImageNet weights of the features; `images` are not needed.
+    def initialise(self, first_images: Callable[[int], torch.Tensor]) -> None:
+        """Loads the ImageNet weights of the features; no images are needed for it.
 
         Raises:
             UserError: the file is not there, is not the one that torchvision names, or cannot be downloaded.
