@@ -81,20 +81,21 @@ def papers() -> str:
 
 def ratios() -> str:
     """The ratios of the benchmarks of loaders, overhead, ranks and deployment, and of those on the GPU."""
-    rows = []
+    rows, places = [], _Places()
     for name in ("loader-cpu", "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
         measured = result(name)
         if measured is None:
             rows.append([name, MISSING, "", ""])
             continue
-        place = described(measured["hardware"])
+        letter = places.letter(measured)
         for key, ratio, goals in _leaves(measured):
-            if isinstance(ratio, dict) and "median" in ratio and key.startswith("ratio"):
-                spread = (
-                    f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g}, {ratio['rounds']} rounds)"
-                )
-                rows.append([key.replace("_", " "), spread, goals.get(key, "–"), place])
-    return table(["ratio", "median (spread)", "goal", "hardware"], rows)
+            if isinstance(ratio, dict) and "median" in ratio and key.startswith("ratio_"):
+                spread = f"{ratio['median']:.3g}"
+                if ratio["rounds"] > 1:
+                    spread += f" ({ratio['min']:.3g} to {ratio['max']:.3g}, {ratio['rounds']} rounds)"
+                told = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
+                rows.append([told, spread, goals.get(key, "–"), letter])
+    return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{places.told()}"
 
 
 def correctness() -> str:
@@ -190,20 +191,20 @@ def deployment() -> str:
 
 def parity() -> str:
     """The gate's rows of trained runs, on the CPU and on a GPU."""
-    rows = []
+    rows, places = [], _Places()
     measured = result("parity-cpu")
     reports = []
     for each in [] if measured is None else measured["runs"]:
         told = f"{each['epochs']:.2f} epochs, seed {each['seed']}, {each['dataset']}"
-        reports.append((described(measured["hardware"]), each | {"trained": told}))
+        reports.append((places.letter(measured), each | {"trained": told}))
     gpu = result("deployment-gpu")
     found = _found("deployment")
     for name, one in found.items():
         if "/parity/" in name:
             experiment = name.split("/")[0]
             trained = f"{found[f'{experiment}/weights']['trained']}, seed 0, {gpu['dataset']}"
-            reports.append((described(gpu["hardware"]), one | {"experiment": experiment, "trained": trained}))
-    for place, report in reports:
+            reports.append((places.letter(gpu), one | {"experiment": experiment, "trained": trained}))
+    for letter, report in reports:
         for row in report["rows"]:
             backend = row["provider"].removesuffix("ExecutionProvider")
             rows.append(
@@ -211,15 +212,16 @@ def parity() -> str:
                     f"`{report['experiment']}`",
                     report["trained"],
                     row["precision"],
-                    f"{row['backend']} {backend}, {place}",
+                    f"{row['backend']} {backend}",
                     f"{report['eager_accuracy']:.2%}",
                     f"{row['accuracy']:.2%} ({100 * row['accuracy_change']:+.2f})",
                     f"{row['agreement']:.2%}",
                     "yes" if row["passed"] else f"no: {row['limit']}",
+                    letter,
                 ]
             )
-    titles = ["experiment", "trained", "precision", "ran on", "torch", "exported", "same class", "passed"]
-    return table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]])
+    titles = ["experiment", "trained", "precision", "backend", "torch", "exported", "same class", "passed", "on"]
+    return f"{table(titles, rows or [[MISSING, *[''] * (len(titles) - 1)]])}\n\n{places.told()}"
 
 
 TABLES = {
@@ -232,6 +234,20 @@ TABLES = {
     "speedrun": speedrun,
     "deployment": deployment,
 }
+
+
+class _Places:
+    """The machines of a table, each with a letter, so that no cell has to spell them out."""
+
+    def __init__(self) -> None:
+        self.letters: dict[str, str] = {}
+
+    def letter(self, measured: dict[str, Any]) -> str:
+        return self.letters.setdefault(_hardware(measured), chr(ord("A") + len(self.letters)))
+
+    def told(self) -> str:
+        """The line below the table."""
+        return "Measured on: " + ("; ".join(f"{a}, {what}" for what, a in self.letters.items()) or MISSING) + "."
 
 
 def _found(part: str) -> dict[str, dict[str, Any]]:
