@@ -34,6 +34,6 @@ class Agent:
         request = requested(words)
         request.check()
         gpus = 0 if request.device == "cpu" else environment.count_gpus()
-        device = [] if gpus or "--device" in options else ["--device", "cpu"]
+        device = [] if gpus or request.device != "auto" else ["--device", "cpu"]
         command = training_command(launcher_for(Hardware(gpus, 1)), len(os.sched_getaffinity(0)))
         os.execve(sys.executable, [sys.executable, *command, *words, *device], dict(environ))

@@ -99,12 +99,13 @@ def _begin(
     slot.trial, slot.began = trial, time.monotonic()
     slot.stop_file().unlink(missing_ok=True)
     slot.log = (logs / f"{trial.id.replace('/', '-')}.log").open("ab")
-    device = () if place.gpus or "--device" in common else ("--device", "cpu")
+    device = () if place.gpus or trial.request.device != "auto" else ("--device", "cpu")
     command = [
         *(sys.executable, *training_command(place.launcher, place.threads), *trial.words, *common, *device),
         *("--resume", "auto", "--stop-file", str(slot.stop_file().absolute())),
     ]
-    visible = {"CUDA_VISIBLE_DEVICES": str(slot.number % place.gpus)} if place.gpus else {}
+    ours = environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(place.gpus)))
+    visible = {"CUDA_VISIBLE_DEVICES": ours.split(",")[slot.number % place.gpus]} if place.gpus else {}
     slot.process = subprocess.Popen(
         command,
         cwd=ROOT,

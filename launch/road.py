@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -114,9 +115,11 @@ class Road:
         folder = str(run.folder)
         # Whether a stage is done is asked when its turn has come: the one before may have changed its files.
         self.do(f"export {name}", trained and _scored(run), ["-m", "runner", "export", folder])
-        device = () if self.hardware.gpus else ("--device", "cpu")
-        self.do(f"parity {name}", trained and _scored(run), ["-m", "runner", "parity", folder, *device])
+        # The engine before the gate, which scores it as well where a GPU can run it.
         self.do(f"engine {name}", trained and _built(run), ["-m", "runner", "engine", folder])
+        device = () if self.hardware.gpus else ("--device", "cpu")
+        scored = trained and _scored(run, engine=self.hardware.gpus > 0)
+        self.do(f"parity {name}", scored, ["-m", "runner", "parity", folder, *device])
         quick = ["--batch", "1", "--seconds", "1"]
         self.do(f"bench {name}", trained and _measured(run), ["-m", "runner", "bench", folder, *quick])
 
@@ -142,24 +145,25 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _scored(run: Run) -> bool:
-    """Whether the gate's report speaks of the ONNX file that is there."""
-    return _speaks_of_onnx(run, "parity.json")
+def _scored(run: Run, engine: bool = False) -> bool:
+    """Whether the gate's report speaks of the ONNX file that is there, and of its engine where one can run."""
+    backends = {row["backend"] for row in _rows_of_onnx(run, "parity.json")}
+    return bool(backends - {"onnxruntime"} if engine else backends)
 
 
 def _measured(run: Run) -> bool:
     """Whether the latencies are those of the ONNX file that is there."""
-    return _speaks_of_onnx(run, "latency.json")
+    return bool(_rows_of_onnx(run, "latency.json"))
 
 
-def _speaks_of_onnx(run: Run, name: str) -> bool:
+def _rows_of_onnx(run: Run, name: str) -> list[dict[str, Any]]:
     from runner.deploy import onnx
 
     try:
         rows, sha256 = read_json(run.deploy / name)["rows"], onnx.exported(run).sha256
     except (UserError, KeyError):
-        return False
-    return any(row.get("onnx_sha256") == sha256 for row in rows)
+        return []
+    return [row for row in rows if row.get("onnx_sha256") == sha256]
 
 
 def _built(run: Run) -> bool:

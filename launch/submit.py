@@ -79,7 +79,7 @@ class Submit:
             UserError: the options are mistaken, there is no such dataset, or SLURM refuses.
         """
         words = [self.experiment, *places(self.data, self.runs), *options]
-        requested(words).check()
+        requested([*words, "--resume", "auto"]).check()  # as the batch script says it
         manifests.read(self.data)
         command = self.command(words)
         if self.dry_run:

@@ -80,7 +80,11 @@ class Sweep:
         if self.name:
             check_name(self.name)
         trials = expand(
-            self.names, self.seeds, self.name, lambda words: requested([*words, *common]), self.experiments_from
+            self.names,
+            self.seeds,
+            self.name,
+            lambda words: requested([*words, *common, "--resume", "auto"]),  # as every trial is begun
+            self.experiments_from,
         )
         fingerprint = manifests.read(self.data).fingerprint
         if self.as_wandb_sweep:

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data_prep.console import UserError
 from runner import experiments
@@ -70,8 +71,7 @@ def expand(
             registered = request.check()
             given = replace(registered, architecture=request.architecture, recipe=request.recipe)
             changed = differences(registered, given)
-            if request.max_steps:
-                changed["max_steps"] = (None, request.max_steps)
+            changed |= {f"--{option}": value for option, value in _beside_the_recipe(request).items() if value}
             digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
             prefix = name or (digest if changed else None)
             run = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
@@ -79,6 +79,17 @@ def expand(
             named.check()
             trials.append(Trial((*words, "--name", run), named, Run(request.runs / experiment / run)))
     return trials
+
+
+def _beside_the_recipe(request: TrainRequest) -> dict[str, Any]:
+    """The options of training that change its outcome and are no part of the recipe; None as by default."""
+    return {
+        "max-steps": request.max_steps,
+        "teacher": request.teacher and str(request.teacher.absolute()),
+        "start-from": request.start_from and str(request.start_from.absolute()),
+        "precision": None if request.precision == "launch" else request.precision,
+        "deterministic": request.deterministic or None,
+    }
 
 
 def _meant(name: str, modules: tuple[str, ...]) -> list[str]:
@@ -114,5 +125,11 @@ def check_same(trial: Trial, fingerprint: str) -> None:
         "dataset": fingerprint,
     }
     found = {key: config[key] for key in meant} | {"dataset": config["dataset"]["fingerprint"]}
+    options = _beside_the_recipe(request)
+    for option, key in (("teacher", "teacher"), ("start-from", "started_from")):
+        meant[option], found[option] = options[option], config[key] and config[key]["folder"]
+    for option in ("precision", "deterministic"):
+        if options[option]:
+            meant[option], found[option] = options[option], config[option]
     if other := [key for key in meant if meant[key] != found[key]]:
         raise UserError(f"{trial.run.folder}: holds a training with another {', '.join(other)}; choose a --name")

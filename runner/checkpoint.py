@@ -75,10 +75,11 @@ class Writer:
 
 
 def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> Path:
-    """Writes `checkpoints/step-N/` and then removes the older ones.
+    """Writes `checkpoints/step-N/` and then removes the others, but for the one before it.
 
     Everything is written and synced in a temporary folder first; the rename is the commit. Killed at any moment, it
-    leaves a whole checkpoint behind, if there was one.
+    leaves a whole checkpoint behind, if there was one. The one before is for the day when the disk has damaged the
+    newest.
 
     Args:
         run: whose.
@@ -107,10 +108,16 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
         folder.rename(run.checkpoints / f".{folder.name}.replaced")
     staging.rename(folder)
     _sync(run.checkpoints)
-    for other in run.checkpoints.iterdir():
-        if other != folder and re.match(r"\.?step-", other.name):
-            shutil.rmtree(other)
+    keep_last(run, folder, *[other for other in _folders(run) if _step_of(other) < step][-1:])
     return folder
+
+
+def keep_last(run: Run, *kept: Path) -> None:
+    """Removes all checkpoints but `kept`; without these, all but the last, as a finished run has it."""
+    kept = kept or (latest(run),)
+    for other in run.checkpoints.iterdir():
+        if other not in kept and re.match(r"\.?step-", other.name):
+            shutil.rmtree(other)
 
 
 def newest_whole(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
@@ -128,7 +135,7 @@ def newest_whole(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
     for folder in reversed(_folders(run)):
         try:
             return read_state(folder), damaged
-        except UserError as error:
+        except (UserError, OSError) as error:
             damaged.append(str(error))
     return None, damaged
 
@@ -180,12 +187,18 @@ def load_model(run: Run) -> nn.Module:
 def _folders(run: Run) -> list[Path]:
     """The checkpoints of a run, in the order of their steps."""
     folders = [folder for folder in run.checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
-    return sorted(folders, key=lambda folder: int(STEP_FOLDER.fullmatch(folder.name)[1]))
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(STEP_FOLDER.fullmatch(folder.name)[1])
 
 
 def _check(folder: Path, names: Iterable[str] = ()) -> None:
     """Raises UserError where a file, or one of `names`, has not the hash that the manifest gives."""
-    hashes = read_json(folder / MANIFEST)["sha256"]
+    hashes = read_json(folder / MANIFEST).get("sha256")
+    if not isinstance(hashes, dict) or not hashes or not set(names) <= hashes.keys():
+        raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")
     for name in names or hashes:
         expected = hashes[name]
         found = sha256_of(folder / name) if (folder / name).is_file() else "no such file"

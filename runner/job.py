@@ -124,9 +124,10 @@ def run_training(request: TrainRequest, registered: Experiment, environ: Mutable
             config = record.config(
                 request, registered, manifest, accelerator, place, run, seed, model, wandb_id, group
             )
-            if states[seed] is not None:
+            # Of the first rank, for it writes the record anew as soon as all have read it.
+            if broadcast_object_list([resuming and run.record.exists()])[0]:
                 config = record.continued(request, run, config, states[seed])
-                accelerator.wait_for_everyone()  # all have read what the first now writes anew
+                accelerator.wait_for_everyone()
             summary, tracker_hung = _train_one(
                 request, data, accelerator, manifest, run, seed, model, teacher, config, environ, states[seed]
             )
@@ -195,8 +196,8 @@ def _train_one(
     if accelerator.is_main_process:
         write_json(run.record, config)
         run.ended.unlink(missing_ok=True)
-        if state is not None:
-            trim_metrics(run, state["step"])
+        if run.metrics.exists():  # of a run that goes on, or was ended before its first checkpoint
+            trim_metrics(run, state["step"] if state else 0)
         tracker = Tracker(run, config, environ)
     log = tracker.log if tracker else lambda row: None
     if teacher is not None:
@@ -219,12 +220,16 @@ def _train_one(
             raise
         if tracker:
             print(f"runner: {run.folder}: {line}", file=sys.stderr)
-            with contextlib.suppress(OSError):  # rows may be left that a full disk does not take
-                tracker.finish()
             if isinstance(error, StoppedError):
                 stop_file.unlink(missing_ok=True)
-            if tracker.hung:  # W&B's exit handler would wait for ever
-                os._exit(code)
+            with contextlib.suppress(OSError):  # rows may be left that a full disk does not take
+                tracker.finish()
+        if isinstance(error, StoppedError | DivergedError):  # on all ranks
+            # As soon as one has left, the launcher ends the others: the first may still write.
+            with contextlib.suppress(RuntimeError):
+                accelerator.wait_for_everyone()
+        if tracker and tracker.hung:  # W&B's exit handler would wait for ever
+            os._exit(code)
         raise SystemExit(code) from None
     if tracker is None:
         return None, False
@@ -240,6 +245,7 @@ def _train_one(
     figures.write_mistakes(run, seen(figures.mistakes_of(arrays["logits"], arrays["labels"])))
     figures.draw(run, config, outcome.test.confusion, seen(figures.samples_of(test.images)))
     write_json(run.summary, summary)
+    checkpoint.keep_last(run)
     tracker.conclude()
     tracker.finish()
     return summary, tracker.hung

@@ -133,12 +133,20 @@ def summary(request: TrainRequest, manifest: Manifest, run: Run, seed: int, outc
 SAME = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
 
 
-def continued(request: TrainRequest, run: Run, config: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run that is resumed: its own, with where it went on.
+# What a checkpoint's state only fits as it is.
+FIXED = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
+
+
+def continued(
+    request: TrainRequest, run: Run, config: dict[str, Any], state: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The record of a run that is resumed: its own, with where it went on; at step 0 where there is no state yet.
 
     Raises:
-        UserError: it is another training than the one that was begun, and --resume-anyway was not said.
+        UserError: it is another training than the one that was begun, and --resume-anyway was not said or cannot
+            help.
     """
+    step, ranks = (state["step"], state["world_size"]) if state else (0, config["world_size"])
     before, config = run.config(), json.loads(json.dumps(config))  # tuples become lists on both sides
     changed = {key: (before[key], config[key]) for key in SAME if before[key] != config[key]}
     fingerprints = before["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
@@ -150,13 +158,18 @@ def continued(request: TrainRequest, run: Run, config: dict[str, Any], state: di
     if told and not request.resume_anyway:
         lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in told.items())
         raise UserError(f"{run.folder}: expected the training that was begun, found {lines}; or --resume-anyway")
-    # The order of sums follows from the ranks, their threads, and the kernels that a machine has.
+    if fixed := [name for name in told if state and name.startswith(FIXED)]:
+        raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change under way; choose another --name")
+    # The order of sums follows from the code, the ranks, their threads, and the kernels that a machine has.
     same = ("world_size", "device", "threads", "deterministic", "hardware", "versions")
-    bitwise = state["world_size"] == config["world_size"] and not told
+    commits = [record["git"].get("commit") for record in (before, config)]
+    bitwise = ranks == config["world_size"] and commits[0] == commits[1] and not told
     bitwise = bitwise and all(before.get(key, False) == config[key] for key in same)
-    resumed = {"step": state["step"], "world_size": config["world_size"], "bitwise": bitwise, "changed": told}
+    resumed = {"step": step, "world_size": config["world_size"], "bitwise": bitwise, "changed": told}
+    if commits[0] != commits[1]:
+        resumed["commit"] = commits[1]
     if not bitwise:
-        print(f"runner: {run.folder}: goes on from step {state['step']}, not to the bit", file=sys.stderr)
+        print(f"runner: {run.folder}: goes on from step {step}, not to the bit", file=sys.stderr)
     return {
         **(config if told else before),
         "max_steps": config["max_steps"],

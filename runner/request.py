@@ -66,6 +66,11 @@ class TrainRequest:
                 raise UserError(f"{option} {value}: expected {least} or more")
         if self.resume not in ("auto", "never") and len(self.seeds) > 1:
             raise UserError(f"--resume {self.resume}: expected auto or never with several seeds")
+        if self.overwrite and self.resume != "never":
+            raise UserError(
+                "--overwrite: expected no --resume beside it, which jobs and sweeps always have: going on, a run "
+                "would erase itself; choose another --name"
+            )
         if max(self.seeds) >= 2**32:
             raise UserError(f"--seed {max(self.seeds)}: expected less than {2**32}")
         if len(set(self.seeds)) < len(self.seeds):

@@ -48,7 +48,7 @@ class Resumable:
         """
         scaler = self.accelerator.scaler
         # Batch norm's statistics are each rank's own until the epoch's end.
-        own = {"meter": meter, "buffers": dict(statistics_of(self.bare))}
+        own = copied({"meter": meter, "buffers": dict(statistics_of(self.bare))})  # for the others have other GPUs
         ranks = gather_object([own | {"generators": generators(self.accelerator.device)}])
         return copied(
             {
@@ -63,6 +63,9 @@ class Resumable:
             }
         )
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> dict[str, Any]:
         """Puts everything back; generators last, for all else may draw from them. Returns this rank's meter sums.
@@ -70,7 +73,10 @@ class Resumable:
         With another number of ranks, the generators are those of the ranks that there are; dropout then differs.
         """
         self.bare.load_state_dict(state["model"])
+        ours = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self._groups(), ours, strict=True):  # with --resume-anyway they may be others
+            group.update(own | {"lr": group["lr"], "peak_lr": own["lr"]})
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -86,7 +92,9 @@ class Resumable:
         return _summed([entry["meter"] for entry in ranks]) if rank == 0 else {}
 
 
-def settle_buckets(model: nn.Module, objective: Objective, batches: Batches, accelerator: Accelerator) -> None:
+def settle_buckets(
+    model: nn.Module, objective: Objective, batches: Batches, accelerator: Accelerator, accumulate: int
+) -> None:
     """Brings DDP to where it is after its first steps, before a state is loaded.
 
     DDP lays its gradient buckets out anew after the first backward pass. A resumed run's first step would still
@@ -96,7 +104,8 @@ def settle_buckets(model: nn.Module, objective: Objective, batches: Batches, acc
         return
     model.train()
     for _ in range(2):
-        images, targets = next(batches.epoch(0))
+        # Only as many as memory has room for: buckets know nothing of the batch.
+        images, targets = (part.tensor_split(accumulate)[0] for part in next(batches.epoch(0)))
         accelerator.backward(objective(model(images), targets, images))
     model.zero_grad()
 

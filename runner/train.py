@@ -148,7 +148,7 @@ def train(
     step, best, found, counted = 0, {}, {}, {}
     state = Resumable(bare, optimizer, average and average.module, accelerator)
     if control.resume is not None:
-        settle_buckets(model, objective, data.train, accelerator)
+        settle_buckets(model, objective, data.train, accelerator, recipe.accumulate)
         step, best, counted = control.resume["step"], control.resume["best"], state.restore(control.resume)
     writer = checkpoint.Writer(run)
 

@@ -51,9 +51,10 @@ def main(folder: Path, replace: bool) -> None:
             lost.append([k, damaged])
         if status == 0:
             break
-        # Going on from there, and saving again, leaves one checkpoint and no rubbish.
+        # Going on from there, and saving again, leaves that one and the one before, and no rubbish.
         checkpoint.save(run, weights, 3, state)
-        left += [path.name for path in run.checkpoints.iterdir() if path.name != "step-3"]
+        expected = {"step-3", f"step-{found['step']}"} if found else {"step-3"}
+        left += sorted(expected ^ {path.name for path in run.checkpoints.iterdir()})
     print(json.dumps({"changes": k - 1, "lost": lost, "left": left}))
 
 

@@ -51,9 +51,19 @@ def test_the_newest_is_the_one_of_the_highest_step(run: Run) -> None:
 
 
 def test_older_ones_go_when_a_newer_is_whole(run: Run) -> None:
-    for step in (1, 2):
+    """But for the one before it, which goes when the run has ended; and those of a future that is not lived."""
+
+    def left() -> list[str]:
+        return sorted(path.name for path in run.checkpoints.iterdir())
+
+    for step in (1, 2, 3):
         checkpoint.save(run, Tiny(norm=True).state_dict(), step)
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step-2"]
+    assert left() == ["step-2", "step-3"]
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 2)  # step-3 was damaged, and training went on from before
+    assert left() == ["step-2"]
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 4)
+    checkpoint.keep_last(run)
+    assert left() == ["step-4"]
 
 
 def test_a_failed_save_keeps_the_old_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

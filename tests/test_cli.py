@@ -84,6 +84,10 @@ BAD = {
     "wrong name": ("runner train podeti-alexnt --data {data} --runs {new}", "podeti-alexnet"),
     "missing folder": ("runner train tiny --data {new} --runs {new}", "there is none"),
     "empty folder": ("runner train tiny --data {empty} --runs {new}", "dataset.json"),
+    "overwrite and resume": (
+        "runner train tiny --data {data} --runs {new} --overwrite --resume auto",
+        "expected no --resume",
+    ),
     "damaged file": ("runner train tiny --data {damaged} --runs {new}", "test.beton: damaged"),
     "unknown option": ("runner train tiny --data {data} --bach 3", "--bach"),
     "unknown value": ("runner train tiny --data {data} --device gpu", "--device"),

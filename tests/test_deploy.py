@@ -93,10 +93,11 @@ def test_fp32_agrees_with_the_model_by_either_front_end(exported: Run) -> None:
 def test_onnx_takes_any_batch(exported: Run, kind: str, request: pytest.FixtureRequest) -> None:
     """fp16 is held against fp32; int8 of random weights and 8 calibration images only has to be finite."""
     session = Session(exporter.exported(exported, kind).path, fp16=kind == "fp16")
-    largest = exporter.LARGEST_BATCH if request.config.getoption("--every") else 30
+    largest = 512 if request.config.getoption("--every") else 30  # as an engine's by default
     images = torch.randn(largest, *shape_of(exported), generator=torch.Generator().manual_seed(0))
+    model = checkpoint.load_model(exported)
     with torch.no_grad():
-        expected = checkpoint.load_model(exported)(images).numpy()
+        expected = torch.cat([model(part) for part in images.split(64)]).numpy()
     tolerance = {"fp32": 1e-4, "fp16": 1e-2, "int8": np.inf}[kind] * max(1, np.abs(expected).max())
     for size in (1, 7, largest):
         found = session(images[:size].numpy())

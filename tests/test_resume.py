@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from data_prep.console import sha256_of
 from runner import checkpoint
 from runner.runs import Run, read_metrics
+from tests import wandb_file
 from tests.conftest import TINY, begun, launch, runner, wait_for_step
 
 ENDING = ("--experiments-from", "tests.ending")
@@ -108,6 +109,19 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
 
 
 @pytest.mark.processes
+def test_no_rank_leaves_before_the_first_has_told_w_and_b(small_data: Path, tmp_path: Path) -> None:
+    """The launcher ends the ranks that are left as soon as one has gone."""
+    asked = tmp_path / "asked"
+    asked.touch()
+    done = launch(2, *arguments(small_data, tmp_path), "--stop-file", asked, WANDB_MODE="offline")
+    assert done.returncode == 1
+    assert "stopped at step 1" in done.stderr
+    assert not asked.exists()
+    (file,) = (tmp_path / "ending" / "seed-0").glob("wandb/offline-run-*/*.wandb")
+    assert "exit" in [record.WhichOneof("record_type") for record in wandb_file.records(file)]
+
+
+@pytest.mark.processes
 def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None:
     """As SLURM sends it before it takes the nodes."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
@@ -187,6 +201,11 @@ def test_another_training_is_refused_with_the_difference(small_data: Path, data:
     config = Run(run).config()
     assert config["recipe"]["optimizer"]["lr"] == 0.01
     assert config["resumed"][0]["changed"] == {"recipe.optimizer.lr": [0.05, 0.01]}
+    state = checkpoint.read_state(checkpoint.latest(Run(run)))
+    assert [group["peak_lr"] for group in state["optimizer"]["param_groups"]] == [0.01]
+    done = resumed(small_data, tmp_path, "--recipe.ema", 0.9, "--resume-anyway")
+    assert done.returncode == 2
+    assert "recipe.ema cannot change under way" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None:
@@ -200,14 +219,42 @@ def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None
         assert f"{path}: damaged" in done.stderr
         assert "expected a whole checkpoint, found none" in done.stderr
         path.write_bytes(content)
-    # An older one that is whole is gone on from, and the damaged one is named all the same.
-    newer = run / "checkpoints" / "step-7"
-    shutil.copytree(run / "checkpoints" / "step-5", newer)
-    (newer / "state.pt").write_bytes(b"not a checkpoint")
+    # A run under way has the one before as well: that is gone on from, and the damaged one is named all the same.
+    (run / "stop").touch()
+    done = resumed(small_data, tmp_path)
+    assert "stopped at step 6" in done.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-5", "step-6"]
+    (run / "checkpoints" / "step-6" / "state.pt").write_bytes(b"not a checkpoint")
     done = resumed(small_data, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "step-7/state.pt: damaged" in done.stderr
-    assert Run(run).config()["resumed"][0]["step"] == 5
+    assert "step-6/state.pt: damaged" in done.stderr
+    assert [entry["step"] for entry in Run(run).config()["resumed"]] == [5, 5]
+
+
+def test_one_that_ended_before_its_first_checkpoint_begins_again(small_data: Path, tmp_path: Path) -> None:
+    """Without its rows twice, in the same W&B run, and not with another recipe."""
+    run = Run(stopped(small_data, tmp_path))
+    run.summary.unlink()
+    shutil.rmtree(run.checkpoints)
+    before, rows = run.config(), read_metrics(run)
+    other = resumed(small_data, tmp_path, "--recipe.optimizer.lr", 0.01)
+    assert other.returncode == 2
+    assert "recipe.optimizer.lr: 0.05 → 0.01" in other.stderr
+    done = resumed(small_data, tmp_path, "--max-steps", 5)
+    assert done.returncode == 0, done.stderr
+    assert [row["global_step"] for row in read_metrics(run)] == [row["global_step"] for row in rows]
+    assert run.config()["wandb_id"] == before["wandb_id"]
+    assert [(entry["step"], entry["bitwise"]) for entry in run.config()["resumed"]] == [(0, True)]
+
+
+def test_a_manifest_that_is_damaged_is_one_line(small_data: Path, tmp_path: Path) -> None:
+    run = stopped(small_data, tmp_path)
+    path = run / "checkpoints" / "step-5" / checkpoint.MANIFEST
+    path.write_text(path.read_text().replace("sha256", "sha257"))
+    done = resumed(small_data, tmp_path)
+    assert done.returncode == 2
+    assert f"{path}: damaged" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_pickle_with_a_payload_does_not_run(small_data: Path, tmp_path: Path) -> None:

@@ -110,6 +110,23 @@ def test_a_job_that_is_preempted_and_then_out_of_time_ends_with_the_same_bits(
     assert not list(ROOT.glob(".stop-*"))
 
 
+def test_a_job_that_is_cancelled_keeps_a_checkpoint_and_stays_away(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
+    job = cluster.submit(
+        "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending",
+        *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
+        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2", WANDB_MODE="disabled"),
+    )  # fmt: skip
+    wait_for_step(run, 7, 240)
+    cluster.run("scancel", job, check=True)
+    assert cluster.wait(job, 120) == "CANCELLED", log.read_text()
+    assert "queued again" not in log.read_text()
+    assert list(run.glob("checkpoints/step-*"))
+    assert not list(ROOT.glob(".stop-*"))
+
+
 def test_one_task_of_a_sweep_is_queued_again_alone(
     cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path
 ) -> None:

@@ -48,6 +48,13 @@ def test_a_trial_has_one_place_whoever_asks(tmp_path: Path) -> None:
     (other,) = trials_of(["tiny"], tmp_path, "--recipe.epochs", "6")
     assert changed.id == again.id != other.id
     assert changed.id.endswith("-seed-0")
+    # What is no part of the recipe and changes the outcome all the same.
+    options = (["--teacher", "a"], ["--teacher", "b"], ["--start-from", "a"], ["--precision", "bf16"],
+               ["--deterministic"], ["--max-steps", "5"])  # fmt: skip
+    ids = [trials_of(["tiny"], tmp_path, *words)[0].id for words in options]
+    assert len({*ids, "tiny/seed-0"}) == len(options) + 1
+    (loader,) = trials_of(["tiny"], tmp_path, "--loader", "streaming")  # which changes nothing
+    assert loader.id == "tiny/seed-0"
     assert [trial.id for trial in trials_of(["tiny"], tmp_path, name="mine")] == ["tiny/mine-seed-0"]
 
 
