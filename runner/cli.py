@@ -119,7 +119,7 @@ class Export:
     """Run folder."""
     precision: tuple[Precision, ...] = ("fp32",)
     """fp32; fp16; int8, symmetric Q/DQ for TensorRT; int8-cpu, for onnxruntime on the CPU. The others are made of
-    fp32, which is exported first where it is not there."""
+    fp32, which is exported first where it is not there, or of earlier weights."""
     raw: bool = False
     """Also write files that take uint8 pixels (batch, H, W, 3) and normalise inside the graph."""
     calibration: int = 512
@@ -136,7 +136,7 @@ class Export:
 
         run = Run(self.run)
         made = []
-        if "fp32" in self.precision or not onnx.path_of(run, "fp32").is_file():
+        if "fp32" in self.precision or not onnx.is_current(run, "fp32"):
             made.append(onnx.export(run))
         lower = [kind for kind in self.precision if kind != "fp32"]
         quantised = any(kind.startswith("int8") for kind in lower)

@@ -5,6 +5,12 @@ from collections.abc import MutableMapping
 import torch
 
 
+def exact_fp32() -> None:
+    """Convolutions and products of float32 in float32: cuDNN rounds to TF32's ten bits unless told otherwise."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[str, str]) -> None:
     """Makes a GPU the current one, on which kernels of ours start, and chooses how torch chooses its kernels.
 

@@ -19,8 +19,16 @@ from tests.conftest import ROOT
 
 FILES = ("runner/deploy/engine.py", "runner/deploy/latency.py")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
-# Only TensorRT for RTX builds for GPUs that are not there, and only where it was asked to is it called.
-RTX_ALONE = {"set_compute_capability", "num_compute_capabilities", "ComputeCapability"}
+# Only TensorRT for RTX builds for GPUs that are not there, compiles kernels when it sees a shape, and has to be
+# told of CUDA graphs; with it alone these are called.
+RTX_ALONE = {
+    "set_compute_capability",
+    "num_compute_capabilities",
+    "ComputeCapability",
+    "dynamic_shapes_kernel_specialization_strategy",
+    "DynamicShapesKernelSpecializationStrategy",
+    "REQUIRE_USER_ALLOCATION",
+}
 # Every class of a module, and of each attribute the signature that pybind11 writes, without the module's name.
 SURFACE = """
 import json, sys

@@ -146,6 +146,38 @@ def own(tiny_run: Path, tmp_path: Path) -> Run:
     return run
 
 
+def test_files_of_earlier_weights_are_not_taken_for_the_run(own: Run) -> None:
+    """Training went on after the export."""
+    precision.convert(own, "fp16", None)
+    scored = parity.compare(own, [exporter.exported(own)], None, "cpu")
+    parity.check(own, exporter.exported(own), "CPUExecutionProvider")
+    elsewhere = [scored["rows"][0] | {"place": {"cpu": "another"}}]
+    write_json(own.deploy / parity.FILE_NAME, scored | {"rows": elsewhere})
+    with pytest.raises(UserError, match="not scored on CPUExecutionProvider"):
+        parity.check(own, exporter.exported(own), "CPUExecutionProvider")
+    weights = {name: tensor + 1 for name, tensor in checkpoint.load_model(own).state_dict().items()}
+    checkpoint.save(own, weights, 10_000)
+    with pytest.raises(UserError, match="found one of other weights; make it: runner export"):
+        exporter.exported(own)
+    assert exporter.all_exported(own) == []
+    done = runner("export", own.folder, "--precision", "fp16", "--json")
+    assert [row["name"] for row in json.loads(done.stdout)] == ["fp32", "fp16"]
+
+
+def test_a_batch_beyond_the_engines_limits_goes_in_pieces() -> None:
+    class Four:
+        """Stands for an engine of 3 or 4 images."""
+
+        sidecar = {"batch": {"min": 3, "max": 4}}  # noqa: RUF012
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            assert 3 <= len(images) <= 4
+            return images.flatten(1).sum(1, keepdim=True)
+
+    images = torch.rand(9, 3, 2, 2)
+    torch.testing.assert_close(parity._in_pieces(Four(), images), images.flatten(1).sum(1, keepdim=True))
+
+
 def test_targets_and_the_raw_front_end_are_written_down(own: Run) -> None:
     file = precision.raw(own, "fp32")
     sidecar = engine.build(own, file, engine.Wish("tensorrt-rtx", (1, 8, 16), ("SM89", "SM120"), 3))

@@ -1,5 +1,6 @@
 """The two commands of the README, the configurations, and what is installed."""
 
+import importlib.util
 import json
 import os
 import re
@@ -150,6 +151,16 @@ def test_the_wheel_holds_everything_and_installs(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)) >= 3
     assert (tmp_path / "runner/report/page.html.j2").is_file()
     assert (tmp_path / "launch/cpu.yaml").is_file()
+
+
+def test_the_cuda_provider_finds_every_library_that_it_is_linked_to() -> None:
+    """None but the driver's has to come from elsewhere; whether they then load needs a GPU."""
+    package = Path(importlib.util.find_spec("onnxruntime").origin).parent
+    (provider,) = package.glob("capi/libonnxruntime_providers_cuda.so")
+    told = subprocess.run(["readelf", "--dynamic", provider], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(lib(?:cu|nv)[^\]]*)\]", told)) - {"libcuda.so.1"}
+    assert len(needed) >= 4
+    assert needed <= {path.name for path in package.parent.glob("nvidia/*/lib/*.so*")}
 
 
 def test_requirements_are_pinned_and_name_no_registry() -> None:

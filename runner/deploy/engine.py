@@ -90,11 +90,16 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
         config.builder_optimization_level = wish.optimization_level
     if wish.targets:
         _set_targets(trt, config, backend, wish.targets)
+    if file.precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
+    if backend == "tensorrt-rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what a CUDA graph of it needs
     cache = run.deploy / TIMING_CACHE
     timed = wish.timing_cache and backend == "tensorrt"  # RTX measures when an engine is first run, not before
     if timed:
         kept = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        config.set_timing_cache(kept, ignore_mismatch=False)
+        if kept is None or not config.set_timing_cache(kept, ignore_mismatch=False):  # of another GPU or version
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(f"{file.path}: {backend} could not build an engine: {log.last_errors()}")
@@ -115,7 +120,7 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
         "backend": backend,
         "version": trt.__version__,
         "target": ", ".join(wish.targets)
-        or ("this GPU" if environment.count_gpus() else "portable, Ampere and later"),
+        or ("this GPU" if backend == "tensorrt" else "portable, Ampere and later"),
         "batch": {"min": smallest, "opt": best, "max": largest},
         "inputs": [[images.name, list(images.shape), str(images.dtype).removeprefix("DataType.")]],
         "layers": network.num_layers,
@@ -233,8 +238,8 @@ def sidecars(run: Run) -> list[Path]:
 
 def built(run: Run, file: Exported) -> list[dict[str, Any]]:
     """The checked sidecars of the engines that were built of a file."""
-    found = [check_sidecar(run, path) for path in sidecars(run)]
-    return [sidecar for sidecar in found if sidecar["onnx_sha256"] == file.sha256]
+    ours = [path for path in sidecars(run) if path.is_file() and read_json(path)["onnx_sha256"] == file.sha256]
+    return [check_sidecar(run, path) for path in ours]
 
 
 def check_sidecar(run: Run, path: Path) -> dict[str, Any]:
@@ -284,11 +289,20 @@ class RunningEngine:
         self.engine = self.runtime.deserialize_cuda_engine((run.folder / sidecar["engine"]).read_bytes())
         if self.engine is None:
             raise UserError(f"{sidecar['engine']}: does not load on this GPU: {self.log.last_errors()}")
-        self.context = self.engine.create_execution_context()
+        self.context = self._context(trt)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         modes = {name: self.engine.get_tensor_mode(name) for name in names}
         self.input = next(name for name in names if modes[name] == trt.TensorIOMode.INPUT)
         self.output = next(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
+
+    def _context(self, trt: ModuleType) -> Any:
+        """RTX compiles kernels for a shape when it is first seen; without being told it goes on with others till
+        then, and a graph captured meanwhile would hold those for good."""
+        if self.sidecar["backend"] != "tensorrt-rtx":
+            return self.engine.create_execution_context()
+        config = self.engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return self.engine.create_execution_context(config)
 
     def __call__(self, images: Any) -> Any:
         """images, as the engine's front end wants them, on the GPU, to logits (n, classes) float32 there, on

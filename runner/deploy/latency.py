@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from data_prep.console import UserError, progress
-from runner import checkpoint, cpu, environment, launched
+from runner import checkpoint, cpu, cuda, environment, launched
 from runner.deploy import engine, onnx, parity
 from runner.deploy.onnx import Precision
-from runner.deploy.session import Session
+from runner.deploy.session import ProviderError, Session
 from runner.runs import Run, write_json
 
 FILE_NAME = "latency.json"
@@ -99,6 +99,8 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
     if chosen == "cpu":
         cpu.prepare()
         torch.set_num_threads(wish.threads or torch.get_num_threads())
+    else:
+        cuda.exact_fp32()
     generator = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     subjects = list(_subjects(run, files, wish, chosen))
@@ -115,6 +117,8 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
                     continue
                 images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
                 rows.append(row | measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen))
+                if chosen == "cuda":
+                    rows[-1]["sm_mhz"] = _clock()  # it has just worked
     result = {
         "run": str(run.folder),
         "weights": checkpoint.latest(run).name,
@@ -122,7 +126,6 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
         "device": chosen,
         "threads": torch.get_num_threads() if chosen == "cpu" else None,
         "load": round(os.getloadavg()[0], 2),
-        "clocks": _clocks() if chosen == "cuda" else None,
         "hardware": environment.hardware(),
         "versions": environment.versions("tensorrt", "tensorrt-rtx"),
         "method": {"warmup_seconds": WARMUP_SECONDS, "seconds": wish.seconds, "repeats": wish.repeats},
@@ -150,21 +153,26 @@ def _in_torch(run: Run, backend: str, precision: str, device: str) -> Subject:
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
     if precision == "fp16":
         model = model.half()
-    if backend == "compiled":
-        model = torch.compile(model, mode="max-autotune" if device == "cuda" else None)
 
     def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
-        host = torch.from_numpy(images)
+        host, forward = torch.from_numpy(images), model
+        if backend == "compiled":
+            torch.compiler.reset()  # for each batch its own kernels, as an engine's are
+            forward = torch.compile(model, mode="max-autotune" if device == "cuda" else None, dynamic=False)
         if device == "cpu":
             ours = host.to(memory_format=torch.channels_last)
-            return {"compute": lambda: model(ours)}
-        return _on_gpu(host.to(dtype), lambda images: model(images), torch.channels_last)
+            return {"compute": lambda: forward(ours)}
+        return _on_gpu(host.to(dtype), lambda images: forward(images), torch.channels_last)
 
     return Subject({"backend": backend, "provider": f"torch {device}", "precision": precision}, parts)
 
 
 def _in_onnxruntime(run: Run, file: onnx.Exported, wish: Wish, device: str) -> Subject:
-    session = Session(file.path, device, wish.threads, spinning=False, fp16=file.precision == "fp16")
+    try:
+        session = Session(file.path, device, wish.threads, spinning=False, fp16=file.precision == "fp16")
+    except ProviderError as error:
+        row = {"backend": "onnxruntime", "precision": file.precision, "not_measured": str(error)}
+        return Subject(row, lambda images: {})
     parity.check(run, file, session.provider)
     row = {"backend": "onnxruntime", "provider": session.provider, "precision": file.precision}
     row["onnx_sha256"] = file.sha256
@@ -190,24 +198,34 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
             yield Subject(row | {"not_measured": reason}, lambda images: {})
             continue
         running = engine.RunningEngine(run, sidecar)
-        parity.check(run, file, running.provider)
+        parity.check(run, file, running.provider, sidecar["sha256"])
+        row["opt_batch"] = sidecar["batch"]["opt"]
 
         def parts(images: np.ndarray, running: engine.RunningEngine = running) -> dict[str, Callable[[], Any]]:
             host = torch.from_numpy(images)
             on_device = running.accepted(host.cuda())
             logits = running(on_device)  # once outside, which the graph's capture needs
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                running.enqueue(on_device, logits)
-            return _copies(host, on_device, logits) | {"compute": graph.replay}
+            compute = _as_graph(lambda: running.enqueue(on_device, logits))
+            return _copies(host, on_device, logits) | {"compute": compute}
 
         yield Subject(row, parts, largest=sidecar["batch"]["max"])
+
+
+def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
+    """The same work on the GPU, launched as one CUDA graph."""
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _on_gpu(
     host: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], layout: torch.memory_format
 ) -> dict[str, Callable[[], Any]]:
-    on_device = host.cuda().to(memory_format=layout)
+    host = host.contiguous(memory_format=layout)  # so that copying in is a copy and nothing else
+    on_device = host.cuda()
     logits = forward(on_device).clone()  # a compiled model writes the next ones over its own
     return _copies(host, on_device, logits) | {"compute": lambda: forward(on_device)}
 
@@ -272,11 +290,11 @@ def _by_events(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def _clocks() -> dict[str, int] | None:
-    """Of the GPU, in MHz, while it works; None where the driver does not tell."""
+def _clock() -> int | None:
+    """Of the GPU's processors, in MHz; None where the driver does not tell."""
     try:
-        return {"sm_mhz": torch.cuda.clock_rate()}
-    except (RuntimeError, ImportError, AttributeError):
+        return torch.cuda.clock_rate()
+    except Exception:  # of the driver's own kinds, and no figure is worth less for it
         return None
 
 

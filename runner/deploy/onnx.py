@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_prep.console import UserError, sha256_of
-from runner.runs import Run
+from runner.runs import Run, read_json
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -130,6 +130,7 @@ def write(run: Run, proto: "ModelProto", precision: Precision, raw: bool, check:
         "run": config["run"],
         "dataset": {key: config["dataset"][key] for key in ("name", "fingerprint")},
         "commit": config["git"].get("commit"),
+        "weights": weights_of(run),
         "largest_batch": LARGEST_BATCH,
     }
     del proto.metadata_props[:]
@@ -196,18 +197,43 @@ def exported(run: Run, precision: Precision = "fp32", raw: bool = False) -> Expo
     """
     run.config()
     path = path_of(run, precision, raw)
-    if not path.is_file():
+    if problem := _not_current(run, path):
         words = f"{run.folder}" + ("" if precision == "fp32" else f" --precision {precision}") + " --raw" * raw
-        raise UserError(
-            f"{run.folder}: expected {path.relative_to(run.folder)}, found none; make it: runner export {words}"
-        )
+        told = f"expected {path.relative_to(run.folder)}, found {problem}"
+        raise UserError(f"{run.folder}: {told}; make it: runner export {words}")
     return Exported(path, precision, raw, sha256_of(path))
 
 
+def weights_of(run: Run) -> str:
+    """SHA-256 of the weights that a run has now."""
+    from runner import checkpoint
+
+    return read_json(checkpoint.latest(run) / checkpoint.MANIFEST)["sha256"][checkpoint.WEIGHTS]
+
+
+def is_current(run: Run, precision: Precision, raw: bool = False) -> bool:
+    """Whether a run has this file, and of the weights that it has now."""
+    return _not_current(run, path_of(run, precision, raw)) is None
+
+
+def _not_current(run: Run, path: Path) -> str | None:
+    """What is wrong with a run's file; None where it is there, and of the run's weights."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        return "none"
+    try:
+        told = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    except DecodeError:
+        return "a damaged one"
+    return None if told.get("weights") == json.dumps(weights_of(run)) else "one of other weights"
+
+
 def all_exported(run: Run) -> list[Exported]:
-    """Every ONNX file that a run has, fp32 first."""
+    """Every ONNX file that a run has of its weights, fp32 first."""
     found = [(precision, raw) for raw in (False, True) for precision in PRECISIONS]
-    return [exported(run, *kind) for kind in found if path_of(run, *kind).is_file()]
+    return [exported(run, *kind) for kind in found if is_current(run, *kind)]
 
 
 def read(path: Path) -> tuple["ModelProto", dict[str, Any]]:

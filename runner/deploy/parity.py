@@ -6,6 +6,7 @@ model's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from data_prep.console import UserError, progress
-from runner import checkpoint, cpu, environment
+from runner import checkpoint, cpu, cuda, environment
 from runner.batches.protocol import open_test_of_run
 from runner.deploy import engine, onnx
 from runner.deploy.onnx import Exported
@@ -52,6 +53,8 @@ def compare(
     """
     if device == "cpu":
         cpu.prepare()
+    else:
+        cuda.exact_fp32()
     config = run.config()
     batches = open_test_of_run(config, data, torch.device(device))
     classes = len(config["dataset"]["classes"])
@@ -62,10 +65,11 @@ def compare(
     with progress("score model and exports", (1 + len(subjects)) * batches.samples) as advance:
         eager = evaluate(checkpoint.load_model(run).to(device), batches, classes, advance=advance)
         rows = []
-        for file, backend, provider, forward in subjects:
+        for file, backend, provider, forward, engine_sha256 in subjects:
             given = _Pixels(batches) if file.raw else batches
             scored = evaluate(_AsModule(forward, device), given, classes, advance=advance)
-            rows.append(_row(run, file, backend, provider, eager, scored, next(iter(batches.epoch(0)))[0]))
+            row = _row(run, file, backend, provider, eager, scored, next(iter(batches.epoch(0)))[0])
+            rows.append(row | {"engine_sha256": engine_sha256, "place": place()})
     made = {(row["onnx"], row["provider"]) for row in rows}
     there = {str(file.path.relative_to(run.folder)): file.sha256 for file in onnx.all_exported(run)}
     kept = [
@@ -86,14 +90,21 @@ def compare(
     return report
 
 
-def check(run: Run, file: Exported, provider: str) -> None:
-    """Sees to it that a file has passed the gate on a provider.
+def place() -> dict[str, Any]:
+    """What a row is true of, beside file and engine: the processor, the GPUs, and the library."""
+    hardware, versions = environment.hardware(), environment.versions()
+    return {"cpu": hardware["cpu"], "gpus": hardware.get("gpus"), "onnxruntime": versions.get("onnxruntime-gpu")}
+
+
+def check(run: Run, file: Exported, provider: str, engine_sha256: str | None = None) -> None:
+    """Sees to it that a file, or an engine of it, has passed the gate on a provider on this kind of machine.
 
     Raises:
         UserError: it has not been scored there, or failed.
     """
+    wanted = file.sha256, provider, engine_sha256, place()
     for row in _rows(run):
-        if (row["onnx_sha256"], row["provider"]) == (file.sha256, provider):
+        if (row["onnx_sha256"], row["provider"], row.get("engine_sha256"), row.get("place")) == wanted:
             if row["passed"]:
                 return
             raise UserError(f"{file.path}: failed the gate on {provider} ({told(row)}); it is not measured")
@@ -111,15 +122,17 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     return read_json(path).get("rows", []) if path.is_file() else []
 
 
-def _subjects(run: Run, file: Exported, device: str, backends: Sequence[str]) -> Iterator[tuple[str, str, Forward]]:
-    """What can run a file here: backend, provider, and a function from images to logits on the same device."""
+def _subjects(
+    run: Run, file: Exported, device: str, backends: Sequence[str]
+) -> Iterator[tuple[str, str, Forward, str | None]]:
+    """What can run a file here: backend, provider, a function from images to logits, and an engine's SHA-256."""
     if "onnxruntime" in backends:
         session = Session(file.path, device, fp16=file.precision == "fp16")
-        yield "onnxruntime", session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy()))
+        yield "onnxruntime", session.provider, partial(_by_host, session), None
     if "engine" in backends and device == "cuda":
         for sidecar in engine.built(run, file):
             running = engine.RunningEngine(run, sidecar)
-            yield sidecar["backend"], running.provider, running
+            yield sidecar["backend"], running.provider, partial(_in_pieces, running), sidecar["sha256"]
 
 
 def _row(
@@ -198,6 +211,21 @@ def culprit(run: Run, file: Exported, images: torch.Tensor) -> str:
     return (
         f"{growth[worst][1]} (relative error {errors[worst]:.2g}, {errors[worst] - growth[worst][0]:.2g} before it)"
     )
+
+
+def _by_host(session: Session, images: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(session(images.cpu().numpy()))
+
+
+def _in_pieces(running: engine.RunningEngine, images: torch.Tensor) -> torch.Tensor:
+    """Any number of images through an engine that takes so many; a last piece that is too small is filled up."""
+    limits = running.sidecar["batch"]
+    pieces = []
+    for piece in images.split(limits["max"]):
+        missing = max(0, limits["min"] - len(piece))
+        filled = torch.cat([piece, piece[:1].expand(missing, *piece.shape[1:])]) if missing else piece
+        pieces.append(running(filled)[: len(piece)])
+    return torch.cat(pieces)
 
 
 class _AsModule(torch.nn.Module):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from runner import environment
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -50,7 +52,10 @@ class Session:
         if plain:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         wanted = PROVIDERS[device]
-        providers = [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
+        providers: list[Any] = [wanted]
+        if device == "cuda":
+            load_cuda_libraries()
+            providers = [(wanted, {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 means fp32
         content = file if isinstance(file, bytes) else str(file)
         self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         self.provider = self.session.get_providers()[0]
@@ -85,6 +90,12 @@ class Session:
         return call
 
 
+def load_cuda_libraries() -> None:
+    """Loads what the CUDA provider links to from the NVIDIA packages beside it, where no loader would look."""
+    with _silent():  # it prints what it does not find; the session then says that its provider is missing
+        onnxruntime.preload_dlls()
+
+
 def usable_providers() -> list[str]:
     """The providers that a session gets here, of those that the package lists."""
     from onnx import TensorProto, helper
@@ -94,6 +105,8 @@ def usable_providers() -> list[str]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if environment.count_gpus():
+        load_cuda_libraries()
     found = []
     for provider in onnxruntime.get_available_providers():
         try:

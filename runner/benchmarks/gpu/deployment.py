@@ -75,14 +75,17 @@ def engine(context: Context, run: Run, precision: str) -> dict[str, Any]:
 
 
 def scored(context: Context, run: Run, precision: str, backend: str) -> dict[str, Any]:
-    """The gate's rows of one backend; onnxruntime on the CPU where it has no provider for the GPU."""
+    """The gate's rows of one backend."""
     if backend == "engine" and not engines.built(run, onnx.exported(run, precision)):
         raise MissingError("no engine")
-    device = context.device if backend == "engine" or has_provider(context) else "cpu"
-    words = ["--precision", precision, "--data", context.data, "--device", device, "--backend", backend]
+    if backend == "onnxruntime" and not has_provider(context):
+        raise MissingError("onnxruntime has no CUDA provider here")
+    words = ["--precision", precision, "--data", context.data, "--device", context.device, "--backend", backend]
     failed = None
     try:
         context.command("-m", "runner", "parity", run.folder, *words)
+    except MissingError:
+        raise
     except RuntimeError as error:  # a row that did not pass is one all the same
         failed = error
     report = read_json(run.deploy / parity.FILE_NAME) if (run.deploy / parity.FILE_NAME).is_file() else {"rows": []}
@@ -106,7 +109,7 @@ def latency(context: Context, run: Run, precision: str, backend: str, seconds: f
     words += ["--repeats", 3] if context.rehearse else []
     context.command("-m", "runner", "bench", run.folder, *words)
     measured = read_json(run.deploy / LATENCY)
-    return {key: measured[key] for key in ("method", "clocks", "load", "rows")}
+    return {key: measured[key] for key in ("method", "load", "rows")}
 
 
 def has_provider(context: Context) -> bool:

@@ -87,7 +87,7 @@ class Scale:
     )
     brief: int = 200
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
-    batches: tuple[int, ...] = (1, 8, 32, 128, 512)
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256, 512)
     seconds: float = 3.0
 
 
