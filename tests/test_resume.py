@@ -111,12 +111,9 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
 @pytest.mark.processes
 def test_no_rank_leaves_before_the_first_has_told_w_and_b(small_data: Path, tmp_path: Path) -> None:
     """The launcher ends the ranks that are left as soon as one has gone."""
-    asked = tmp_path / "asked"
-    asked.touch()
-    done = launch(2, *arguments(small_data, tmp_path), "--stop-file", asked, WANDB_MODE="offline")
+    done = launch(2, *arguments(small_data, tmp_path), END="train 9 0 SIGUSR1", WANDB_MODE="offline")
     assert done.returncode == 1
-    assert "stopped at step 1" in done.stderr
-    assert not asked.exists()
+    assert "go on with --resume auto" in done.stderr
     (file,) = (tmp_path / "ending" / "seed-0").glob("wandb/offline-run-*/*.wandb")
     assert "exit" in [record.WhichOneof("record_type") for record in wandb_file.records(file)]
 

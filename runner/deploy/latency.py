@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -116,7 +117,8 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
                     rows.append(row | {"not_measured": f"the engine takes batches of at most {subject.largest}"})
                     continue
                 images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
-                rows.append(row | measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen))
+                figures = measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen)
+                rows.append(row | subject.row | figures)
                 if chosen == "cuda":
                     rows[-1]["sm_mhz"] = _clock()  # it has just worked
     result = {
@@ -201,11 +203,18 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
         parity.check(run, file, running.provider, sidecar["sha256"])
         row["opt_batch"] = sidecar["batch"]["opt"]
 
-        def parts(images: np.ndarray, running: engine.RunningEngine = running) -> dict[str, Callable[[], Any]]:
+        def parts(
+            images: np.ndarray, running: engine.RunningEngine = running, row: dict[str, Any] = row
+        ) -> dict[str, Callable[[], Any]]:
             host = torch.from_numpy(images)
             on_device = running.accepted(host.cuda())
             logits = running(on_device)  # once outside, which the graph's capture needs
-            compute = _as_graph(lambda: running.enqueue(on_device, logits))
+            enqueue = partial(running.enqueue, on_device, logits)
+            try:
+                compute, row["launched_as"] = _as_graph(enqueue), "CUDA graph"
+            except RuntimeError as error:  # an engine may hold what no graph can
+                reason = str(error).splitlines()[0][:120]
+                compute, row["launched_as"] = enqueue, f"stream of kernels, for it cannot be captured: {reason}"
             return _copies(host, on_device, logits) | {"compute": compute}
 
         yield Subject(row, parts, largest=sidecar["batch"]["max"])
