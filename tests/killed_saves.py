@@ -53,7 +53,8 @@ def main(folder: Path, replace: bool) -> None:
             break
         # Going on from there, and saving again, leaves that one and the one before, and no rubbish.
         checkpoint.save(run, weights, 3, state)
-        expected = {"step-3", f"step-{found['step']}"} if found else {"step-3"}
+        before = "step-1" if replace or not found else f"step-{found['step']}"
+        expected = {before, "step-3"}
         left += sorted(expected ^ {path.name for path in run.checkpoints.iterdir()})
     print(json.dumps({"changes": k - 1, "lost": lost, "left": left}))
 
