@@ -130,6 +130,6 @@ def check_same(trial: Trial, fingerprint: str) -> None:
         meant[option], found[option] = options[option], config[key] and config[key]["folder"]
     for option in ("precision", "deterministic"):
         if options[option]:
-            meant[option], found[option] = options[option], config[option]
+            meant[option], found[option] = options[option], config.get(option)
     if other := [key for key in meant if meant[key] != found[key]]:
         raise UserError(f"{trial.run.folder}: holds a training with another {', '.join(other)}; choose a --name")
