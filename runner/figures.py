@@ -120,15 +120,20 @@ def _samples(
     from matplotlib import pyplot as plt
 
     probability = _probabilities(logits)
-    figure, axes = plt.subplots(4, SAMPLES // 4, figsize=(11, 6.4), layout="constrained")
-    for axis, image, index in zip(axes.flat, images, samples_of(len(labels)), strict=True):
+    columns, across, down = SAMPLES // 4, 1.22, 1.45  # in images' widths; the text above one has two lines
+    # One axis for all: with one for each, drawing takes five times as long.
+    figure, axis = plt.subplots(figsize=(11, 6.4), layout="constrained")
+    for number, (image, index) in enumerate(zip(images, samples_of(len(labels)), strict=True)):
+        left, top = number % columns * across, number // columns * down
         predicted = logits[index].argmax()
         right = predicted == labels[index]
-        axis.imshow(image)
-        axis.axis("off")
+        axis.imshow(image, extent=(left, left + 1, top + 1, top))
         text = f"{classes[predicted]} {probability[index, predicted]:.0%}"
         text += "" if right else f"\nis {classes[labels[index]]}"
-        axis.set_title(text, fontsize=8, color="black" if right else "firebrick")
+        color = "black" if right else "firebrick"
+        axis.text(left + 0.5, top - 0.04, text, ha="center", va="bottom", fontsize=8, color=color)
+    axis.set(xlim=(0, columns * across - 0.22), ylim=(4 * down - 0.4, -0.4))
+    axis.axis("off")
     figure.suptitle(f"{label}: predictions on test images")
     return _save(run, figure, "samples")
 
