@@ -56,7 +56,14 @@ def runner(
     *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """`runner ...` as a process that has made its imports already, where the environment does not concern these."""
-    words = ["-m", "runner", *map(str, arguments)]
+    return module("runner", *arguments, cwd=cwd, timeout=timeout, **environ)
+
+
+def module(
+    name: str, *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m NAME ...`, as `runner` does it."""
+    words = ["-m", name, *map(str, arguments)]
     if any(name.startswith(COLD) for name in environ):
         return python(*words, cwd=cwd, timeout=timeout, **environ)
     if not _warm:
@@ -70,8 +77,8 @@ def runner(
 
 def launch(processes: int, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """`accelerate launch ... -m runner ... --device cpu` with so many gloo ranks."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml"]
-    return python(*launcher, "--num_processes", processes, "-m", "runner", *arguments, "--device", "cpu", **options)
+    words = ["--config_file", ROOT / "launch/cpu.yaml", "--num_processes", processes, "-m", "runner", *arguments]
+    return module("accelerate.commands.launch", *words, "--device", "cpu", **options)
 
 
 def begun(processes: int, *words: object, **environ: str) -> subprocess.Popen[str]:

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import local
+from launch.agent import Agent
 from launch.submit import requested
 from launch.trials import Trial, expand
+from runner import environment
 from runner.runs import Run, claimed_runs, read_json
 from tests.conftest import ROOT, TINY, clean_environment, gone, python, ranks_of
 
@@ -91,6 +94,35 @@ def test_what_is_refused_is_one_line_and_begins_nothing(
     assert says in done.stderr
     assert not list(tmp_path.glob("runs/tiny*"))
     assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(("given", "expected"), [("5,GPU-7", {"5", "GPU-7"}), (None, {"0", "1"})])
+def test_trials_share_the_gpus_that_the_sweep_was_given(
+    given: str | None, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time, on a GPU each. In place of training, a process says which it sees."""
+    says = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(1)"
+    monkeypatch.setattr(local, "training_command", lambda *_: ["-c", says])
+    trials = trials_of(["tiny"], tmp_path, "--runs", str(tmp_path / "runs"), seeds=(0, 1))
+    environ = {"CUDA_VISIBLE_DEVICES": given} if given else {}
+    local.train(trials, [], local.Place(2, 2, 1, ()), tmp_path / "logs", environ)
+    seen = [path.read_text().strip() for path in tmp_path.glob("logs/*.log")]
+    assert len(seen) == 2
+    assert set(seen) == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--device=cpu"], ["--device", "cpu"]])
+def test_an_agent_trains_on_the_cpu_where_it_is_told_to_or_there_is_no_gpu(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the option is spelled, it is said once."""
+    monkeypatch.setattr(environment, "count_gpus", lambda: 0 if not options else 4)
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda _, words, environ: became.append(words))
+    Agent("podeti-alexnet")(["--data", str(tmp_path), *options], {})
+    (words,) = became
+    assert str(ROOT / "launch/cpu.yaml") in words
+    assert sum(word.startswith("--device") for word in words) == 1
 
 
 def descendants(process: int) -> list[int]:
