@@ -5,6 +5,7 @@ round.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -23,8 +25,8 @@ class UserError(ValueError):
 def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool = True) -> Any:
     """Parses a command line, runs the command it names, and returns what that returns.
 
-    What the option parser refuses, and every `UserError` of the command, becomes one line on standard error
-    and exit code 2.
+    What the option parser refuses, every `UserError` of the command, and a full disk become one line on standard
+    error and exit code 2; Ctrl-C one line and exit code 130.
 
     Args:
         parse: reads the command line and returns the command as a function of no arguments.
@@ -39,6 +41,13 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, speaks: bool 
         return command()
     except UserError as error:
         _refuse(prog, error, speaks)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the disk"
+        _refuse(prog, UserError(f"{place}: no space left; free some, and repeat the command"), speaks)
+    except KeyboardInterrupt:
+        _refuse(prog, UserError("interrupted"), speaks, EXIT_INTERRUPTED)
 
 
 def in_one_line(parse: Callable[[], Any]) -> Any:
@@ -57,10 +66,10 @@ def in_one_line(parse: Callable[[], Any]) -> Any:
         raise UserError(re.sub(r"[─━╭╮╰╯│┃]+", " ", panel.getvalue())) from None
 
 
-def _refuse(prog: str, error: UserError, speaks: bool) -> NoReturn:
+def _refuse(prog: str, error: UserError, speaks: bool, code: int = EXIT_BAD_INPUT) -> NoReturn:
     if speaks:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT) from None
+    raise SystemExit(code) from None
 
 
 _display: Any = None  # the one display of bars that a terminal can hold

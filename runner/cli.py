@@ -171,8 +171,8 @@ class Parity:
     """Prepared dataset; by default the one the run was trained on."""
     device: launched.Device = "auto"
     """Where to compute; on a GPU engines are scored as well."""
-    backend: tuple[Literal["onnxruntime", "engine"], ...] = ("onnxruntime", "engine")
-    """What runs the files; engines run on a GPU alone."""
+    backend: tuple[Literal["onnxruntime", "engine"], ...] = ()
+    """What runs the files, and then has to; by default whatever can here. Engines run on a GPU alone."""
     json: bool = False
     """Print JSON, and nothing else, on standard output."""
 
@@ -198,6 +198,8 @@ class Parity:
                 print(f"runner: {line}", file=sys.stderr)
             elif not self.json:
                 print(line)
+        for entry in report["not_scored"]:
+            print("runner: {onnx} by {backend}: not scored: {reason}".format(**entry), file=sys.stderr)
         if not all(row["passed"] for row in rows):
             raise SystemExit(1)
 

@@ -238,11 +238,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file beside its place, syncs it, and renames it into place; makes the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def trim_metrics(run: Run, step: int) -> None:

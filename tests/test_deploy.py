@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from data_prep import manifest
 from data_prep.console import UserError, sha256_of
 from runner import checkpoint, experiments
 from runner.batches.protocol import model_input
-from runner.deploy import engine, latency, parity, precision
+from runner.deploy import engine, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
 from runner.deploy.session import ProviderError, Session, usable_providers
 from runner.recipe import to_json
@@ -129,10 +130,12 @@ def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> N
     path = exported.folder / sidecar["engine"]
     assert path.stat().st_size == sidecar["bytes"]
     assert sidecar["onnx_sha256"] == sha256_of(file.path)
-    arithmetic = sidecar["layer_precisions"]["CONVOLUTION"]
-    assert arithmetic[{"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8"}[kind]] > 0
-    if kind != "int8":
-        assert len(arithmetic) == 1
+    wanted = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8"}[kind]
+    for layers in ("CONVOLUTION", "MATRIX_MULTIPLY"):  # whatever they read: images, features or weights
+        assert set(sidecar["layer_precisions"][layers]) == {wanted}
+    # What the builder said of the engine itself.
+    parameters = sum(p.numel() for p in checkpoint.load_model(exported).parameters())
+    assert sidecar["weights_bytes"] / parameters == pytest.approx({"fp32": 4, "fp16": 2, "int8": 1}[kind], rel=0.25)
     assert sidecar["batch"] == {"min": 1, "opt": 64, "max": 256}
     assert sidecar["dataset"] == exported.config()["dataset"]["name"]
     assert sidecar in engine.built(exported, file)
@@ -165,17 +168,18 @@ def test_files_of_earlier_weights_are_not_taken_for_the_run(own: Run) -> None:
 
 
 def test_a_batch_beyond_the_engines_limits_goes_in_pieces() -> None:
-    class Four:
+    class Four(engine.RunningEngine):
         """Stands for an engine of 3 or 4 images."""
 
-        sidecar = {"batch": {"min": 3, "max": 4}}  # noqa: RUF012
+        def __init__(self) -> None:
+            self.sidecar, self.torch = {"batch": {"min": 3, "max": 4}}, torch
 
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             assert 3 <= len(images) <= 4
             return images.flatten(1).sum(1, keepdim=True)
 
     images = torch.rand(9, 3, 2, 2)
-    torch.testing.assert_close(parity._in_pieces(Four(), images), images.flatten(1).sum(1, keepdim=True))
+    torch.testing.assert_close(Four().in_pieces(images), images.flatten(1).sum(1, keepdim=True))
 
 
 def test_targets_and_the_raw_front_end_are_written_down(own: Run) -> None:
@@ -187,27 +191,49 @@ def test_targets_and_the_raw_front_end_are_written_down(own: Run) -> None:
 
 
 def test_an_fp16_request_cannot_give_an_fp32_engine(own: Run) -> None:
-    """A file that is fp16 by its name and fp32 by its graph."""
-    shutil.copy(exporter.path_of(own, "fp32"), exporter.path_of(own, "fp16"))
-    with pytest.raises(RuntimeError, match=r"expected HALF arithmetic for fp16, found {'FLOAT'"):
+    """A file that is fp16 by its name and fp32 by its graph; and an engine that is not as its network was."""
+    proto, metadata = exporter.read(exporter.path_of(own, "fp32"))
+    exporter.write(own, proto, "fp16", False, metadata["weights"])
+    with pytest.raises(UserError, match=r"expected HALF arithmetic for fp16, found {'FLOAT'"):
         engine.build(own, exporter.exported(own, "fp16"), engine.Wish("tensorrt-rtx", (1, 2, 4)))
     assert not list(own.deploy.glob("*.engine*"))
+    fp32 = [{"LayerType": "Conv", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}]
+    fp16 = [*fp32, {"LayerType": "Conv", "Outputs": [{"Format/Datatype": "Channel major FP16 format"}]}]
+    file = exporter.exported(own, "fp16")
+    assert engine.inspected_precisions(fp16) == {"FLOAT": 1, "HALF": 1}
+    engine.check_inspected(file, fp16)
+    engine.check_inspected(file, [{"Outputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}])
+    with pytest.raises(UserError, match=r"expected HALF in the engine for fp16, found {'FLOAT': 1}"):
+        engine.check_inspected(file, fp32)
+
+
+def spoiled(run: Run, change: Callable[[np.ndarray], np.ndarray]) -> str:
+    """The run's fp16 file with a filter changed; returns the name of the convolution."""
+    file = precision.convert(run, "fp16", None)
+    model, metadata = exporter.read(file.path)
+    second = [node for node in model.graph.node if node.op_type == "Conv"][1]
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == second.input[1]]
+    weight.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(weight).copy()), weight.name))
+    exporter.write(run, model, "fp16", False, metadata["weights"])
+    return f"Conv {second.name}"
+
+
+def test_a_layer_that_gives_no_number_is_named(own: Run) -> None:
+    """And the row is kept, without a figure that JSON has no word for."""
+    name = spoiled(own, lambda weight: np.where(weight > 0, np.float16(np.nan), weight))
+    (row,) = parity.compare(own, [exporter.exported(own, "fp16")], None, "cpu")["rows"]
+    assert not row["passed"]
+    assert row["largest_logit_difference"] is None
+    assert row["culprit"].startswith(name)
 
 
 def test_the_gate_names_the_layer_that_fails(own: Run) -> None:
-    file = precision.convert(own, "fp16", None)
-    model = onnx.load(file.path)
-    halves = [t for t in model.graph.initializer if len(t.dims) == 4]
-    spoiled = onnx.numpy_helper.to_array(halves[1]).copy()
-    spoiled[:] = -spoiled
-    halves[1].CopyFrom(onnx.numpy_helper.from_array(spoiled, halves[1].name))
-    onnx.save(model, file.path)
+    name = spoiled(own, np.negative)
     file = exporter.exported(own, "fp16")
     (row,) = parity.compare(own, [file], None, "cpu")["rows"]
     assert not row["passed"]
     assert row["agreement"] < 0.999
-    second = [node for node in model.graph.node if node.op_type == "Conv"][1]
-    assert row["culprit"].startswith(f"Conv {second.name}")
+    assert row["culprit"].startswith(name)
     done = runner("parity", own.folder, "--precision", "fp16", "--device", "cpu")
     assert done.returncode == 1
     assert "worst at Conv" in done.stderr
@@ -238,6 +264,10 @@ def test_commands_print_only_json(own: Run) -> None:
         ("onnxruntime", "fp32", 1), ("onnxruntime", "fp32", 3),
         ("onnxruntime", "int8-cpu", 1), ("onnxruntime", "int8-cpu", 3),
     ]  # fmt: skip
+    more = json.loads(runner("bench", own.folder, "--json", *words, "--batch", 2, "--backend", "eager").stdout)
+    assert [row["batch"] for row in more[0]["rows"]] == [2]
+    kept = json.loads((own.deploy / latency.FILE_NAME).read_text())["rows"]
+    assert [row for row in kept if row.get("batch") != 2] == result["rows"]  # what was measured before stays
     for row in measured:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["calls"] >= 20
@@ -282,6 +312,8 @@ def test_predict_needs_nothing_but_the_file(own: Run, source, tmp_path: Path) ->
 @pytest.mark.parametrize("where", ["/etc/passwd", "../outside.bin", "inside.bin"])
 def test_a_file_that_keeps_data_outside_is_refused(own: Run, where: str, tmp_path: Path) -> None:
     """By an absolute path, one that leaves the folder, or a link: all the same, for none is read."""
+    from PIL import Image
+
     model = onnx.load(exporter.path_of(own, "fp32"))
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -290,28 +322,165 @@ def test_a_file_that_keeps_data_outside_is_refused(own: Run, where: str, tmp_pat
     (tmp_path / "inside.bin").symlink_to("/etc/passwd")
     path = tmp_path / "foreign.onnx"
     path.write_bytes(model.SerializeToString())
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
     done = runner("predict", path, tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "found external data" in done.stderr or "expected images" in done.stderr
+    assert "found external data" in done.stderr
     with pytest.raises(UserError, match="found external data"):
         exporter.read(path)
 
 
 def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
+    from PIL import Image
+
     (tmp_path / "no.onnx").write_bytes(b"no model")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    model = exporter.path_of(own, "fp32")
+    model, picture = exporter.path_of(own, "fp32"), tmp_path / "picture.png"
+    Image.new("RGB", (32, 32)).save(picture)
+
+    def changed(key: str, value: object) -> Path:
+        proto = onnx.load(model)
+        told = {entry.key: entry.value for entry in proto.metadata_props} | {key: json.dumps(value)}
+        onnx.helper.set_model_props(proto, told)
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.onnx"
+        onnx.save(proto, path)
+        return path
+
+    proto = onnx.load(model)
+    (weight, *_) = [tensor for tensor in proto.graph.initializer if len(tensor.dims) == 4]
+    array = onnx.numpy_helper.to_array(weight)
+    weight.CopyFrom(onnx.numpy_helper.from_array(array[:, :2].copy(), weight.name))  # of a channel less
+    misshapen = tmp_path / "misshapen.onnx"
+    onnx.save(proto, misshapen)
     for words, says in (
         ([tmp_path / "no.onnx", tmp_path / "broken.png"], "expected an ONNX file"),
         ([model, tmp_path / "broken.png"], "expected an image"),
         ([model, tmp_path / "none.png"], "there is none"),
         ([model, tmp_path / "broken.png", "--batch", 5000], "--batch 5000: expected at most 4096"),
+        ([changed("classes", []), picture], "found none or others of classes"),
+        ([changed("shape", 5), picture], "found none or others of shape"),
+        ([changed("shape", [3, 16, 16]), picture], "takes images tensor(float) of ['batch', 3, 32, 32], found"),
+        ([changed("classes", ["one", "two"]), picture], "names 2 classes, gives logits (1, 10)"),
+        ([misshapen, picture], "onnxruntime cannot run it"),
+        ([model, picture, "--sheet", tmp_path / "sheet.xyz"], "ends in .png or .jpg"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [([model, picture, "--device", "cuda"], "asked onnxruntime for CUDA")]
+        ),
     ):
         done = runner("predict", *words)
         assert done.returncode == 2, done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert says in done.stderr
+
+
+def test_a_file_that_was_changed_is_not_the_runs(own: Run, tmp_path: Path) -> None:
+    """By a command that would build it, score it or measure it: one line, and nothing is made of it."""
+    proto, _ = exporter.read(exporter.path_of(own, "fp32"))
+    proto.graph.node[-1].name += "x"
+    onnx.save(proto, exporter.path_of(own, "fp32"))
+    for words in (["engine"], ["parity", "--device", "cpu"], ["bench", "--device", "cpu"], ["export", "--raw"]):
+        done = runner(words[0], own.folder, *words[1:])
+        if words[0] == "export":
+            break  # which makes it again
+        assert done.returncode == 2
+        assert "found one that is not as it was exported; make it: runner export" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 0, done.stderr
+    assert not list(own.deploy.glob("*.engine*"))
+    assert [file.name for file in exporter.all_exported(own)] == ["fp32", "fp32.raw"]
+
+
+def test_data_outside_is_found_wherever_it_hides(own: Run, tmp_path: Path) -> None:
+    """In a function of the model's, and in a sparse tensor."""
+    for place in ("function", "sparse"):
+        model = onnx.load(exporter.path_of(own, "fp32"))
+        tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="data.bin")
+        if place == "function":
+            node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+            opset = [onnx.helper.make_opsetid("", 18)]
+            model.functions.append(onnx.helper.make_function("ours", "F", [], ["y"], [node], opset))
+        else:
+            indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
+            model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(tensor, indices, [4]))
+        path = tmp_path / f"{place}.onnx"
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(UserError, match="found external data"):
+            exporter.read(path)
+
+
+def test_the_stated_largest_batch_is_taken(own: Run) -> None:
+    precision.convert(own, "int8", precision.calibration_images(own, None, 64))
+    precision.convert(own, "fp16", None)
+    images = torch.randn(exporter.LARGEST_BATCH, *shape_of(own), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = checkpoint.load_model(own)(images).numpy()
+    for file in exporter.all_exported(own):
+        assert exporter.read(file.path)[1]["largest_batch"] == len(images)
+        found = Session(file.path, fp16=file.precision == "fp16")(images.numpy())
+        agreement = (found.argmax(1) == expected.argmax(1)).mean()
+        assert agreement > {"fp32": 0.999, "fp16": 0.995, "int8": 0.9}[file.precision]
+
+
+def test_int8_keeps_what_the_model_knows(own: Run) -> None:
+    """TensorRT's graph, scored here by onnxruntime: weights per channel, biases not quantised, within the limit."""
+    file = precision.convert(own, "int8", precision.calibration_images(own, None, 200))
+    (row,) = parity.compare(own, [file], None, "cpu")["rows"]
+    assert row["agreement"] > 0.95
+    graph = onnx.load(file.path).graph
+    scales = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    weights = [node.input[1] for node in graph.node if node.op_type == "Conv"]
+    made_by = {node.output[0]: node for node in graph.node}
+    for weight in weights:
+        pair = made_by[weight]
+        assert pair.op_type == "DequantizeLinear"
+        assert sizes[scales[pair.input[0]]] == sizes[pair.input[0]][:1]  # one for each output channel
+    assert not any(tensor.data_type == onnx.TensorProto.INT32 for tensor in graph.initializer)
+
+
+def test_an_engine_of_another_version_or_of_a_damaged_sidecar_is_one_line(own: Run) -> None:
+    sidecar = engine.build(own, exporter.exported(own), engine.Wish("tensorrt-rtx", (1, 2, 4)))
+    (path,) = engine.sidecars(own)
+    with pytest.raises(UserError, match=r"built by tensorrt-rtx 0\.1, here is .*; build it again: runner engine"):
+        engine.RunningEngine(own, sidecar | {"version": "0.1"})
+    write_json(path, {key: value for key, value in sidecar.items() if key != "version"})
+    with pytest.raises(UserError, match="expected an engine's sidecar, found no version; build it again"):
+        engine.built(own, exporter.exported(own))
+
+
+def test_what_does_not_load_costs_no_other_its_row(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that this GPU does not take, say; asked for by name it is a mistake."""
+    precision.convert(own, "fp16", None)
+    files = exporter.all_exported(own)
+    load = Session.__init__
+
+    def refuses(self: Session, file: Path, *more: object, **options: object) -> None:
+        if options.get("fp16"):
+            raise ProviderError("asked for what is not there")
+        load(self, file, *more, **options)
+
+    monkeypatch.setattr(Session, "__init__", refuses)
+    report = parity.compare(own, files, None, "cpu")
+    assert [row["precision"] for row in report["rows"]] == ["fp32"]
+    assert [entry["reason"] for entry in report["not_scored"]] == ["asked for what is not there"]
+    with pytest.raises(UserError, match="asked for what is not there"):
+        parity.compare(own, files, None, "cpu", ("onnxruntime",))
+
+
+def test_predict_resizes_as_training_did(own: Run, tmp_path: Path) -> None:
+    """A large photograph, for a model of larger images than the dataset's: both front ends are given the same."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    metadata = {"mean": [120.0, 110.0, 100.0], "std": [60.0, 61.0, 62.0], "shape": [3, 20, 20]}
+    mean, std = (torch.tensor(metadata[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    images = (torch.from_numpy(small).permute(0, 3, 1, 2) - mean) / std
+    expected = torch.nn.functional.interpolate(images, size=(20, 20), mode="bilinear", antialias=False)
+    torch.testing.assert_close(torch.from_numpy(predict._normalised(small, metadata)), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("what", ["engine", "onnx"])

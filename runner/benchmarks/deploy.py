@@ -1,4 +1,4 @@
-"""What does deployment buy, and what does its proof cost? On the CPU, for runs that were trained here.
+"""What does deployment buy, and what does its proof cost? On the CPU, for runs that `runner parity` has scored.
 
 onnxruntime against eager torch, and its int8 graph against its fp32 one: medians of calls with one image on one
 thread, in turn. And `runner export`, with its hashes and its quick check, against loading the weights, the bare
@@ -7,6 +7,7 @@ exporter, and saving.
     python -m runner.benchmarks.deploy runs/podeti-resnet18/seed-0 runs/podeti-mobilenetv2/seed-0 --json deploy.json
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,9 +30,7 @@ class DeployBenchmark:
     """Compare onnxruntime with eager, int8 with fp32, and our export with the bare one, in turn."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
-    """Run folders; each is exported again."""
-    data: Path | None = None
-    """Prepared dataset, for calibration; by default the one of each run."""
+    """Run folders, exported in fp32 and int8-cpu, and scored by the gate on this CPU; nothing in them changes."""
     rounds: int = measure.LEAST_ROUNDS
     """Turns that each takes."""
     json: Path | None = None
@@ -46,7 +45,9 @@ class DeployBenchmark:
         for folder in self.runs:
             run = Run(folder)
             name = run.config()["experiment"].replace("-", "_")
-            found = measure.in_turn(_subjects(run, self.data), self.rounds, f"measure {folder}")
+            with tempfile.TemporaryDirectory() as elsewhere:
+                subjects = _subjects(run, Path(elsewhere))
+                found = measure.in_turn(subjects, self.rounds, f"measure {folder}")
             ratios |= {
                 f"ratio_onnxruntime_to_eager_{name}": measure.ratio(found["onnxruntime"], found["eager"]),
                 f"ratio_int8_to_fp32_{name}": measure.ratio(found["int8"], found["onnxruntime"]),
@@ -60,20 +61,25 @@ class DeployBenchmark:
         measure.conclude("deployment on the CPU", ratios, goals, {"settings": settings}, self.json)
 
 
-def _subjects(run: Run, data: Path | None) -> dict[str, Callable[[], float]]:
+def _subjects(run: Run, elsewhere: Path) -> dict[str, Callable[[], float]]:
     import numpy as np
     import torch
     from onnx import save_model
     from safetensors.torch import load_file
 
     from runner import checkpoint
-    from runner.deploy import onnx, precision
-    from runner.deploy.session import Session
+    from runner.deploy import onnx, parity
+    from runner.deploy.session import PROVIDERS, Session
     from runner.recipe import Architecture
 
     config = run.config()
-    fp32 = onnx.export(run)
-    int8 = precision.convert(run, "int8-cpu", precision.calibration_images(run, data, 128))
+    fp32, int8 = files = [onnx.exported(run, kind) for kind in ("fp32", "int8-cpu")]
+    for file in files:
+        parity.check(run, file, PROVIDERS["cpu"])
+    copy = Run(elsewhere / run.folder.name)  # to export into
+    copy.folder.mkdir()
+    shutil.copy(run.record, copy.record)
+    shutil.copytree(run.checkpoints, copy.checkpoints)
     model = checkpoint.load_model(run)
     sessions = {
         name: Session(file.path, threads=1, spinning=False) for name, file in (("fp32", fp32), ("int8", int8))
@@ -104,7 +110,7 @@ def _subjects(run: Run, data: Path | None) -> dict[str, Callable[[], float]]:
 
     def ours_whole() -> float:
         began = time.perf_counter()
-        onnx.export(run)
+        onnx.export(copy)
         return time.perf_counter() - began
 
     return {

@@ -5,6 +5,7 @@ request for one precision into an engine of another. TensorRT for RTX builds ahe
 """
 
 import importlib
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TIMING_CACHE = "timing.cache"  # of the builder's measurements, beside the engines
 LOWER = {"fp16": "HALF", "int8": "INT8"}  # what the arithmetic of a precision must be, and none of it FLOAT
 ARITHMETIC = ("CONVOLUTION", "MATRIX_MULTIPLY", "DECONVOLUTION")
+MOVES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # layers that compute nothing; the builder takes pairs across them
+WIDTH = {"FLOAT": 32, "HALF": 16, "BF16": 16, "INT8": 8, "FP8": 8}  # bits; a layer computes in its widest input's
+# How the inspector words the types of an engine's tensors, among much else.
+INSPECTED = {"FLOAT": r"\bFP32\b|\bFloat\b", "HALF": r"\bFP16\b|\bHalf\b", "INT8": r"\bI(?:nt|NT)8\b"}
+SIDECAR_KEYS = ("engine", "sha256", "onnx", "onnx_sha256", "precision", "front_end", "backend", "version", "batch",
+                "inputs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,8 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
         The sidecar.
 
     Raises:
-        UserError: a backend, batch or target that cannot be had here.
-        RuntimeError: the parser or the builder refused the graph, with what they said; or the parsed network does
-            not
-            have the precision of the file.
+        UserError: a backend, batch or target that cannot be had here; the parser or the builder refused the graph,
+            with what they said; or the parsed network does not have the precision of the file.
     """
     smallest, best, largest = wish.batch
     if not 1 <= smallest <= best <= largest <= onnx.LARGEST_BATCH:
@@ -77,7 +82,7 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(file.path.read_bytes()):
         errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise RuntimeError(f"{file.path}: {backend}'s parser refused it: {errors}")
+        raise UserError(f"{file.path}: {backend}'s parser refused it: {errors}")
     precisions = layer_precisions(network)
     check_precision(file, precisions)
     config = builder.create_builder_config()
@@ -102,12 +107,15 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError(f"{file.path}: {backend} could not build an engine: {log.last_errors()}")
+        raise UserError(f"{file.path}: {backend} could not build an engine: {log.last_errors()}")
     if timed:
         write_atomically(cache, bytes(config.get_timing_cache().serialize()))
+    plan = bytes(plan)
+    inspected = _inspected(trt, log, plan, images.name, best) if environment.count_gpus() else None
+    if inspected:
+        check_inspected(file, inspected)
     engine = run.deploy / f"model.{file.name}.{backend}.engine"
-    write_atomically(engine, bytes(plan))
-    inspected = _inspected(trt, log, engine) if environment.count_gpus() else None
+    write_atomically(engine, plan)
     sidecar = {
         "engine": str(engine.relative_to(run.folder)),
         "sha256": sha256_of(engine),
@@ -127,6 +135,8 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
         "layer_precisions": precisions,
         "layer_precisions_from": "the parsed network; it is strongly typed, so the engine keeps them",
         "inspected_layers": inspected,
+        "inspected_precisions": inspected and inspected_precisions(inspected),
+        "weights_bytes": weights_bytes(log.lines),
         "optimization_level": config.builder_optimization_level,
         "timing_cache": timed,
         "hardware": environment.hardware(),
@@ -140,31 +150,58 @@ def build(run: Run, file: Exported, wish: Wish) -> dict[str, Any]:
 def layer_precisions(network: Any) -> dict[str, dict[str, int]]:
     """Of a parsed network, layer type to type of its arithmetic to number of layers: {"CONVOLUTION": {"HALF": 20}}.
 
-    The type is that of the layer's first input; where that comes from a DQ layer it is what was dequantised, for
-    the builder fuses the pair into a kernel of that type.
+    The type is that of the layer's widest input, so of a residual sum FLOAT where one of its two is; where an input
+    comes from a DQ layer, or from one that only moves its values, it is what was dequantised, for the builder fuses
+    the pair into a kernel of that type.
     """
     quantised = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if _kind(layer) == "DEQUANTIZE":
             quantised[layer.get_output(0).name] = _dtype(layer.get_input(0))
+        elif _kind(layer) in MOVES and layer.get_input(0).name in quantised:
+            quantised[layer.get_output(0).name] = quantised[layer.get_input(0).name]
     counts: dict[str, Counter[str]] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        tensor = layer.get_input(0) if layer.num_inputs else layer.get_output(0)
-        if tensor is not None:
-            counts.setdefault(_kind(layer), Counter())[quantised.get(tensor.name, _dtype(tensor))] += 1
+        tensors = [layer.get_input(place) for place in range(layer.num_inputs)] or [layer.get_output(0)]
+        types = [quantised.get(tensor.name, _dtype(tensor)) for tensor in tensors if tensor is not None]
+        if types:
+            widest = max(types, key=lambda name: WIDTH.get(name, 0))
+            counts.setdefault(_kind(layer), Counter())[widest] += 1
     return {kind: dict(types) for kind, types in sorted(counts.items())}
 
 
+def weights_bytes(log: list[str]) -> int | None:
+    """What an engine's weights take, as its builder told: half of fp32's in fp16, a quarter in int8."""
+    found = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log]
+    return next((int(match[1]) for match in reversed(found) if match), None)
+
+
 def check_precision(file: Exported, precisions: dict[str, dict[str, int]]) -> None:
-    """Raises RuntimeError where a network's arithmetic is not of the precision that its file is called by."""
+    """Raises UserError where a network's arithmetic is not of the precision that its file is called by."""
     wanted = LOWER.get(file.precision, "FLOAT")
     found = Counter()
     for kind in ARITHMETIC:
         found.update(precisions.get(kind, {}))
     if not found[wanted] or (wanted != "INT8" and set(found) != {wanted}):
-        raise RuntimeError(f"{file.path}: expected {wanted} arithmetic for {file.precision}, found {dict(found)}")
+        told = f"expected {wanted} arithmetic for {file.precision}, found {dict(found)}"
+        raise UserError(f"{file.path}: {told}; export it again")
+
+
+def inspected_precisions(layers: list[Any]) -> dict[str, int]:
+    """Of an engine itself, type to number of the tensors between its layers, as far as the inspector tells them."""
+    tensors = [tensor for layer in layers if isinstance(layer, dict) for tensor in layer.get("Outputs", ())]
+    told = [str(tensor.get("Format/Datatype", "")) for tensor in tensors if isinstance(tensor, dict)]
+    counts = {kind: sum(bool(re.search(words, line)) for line in told) for kind, words in INSPECTED.items()}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def check_inspected(file: Exported, layers: list[Any]) -> None:
+    """Raises UserError where an engine tells the types of its tensors, and none is that of its file's precision."""
+    found, wanted = inspected_precisions(layers), LOWER.get(file.precision, "FLOAT")
+    if found and wanted not in found:
+        raise UserError(f"{file.path}: expected {wanted} in the engine for {file.precision}, found {found}")
 
 
 def _kind(layer: Any) -> str:
@@ -175,15 +212,18 @@ def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("DataType.")
 
 
-def _inspected(trt: ModuleType, log: "_Log", engine: Path) -> list[Any] | None:
-    """What the engine itself says of its layers; None where this GPU does not load it."""
+def _inspected(trt: ModuleType, log: "_Log", plan: bytes, name: str, batch: int) -> list[Any] | None:
+    """What the engine itself says of its layers, for one batch; None where this GPU does not load it."""
     import json
 
-    loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine.read_bytes())
+    runtime = trt.Runtime(log.logger)
+    loaded = runtime.deserialize_cuda_engine(plan)
     if loaded is None:
         return None
-    told = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return json.loads(told).get("Layers")
+    inspector, context = loaded.create_engine_inspector(), loaded.create_execution_context()
+    context.set_input_shape(name, (batch, *loaded.get_tensor_shape(name)[1:]))
+    inspector.execution_context = context  # without a shape it tells no types
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers")
 
 
 def load(backend: str) -> tuple[str, ModuleType]:
@@ -238,7 +278,8 @@ def sidecars(run: Run) -> list[Path]:
 
 def built(run: Run, file: Exported) -> list[dict[str, Any]]:
     """The checked sidecars of the engines that were built of a file."""
-    ours = [path for path in sidecars(run) if path.is_file() and read_json(path)["onnx_sha256"] == file.sha256]
+    there = [path for path in sidecars(run) if path.is_file()]
+    ours = [path for path in there if read_json(path).get("onnx_sha256", file.sha256) == file.sha256]
     return [check_sidecar(run, path) for path in ours]
 
 
@@ -248,12 +289,14 @@ def check_sidecar(run: Run, path: Path) -> dict[str, Any]:
     NVIDIA treats engines as executable: nothing may deserialize one before this.
 
     Raises:
-        UserError: none, or one of another engine or ONNX file.
+        UserError: none, a damaged one, or one of another engine or ONNX file.
     """
     remedy = f"build it again: runner engine {run.folder}"
     if not path.is_file():
         raise UserError(f"{path}: expected an engine's sidecar, found none; {remedy}")
     sidecar = read_json(path)
+    if missing := [key for key in SIDECAR_KEYS if key not in sidecar]:
+        raise UserError(f"{path}: expected an engine's sidecar, found no {', '.join(missing)}; {remedy}")
     for kind, key in (("engine", "sha256"), ("onnx", "onnx_sha256")):
         file = run.folder / sidecar[kind]
         if not file.is_file() or sha256_of(file) != sidecar[key]:
@@ -316,6 +359,16 @@ class RunningEngine:
         logits = self.torch.empty(shape, dtype=self.torch.float32, device=images.device)
         self.enqueue(images, logits)
         return logits
+
+    def in_pieces(self, images: Any) -> Any:
+        """As `__call__`, for any number of images; a last piece that is too small is filled up."""
+        limits = self.sidecar["batch"]
+        pieces = []
+        for piece in images.split(limits["max"]):
+            missing = max(0, limits["min"] - len(piece))
+            filled = self.torch.cat([piece, piece[:1].expand(missing, *piece.shape[1:])]) if missing else piece
+            pieces.append(self(filled)[: len(piece)])
+        return self.torch.cat(pieces)
 
     def accepted(self, images: Any) -> Any:
         """The images, contiguous, with the context set to their shape. Raises as `__call__`."""

@@ -4,10 +4,11 @@ Method, as of trtexec and MLPerf's single stream: warm-up by time; then calls on
 least number; percentiles of all of them, none cut. On a GPU the input's copy, the computation and the output's
 copy are timed apart, each by CUDA events, on pinned memory; engines and the compiled model replay a CUDA graph. On
 the CPU a call is timed whole, with a stated number of threads that do not spin. Only what has passed the gate is
-measured.
+measured; the compiled model has to give the logits of the eager one.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +24,12 @@ from runner import checkpoint, cpu, cuda, environment, launched
 from runner.deploy import engine, onnx, parity
 from runner.deploy.onnx import Precision
 from runner.deploy.session import ProviderError, Session
-from runner.runs import Run, write_json
+from runner.runs import Run, read_json, write_json
 
 FILE_NAME = "latency.json"
 WARMUP_SECONDS = 0.5
 WIDE = 1.5  # p90 over p50, from which a row carries a warning
+COMPILED = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, by which compiled may differ from eager
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
 Backend = Literal["eager", "compiled", "onnxruntime", "engine"]
 
@@ -56,17 +58,20 @@ class Wish:
 class Subject:
     """One thing to measure: its row's beginning, and for a batch size what does the work.
 
-    `parts` gives, for images on the host, the steps of a call in order, by name.
+    `parts` gives, for images on the host, the steps of a call in order, by name; it takes `smallest` to `largest`.
     """
 
     row: dict[str, Any]
     parts: Callable[[np.ndarray], dict[str, Callable[[], Any]]]
+    smallest: int = 1
     largest: int = onnx.LARGEST_BATCH
-    raw: bool = False
 
 
 def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Measures what is wished and can run here, and writes `deploy/latency.json`.
+    """Measures what is wished and can run here, and writes `deploy/latency.json`, whole after each figure.
+
+    Figures that were there stay, where they are of other backends, precisions or batches, and of the same weights,
+    hardware, versions and method.
 
     Args:
         run: exported, and scored by the gate.
@@ -85,7 +90,7 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
         ("--seconds", wish.seconds),
         ("--repeats", wish.repeats),
         ("--batch", min(wish.batches, default=0)),
-        ("--threads", wish.threads or 1),
+        ("--threads", 1 if wish.threads is None else wish.threads),
     ):
         if value <= 0:
             raise UserError(f"{option} {value}: expected more than 0")
@@ -102,39 +107,61 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
         torch.set_num_threads(wish.threads or torch.get_num_threads())
     else:
         cuda.exact_fp32()
-    generator = np.random.default_rng(0)
+    hardware = environment.hardware()
+    if chosen == "cpu":
+        hardware = {key: value for key, value in hardware.items() if key not in ("gpus", "cuda")}  # none has worked
+    result = {
+        "run": str(run.folder),
+        "weights": onnx.weights_of(run),
+        "dataset": config["dataset"]["name"],
+        "device": chosen,
+        "threads": torch.get_num_threads() if chosen == "cpu" else None,
+        "hardware": hardware,
+        "versions": environment.versions("tensorrt", "tensorrt-rtx"),
+        "method": {"warmup_seconds": WARMUP_SECONDS, "seconds": wish.seconds, "repeats": wish.repeats},
+    }
+    path = run.deploy / FILE_NAME
+    before = read_json(path) if path.is_file() else {}
+    kept = before.get("rows", []) if all(before.get(key) == value for key, value in result.items()) else []
+    result["load"] = round(os.getloadavg()[0], 2)  # before we add to it
     rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        ours = {_key(row) for row in rows}
+        result["rows"] = [*(row for row in kept if _key(row) not in ours), *rows]
+        write_json(path, result)
+
+    generator = np.random.default_rng(0)
     subjects = list(_subjects(run, files, wish, chosen))
     with progress("measure latency", len(subjects) * len(wish.batches)) as advance, torch.inference_mode():
         for subject in subjects:
             for size in wish.batches:
                 advance(1)
-                row = subject.row | {"batch": size}
-                if "not_measured" in row:
-                    rows.append(subject.row)
+                if "not_measured" in subject.row:
+                    keep(subject.row)
                     break
-                if size > subject.largest:
-                    rows.append(row | {"not_measured": f"the engine takes batches of at most {subject.largest}"})
+                row = subject.row | {"batch": size}
+                if not subject.smallest <= size <= subject.largest:
+                    told = f"the engine takes batches of {subject.smallest} to {subject.largest}"
+                    keep(row | {"not_measured": told})
                     continue
                 images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
-                figures = measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen)
-                rows.append(row | subject.row | figures)
+                try:
+                    figures = measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen)
+                except torch.OutOfMemoryError:
+                    keep(row | {"not_measured": "not enough GPU memory"})
+                    torch.cuda.empty_cache()
+                    continue
                 if chosen == "cuda":
-                    rows[-1]["sm_mhz"] = _clock()  # it has just worked
-    result = {
-        "run": str(run.folder),
-        "weights": checkpoint.latest(run).name,
-        "dataset": config["dataset"]["name"],
-        "device": chosen,
-        "threads": torch.get_num_threads() if chosen == "cpu" else None,
-        "load": round(os.getloadavg()[0], 2),
-        "hardware": environment.hardware(),
-        "versions": environment.versions("tensorrt", "tensorrt-rtx"),
-        "method": {"warmup_seconds": WARMUP_SECONDS, "seconds": wish.seconds, "repeats": wish.repeats},
-        "rows": rows,
-    }
-    write_json(run.deploy / FILE_NAME, result)
-    return result
+                    figures["sm_mhz"] = _clock()  # it has just worked
+                keep(row | subject.row | figures)
+    return result | {"rows": rows}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of; of two alike the later is kept."""
+    return tuple(row.get(key) for key in ("backend", "provider", "precision", "batch"))
 
 
 def _subjects(run: Run, files: list[onnx.Exported], wish: Wish, device: str) -> Iterator[Subject]:
@@ -151,6 +178,8 @@ def _subjects(run: Run, files: list[onnx.Exported], wish: Wish, device: str) -> 
 
 
 def _in_torch(run: Run, backend: str, precision: str, device: str) -> Subject:
+    if precision != "fp32":
+        parity.check_torch(run, precision)
     model = checkpoint.load_model(run).to(device)
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
     if precision == "fp16":
@@ -161,6 +190,10 @@ def _in_torch(run: Run, backend: str, precision: str, device: str) -> Subject:
         if backend == "compiled":
             torch.compiler.reset()  # for each batch its own kernels, as an engine's are
             forward = torch.compile(model, mode="max-autotune" if device == "cuda" else None, dynamic=False)
+            some = host.to(device, dtype).contiguous(memory_format=torch.channels_last)
+            expected, found = model(some).float(), forward(some).float()
+            if not (found - expected).abs().max() <= COMPILED[precision] * expected.abs().max():
+                raise UserError(f"{run.folder}: the compiled model gives other logits than the eager one")
         if device == "cpu":
             ours = host.to(memory_format=torch.channels_last)
             return {"compute": lambda: forward(ours)}
@@ -178,12 +211,14 @@ def _in_onnxruntime(run: Run, file: onnx.Exported, wish: Wish, device: str) -> S
     parity.check(run, file, session.provider)
     row = {"backend": "onnxruntime", "provider": session.provider, "precision": file.precision}
     row["onnx_sha256"] = file.sha256
+    classes = len(run.config()["dataset"]["classes"])
 
     def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
         if device == "cpu":
             return {"compute": lambda: session(images)}
-        bound = session.bound(torch.from_numpy(images).cuda())
-        return {"compute": bound}
+        host = torch.from_numpy(images)
+        on_device, logits = host.cuda(), torch.empty(len(images), classes, device="cuda")
+        return _copies(host, on_device, logits) | {"compute": session.bound(on_device, logits)}
 
     return Subject(row, parts)
 
@@ -199,7 +234,11 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
             reason = "an engine runs on a GPU, measured on the CPU here"
             yield Subject(row | {"not_measured": reason}, lambda images: {})
             continue
-        running = engine.RunningEngine(run, sidecar)
+        try:
+            running = engine.RunningEngine(run, sidecar)
+        except UserError as error:
+            yield Subject(row | {"not_measured": str(error)}, lambda images: {})
+            continue
         parity.check(run, file, running.provider, sidecar["sha256"])
         row["opt_batch"] = sidecar["batch"]["opt"]
 
@@ -217,7 +256,7 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
                 compute, row["launched_as"] = enqueue, f"stream of kernels, for it cannot be captured: {reason}"
             return _copies(host, on_device, logits) | {"compute": compute}
 
-        yield Subject(row, parts, largest=sidecar["batch"]["max"])
+        yield Subject(row, parts, sidecar["batch"]["min"], sidecar["batch"]["max"])
 
 
 def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
@@ -301,9 +340,12 @@ def _by_events(call: Callable[[], Any]) -> float:
 
 def _clock() -> int | None:
     """Of the GPU's processors, in MHz; None where the driver does not tell."""
+    which = torch.cuda.get_device_properties(0).uuid  # CUDA_VISIBLE_DEVICES may have given it another number
+    command = ["nvidia-smi", f"--id=GPU-{which}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
     try:
-        return torch.cuda.clock_rate()
-    except Exception:  # of the driver's own kinds, and no figure is worth less for it
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return int(told.strip())
+    except (OSError, subprocess.SubprocessError, ValueError):  # no figure is worth less for it
         return None
 
 

@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from data_prep.console import UserError, sha256_of
-from runner.runs import Run, read_json
+from runner.runs import Run, read_json, write_json
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 INPUT, RAW_INPUT, OUTPUT = "images", "pixels", "logits"
+RECORD = "exports.json"  # what was exported: of each file its hash, and that of the weights it was made of
 LARGEST_BATCH = 4096
 QUICK_IMAGES = 64
 QUICK_LIMIT = 1e-3  # of the largest logit, by which fp32 may differ on the quick check's images
@@ -77,6 +78,7 @@ def export(run: Run) -> Exported:
 
     cpu.prepare()
     config = run.config()
+    weights = weights_of(run)  # before they are read: training may go on meanwhile
     # Traced in channels_last, flattening becomes an index computation in the graph.
     model = checkpoint.load_model(run).to(memory_format=torch.contiguous_format)
     proto = bare(model, config["input"]["shape"])
@@ -93,7 +95,7 @@ def export(run: Run) -> Exported:
                 f"{path}: logits differ from the model's by {difference:.3g} on {QUICK_IMAGES} images"
             )
 
-    return write(run, proto, "fp32", raw=False, check=check)
+    return write(run, proto, "fp32", raw=False, weights=weights, check=check)
 
 
 def bare(model: Any, shape: list[int]) -> "ModelProto":
@@ -113,8 +115,23 @@ def bare(model: Any, shape: list[int]) -> "ModelProto":
     return program.model_proto
 
 
-def write(run: Run, proto: "ModelProto", precision: Precision, raw: bool, check: Any = None) -> Exported:
-    """Writes a graph as a run's file, with its metadata, after onnx's checker and `check` have passed it."""
+def write(
+    run: Run,
+    proto: "ModelProto",
+    precision: Precision,
+    raw: bool,
+    weights: str,
+    check: Callable[[Path], None] | None = None,
+) -> Exported:
+    """Writes a graph as a run's file, with its metadata, after onnx's checker and `check` have passed it.
+
+    Args:
+        run: whose.
+        proto: the graph.
+        precision, raw: which of the run's files it is.
+        weights: SHA-256 of those that the graph holds.
+        check: raises where the file must not be.
+    """
     import onnx
 
     config = run.config()
@@ -130,7 +147,7 @@ def write(run: Run, proto: "ModelProto", precision: Precision, raw: bool, check:
         "run": config["run"],
         "dataset": {key: config["dataset"][key] for key in ("name", "fingerprint")},
         "commit": config["git"].get("commit"),
-        "weights": weights_of(run),
+        "weights": weights,
         "largest_batch": LARGEST_BATCH,
     }
     del proto.metadata_props[:]
@@ -148,7 +165,35 @@ def write(run: Run, proto: "ModelProto", precision: Precision, raw: bool, check:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return Exported(path, precision, raw, sha256_of(path))
+    made = Exported(path, precision, raw, sha256_of(path))
+    write_json(path.with_name(RECORD), {**_record(run), path.name: {"sha256": made.sha256, "weights": weights}})
+    return made
+
+
+def check_finite(path: Path, shape: list[int], classes: int, raw: bool, fp16: bool) -> None:
+    """The quick check of what is no fp32 file: it runs, and gives a finite logit for each class of each image.
+
+    Args:
+        path: of the file.
+        shape: of an image as it is given: (3, H, W), or (H, W, 3) of a raw front end.
+        classes: of the dataset.
+        raw, fp16: which kind it is.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    import numpy as np
+
+    from runner.deploy.session import Session
+
+    generator = np.random.default_rng(0)
+    if raw:
+        images = generator.integers(0, 256, (QUICK_IMAGES, *shape), dtype=np.uint8)
+    else:
+        images = generator.standard_normal((QUICK_IMAGES, *shape), dtype=np.float32)
+    logits = Session(path, fp16=fp16)(images)
+    if logits.shape != (QUICK_IMAGES, classes) or not np.isfinite(logits).all():
+        raise RuntimeError(f"{path}: expected finite logits of {classes} classes, found {logits.shape}, or others")
 
 
 def with_raw_input(proto: "ModelProto", config: dict[str, Any]) -> "ModelProto":
@@ -175,7 +220,11 @@ def with_raw_input(proto: "ModelProto", config: dict[str, Any]) -> "ModelProto":
         helper.make_node("Transpose", ["raw_normalised"], [planes], name="raw_transpose", perm=[0, 3, 1, 2]),
     ]
     if resized:
-        assert height < shape[1], "making images smaller would need antialiasing"
+        if height > shape[1] or width > shape[2]:
+            raise UserError(
+                f"--raw: images of {height} × {width} would have to be made smaller, which needs antialiasing; "
+                "leave it out, and resize in front of the model"
+            )
         constants["raw_factors"] = np.array([1, 1, shape[1] / height, shape[2] / width], dtype=np.float32)
         inputs = ["raw_small", "", "raw_factors"]
         nodes.append(helper.make_node("Resize", inputs, [INPUT], name="raw_resize", mode="linear"))
@@ -196,12 +245,12 @@ def exported(run: Run, precision: Precision = "fp32", raw: bool = False) -> Expo
         UserError: the run has not been exported so.
     """
     run.config()
-    path = path_of(run, precision, raw)
-    if problem := _not_current(run, path):
+    found = _found(run, precision, raw)
+    if isinstance(found, str):
         words = f"{run.folder}" + ("" if precision == "fp32" else f" --precision {precision}") + " --raw" * raw
-        told = f"expected {path.relative_to(run.folder)}, found {problem}"
+        told = f"expected {path_of(run, precision, raw).relative_to(run.folder)}, found {found}"
         raise UserError(f"{run.folder}: {told}; make it: runner export {words}")
-    return Exported(path, precision, raw, sha256_of(path))
+    return found
 
 
 def weights_of(run: Run) -> str:
@@ -212,28 +261,31 @@ def weights_of(run: Run) -> str:
 
 
 def is_current(run: Run, precision: Precision, raw: bool = False) -> bool:
-    """Whether a run has this file, and of the weights that it has now."""
-    return _not_current(run, path_of(run, precision, raw)) is None
+    """Whether a run has this file, as it was exported, and of the weights that it has now."""
+    return isinstance(_found(run, precision, raw), Exported)
 
 
-def _not_current(run: Run, path: Path) -> str | None:
-    """What is wrong with a run's file; None where it is there, and of the run's weights."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
+def _found(run: Run, precision: Precision, raw: bool) -> Exported | str:
+    """A run's file; or, where it is not what was exported of the run's weights, what is there instead."""
+    path = path_of(run, precision, raw)
     if not path.is_file():
         return "none"
-    try:
-        told = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-    except DecodeError:
-        return "a damaged one"
-    return None if told.get("weights") == json.dumps(weights_of(run)) else "one of other weights"
+    made = Exported(path, precision, raw, sha256_of(path))
+    told = _record(run).get(path.name, {})
+    if told.get("sha256") != made.sha256:
+        return "one that is not as it was exported"
+    return made if told.get("weights") == weights_of(run) else "one of other weights"
+
+
+def _record(run: Run) -> dict[str, Any]:
+    path = run.deploy / RECORD
+    return read_json(path) if path.is_file() else {}
 
 
 def all_exported(run: Run) -> list[Exported]:
     """Every ONNX file that a run has of its weights, fp32 first."""
-    found = [(precision, raw) for raw in (False, True) for precision in PRECISIONS]
-    return [exported(run, *kind) for kind in found if is_current(run, *kind)]
+    kinds = [(precision, raw) for raw in (False, True) for precision in PRECISIONS]
+    return [found for kind in kinds if isinstance(found := _found(run, *kind), Exported)]
 
 
 def read(path: Path) -> tuple["ModelProto", dict[str, Any]]:
@@ -251,7 +303,8 @@ def read(path: Path) -> tuple["ModelProto", dict[str, Any]]:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own kinds
         raise UserError(f"{path}: expected an ONNX file: {_first_line(error)}") from None
-    if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in _tensors(proto.graph)):
+    tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
+    if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors):
         raise UserError(f"{path}: expected one file that holds its weights, found external data; save it as one")
     try:
         onnx.checker.check_model(proto)
@@ -266,13 +319,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph and of the graphs inside it."""
-    yield from graph.initializer
+    """Every constant of a graph, or of a function, and of the graphs inside it."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from runner.runs import Run
 CALIBRATION_BATCH = 32
 Calibration = Literal["minmax", "percentile"]
 WEIGHTED = ["Conv", "Gemm", "MatMul"]
+# They add up squares or exponentials, which leave the range of fp16 long before what goes into them does.
+SENSITIVE = ["LayerNormalization", "Softmax"]
 
 
 def convert(
@@ -40,31 +43,51 @@ def convert(
     Raises:
         UserError: the run has not been exported in fp32.
     """
-    source = onnx.exported(run, "fp32")
+    proto, metadata = onnx.read(onnx.exported(run, "fp32").path)
     if precision == "fp16":
-        return onnx.write(run, _fp16(source.path), "fp16", raw=False)
-    assert calibration is not None
-    return onnx.write(run, _int8(source.path, precision, calibration, method), precision, raw=False)
+        made = _fp16(proto)
+    else:
+        assert calibration is not None
+        made = _int8(onnx.path_of(run, "fp32"), precision, calibration, method)
+    return _written(run, made, precision, False, metadata)
 
 
 def raw(run: Run, precision: Precision) -> Exported:
     """Writes the raw front end of a file that is there."""
-    proto, _ = onnx.read(onnx.exported(run, precision).path)
-    return onnx.write(run, onnx.with_raw_input(proto, run.config()), precision, raw=True)
+    proto, metadata = onnx.read(onnx.exported(run, precision).path)
+    return _written(run, onnx.with_raw_input(proto, run.config()), precision, True, metadata)
 
 
-def _fp16(source: Path) -> Any:
-    """fp32 inputs and outputs, fp16 inside, but for the operators that the converter knows to lose digits."""
+def _written(run: Run, made: Any, precision: Precision, is_raw: bool, metadata: dict[str, Any]) -> Exported:
+    """The file, of the weights of the one that it was made of, after the quick check."""
+    shape = metadata["image_shape" if is_raw else "shape"]
+    classes, fp16 = len(metadata["classes"]), precision == "fp16"
+    check = partial(onnx.check_finite, shape=shape, classes=classes, raw=is_raw, fp16=fp16)
+    return onnx.write(run, made, precision, is_raw, metadata["weights"], check)
+
+
+def _fp16(proto: Any) -> Any:
+    """fp32 inputs and outputs, fp16 inside, but for SENSITIVE and what the converter leaves by itself."""
     from onnxruntime.transformers import float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
-    proto, _ = onnx.read(source)
-    made = float16.convert_float_to_float16(proto, keep_io_types=True)
-    # The converter puts the casts of the inputs behind what reads them.
-    casts = [node for node in made.graph.node if node.name.startswith("graph_input_cast")]
-    rest = [node for node in made.graph.node if not node.name.startswith("graph_input_cast")]
-    del made.graph.node[:]
-    made.graph.node.extend([*casts, *rest])
+    _unshare(proto.graph)
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, *SENSITIVE]
+    made = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=kept)
+    OnnxModel(made).topological_sort()  # the converter puts casts behind what reads them
+    del made.graph.value_info[:]  # in part of the types before
     return made
+
+
+def _unshare(graph: Any) -> None:
+    """Gives each SENSITIVE operator constants of its own; of those of several, the converter names a cast twice."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for number, node in enumerate(graph.node):
+        for place, name in enumerate(node.input):
+            if node.op_type in SENSITIVE and name in constants:
+                node.input[place] = f"{name}.{number}"
+                graph.initializer.add().CopyFrom(constants[name])
+                graph.initializer[-1].name = node.input[place]
 
 
 def _int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> Any:

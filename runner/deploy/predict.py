@@ -4,6 +4,7 @@ The file's metadata says what it wants and what its classes are; a file with a r
 are, the other is given normalised ones.
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from data_prep.console import UserError, track
 from runner.deploy import onnx
 from runner.deploy.session import Session
-from runner.runs import Run
+from runner.runs import Run, write_atomically
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 COLUMNS, TILE = 8, 128  # of the contact sheet, in pictures and in pixels
@@ -53,14 +54,15 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     forward, metadata = _loaded(model, device)
     if batch > metadata["largest_batch"]:
         raise UserError(f"--batch {batch}: expected at most {metadata['largest_batch']}, the limit of {model}")
-    _, height, width = metadata["shape"]
     raw = metadata["front_end"] == "raw"
     predictions = []
     cuts = [files[start : start + batch] for start in range(0, len(files), batch)]
     for cut in track(cuts, "predict", len(cuts)):
-        side = (metadata["image_shape"][1], metadata["image_shape"][0]) if raw else (width, height)
+        side = (metadata["image_shape"][1], metadata["image_shape"][0])
         pixels = np.stack([_pixels(file, side) for file in cut])
         logits = forward(pixels if raw else _normalised(pixels, metadata)).astype(np.float64)
+        if logits.shape != (len(cut), len(metadata["classes"])):
+            raise UserError(f"{model}: names {len(metadata['classes'])} classes, gives logits {logits.shape}")
         shares = np.exp(logits - logits.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
         for file, row in zip(cut, shares, strict=True):
@@ -97,8 +99,19 @@ def _pixels(file: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
+    """(n, H, W, 3) uint8 of the dataset's size to (n, 3, H, W) float32 of the model's, as training made them."""
+    from PIL import Image
+
     mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("mean", "std"))
-    return np.ascontiguousarray(((pixels.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2))
+    planes = ((pixels.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2)
+    channels, height, width = metadata["shape"]
+    if planes.shape[2:] != (height, width):
+        resized = [
+            np.asarray(Image.fromarray(plane, mode="F").resize((width, height), Image.Resampling.BILINEAR))
+            for plane in planes.reshape(-1, *planes.shape[2:])
+        ]
+        planes = np.stack(resized).reshape(len(pixels), channels, height, width)
+    return np.ascontiguousarray(planes)
 
 
 def _loaded(model: Path, device: str) -> tuple[Any, dict[str, Any]]:
@@ -106,10 +119,26 @@ def _loaded(model: Path, device: str) -> tuple[Any, dict[str, Any]]:
     if model.suffix == ".engine":
         return _engine(model)
     _, metadata = onnx.read(model)
-    wanted = {"classes", "shape", "mean", "std", "front_end", "image_shape", "largest_batch"}
-    if missing := sorted(wanted - metadata.keys()):
-        raise UserError(f"{model}: expected metadata of runner export, found no {', '.join(missing)}")
+    _check(model, metadata)
     return Session(model, device, fp16=metadata.get("precision") == "fp16"), metadata
+
+
+def _check(model: Path, metadata: dict[str, Any]) -> None:
+    """Raises UserError where metadata are not those of runner export: a file may come from anyone."""
+
+    def numbers(key: str, *lengths: int) -> bool:
+        value = metadata[key]
+        return isinstance(value, list) and len(value) in lengths and all(isinstance(n, int | float) for n in value)
+
+    classes = metadata.get("classes")
+    right = {
+        "classes": isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes),
+        "front_end": metadata.get("front_end") in ("raw", "normalised"),
+        "largest_batch": isinstance(metadata.get("largest_batch"), int) and metadata["largest_batch"] > 0,
+        **{key: key in metadata and numbers(key, 3) for key in ("shape", "image_shape", "mean", "std")},
+    }
+    if wrong := sorted(key for key, fits in right.items() if not fits):
+        raise UserError(f"{model}: expected metadata of runner export, found none or others of {', '.join(wrong)}")
 
 
 def _engine(model: Path) -> tuple[Any, dict[str, Any]]:
@@ -122,12 +151,15 @@ def _engine(model: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{model}: expected its sidecar {sidecar_path.name} beside it; engines run only with it")
     run = Run(model.parent.parent)
     sidecar = engine.check_sidecar(run, sidecar_path)
+    if (run.folder / sidecar["engine"]).resolve() != model.resolve():
+        raise UserError(f"{model}: its sidecar speaks of {sidecar['engine']}; give that, in its run folder")
     if not torch.cuda.is_available():
         raise UserError(f"{model}: an engine runs on a GPU, found none; give the ONNX file it was built of")
     running = engine.RunningEngine(run, sidecar)
     _, metadata = onnx.read(run.folder / sidecar["onnx"])
+    _check(model, metadata)
     metadata["largest_batch"] = sidecar["batch"]["max"]
-    return lambda images: running(torch.from_numpy(images).cuda()).cpu().numpy(), metadata
+    return lambda images: running.in_pieces(torch.from_numpy(images).cuda()).cpu().numpy(), metadata
 
 
 def draw(predictions: list[Prediction], path: Path) -> None:
@@ -145,7 +177,10 @@ def draw(predictions: list[Prediction], path: Path) -> None:
         sheet.paste(tile, (x + 4, y + 4))
         pen.text((x + 6, y + TILE), said.label[:16], fill="black", font=font)
         pen.text((x + 6, y + TILE + 15), f"{said.probability:.1%}", fill="#666666", font=font)
+    content = io.BytesIO()
     try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sheet {path}: cannot be written: {error}") from None
+        sheet.save(content, format=Image.registered_extensions().get(path.suffix.lower(), ""))
+        write_atomically(path, content.getvalue())
+    except (OSError, ValueError, KeyError) as error:
+        known = "a name that ends in .png or .jpg, in a folder that can be written"
+        raise UserError(f"--sheet {path}: expected {known} ({error})") from None

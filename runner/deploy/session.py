@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from data_prep.console import UserError
 from runner import environment
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class ProviderError(RuntimeError):
+INPUT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+
+
+class ProviderError(UserError):
     """onnxruntime did not give the provider that was asked for."""
 
 
@@ -32,6 +37,7 @@ class Session:
 
     Raises:
         ProviderError: the session's first provider is another one.
+        UserError: onnxruntime refuses the graph.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class Session:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # what went wrong is raised
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if fp16:
             options.add_session_config_entry("session.graph_optimizations_loop_level", "0")
@@ -57,36 +63,69 @@ class Session:
             load_cuda_libraries()
             providers = [(wanted, {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 means fp32
         content = file if isinstance(file, bytes) else str(file)
-        self.session = onnxruntime.InferenceSession(content, options, providers=providers)
+        self.name = "the graph" if isinstance(file, bytes) else str(file)
+        with self._in_one_line(), _silent() if device == "cuda" else contextlib.nullcontext([]) as told:
+            self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         self.provider = self.session.get_providers()[0]
         if self.provider != wanted:
-            raise ProviderError(f"asked onnxruntime for {wanted}, got {self.provider}")
+            reason = next(
+                (f" (failed{line.partition('Failed')[2][:300]})" for line in told if "Failed" in line), ""
+            )
+            got = f"asked onnxruntime for {wanted}, got {self.provider}{reason}"
+            raise ProviderError(f"{got}; `runner doctor` tells what works here")
         given = self.session.get_inputs()[0]
         self.input, self.shape, self.type = given.name, given.shape, given.type
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """images (n, 3, H, W) float32, or (n, H, W, 3) uint8 for a raw front end, to logits (n, classes)
-        float32."""
-        return self.session.run(None, {self.input: np.ascontiguousarray(images)})[0]
+        float32.
+
+        Raises:
+            UserError: images of another shape or type than the graph takes, or that it cannot compute.
+        """
+        return self._run(images)[0]
 
     def all(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Every output by its name."""
+        """Every output by its name. Raises as `__call__`."""
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(None, {self.input: np.ascontiguousarray(images)}), strict=True))
+        return dict(zip(names, self._run(images), strict=True))
 
-    def bound(self, images: Any) -> Callable[[], None]:
-        """A call from a CUDA tensor of images to logits that stay on the GPU; no copy belongs to it."""
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Every output, in order."""
+        pairs = zip(images.shape, self.shape, strict=False)
+        fits = len(images.shape) == len(self.shape)
+        fits = fits and all(wanted in (found, None) or isinstance(wanted, str) for found, wanted in pairs)
+        if not fits or images.dtype != INPUT_TYPES.get(self.type):
+            raise UserError(
+                f"{self.name}: takes {self.input} {self.type} of {self.shape}, found {images.dtype} of "
+                f"{list(images.shape)}"
+            )
+        with self._in_one_line():
+            return self.session.run(None, {self.input: np.ascontiguousarray(images)})
+
+    @contextlib.contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        """What onnxruntime says of a graph that it cannot take, as a mistake of the user's."""
+        try:
+            yield
+        except Exception as error:  # it has no base of its own
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise UserError(f"{self.name}: onnxruntime cannot run it: {str(error).strip()[:300]}") from None
+
+    def bound(self, images: Any, logits: Any) -> Callable[[], None]:
+        """A call from a CUDA tensor of images to one of logits, both float32; no copy belongs to it."""
         binding = self.session.io_binding()
-        binding.bind_input(
-            self.input, "cuda", images.device.index or 0, np.float32, tuple(images.shape), images.data_ptr()
-        )
-        binding.bind_output(self.session.get_outputs()[0].name, "cuda", images.device.index or 0)
+        ends = ((binding.bind_input, self.input, images),
+                (binding.bind_output, self.session.get_outputs()[0].name, logits))  # fmt: skip
+        for bind, name, tensor in ends:
+            bind(name, "cuda", tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
 
         def call() -> None:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
-        call.images = images  # kept as long as its memory is read
+        call.tensors = images, logits  # kept as long as their memory is used
         return call
 
 
@@ -119,15 +158,19 @@ def usable_providers() -> list[str]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """onnxruntime's providers write of their failures to standard output, past Python."""
-    with open(os.devnull, "w") as nowhere:
-        kept = [os.dup(1), os.dup(2)]
+def _silent() -> Iterator[list[str]]:
+    """onnxruntime's providers write of their failures to standard output and error, past Python: afterwards the
+    lines are in the list."""
+    told: list[str] = []
+    with tempfile.TemporaryFile() as kept:
+        ends = [os.dup(1), os.dup(2)]
         try:
             for number in (1, 2):
-                os.dup2(nowhere.fileno(), number)
-            yield
+                os.dup2(kept.fileno(), number)
+            yield told
         finally:
-            for number, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
+            for number, end in zip((1, 2), ends, strict=True):
+                os.dup2(end, number)
+                os.close(end)
+            kept.seek(0)
+            told += kept.read().decode(errors="replace").splitlines()

@@ -155,6 +155,7 @@ def row(record: RunRecord) -> dict[str, Any]:
                 key: part[key]
                 for key in ("backend", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
             }
+            | {"gate": gate((record.parity or {}).get("rows", []), part)}
             for part in (record.latency or {}).get("rows", [])
             if "p50_ms" in part
         ],
@@ -309,6 +310,18 @@ def agreement(record: RunRecord) -> float | None:
     rows = (record.parity or {}).get("rows", [])
     found = [row["agreement"] for row in rows if (row["precision"], row["front_end"]) == ("fp32", "normalised")]
     return found[0] if found else None
+
+
+def gate(parity_rows: list[dict[str, Any]], latency_row: dict[str, Any]) -> dict[str, Any] | None:
+    """The gate's figures of what a latency is of: same backend, provider and precision; None of torch itself."""
+    backend, told = latency_row["backend"], latency_row.get("provider")
+    for row in parity_rows if backend not in ("eager", "compiled") else []:
+        # An engine's provider is told with its backend by the gate, and without it by the latency.
+        providers = (None, row["provider"], row["provider"].removeprefix(f"{backend} "))
+        same = (row.get("backend", backend), row["precision"], row["front_end"])
+        if same == (backend, latency_row["precision"], "normalised") and told in providers:
+            return {key: row[key] for key in ("accuracy_change", "agreement", "passed")}
+    return None
 
 
 def p50(record_row: dict[str, Any], backend: str, batch: int = 1, precision: str = "fp32") -> float | None:

@@ -57,15 +57,7 @@ def latencies(records: list[RunRecord]) -> str:
 def _latencies(record: RunRecord) -> Iterable[Sequence[str]]:
     row = collect.row(record)
     for part in row["latency"]:
-        gate = next(
-            (
-                scored
-                for scored in (record.parity or {}).get("rows", [])
-                if (scored["precision"], scored["front_end"]) == (part["precision"], "normalised")
-                and part["backend"] not in ("eager", "compiled")
-            ),
-            None,
-        )
+        gate = part["gate"]
         yield (
             f"`{record.name}`",
             part["backend"],

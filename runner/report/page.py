@@ -128,14 +128,9 @@ def _deployments(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Latencies at batch 1 of all runs beside what the gate says of them, by the hardware they were measured on."""
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        gate = {
-            (part["precision"], part["front_end"]): part
-            for part in reversed(run["parity_rows"])  # the first of several providers is the one shown
-        }
         for part in run["latency"]:
             if part["batch"] == 1:
                 entry = {**part, "run": run["name"], "position": run["position"]}
-                entry["parity"] = gate.get((part["precision"], "normalised"))
                 found.setdefault(run["latency_hardware"], []).append(entry)
     return found
 

@@ -109,7 +109,15 @@ def latency(context: Context, run: Run, precision: str, backend: str, seconds: f
     words += ["--repeats", 3] if context.rehearse else []
     context.command("-m", "runner", "bench", run.folder, *words)
     measured = read_json(run.deploy / LATENCY)
-    return {key: measured[key] for key in ("method", "load", "rows")}
+    known = ("eager", "compiled", "onnxruntime")
+    rows = [
+        row
+        for row in measured["rows"]
+        if row["backend"] == backend or (backend == "engine" and row["backend"] not in known)
+    ]
+    if backend not in known[:2]:  # those two have precisions of their own
+        rows = [row for row in rows if row["precision"] == precision]
+    return {"method": measured["method"], "load": measured["load"], "rows": rows}
 
 
 def has_provider(context: Context) -> bool:
