@@ -136,9 +136,13 @@ def test_the_loss_falls_on_a_fixed_batch(name: str) -> None:
     pytest.fail(f"from {losses[0]} to {min(losses)}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "precision" in metafunc.fixturenames:
+        more = [(1, "bf16"), (2, "fp32")] if metafunc.config.getoption("--every") else []
+        metafunc.parametrize(("processes", "precision"), [(1, "fp32"), (2, "bf16"), *more])
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("processes", [1, 2])
 def test_every_experiment_trains_two_steps_and_evaluates(
     source: Source, tmp_path: Path, processes: int, precision: str
 ) -> None:

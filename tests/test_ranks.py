@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT, module
 
 pytestmark = pytest.mark.processes
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.processes
 def losses(data: Path, out: Path, processes: int, dtype: str, steps: int, kind: str) -> list[float]:
     config = ["--config_file", ROOT / "launch/cpu.yaml", "--num_processes", processes]
     program = ["-m", "tests.ranks_program", data, out, dtype, steps, kind]
-    done = python("-m", "accelerate.commands.launch", *config, *program)
+    done = module("accelerate.commands.launch", *config, *program)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 

@@ -18,13 +18,13 @@ from launch.submit import requested
 from launch.trials import Trial, expand
 from runner import environment
 from runner.runs import Run, claimed_runs, read_json
-from tests.conftest import ROOT, TINY, clean_environment, gone, python, ranks_of
+from tests.conftest import ROOT, TINY, clean_environment, gone, module, python, ranks_of, runner
 
 GRID = "podeti-grid/alexnet-sgd-lr0.01-*-dropout0.5"
 
 
 def sweep(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return python("-m", "launch", "sweep", *words, **options)
+    return module("launch", "sweep", *words, **options)
 
 
 def begun(*words: object) -> subprocess.Popen[str]:
@@ -202,9 +202,7 @@ def test_ctrl_c_leaves_everything_to_go_on_with(small_data: Path, tmp_path: Path
 def test_a_run_has_one_trainer_at_a_time(small_data: Path, tmp_path: Path) -> None:
     with claimed_runs(tmp_path, "tiny", ["seed-0"]):
         assert Run(tmp_path / "tiny" / "seed-0").state() == "running"
-        done = python(
-            "-m", "runner", "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"
-        )
+        done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu")
         assert done.returncode == 2
         assert f"process {os.getpid()} on" in done.stderr
         assert "trains it" in done.stderr

@@ -21,12 +21,13 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What commands import when they run. Not onnxruntime, which starts threads: they would be missing in a child.
+# What commands import when they run. Not onnxruntime, which starts threads: they would be missing in a child; not
+# wandb, which makes a folder and removes it when a process ends: the first child would take it from the others.
 IMPORTS = (
     "torch", "torchvision", "accelerate", "numba", "numpy", "onnx", "tyro", "rich.progress", "safetensors.torch",
     "runner.cli", "runner.job", "runner.deploy.onnx", "torch.onnx", "torch._dynamo", "jinja2",
     "accelerate.commands.launch", "torch.distributed.run", "matplotlib.pyplot",
-    "matplotlib.backends.backend_agg", "wandb",
+    "matplotlib.backends.backend_agg",
 )  # fmt: skip
 
 
