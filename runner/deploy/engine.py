@@ -173,7 +173,7 @@ def layer_precisions(network: Any) -> dict[str, dict[str, int]]:
 
 
 def weights_bytes(log: list[str]) -> int | None:
-    """What an engine's weights take, as its builder told: half of fp32's in fp16, a quarter in int8."""
+    """What an engine's weights take, as its builder told: half of fp32's in fp16, a quarter in int8 or less."""
     found = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log]
     return next((int(match[1]) for match in reversed(found) if match), None)
 
