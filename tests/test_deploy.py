@@ -269,6 +269,11 @@ def test_commands_print_only_json(own: Run) -> None:
     assert [row["batch"] for row in more[0]["rows"]] == [2]
     kept = json.loads((own.deploy / latency.FILE_NAME).read_text())["rows"]
     assert [row for row in kept if row.get("batch") != 2] == result["rows"]  # what was measured before stays
+    other = precision.convert(own, "int8-cpu", precision.calibration_images(own, None, 32))
+    runner("bench", own.folder, "--json", *words, "--batch", 2, "--backend", "eager")
+    left = json.loads((own.deploy / latency.FILE_NAME).read_text())["rows"]
+    assert {row["precision"] for row in left} == {"fp32"}  # nothing of the file that is gone, which is another now
+    assert other.sha256 not in {row.get("onnx_sha256") for row in kept}
     for row in measured:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["calls"] >= 20

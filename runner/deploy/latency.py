@@ -70,8 +70,8 @@ class Subject:
 def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, str]) -> dict[str, Any]:
     """Measures what is wished and can run here, and writes `deploy/latency.json`, whole after each figure.
 
-    Figures that were there stay, where they are of other backends, precisions or batches, and of the same weights,
-    hardware, versions and method.
+    Figures that were there stay, where they are of other backends, precisions or batches, of files and engines that
+    are there, and of the same weights, hardware, versions and method.
 
     Args:
         run: exported, and scored by the gate.
@@ -122,7 +122,13 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
     }
     path = run.deploy / FILE_NAME
     before = read_json(path) if path.is_file() else {}
-    kept = before.get("rows", []) if all(before.get(key) == value for key, value in result.items()) else []
+    same = all(before.get(key) == value for key, value in result.items())
+    there = _hashes(run) if same else set()
+    kept = [
+        row
+        for row in before.get("rows", [])
+        if same and {row.get("onnx_sha256"), row.get("engine_sha256")} <= there
+    ]
     result["load"] = round(os.getloadavg()[0], 2)  # before we add to it
     rows: list[dict[str, Any]] = []
 
@@ -157,6 +163,14 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
                     figures["sm_mhz"] = _clock()  # it has just worked
                 keep(row | subject.row | figures)
     return result | {"rows": rows}
+
+
+def _hashes(run: Run) -> set[str | None]:
+    """What latencies can be of: the run's ONNX files, engines of these, and, as None, no file."""
+    files = onnx.all_exported(run)
+    return (
+        {None} | {file.sha256 for file in files} | {side["sha256"] for f in files for side in engine.built(run, f)}
+    )
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -240,7 +254,11 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
             yield Subject(row | {"not_measured": str(error)}, lambda images: {})
             continue
         parity.check(run, file, running.provider, sidecar["sha256"])
-        row["opt_batch"] = sidecar["batch"]["opt"]
+        row |= {
+            "onnx_sha256": file.sha256,
+            "engine_sha256": sidecar["sha256"],
+            "opt_batch": sidecar["batch"]["opt"],
+        }
 
         def parts(
             images: np.ndarray, running: engine.RunningEngine = running, row: dict[str, Any] = row
