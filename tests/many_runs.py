@@ -61,12 +61,14 @@ def _write_one(
     ]  # fmt: skip
     latency = [
         {"backend": backend, "provider": "CPU", "precision": precision, "batch": 1, "calls": 300,
+         "onnx_sha256": None if backend == "eager" else precision,
          "p50_ms": round(factor * (1 + 20 * chance.random()), 3), "p90_ms": 50.0, "p99_ms": 60.0,
          "images_per_second": 500.0}
         for backend, precision, factor in BACKENDS
     ]  # fmt: skip
     parity = [
         {"precision": precision, "front_end": "normalised", "provider": "CPU", "images": 10_000,
+         "onnx_sha256": precision,
          "accuracy": accuracy, "accuracy_change": 0.0, "agreement": 1.0, "largest_logit_difference": 1e-5,
          "limit": "agreement ≥ 99.99 %", "passed": True, "culprit": None, "onnx": f"deploy/model.{precision}.onnx"}
         for precision in ("fp32", "int8-cpu")

@@ -1,3 +1,4 @@
+import errno
 import io
 import sys
 
@@ -14,6 +15,27 @@ def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -
         run_command(lambda: command, "prog")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "prog: x 3: expected 2; take 2\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "prog: runs/x: no space left; free some,"),
+        (KeyboardInterrupt(), 130, "prog: interrupted\n"),
+    ],
+)
+def test_a_full_disk_and_ctrl_c_are_one_line(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: command, "prog")
+    assert stop.value.code == code
+    said = capsys.readouterr().err
+    assert said.startswith(told)
+    assert said.count("\n") == 1
 
 
 def test_silent_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:

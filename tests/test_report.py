@@ -217,6 +217,26 @@ def test_markdown_has_every_experiment_and_latency(many: Path, many_html: Path) 
 GOLDEN = Path(__file__).parent / "wandb_report.json"
 
 
+def test_a_latency_stands_beside_the_gate_of_what_it_is_of() -> None:
+    """Of the same file, engine and provider; the model in torch is what the gate compares with."""
+    figures = {"accuracy_change": 0.0, "passed": True}
+    rows = [
+        {
+            "onnx_sha256": "a",
+            "engine_sha256": None,
+            "provider": "CUDAExecutionProvider",
+            "agreement": 0.1,
+            **figures,
+        },
+        {"onnx_sha256": "a", "engine_sha256": "e", "provider": "tensorrt 11.0", "agreement": 0.2, **figures},
+    ]
+    for row in rows:
+        found = collect.gate(rows, {"backend": "any", **row})
+        assert found == figures | {"agreement": row["agreement"]}
+    for other in ({"engine_sha256": "f"}, {"provider": "CPU"}, {"onnx_sha256": None}):
+        assert collect.gate(rows, rows[1] | other) is None
+
+
 def test_the_wandb_report_is_the_golden_one(tmp_path: Path) -> None:
     """Made of wandb-workspaces' own objects, without a network or a key; and it reads back as what it was.
 

@@ -304,6 +304,11 @@ def check_sidecar(run: Run, path: Path) -> dict[str, Any]:
     return sidecar
 
 
+def provider(sidecar: dict[str, Any]) -> str:
+    """What runs an engine, as the gate and latencies tell it: "tensorrt-rtx 1.2"."""
+    return f"{sidecar['backend']} {sidecar['version']}"
+
+
 class RunningEngine:
     """A built engine on the GPU, called with torch tensors.
 
@@ -326,7 +331,7 @@ class RunningEngine:
             )
         self.torch = torch
         self.sidecar = sidecar
-        self.provider = f"{sidecar['backend']} {sidecar['version']}"
+        self.provider = provider(sidecar)
         self.log = _Log(trt)
         self.runtime = trt.Runtime(self.log.logger)
         self.engine = self.runtime.deserialize_cuda_engine((run.folder / sidecar["engine"]).read_bytes())

@@ -166,11 +166,9 @@ def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, s
 
 
 def _hashes(run: Run) -> set[str | None]:
-    """What latencies can be of: the run's ONNX files, engines of these, and, as None, no file."""
-    files = onnx.all_exported(run)
-    return (
-        {None} | {file.sha256 for file in files} | {side["sha256"] for f in files for side in engine.built(run, f)}
-    )
+    """What latencies can be of: the run's ONNX files, its engines, and, as None, no file."""
+    engines = {read_json(path).get("sha256") for path in engine.sidecars(run) if path.is_file()}
+    return {None} | {file.sha256 for file in onnx.all_exported(run)} | engines
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -243,7 +241,7 @@ def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject
         row = {"backend": "engine", "precision": file.precision}
         yield Subject(row | {"not_measured": "not built (runner engine)"}, lambda images: {})
     for sidecar in sidecars:
-        row = {"backend": sidecar["backend"], "provider": sidecar["version"], "precision": file.precision}
+        row = {"backend": sidecar["backend"], "provider": engine.provider(sidecar), "precision": file.precision}
         if device != "cuda":
             reason = "an engine runs on a GPU, measured on the CPU here"
             yield Subject(row | {"not_measured": reason}, lambda images: {})

@@ -17,6 +17,7 @@ LATENCY_KEYS = (
     "backend", "provider", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "calls",
 )  # fmt: skip
 UNMEASURED_KEYS = ("backend", "precision", "not_measured")
+GATE_KEYS = ("onnx_sha256", "engine_sha256", "provider")  # which tell what a row of the gate or a latency is of
 SIDECAR_KEYS = ("precision", "backend", "version", "bytes", "target", "batch")
 MISTAKE_KEYS = ("sample", "label", "predicted", "probability")
 LEAST_OF_GRID = 4  # runs that a heat map wants
@@ -313,13 +314,10 @@ def agreement(record: RunRecord) -> float | None:
 
 
 def gate(parity_rows: list[dict[str, Any]], latency_row: dict[str, Any]) -> dict[str, Any] | None:
-    """The gate's figures of what a latency is of: same backend, provider and precision; None of torch itself."""
-    backend, told = latency_row["backend"], latency_row.get("provider")
-    for row in parity_rows if backend not in ("eager", "compiled") else []:
-        # An engine's provider is told with its backend by the gate, and without it by the latency.
-        providers = (None, row["provider"], row["provider"].removeprefix(f"{backend} "))
-        same = (row.get("backend", backend), row["precision"], row["front_end"])
-        if same == (backend, latency_row["precision"], "normalised") and told in providers:
+    """The gate's figures of what a latency is of: the same file, engine and provider; None of torch itself."""
+    of = [latency_row.get(key) for key in GATE_KEYS]
+    for row in parity_rows:
+        if of[0] is not None and [row.get(key) for key in GATE_KEYS] == of:
             return {key: row[key] for key in ("accuracy_change", "agreement", "passed")}
     return None
 

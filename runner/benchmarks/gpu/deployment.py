@@ -109,14 +109,13 @@ def latency(context: Context, run: Run, precision: str, backend: str, seconds: f
     words += ["--repeats", 3] if context.rehearse else []
     context.command("-m", "runner", "bench", run.folder, *words)
     measured = read_json(run.deploy / LATENCY)
-    known = ("eager", "compiled", "onnxruntime")
+    ours = (backend, *engines.MODULES) if backend == "engine" else (backend,)
+    any_precision = backend in ("eager", "compiled")  # which are measured in those that torch has here
     rows = [
         row
         for row in measured["rows"]
-        if row["backend"] == backend or (backend == "engine" and row["backend"] not in known)
+        if row["backend"] in ours and (any_precision or row["precision"] == precision)
     ]
-    if backend not in known[:2]:  # those two have precisions of their own
-        rows = [row for row in rows if row["precision"] == precision]
     return {"method": measured["method"], "load": measured["load"], "rows": rows}
 
 
