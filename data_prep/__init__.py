@@ -1,1 +1,1 @@
-"""Images to FFCV files: sources, the .beton writer, and the verification of what was written."""
+"""Converts images to FFCV files: sources, the .beton writer, and verification."""

@@ -1,4 +1,4 @@
-"""Writes a source as FFCV files: `train.beton`, `test.beton` and `dataset.json`, all of them or none."""
+"""Writes a source as `train.beton`, `test.beton` and `dataset.json`, atomically."""
 
 import fcntl
 import importlib.metadata
@@ -15,38 +15,41 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import manifest as manifests
-from data_prep.console import UserError, progress, sha256_of
 from data_prep.manifest import Manifest, SplitFile
 from data_prep.sources import Source, Split
+from runner.common.console import progress
+from runner.common.errors import UserError
+from runner.common.files import sha256_of
 
-STALL_SECONDS = 60.0  # a writer whose file has not grown for so long is hung
-MARGIN = 1.1  # of disk space, over the size of the pixels
+STALL_SECONDS = 60.0  # a writer whose file has not grown for this long has hung
+MARGIN = 1.1  # required disk space, relative to the size of the pixels
 
 
 def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
-    """Writes `source` into the folder `out`, which appears only when everything in it is whole.
+    """Writes `source` into the folder `out`, which appears only when it is complete.
 
-    A folder that already holds the same source, undamaged, is left as it is. Two calls at once take turns.
+    A folder that already contains an undamaged dataset from the same source is not changed. Concurrent calls for one
+    folder run one after the other.
 
     Args:
         source: the images.
-        out: folder to make.
-        overwrite: replace a dataset that stands there; without it another dataset there is refused.
+        out: folder to create.
+        overwrite: replace a different or damaged dataset in `out`, which is otherwise an error.
 
     Returns:
         The manifest of the folder.
 
     Raises:
-        UserError: the folder cannot be made, holds something else, or the disk is too small.
+        UserError: the folder cannot be created, contains other files, or the disk is too small.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _lock(out):
-            standing = _standing(out, source, overwrite)
-            if standing is not None:
-                return standing
+            existing = _existing(out, source, overwrite)
+            if existing is not None:
+                return existing
             staging = out.with_name(f".{out.name}.writing")
-            shutil.rmtree(staging, ignore_errors=True)  # left by a writer that was killed: we hold its lock
+            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process, whose lock is now ours
             staging.mkdir()
             try:
                 manifest = _write_into(staging, source)
@@ -55,21 +58,23 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
                 shutil.rmtree(staging, ignore_errors=True)
             return manifest
     except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot write there ({error.strerror or error}); choose another folder"
-        ) from None
+        raise UserError(f"--out {out}: cannot write there ({error.strerror or error}); choose another folder") from None
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """A kernel lock beside `out`: it goes with its holder, however that ends."""
+    """Holds a lock file next to `out`; the kernel releases it when the process ends."""
     with out.with_name(f".{out.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _standing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
-    """The dataset in `out` if it is whole and of this source."""
+def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
+    """The manifest of `out` if it is an undamaged dataset from this source; None if `out` has to be written.
+
+    Raises:
+        UserError: `out` contains anything else, and is not a dataset to overwrite.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / manifests.FILE_NAME).is_file():
@@ -81,23 +86,19 @@ def _standing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
         if overwrite:
             return None
         raise UserError(f"{error} (or replace the dataset with --overwrite)") from None
-    same = (manifest.name, manifest.classes, manifest.source, manifest.mean) == (
-        source.name,
-        source.classes,
-        source.provenance,
-        moments(source.train)[0],
-    )
-    if same:
+    expected = (source.name, source.classes, source.provenance, mean_and_std(source.train)[0])
+    if (manifest.name, manifest.classes, manifest.source, manifest.mean) == expected:
         return manifest
     if overwrite:
         return None
     raise UserError(
-        f"--out {out}: holds {manifest.name} from {manifest.source}; expected a new folder or the same source; "
+        f"--out {out}: contains {manifest.name} from {manifest.source}; expected a new folder or the same source; "
         "choose another, or replace it with --overwrite"
     )
 
 
 def _write_into(folder: Path, source: Source) -> Manifest:
+    """Writes both .beton files and the manifest into an existing folder."""
     splits = {"train": source.train, "test": source.test}
     needed = int(MARGIN * sum(split.images.nbytes for split in splits.values()))
     free = shutil.disk_usage(folder).free
@@ -115,7 +116,7 @@ def _write_into(folder: Path, source: Source) -> Manifest:
             images=len(split.labels),
             images_per_class=tuple(np.bincount(split.labels, minlength=len(source.classes)).tolist()),
         )
-    mean, std = moments(source.train)
+    mean, std = mean_and_std(source.train)
     manifest = Manifest(
         name=source.name,
         classes=source.classes,
@@ -136,48 +137,50 @@ def _write_into(folder: Path, source: Source) -> Manifest:
     return manifest
 
 
-def moments(split: Split) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Per-channel mean and population standard deviation, exact: from counts of the 256 grey levels."""
-    means, deviations = [], []
+def mean_and_std(split: Split) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Exact mean and population standard deviation per channel, from the counts of the 256 pixel values."""
     levels = np.arange(256, dtype=np.float64)
-    for channel in range(3):
+
+    def of_channel(channel: int) -> tuple[float, float]:
         counts = np.bincount(split.images[..., channel].reshape(-1), minlength=256)
         mean = float(counts @ levels / counts.sum())
-        means.append(mean)
-        deviations.append(float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum())))
-    return tuple(means), tuple(deviations)
+        return mean, float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
+
+    red, green, blue = map(of_channel, range(3))
+    return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
-def _write_supervised(folder: Path, work: list[tuple[Path, Split]]) -> None:
-    """Runs FFCV's writer in a process of its own.
+def _write_supervised(folder: Path, files: list[tuple[Path, Split]]) -> None:
+    """Runs FFCV's writer in a child process, and kills it if the files stop growing.
 
-    If one of its workers raises (a full disk, say) the writer waits for ever, so we watch the files grow. The
-    process also keeps ffcv's import, which sets torch to one thread, away from ours.
+    The writer waits forever if one of its workers fails, for example on a full disk. The child process also isolates
+    the import of ffcv, which sets torch to one thread.
     """
     fork = multiprocessing.get_context("fork")  # the images are inherited, not copied
-    writer = fork.Process(target=_write_betons, args=(work,), daemon=False)
+    writer = fork.Process(target=_write_betons, args=(files,), daemon=False)
     writer.start()
-    written, changed = 0, time.monotonic()
-    with progress("write FFCV files", sum(split.images.nbytes for _, split in work)) as advance:
+    written, last_growth = 0, time.monotonic()
+    with progress("write FFCV files", sum(split.images.nbytes for _, split in files)) as advance:
         while writer.is_alive():
             writer.join(0.2)
-            now = sum(path.stat().st_size for path, _ in work if path.exists())
-            if now != written:
-                advance(now - written)
-                written, changed = now, time.monotonic()
-            elif time.monotonic() - changed > STALL_SECONDS:
+            size = sum(path.stat().st_size for path, _ in files if path.exists())
+            if size != written:
+                advance(size - written)
+                written, last_growth = size, time.monotonic()
+            elif time.monotonic() - last_growth > STALL_SECONDS:
+                assert writer.pid is not None
                 os.killpg(writer.pid, signal.SIGKILL)
                 writer.join()
                 raise UserError(f"{folder}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
     if writer.exitcode != 0:
         raise UserError(f"{folder}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
-    for path, _ in work:
+    for path, _ in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 class _Samples:
-    """The (image, label) pairs of a split, as FFCV's writer wants to index them."""
+    """The (image, label) pairs of a split, in the interface of FFCV's writer."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -189,27 +192,29 @@ class _Samples:
         return self.split.images[index], int(self.split.labels[index])
 
 
-def _write_betons(work: list[tuple[Path, Split]]) -> None:
-    os.setpgid(0, 0)  # so that the writer and its workers can be ended together
+def _write_betons(files: list[tuple[Path, Split]]) -> None:
+    os.setpgid(0, 0)  # so that the writer and its workers can be killed together
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
 
-    ffcv.writer.tqdm = lambda **_: _Silent()  # its bar would draw into logs; ours stands in for it
-    for path, split in work:
+    ffcv.writer.tqdm = lambda **_: _NoProgressBar()  # it would fill logs, and there is a bar already
+    for path, split in files:
         fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-        # One worker: with several, which page a record lands on would differ from run to run, and so the hash.
+        # With several workers the order of pages, and thus the hash, would differ from run to run.
         writer = ffcv.writer.DatasetWriter(str(path), fields, num_workers=1)
         writer.from_indexed_dataset(_Samples(split), shuffle_indices=False)
 
 
-class _Silent:
+class _NoProgressBar:
+    """Replaces tqdm."""
+
     def update(self, _: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 def _replace(out: Path, staging: Path) -> None:
-    """Puts the finished folder in place of `out`, which is missing, empty, or a dataset to be replaced."""
+    """Renames the finished folder to `out`, which is missing, empty, or a dataset to replace."""
     old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

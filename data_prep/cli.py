@@ -1,43 +1,53 @@
-"""`python -m data_prep prepare|verify`: images to FFCV files, and the proof that they are the same images."""
+"""`python -m data_prep prepare|verify`: convert images to FFCV files, and verify the files."""
 
 import dataclasses
 import json as json_format
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from msgspec import Meta
 
 from data_prep import manifest as manifests
-from data_prep.console import run_command
+from data_prep.images import Fit
+from runner.common.command_line import HELP, Flag, read_command
+from runner.common.console import run_command
+from runner.common.errors import UserError
 
 DOWNLOADS = Path("~/.cache/training-runner/downloads")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Write a dataset as FFCV files: train.beton, test.beton and dataset.json, all of them or none."""
+    """Write a dataset as FFCV files: train.beton, test.beton and dataset.json."""
 
     source: str
-    """`official` (downloads CIFAR-10), `synthetic` (built in), or the PATH of an official archive (binary or
-    python version), a torchvision root, an image folder train|test/<class>/*.png|jpg, or a tar or zip of one."""
+    """`official` (downloads CIFAR-10), `cifar100` (downloads CIFAR-100), `synthetic` (built in), or the PATH of an
+    official archive (binary or python version), a torchvision root, an image folder train|test/<class>/, or a tar or
+    zip of one."""
     out: Path
-    """Folder to make. One that holds the same dataset already is checked and kept."""
+    """Folder to create. An existing folder with the same dataset is checked and not changed."""
     sha256: str | None = None
-    """SHA-256 that the archive must have; needed for archives of the official layout that are not the official
+    """Expected SHA-256 of the archive; required for archives in the official layout other than the official
     files."""
-    limit_per_class: int | None = None
-    """Keep only the first N images of each class in each split."""
-    name: str | None = None
-    """Label of figures measured on this dataset; by default told from the source."""
-    seed: int = 0
-    """Seed of the synthetic set."""
+    limit_per_class: Annotated[int, Meta(ge=1)] | None = None
+    """Use only the first N images of each class in each split."""
+    size: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Fit the images of a folder to this many pixels a side; without it, all must have one size."""
+    fit: Fit | None = None
+    """With --size: crop the center (by default), pad with black, or stretch."""
+    name: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    """Label of all results on this dataset; by default the name of the source."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Seed of the synthetic dataset."""
     downloads: Path = DOWNLOADS
-    """Folder that keeps the downloaded official archive."""
-    overwrite: bool = False
-    """Replace another or damaged dataset that stands in --out."""
-    json: bool = False
-    """Print the manifest as JSON, and nothing else, on standard output."""
+    """Folder of the downloaded official archive."""
+    overwrite: Flag = False
+    """Replace a different or damaged dataset in --out."""
+    json: Flag = False
+    """Print only the manifest, as JSON, on standard output."""
 
     def __call__(self) -> None:
         from data_prep import beton, sources
@@ -48,32 +58,38 @@ class Prepare:
             limit_per_class=self.limit_per_class,
             seed=self.seed,
             downloads=self.downloads.expanduser(),
+            size=self.size,
+            fit=self.fit,
         )
+        for note in source.notes:
+            print(f"data_prep: {note}", file=sys.stderr)
         if self.name is not None:
             source = dataclasses.replace(source, name=self.name)
-        _tell(beton.write(source, self.out, self.overwrite), self.out, "prepared", self.json)
+        _print_manifest(beton.write(source, self.out, self.overwrite), self.out, "prepared", self.json)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Decode every record of a prepared dataset and compare it with its manifest, and with its source."""
+    """Decode every record of a prepared dataset and compare it with the manifest and the source."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder made by prepare."""
+    """Folder made by `prepare`."""
     source: str | None = None
-    """Compare every image and label, bit by bit, with this source (as for prepare)."""
+    """Source (as for `prepare`) whose images and labels must be bit-identical."""
     sha256: str | None = None
-    """SHA-256 that the source archive must have, as for prepare."""
+    """Expected SHA-256 of the source archive, as for `prepare`."""
     downloads: Path = DOWNLOADS
     """Folder that keeps the downloaded official archive."""
-    json: bool = False
-    """Print the manifest as JSON, and nothing else, on standard output."""
+    json: Flag = False
+    """Print only the manifest, as JSON, on standard output."""
 
     def __call__(self) -> None:
         from data_prep import sources
         from data_prep.verify import verify
 
         source = None
+        if self.source is None and self.sha256 is not None:
+            raise UserError(f"--sha256 {self.sha256}: expected with --source, the archive to compare with")
         if self.source is not None:
             manifests.check_files(self.folder, manifest := manifests.read(self.folder))
             source = sources.load(
@@ -82,12 +98,14 @@ class Verify:
                 limit_per_class=manifest.source.get("limit_per_class"),
                 seed=manifest.source.get("seed", 0),
                 downloads=self.downloads.expanduser(),
+                size=manifest.source.get("size"),
+                fit=manifest.source.get("fit"),
             )
         done = "verified against its source" if source else "verified"
-        _tell(verify(self.folder, source), self.folder, done, self.json)
+        _print_manifest(verify(self.folder, source), self.folder, done, self.json)
 
 
-def _tell(manifest: manifests.Manifest, folder: Path, done: str, json: bool) -> None:
+def _print_manifest(manifest: manifests.Manifest, folder: Path, done: str, json: bool) -> None:
     if json:
         print(json_format.dumps({**dataclasses.asdict(manifest), "fingerprint": manifest.fingerprint}))
         return
@@ -98,17 +116,19 @@ def _tell(manifest: manifests.Manifest, folder: Path, done: str, json: bool) -> 
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+COMMANDS: dict[str, Callable[..., Any]] = {"prepare": Prepare, "verify": Verify}
+
+
+def main(arguments: Sequence[str]) -> None:
     """Entry point of `python -m data_prep`."""
 
     def parse() -> Callable[[], None]:
-        commands = {"prepare": Prepare, "verify": Verify}
-        return tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="data_prep",
-            description=__doc__,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        name, *rest = arguments or ["--help"]
+        if name in COMMANDS:
+            return read_command(COMMANDS[name], rest, f"data_prep {name}")
+        if name not in HELP:
+            raise UserError(f"{name}: expected a command: {', '.join(COMMANDS)}")
+        words = ["--help"]
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="data_prep", description=__doc__, args=words)
 
     run_command(parse, "data_prep")

@@ -1,6 +1,6 @@
-"""`dataset.json`: what a prepared dataset holds, and the check that the files beside it are still those.
+"""`dataset.json`, the manifest of a prepared dataset, and the check of the files that it lists.
 
-Standard library only: every later stage reads it.
+Standard library only, because every later stage reads it.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, sha256_of
+from runner.common.errors import UserError
+from runner.common.files import sha256_of
 
 FILE_NAME = "dataset.json"
 SPLITS = ("train", "test")
@@ -18,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SplitFile:
-    """One .beton file: its name beside the manifest, size in bytes, SHA-256, and images per class."""
+    """One .beton file: its name, size in bytes, SHA-256, and images per class."""
 
     file: str
     bytes: int
@@ -32,13 +33,13 @@ class Manifest:
     """The contents of `dataset.json`.
 
     Attributes:
-        name: what figures measured on it are labelled with, e.g. "CIFAR-10".
+        name: label of all results on this dataset, e.g. "CIFAR-10".
         classes: class names; the position is the label.
         image_shape: (height, width, channels) of every image, uint8 RGB.
         mean: per-channel mean over the training images, in 0..255.
         std: per-channel population standard deviation over the training images, in 0..255.
         splits: "train" and "test".
-        source: where the images came from: kind, path or address, SHA-256.
+        source: origin of the images: kind, path or URL, SHA-256.
         versions: of the tools that wrote the files.
     """
 
@@ -53,24 +54,24 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when any image, label or class name does."""
+        """16 hexadecimal digits that change with any image, label or class name."""
         content = [self.classes, [self.splits[name].sha256 for name in SPLITS]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The manifest as indented JSON, keys in a fixed order."""
+        """The manifest as indented JSON with keys in a fixed order."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
 def read(folder: Path) -> Manifest:
-    """Reads and validates `dataset.json` in `folder`; the data files are not opened.
+    """Reads and validates `dataset.json` in `folder`, without opening the data files.
 
     Raises:
-        UserError: no such folder or manifest, or one that is not of this format.
+        UserError: the folder or manifest is missing or has another format.
     """
-    remedy = f"prepare one with: python -m data_prep prepare --out {folder}"
+    remedy = f"prepare one with: python -m data_prep prepare --source official --out {folder}"
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: expected a folder made by data_prep, there is none; {remedy}")
+        raise UserError(f"--data {folder}: expected a folder made by data_prep, found none; {remedy}")
     path = folder / FILE_NAME
     if not path.is_file():
         raise UserError(f"--data {folder}: expected {FILE_NAME} in it, found none; {remedy}")
@@ -91,10 +92,10 @@ def read(folder: Path) -> Manifest:
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compares size and SHA-256 of every .beton with the manifest.
 
-    FFCV opens a damaged file without a word and returns wrong images, so nothing may open one before this.
+    FFCV returns wrong images from a damaged file without an error, so call this before opening a file.
 
     Raises:
-        UserError: names the file that is missing or differs.
+        UserError: a file is missing or differs.
     """
     remedy = "prepare the dataset again, or restore the file"
     for split in manifest.splits.values():
@@ -104,6 +105,6 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if path.stat().st_size != split.bytes:
             size = path.stat().st_size
             raise UserError(f"{path}: expected {split.bytes} bytes, found {size}; {remedy}")
-        found = sha256_of(path)
-        if found != split.sha256:
-            raise UserError(f"{path}: damaged: expected SHA-256 {split.sha256}, found {found}; {remedy}")
+        sha256 = sha256_of(path)
+        if sha256 != split.sha256:
+            raise UserError(f"{path}: damaged: expected SHA-256 {split.sha256}, found {sha256}; {remedy}")

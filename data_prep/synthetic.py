@@ -1,7 +1,7 @@
-"""The built-in set `synthetic-10`: ten shapes in random colours, drawn from a seed.
+"""The built-in dataset `synthetic-10`: ten shapes in random colors, generated from a seed.
 
-For machines that reach no dataset. It is learnable and not trivial: position, size, colours and noise vary,
-and only the shape tells the class.
+For machines without a dataset. It is learnable but not trivial: position, size, colors and noise are random, and
+only the shape determines the class.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ CLASSES = (
 )  # fmt: skip
 SIDE = 32
 CHUNK = 2_000
-NOISE = 18.0  # standard deviation in grey levels of 0..255
+NOISE = 18.0  # standard deviation, in pixel values of 0..255
 
 
 def draw(images: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a split. Image i has label i mod 10 and depends on (seed, split, i) alone.
+    """Draws a split. Image i has label i mod 10 and is a function of (seed, split, i).
 
     Args:
-        images: how many.
-        seed: of the whole dataset.
+        images: number of images.
+        seed: of the dataset.
         split: 0 for training, 1 for test.
 
     Returns:
@@ -31,24 +31,25 @@ def draw(images: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.empty((images, SIDE, SIDE, 3), dtype=np.uint8)
     for start in range(0, images, CHUNK):
         rng = np.random.Generator(np.random.Philox(key=[seed * 2 + split, start // CHUNK]))
-        # A whole chunk is drawn even where fewer images are wanted, so that a smaller set is a prefix.
+        # Always a full chunk, so that a smaller dataset is a prefix of a larger one.
         chunk = _draw_chunk(np.arange(start, start + CHUNK) % len(CLASSES), rng)
         pixels[start : start + CHUNK] = chunk[: images - start]
     return pixels, labels
 
 
 def _draw_chunk(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws the images (n, 32, 32, 3) uint8 of `labels` (n,)."""
     count = len(labels)
     uniform = rng.random((count, 12), dtype=np.float32)
-    centre_y, centre_x = 10 + 12 * uniform[:, 0], 10 + 12 * uniform[:, 1]
+    center_y, center_x = 10 + 12 * uniform[:, 0], 10 + 12 * uniform[:, 1]
     radius = 6 + 6 * uniform[:, 2]
     period = 3 + 3 * uniform[:, 3]
     background = 255 * uniform[:, 4:7]
-    # The shape's colour lies at least a third of the range away from the background in every channel.
+    # The colors of shape and background differ by at least a third of the range in every channel.
     foreground = (background + 85 + 85 * uniform[:, 7:10]) % 255
     grid = np.arange(SIDE, dtype=np.float32)
-    y = grid[None, :, None] - centre_y[:, None, None]
-    x = grid[None, None, :] - centre_x[:, None, None]
+    y = grid[None, :, None] - center_y[:, None, None]
+    x = grid[None, None, :] - center_x[:, None, None]
     r = radius[:, None, None]
     p = period[:, None, None]
     box = np.maximum(abs(y), abs(x))

@@ -1,4 +1,4 @@
-"""`python -m launch`: hands work to a cluster, and runs sweeps here or there."""
+"""`python -m launch`: submits training to a cluster, and runs sweeps."""
 
 import functools
 import os
@@ -6,34 +6,31 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
-from data_prep.console import UserError, run_command
 from launch.agent import Agent
 from launch.submit import Submit
 from launch.sweep import Sweep
+from runner.common.command_line import options_of, read_command_and_rest
+from runner.common.console import run_command
+from runner.common.errors import UserError
+from runner.config.train_config import TrainConfig
 
 COMMANDS = {"submit": Submit, "sweep": Sweep, "agent": Agent}
 
 
 def main() -> None:
-    """Entry point. What a command does not know itself are options of `runner train`."""
+    """Entry point. Options that a command does not declare are those of `runner train`."""
 
     def parse() -> Callable[[], Any]:
-        name, *given = sys.argv[1:] or ["--help"]
+        name, *argv = sys.argv[1:] or ["--help"]
         if name not in COMMANDS:
             known = f"python -m launch: expected one of {', '.join(COMMANDS)}; each explains itself with --help"
             if name in ("-h", "--help"):
                 return lambda: print(known)
             raise UserError(f"{name!r}: {known}")
-        command, unknown = tyro.cli(
-            COMMANDS[name],
-            prog=f"python -m launch {name}",
-            args=given,
-            config=(tyro.conf.FlagCreatePairsOff,),
-            return_unknown_args=True,
+        command, options = read_command_and_rest(
+            COMMANDS[name], argv, f"python -m launch {name}", options_of(TrainConfig)
         )
-        return functools.partial(command, unknown, os.environ)
+        return functools.partial(command, options, os.environ)
 
     run_command(parse, "launch")
 

@@ -1,13 +1,15 @@
-"""What W&B's agent calls for one trial of a sweep: `python -m launch agent --experiment=NAME --seed=0 …`."""
+"""Trains one trial of a W&B sweep, as W&B's agent calls it: `python -m launch agent --experiment=NAME --seed=0 …`."""
 
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.plan import Hardware, launcher_for, training_command
-from launch.submit import requested
-from runner import environment
+from launch.plan import Resources, launcher_for, training_command
+from launch.request import refuse, with_device
+from runner import cli
+from runner.config.train_config import Seed
+from runner.system import environment
 
 
 @dataclass(frozen=True)
@@ -19,21 +21,25 @@ class Agent:
 
     experiment: str
     """Name from `runner list`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run."""
 
     def __call__(self, options: list[str], environ: Mapping[str, str]) -> None:
-        """Becomes the launcher; W&B has put the run's identity into the environment, and the run takes it.
+        """Replaces this process with the launcher; the run takes its W&B id from the environment.
 
         Raises:
-            UserError: the options are mistaken.
+            UserError: the options are invalid.
         """
-        words = [self.experiment, "--seeds", str(self.seed), *options]
+        reasons = {"--seeds": "an agent trains one seed; use --seed"}
+        name = []
         if "WANDB_RUN_ID" in environ:
-            words += ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
-        request = requested(words)
-        request.check()
-        gpus = 0 if request.device == "cpu" else environment.count_gpus()
-        device = [] if gpus or request.device != "auto" else ["--device", "cpu"]
-        command = training_command(launcher_for(Hardware(gpus, 1)), len(os.sched_getaffinity(0)))
-        os.execve(sys.executable, [sys.executable, *command, *words, *device], dict(environ))
+            name = ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
+            reasons["--name"] = "runs of a W&B sweep are called after its id and theirs; leave it out"
+        refuse(options, reasons)
+        gpus = environment.count_gpus()
+        words = [self.experiment, "--seeds", str(self.seed), *name, *with_device(options, gpus)]
+        config = cli.parse_train(words)
+        config.check()
+        resources = Resources(0 if config.device == "cpu" else gpus, 1)
+        command = training_command(launcher_for(resources), len(os.sched_getaffinity(0)))
+        os.execve(sys.executable, [sys.executable, *command, *words], dict(environ))

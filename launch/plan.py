@@ -1,22 +1,20 @@
-"""Which command trains an experiment on the hardware that is there: pure functions, from values to values."""
+"""Chooses the command that trains an experiment on the available hardware. Pure functions."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.recipe import Experiment
+from runner.config.recipe import Experiment
 
 ROOT = Path(__file__).parent.parent
-# Multiply-accumulates, times images, that a quick look may cost for each CPU core: about a minute.
-QUICK_MACS_PER_CORE = 1.2e12
-FP32_SHARE = 0.4  # of the speed, where the cores do not multiply bf16
-# Depthwise convolutions are bound by memory: they take twice as long as their MACs tell and more.
-DEPTHWISE = ("mobilenet", "efficientnet")
-DEPTHWISE_COST = 2
+QUICK_SECONDS = 90  # of training and evaluating one experiment on the CPU
+BACKWARD_COST = 3  # of a training step relative to a forward pass
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """GPUs of this node, usable CPU cores, and whether these multiply bf16 in hardware."""
+class Resources:
+    """GPUs of this node, usable CPU cores, and whether the cores support bf16 natively."""
 
     gpus: int
     cores: int
@@ -28,87 +26,97 @@ class Job:
     """How one experiment is trained here.
 
     Attributes:
-        name: of the run; tells how much of the recipe is done.
+        name: name of the run: how long it is, `5-steps` or `3-epochs`.
         launcher: arguments of `accelerate launch`, without the program.
-        options: arguments of `runner train NAME`, without data and runs.
-        told: the plan in words.
+        options: arguments of `runner train NAME`, except data and runs.
+        description: the plan, for the user.
     """
 
     name: str
     launcher: tuple[str, ...]
     options: tuple[str, ...]
-    told: str
+    description: str
 
 
-def quick_job(experiment: Experiment, hardware: Hardware, epochs: int | None, training_images: int) -> Job:
-    """Plans one experiment of the quickstart.
+def quick_job(
+    experiment: Experiment,
+    resources: Resources,
+    epochs: int | None,
+    training_images: int,
+    test_images: int,
+    speeds: Mapping[str, float],
+) -> Job:
+    """Plans the training of one experiment of the quickstart.
 
-    On GPUs: all of them, and the whole recipe. On the CPU: one epoch, or as many steps of it as fit into
-    about a minute, judged by the architecture's MACs.
+    With GPUs, trains the whole recipe on all of them. On the CPU, trains one epoch, or as many of its steps as fit
+    into about a minute and a half together with the evaluation, in the faster precision.
 
     Args:
         experiment: what to train.
-        hardware: what there is.
-        epochs: the user's wish, which wins; None for the rule above.
-        training_images: in the dataset.
+        resources: the available hardware.
+        epochs: number of epochs; None for the rule above.
+        training_images, test_images: number of images in the splits.
+        speeds: measured images per second in training on the CPU, by precision; used for the rule above.
     """
     recipe = experiment.recipe
-    # Every rank has the same share of a batch; GPUs that it does not divide among stay idle.
-    gpus = max((n for n in range(1, hardware.gpus + 1) if recipe.batch_size % n == 0), default=0)
-    launcher = launcher_for(replace(hardware, gpus=gpus))
-    # A set much smaller than CIFAR-10 has not as many images to hold out as the recipe says.
-    held_out, options = recipe.validation, _on(hardware)
-    if 2 * held_out > training_images:
-        held_out = training_images // 10
-        options = ("--recipe.validation", str(held_out), *options)
-    if epochs is not None or hardware.gpus:
-        count = epochs or recipe.epochs
-        changed = ("--recipe.epochs", str(count)) if count != recipe.epochs else ()
-        told = f"{count} of {recipe.epochs} epochs"
-        if gpus < hardware.gpus:
-            told += f" on {gpus} of {hardware.gpus} GPUs, among which batches of {recipe.batch_size} divide"
-        return Job(f"{count}-epochs", launcher, changed + options, told)
-    whole = max(1, (training_images - held_out) // recipe.batch_size)
-    named = f"{experiment.architecture.factory} {experiment.architecture.arguments}"
-    depthwise = any(name in named for name in DEPTHWISE)
-    cost = (experiment.macs or 1e9) * (DEPTHWISE_COST if depthwise else 1) * recipe.batch_size
-    speed = 1 if hardware.bf16 else FP32_SHARE
-    steps = int(QUICK_MACS_PER_CORE * speed * hardware.cores / cost)
-    steps = max(1, min(steps, whole))
-    options = ("--recipe.epochs", "1", "--max-steps", str(steps), *options)
-    told = "1 epoch" if steps == whole else f"{steps} of the {whole} steps of an epoch"
+    validation, options = recipe.validation, _device_options(resources)
+    if 2 * validation > training_images:  # a dataset much smaller than CIFAR-10 cannot hold out as many images
+        validation = training_images // 10
+        options = ("--recipe.validation", str(validation), *options)
+    if epochs is not None or resources.gpus:
+        return _job_of_epochs(experiment, resources, epochs or recipe.epochs, options)
+    precision = max(speeds, key=lambda name: speeds[name])
+    images = QUICK_SECONDS * speeds[precision] - (validation + test_images) / BACKWARD_COST
+    batches = (training_images - validation) / recipe.batch_size
+    steps_per_epoch = max(1, math.floor(batches) if recipe.drop_last else math.ceil(batches))
+    steps = max(1, min(int(images / recipe.batch_size), steps_per_epoch))
+    options = (*options[: options.index("--precision") + 1], precision)
+    planned = "1 epoch" if steps == steps_per_epoch else f"{steps} of the {steps_per_epoch} steps of an epoch"
     return Job(
         f"{steps}-steps",
-        launcher,
-        options,
-        f"{told}, of a recipe of {recipe.epochs} epochs",
+        launcher_for(resources),
+        ("--recipe.epochs", "1", "--max-steps", str(steps), *options),
+        f"{planned}; the recipe has {recipe.epochs} epochs",
     )
 
 
-def launcher_for(hardware: Hardware) -> tuple[str, ...]:
-    """Arguments of `accelerate launch` that use all of the hardware."""
-    if hardware.gpus == 0:
-        # One process with all cores: on the CPU, ranks only share them.
+def _job_of_epochs(experiment: Experiment, resources: Resources, epochs: int, options: tuple[str, ...]) -> Job:
+    """Plans a number of whole epochs, on as many GPUs as the batch divides among; the others stay idle."""
+    recipe = experiment.recipe
+    gpus = max((n for n in range(1, resources.gpus + 1) if recipe.batch_size % n == 0), default=0)
+    description = f"{epochs} of {recipe.epochs} epochs"
+    if gpus < resources.gpus:
+        description += f" on {gpus} of {resources.gpus} GPUs, which divide batches of {recipe.batch_size}"
+    if epochs != recipe.epochs:
+        options = ("--recipe.epochs", str(epochs), *options)
+    return Job(f"{epochs}-epochs", launcher_for(replace(resources, gpus=gpus)), options, description)
+
+
+def launcher_for(resources: Resources) -> tuple[str, ...]:
+    """Returns the arguments of `accelerate launch` that use all of the hardware."""
+    if resources.gpus == 0:
+        # One process with all cores: on the CPU, ranks would only share them.
         return ("--config_file", "launch/cpu.yaml", "--num_processes", "1")
-    if hardware.gpus == 1:
+    if resources.gpus == 1:
         return ("--config_file", "launch/one_process.yaml")
-    return ("--config_file", "launch/one_node.yaml", "--num_processes", str(hardware.gpus))
+    return ("--config_file", "launch/one_node.yaml", "--num_processes", str(resources.gpus))
 
 
 def training_command(launcher: tuple[str, ...], threads: int) -> list[str]:
-    """Python's arguments that start training under `accelerate launch`, from any folder; those of `runner train`
-    follow.
+    """Returns Python's arguments that start `runner train` under `accelerate launch`, from any folder.
+
+    The arguments of `runner train` follow.
 
     Args:
-        launcher: of `launcher_for`.
-        threads: of each process, which the launcher would otherwise warn of.
+        launcher: see `launcher_for`.
+        threads: threads per process; accelerate warns if the number is not given.
     """
-    absolute = [str(ROOT / part) if part.startswith("launch/") else part for part in launcher]
-    words = ["-m", "accelerate.commands.launch", *absolute, "--num_cpu_threads_per_process", str(threads)]
-    return [*words, "-m", "runner", "train"]
+    absolute = [str(ROOT / word) if word.startswith("launch/") else word for word in launcher]
+    argv = ["-m", "accelerate.commands.launch", *absolute, "--num_cpu_threads_per_process", str(threads)]
+    return [*argv, "-m", "runner", "train"]
 
 
-def _on(hardware: Hardware) -> tuple[str, ...]:
-    if hardware.gpus:
-        return ()  # the launcher's configuration says bf16
-    return ("--device", "cpu", "--precision", "bf16" if hardware.bf16 else "fp32")
+def _device_options(resources: Resources) -> tuple[str, ...]:
+    if resources.gpus:
+        return ()  # the launcher's configuration sets bf16
+    return ("--device", "cpu", "--precision", "bf16" if resources.bf16 else "fp32")

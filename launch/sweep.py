@@ -1,31 +1,68 @@
 """Trains every trial of a grid, here or on SLURM: `python -m launch sweep podeti-grid --data DIR`.
 
-Run folders say how far each trial is, so calling it again trains what is missing and repeats nothing.
+The run folders hold the state of every trial, so the same command trains what is missing and repeats nothing.
 """
 
 import os
 import re
 import shlex
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import msgspec
 import tyro
 
 from data_prep import manifest as manifests
-from data_prep.console import UserError
-from launch import local, wandb_sweep
-from launch.plan import Hardware, launcher_for
-from launch.submit import Allocation, places, requested, require_sbatch, submitted
+from data_prep.manifest import Manifest
+from launch import local_pool, wandb_sweep
+from launch.plan import Resources, launcher_for
+from launch.request import agent_options, check_batches, check_models, job_options, refuse, with_device
+from launch.submit import Allocation, name_and_log, require_sbatch, sbatch
 from launch.trials import Trial, check_same, expand
-from runner import environment
-from runner.runs import check_name, read_json, write_json
+from runner.common import files
+from runner.common.command_line import Flag
+from runner.common.errors import UserError
+from runner.config.recipe import Count
+from runner.config.train_config import Seed, check_name
+from runner.system import environment
 
-MANIFEST = "sweep.json"
 ONE_NODE = Allocation()
-DONE = ("whole", "running", "queued")  # what a call leaves alone
+SET_BY_SWEEPS = {"--seed": "a sweep sets the seed of each trial; use --seeds"}
+STATES = ("complete", "running", "queued", "stopped", "crashed", "failed", "missing")  # a run's states, and queued
+NOT_TO_TRAIN = ("complete", "running", "queued")
+OLD_STATES = {"whole": "complete", "broken off": "crashed"}  # as earlier versions wrote them
+
+
+class ArrayJob(msgspec.Struct):
+    """An array job of SLURM: its number, and the id of each task's trial."""
+
+    job: str
+    trials: list[str]
+
+
+class SweepManifest(msgspec.Struct):
+    """sweep.json: what the sweep trains, the state of each trial, and the SLURM jobs that were submitted."""
+
+    names: list[str] = []
+    seeds: list[int] = []
+    trials: dict[str, str] = {}
+    jobs: list[ArrayJob] = []
+
+    def __post_init__(self) -> None:
+        self.trials = {trial: OLD_STATES.get(state, state) for trial, state in self.trials.items()}
+
+
+@dataclass(frozen=True)
+class UnsubmittedJob:
+    """An array job of SLURM: its command, and the file from which each task takes the words of its trial."""
+
+    command: list[str]
+    file: Path
+    trials: list[Trial]
 
 
 @dataclass(frozen=True)
@@ -36,27 +73,27 @@ class Sweep:
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAMES")]
-    """Grids, papers, experiments, trials of grids (`runner list`, `runner list --grids`), or patterns of these in
-    quotes, as 'podeti-grid/alexnet-*'."""
+    """Grids, papers, experiments, trials of grids (`runner list`, `runner list --grids`), or quoted patterns of names,
+    such as 'podeti-grid/alexnet-*'."""
     data: Path
     """Prepared dataset; for SLURM on a file system that all nodes see."""
     runs: Path = Path("runs")
     """Folder of runs; for SLURM on a file system that all nodes see."""
     on: Literal["local", "slurm"] = "local"
-    """Here, one trial a GPU at a time, or on the CPU; or as one array job, each of whose tasks resumes and queues
-    again by itself."""
-    seeds: tuple[int, ...] = (0,)
+    """On this machine, with one trial per GPU at a time or one on the CPU; or as one array job of SLURM, whose tasks
+    requeue and resume by themselves."""
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of every trial."""
     name: str | None = None
-    """Prefix of the runs' names, and W&B's group; by default the group is made of NAMES, and runs are called
-    seed-N, behind a digest of what was changed in their recipes."""
-    slots: int | None = None
-    """Trials at a time here; by default one a GPU, or one on the CPU. They share the cores."""
-    at_once: int | None = None
+    """Prefix of the runs' names, and W&B's group or sweep; by default that consists of NAMES, and runs are called
+    seed-N, after a digest of the changes to their recipe."""
+    slots: Count | None = None
+    """Trials at a time on this machine; by default one per GPU, or one on the CPU. They share the cores."""
+    at_once: Count | None = None
     """Tasks of the SLURM array at a time; by default as many as there is room for."""
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = ONE_NODE
-    dry_run: bool = False
-    """Say how far each trial is and what would be done, and do nothing."""
+    dry_run: Flag = False
+    """Print the state of each trial and what would be trained, and do nothing."""
     experiments_from: tuple[str, ...] = ()
     """Importable modules outside the package that define EXPERIMENTS or GRIDS as well."""
     as_wandb_sweep: Path | None = None
@@ -64,132 +101,195 @@ class Sweep:
     `wandb agent`."""
 
     def __call__(self, options: list[str], environ: Mapping[str, str]) -> None:
-        """Trains, or submits, what is missing.
+        """Trains or submits the missing trials.
 
         Raises:
-            UserError: names or options are mistaken, or a trial's folder holds another training; nothing was begun.
-            SystemExit: code 1 where a trial failed, 75 where it was asked to stop.
+            UserError: names or options are invalid, or a trial's folder holds another training; nothing is trained.
+            SystemExit: code 1 if a trial failed, 75 if the sweep was interrupted.
         """
-        modules = ["--experiments-from", *self.experiments_from] if self.experiments_from else []
-        common = [*places(self.data, self.runs), *modules, *options]
-        for option, value in (("--slots", self.slots), ("--at-once", self.at_once)):
-            if value is not None and value < 1:
-                raise UserError(f"{option} {value}: expected 1 or more")
+        self.check_own_options()
+        trials = self.expand(options)
+        manifest = manifests.read(self.data)
+        if self.as_wandb_sweep:
+            definition = wandb_sweep.definition(self.name or "+".join(self.names), trials)
+            self.check_data(trials, manifest)
+            wandb_sweep.write(self.as_wandb_sweep, definition, len(trials))
+            return
+        for trial in trials:
+            check_same(trial, manifest.fingerprint)
+        states = self.states(trials)
+        missing = [trial for trial in trials if states[trial.id] not in NOT_TO_TRAIN]
+        if self.on == "slurm" and missing and not self.dry_run:
+            require_sbatch(environ)  # first, because the checks that follow take seconds
+        job = self.array_job(missing) if self.on == "slurm" and missing else None
+        self.check_data(missing, manifest)
+        if self.dry_run:
+            for trial in trials:
+                print(f"{states[trial.id]:>10}  {trial.id}")
+            print(f"{count_states(states)}; {len(missing)} to train")
+            return
+        print(count_states(states), flush=True)
+        if not missing:
+            return
+        self.update_manifest(states)
+        environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.group)}
+        if job:
+            self.submit(job, environ)
+        else:
+            self.train_here(trials, missing, environ)
+
+    def check_own_options(self) -> None:
+        """Raises UserError where options of the sweep exclude each other, so that none is ignored."""
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: expected each seed once")
         if self.name:
             check_name(self.name)
-        trials = expand(
-            self.names,
-            self.seeds,
-            self.name,
-            lambda words: requested([*words, *common, "--resume", "auto"]),  # as every trial is begun
-            self.experiments_from,
-        )
-        fingerprint = manifests.read(self.data).fingerprint
-        if self.as_wandb_sweep:
-            wandb_sweep.write(self.as_wandb_sweep, self.names, trials, common)
-            return
+        if self.dry_run and self.as_wandb_sweep:
+            raise UserError("--dry-run and --as-wandb-sweep: expected one of them")
+        of_slurm = [option for option in self.slurm.options() if option not in ONE_NODE.options()]
+        of_slurm += [f"--at-once {self.at_once}"] if self.at_once else []
+        of_here = [f"--slots {self.slots}"] if self.slots else []
+        if self.as_wandb_sweep and (unused := ["--on slurm"] * (self.on == "slurm") + of_slurm + of_here):
+            raise UserError(f"{unused[0]}: expected none with --as-wandb-sweep, whose agents decide where to train")
+        if self.on == "local" and of_slurm:
+            raise UserError(f"{of_slurm[0]}: expected --on slurm with it")
+        if self.on == "slurm" and of_here:
+            raise UserError(f"{of_here[0]}: expected --on local; for a sweep on SLURM use --at-once")
+
+    def expand(self, options: list[str]) -> list[Trial]:
+        """Returns all trials; `options` are the user's for `runner train`.
+
+        Raises:
+            UserError: names or options are invalid, or options belong to the sweep.
+        """
+        refuse(options, SET_BY_SWEEPS)
+        modules = ["--experiments-from", *self.experiments_from] if self.experiments_from else []
+        for_all = agent_options if self.as_wandb_sweep else job_options
+        words = for_all(self.data, self.runs, [*modules, *options])
+        if self.on == "local" and not self.as_wandb_sweep:
+            words = with_device(words, environment.count_gpus())
+        return expand(self.names, self.seeds, self.name, words, self.experiments_from)
+
+    def check_data(self, trials: list[Trial], manifest: Manifest) -> None:
+        """Checks trials against the dataset.
+
+        Raises:
+            UserError: `runner train` would refuse one of them.
+        """
+        ranks = self.slurm.ranks if self.on == "slurm" else 1
+        built = set()
         for trial in trials:
-            check_same(trial, fingerprint)
-        folder = self.runs / "sweeps" / self.group
-        states = self.states(trials, folder)
-        missing = [trial for trial in trials if states[trial.id] not in DONE]
-        told = f"{len(trials)} trials: {counted(states)}"
-        if self.dry_run:
-            for trial in trials:
-                print(f"{states[trial.id]:>10}  {trial.id}")
-            print(f"{told}; {len(missing)} to train")
-            return
-        print(told, flush=True)
-        if not missing:
-            return
-        if self.on == "slurm":
-            require_sbatch(environ)
-        self.record(folder, trials, states)
-        environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.group)}
-        if self.on == "slurm":
-            self.submit(folder, missing, common, environ)
-            return
-        hardware = Hardware(environment.count_gpus(), len(os.sched_getaffinity(0)))
-        cpu = missing[0].request.device == "cpu" or not hardware.gpus
-        slots = self.slots or (1 if cpu else hardware.gpus)
-        launcher = launcher_for(Hardware(0 if cpu else 1, hardware.cores))
-        place = local.Place(slots, 0 if cpu else hardware.gpus, max(1, hardware.cores // slots), launcher)
-        stopped = local.train(missing, common, place, folder / "logs", environ)
-        states = self.states(trials, folder)
-        for trial in missing:
-            if not stopped and states[trial.id] in ("missing", "broken off"):
-                states[trial.id] = "failed"  # before it could leave a word
-        self.record(folder, trials, states)
-        print(f"{len(trials)} trials: {counted(states)}")
-        if stopped:
-            raise SystemExit(75)
-        if any(states[trial.id] != "whole" for trial in missing):
-            raise SystemExit(1)
+            recipe = trial.config.recipe
+            model = msgspec.json.encode([trial.config.architecture, recipe.normalize, recipe.resize])
+            try:
+                check_batches(trial.config, manifest, ranks)
+                if model not in built:
+                    check_models(trial.config, manifest)
+            except UserError as error:
+                raise UserError(f"{trial.id}: {error}") from None
+            built.add(model)
 
     @property
     def group(self) -> str:
-        """What the sweep is called."""
+        """The name of the sweep."""
         return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", "+".join(self.names))[:80]
 
-    def states(self, trials: list[Trial], folder: Path) -> dict[str, str]:
-        """How far each trial is, by its id: a run's state, or queued."""
+    @property
+    def folder(self) -> Path:
+        """The folder of the manifest and the logs."""
+        return self.runs / "sweeps" / self.group
+
+    def states(self, trials: list[Trial]) -> dict[str, str]:
+        """Returns the state of each trial by id: that of its run, or queued."""
         states: dict[str, str] = {trial.id: trial.state() for trial in trials}
-        jobs = read_json(folder / MANIFEST)["jobs"] if (folder / MANIFEST).is_file() else []
-        for job in jobs:
-            for index in waiting(job["job"]):
-                trial = job["trials"][index]
-                if states.get(trial, "running") not in ("whole", "running"):
+        for job in self.manifest().jobs:
+            for index in unfinished_tasks(job.job):
+                trial = job.trials[index]
+                if states.get(trial, "running") not in ("complete", "running"):
                     states[trial] = "queued"
         return states
 
-    def record(
-        self, folder: Path, trials: list[Trial], states: Mapping[str, str], job: dict[str, Any] | None = None
-    ) -> None:
-        """Writes the manifest: what the sweep is, how far each trial is, and which jobs were given to SLURM."""
-        path = folder / MANIFEST
-        before = read_json(path) if path.is_file() else {"jobs": [], "trials": {}}
-        manifest = {
-            "names": list(self.names),
-            "seeds": list(self.seeds),
-            "trials": before["trials"] | {trial.id: states[trial.id] for trial in trials},
-            "jobs": [*before["jobs"], *([job] if job else [])],
-        }
+    def manifest(self) -> SweepManifest:
+        """Reads sweep.json; an empty manifest if there is none."""
+        path = self.folder / "sweep.json"
+        return files.read(path, SweepManifest) if path.is_file() else SweepManifest()
+
+    def update_manifest(self, states: Mapping[str, str], job: ArrayJob | None = None) -> None:
+        """Adds states and a submitted job to sweep.json.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        previous = self.manifest()
+        jobs = [*previous.jobs, job] if job else previous.jobs
+        manifest = SweepManifest(list(self.names), list(self.seeds), {**previous.trials, **states}, jobs)
         try:
-            write_json(path, manifest)
+            files.write(self.folder / "sweep.json", manifest)
         except OSError as error:
             raise UserError(f"--runs {self.runs}: cannot write there ({error.strerror})") from None
 
-    def submit(self, folder: Path, missing: list[Trial], common: list[str], environ: Mapping[str, str]) -> None:
-        """One array job for what is missing; task N takes line N of a file."""
-        ids = [trial.id for trial in missing]
-        lines = "".join(" ".join(trial.words) + "\n" for trial in missing)
-        count = len(list(folder.glob("trials-*")))
-        file = folder / f"trials-{count}"
-        file.write_text(lines)
-        log = self.runs.absolute() / "slurm" / "%x-%A_%a.log"
+    def train_here(self, trials: list[Trial], missing: list[Trial], environ: Mapping[str, str]) -> None:
+        """Trains the missing trials on this machine, and prints the states of all.
+
+        Raises:
+            SystemExit: see `__call__`.
+        """
+        gpus, cores = environment.count_gpus(), len(os.sched_getaffinity(0))
+        if missing[0].config.device == "cpu":
+            gpus = 0
+        count = self.slots or gpus or 1
+        launcher = launcher_for(Resources(min(gpus, 1), cores))
+        slots = local_pool.Slots(count, gpus, max(1, cores // count), launcher)
+        interrupted = local_pool.train_trials(missing, slots, self.folder / "logs", environ)
+        states = self.states(trials)
+        for trial in missing:
+            if not interrupted and states[trial.id] in ("missing", "crashed"):
+                states[trial.id] = "failed"  # before it could write why
+        self.update_manifest(states)
+        print(count_states(states))
+        if interrupted:
+            raise SystemExit(75)
+        if any(states[trial.id] != "complete" for trial in missing):
+            raise SystemExit(1)
+
+    def array_job(self, missing: list[Trial]) -> UnsubmittedJob:
+        """Returns one array job for the missing trials; task N takes line N of a file.
+
+        Raises:
+            UserError: SLURM or slurm/sweep.sbatch cannot take a name or path.
+        """
+        if unfit := [trial.config.experiment for trial in missing if re.search(r"[ \t\n]", trial.config.experiment)]:
+            raise UserError(f"{unfit[0]!r}: expected a name without spaces, at which slurm/sweep.sbatch splits a line")
+        file = self.folder / f"trials-{len(list(self.folder.glob('trials-*')))}"
         limit = f"%{self.at_once}" if self.at_once else ""
-        command = ["sbatch", "--parsable", f"--job-name=runner-{self.group}", f"--output={log}"]
+        command = ["sbatch", "--parsable", *name_and_log(self.group, self.runs, "%A_%a")]
         command += [f"--array=0-{len(missing) - 1}{limit}", *self.slurm.options()]
-        command += ["slurm/sweep.sbatch", str(file.absolute()), *common]
-        job = submitted(command, self.runs, environ)
-        self.record(folder, [], {}, {"job": job, "trials": ids})
-        print(f"job {job}, an array of {len(missing)}; logs: {self.runs / 'slurm'}")
+        command += ["slurm/sweep.sbatch", str(file.absolute()), *missing[0].options]
+        return UnsubmittedJob(command, file, missing)
+
+    def submit(self, job: UnsubmittedJob, environ: Mapping[str, str]) -> None:
+        """Submits an array job, and adds it to the manifest.
+
+        Raises:
+            UserError: SLURM refuses it.
+        """
+        job.file.write_text("".join(" ".join(trial.argv) + "\n" for trial in job.trials))
+        number = sbatch(job.command, self.runs, environ)
+        self.update_manifest({}, ArrayJob(number, [trial.id for trial in job.trials]))
+        print(f"job {number}, an array of {len(job.trials)}; logs: {self.runs / 'slurm'}")
 
 
-def waiting(job: str) -> list[int]:
-    """The tasks of an array job that SLURM still has, waiting or running; none where it knows it no more."""
+def unfinished_tasks(job: str) -> list[int]:
+    """Returns the tasks of an array job that wait or run; none if SLURM no longer knows the job."""
     command = ["squeue", "--noheader", "--array", "--job", job, "--format", "%K"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except FileNotFoundError:
-        raise UserError(f"squeue: not found; job {shlex.quote(job)} of this sweep is SLURM's") from None
-    return [int(line) for line in done.stdout.split() if line.isdigit()]
+        raise UserError(f"squeue: not found; job {shlex.quote(job)} of this sweep was submitted to SLURM") from None
+    return [int(line) for line in result.stdout.split() if line.isdigit()]
 
 
-def counted(states: Mapping[str, str]) -> str:
-    """`3 whole, 2 missing`."""
-    order = ("whole", "running", "queued", "stopped", "broken off", "failed", "missing")
-    counts = {state: list(states.values()).count(state) for state in order}
-    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+def count_states(states: Mapping[str, str]) -> str:
+    """`5 trials: 3 complete, 2 missing`."""
+    counts = Counter(states.values())
+    return f"{len(states)} trials: " + ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])

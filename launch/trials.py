@@ -1,17 +1,22 @@
-"""The trials of a sweep: which runs a grid means, where each lies, and how far each is. Values, but for reading."""
+"""The trials of a sweep: the runs of a grid, and the folder and state of each."""
 
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep.console import UserError
+import msgspec
+
+from launch.request import parse_job
 from runner import experiments
-from runner.recipe import differences, to_json
-from runner.request import TrainRequest
-from runner.runs import Run, State
+from runner.common.errors import UserError
+from runner.config.recipe import differences
+from runner.config.train_config import TrainConfig, check_name
+from runner.run.folder import Run, State
+
+UNNAMED = "unnamed"  # stands for the name of a run, which follows from its other options
 
 
 @dataclass(frozen=True)
@@ -19,22 +24,29 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        words: the arguments of `runner train` that are its own; plain words, which no shell changes.
-        request: what `runner train` makes of these and the sweep's.
-        run: where it lies.
+        argv: the words of `runner train` that only this trial has.
+        options: the words that all trials of the sweep share.
+        config: the training that they describe.
+        run: the run folder.
     """
 
-    words: tuple[str, ...]
-    request: TrainRequest
+    argv: tuple[str, ...]
+    options: tuple[str, ...]
+    config: TrainConfig
     run: Run
 
     @property
     def id(self) -> str:
-        """`experiment/run`: the same for the same training, whoever asks and whenever."""
-        return f"{self.request.experiment}/{self.run.folder.name}"
+        """`experiment/run`: the same for the same training, as long as the sweep is not given a name."""
+        return f"{self.config.experiment}/{self.run.folder.name}"
+
+    @property
+    def words(self) -> list[str]:
+        """The words of `runner train`."""
+        return [*self.argv, *self.options]
 
     def state(self) -> State:
-        """How far it is, by its folder alone."""
+        """Returns the state of the run folder."""
         return self.run.state()
 
 
@@ -42,94 +54,102 @@ def expand(
     names: Sequence[str],
     seeds: Sequence[int],
     name: str | None,
-    read: Callable[[Sequence[str]], TrainRequest],
+    options: Sequence[str],
     modules: tuple[str, ...] = (),
 ) -> list[Trial]:
-    """The trials that experiments, grids and papers by name mean, one for each seed.
+    """Returns the trials of experiments, grids and papers, one per seed.
 
-    A run is called `seed-N` where the recipe is the experiment's own, and else `<digest>-seed-N`, the digest being
-    that of what was changed; with `name` it is `<name>-seed-N`. So trainings that differ never share a folder, and
-    two sweeps that mean the same training share its run.
+    A run is called `seed-N` if it trains the experiment's own recipe, and `<digest>-seed-N` otherwise, where the
+    digest identifies the changes; with `name` it is `<name>-seed-N`. So without `name`, different trainings
+    never share a folder, and two sweeps that include the same training share its run; see also `check_same`.
 
     Args:
         names: experiments, grids, trials of grids, papers, or patterns of names (`podeti-grid/alexnet-*`).
-        seeds: of each.
-        name: the user's, or None.
-        read: makes a request of a trial's words; knows the words of the sweep.
-        modules: of `--experiments-from`.
+        seeds: seeds of every experiment.
+        name: prefix of the runs' names, or None.
+        options: the words of `runner train` that all trials share.
+        modules: values of `--experiments-from`.
 
     Raises:
-        UserError: no names, an unknown one, one that stands twice, or options that are mistaken.
+        UserError: names are missing or unknown, or options are invalid.
     """
     if not names:
         raise UserError("NAMES: expected experiments, grids or papers (runner list, runner list --grids)")
-    trials = []
-    for experiment in dict.fromkeys(part for given in names for part in _meant(given, modules)):
-        for seed in seeds:
-            words = (experiment, "--seeds", str(seed))
-            request = read(words)
-            registered = request.check()
-            given = replace(registered, architecture=request.architecture, recipe=request.recipe)
-            changed = differences(registered, given)
-            changed |= {f"--{option}": value for option, value in _beside_the_recipe(request).items() if value}
-            digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-            prefix = name or (digest if changed else None)
-            run = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
-            named = replace(request, name=run)
-            named.check()
-            trials.append(Trial((*words, "--name", run), named, Run(request.runs / experiment / run)))
-    return trials
+    selected = dict.fromkeys(experiment for pattern in names for experiment in _matching(pattern, modules))
+    return [_trial(experiment, seed, name, options) for experiment in selected for seed in seeds]
 
 
-def _beside_the_recipe(request: TrainRequest) -> dict[str, Any]:
-    """The options of training that change its outcome and are no part of the recipe; None as by default."""
+def _trial(experiment: str, seed: int, name: str | None, options: Sequence[str]) -> Trial:
+    argv = (experiment, "--seeds", str(seed))
+    config = parse_job([*argv, "--name", UNNAMED, *options])
+    registered = config.check()
+    changed = differences(registered, replace(registered, architecture=config.architecture, recipe=config.recipe))
+    changed |= {f"--{option}": value for option, value in _other_options(config).items() if value}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    prefix = name or (digest if changed else None)
+    run = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
+    check_name(run)
+    return Trial((*argv, "--name", run), tuple(options), replace(config, name=run), Run(config.runs / experiment / run))
+
+
+def _other_options(config: TrainConfig) -> dict[str, Any]:
+    """Returns the options outside the recipe that change the outcome of training; None means the default."""
     return {
-        "max-steps": request.max_steps,
-        "teacher": request.teacher and str(request.teacher.absolute()),
-        "start-from": request.start_from and str(request.start_from.absolute()),
-        "precision": None if request.precision == "launch" else request.precision,
-        "deterministic": request.deterministic or None,
+        "max-steps": config.max_steps,
+        "teacher": config.teacher and str(config.teacher.absolute()),
+        "start-from": config.start_from and str(config.start_from.absolute()),
+        "precision": None if config.precision == "launch" else config.precision,
+        "deterministic": config.deterministic or None,
     }
 
 
-def _meant(name: str, modules: tuple[str, ...]) -> list[str]:
-    """The experiments that one name means."""
+def _matching(name: str, modules: tuple[str, ...]) -> list[str]:
+    """Returns the experiments that a name or pattern stands for."""
     grids, known = experiments.load_grids(modules), experiments.load(modules)
     if name in known:
         return [name]
     if name in grids:
         return list(grids[name])
     if any(sign in name for sign in "*?["):
-        every = [*known, *(trial for grid in grids.values() for trial in grid)]
-        if found := fnmatch.filter(every, name):
-            return found
-        raise UserError(
-            f"{name!r}: matches no experiment and no trial of a grid (runner list, runner list --grids)"
-        )
-    of_paper = [found for found, experiment in known.items() if experiment.paper == name]
-    if of_paper:
+        if matching := fnmatch.filter([*known, *(trial for grid in grids.values() for trial in grid)], name):
+            return matching
+        raise UserError(f"{name!r}: matches no experiment and no trial of a grid (runner list, runner list --grids)")
+    if of_paper := [key for key, experiment in known.items() if experiment.paper == name]:
         return of_paper
-    experiments.get(name, modules)  # a trial of a grid, or an error with the nearest names
+    experiments.get(name, modules)  # a trial of a grid; otherwise raises with the most similar names
     return [name]
 
 
 def check_same(trial: Trial, fingerprint: str) -> None:
-    """Raises UserError where the trial's folder holds another training than the one that is meant."""
+    """Checks that a run.json in the trial's folder is of the same training.
+
+    Args:
+        trial: the trial.
+        fingerprint: of the dataset to train on.
+
+    Raises:
+        UserError: the folder holds a different training.
+    """
     if not trial.run.record.is_file():
         return
-    config, request = trial.run.config(), trial.request
-    meant = {
-        "seed": request.seeds[0],
-        "recipe": json.loads(json.dumps(to_json(request.recipe))),
-        "architecture": json.loads(json.dumps(to_json(request.architecture))),
-        "dataset": fingerprint,
+    recorded, config = trial.run.config(), trial.config
+    options = _other_options(config)
+    pairs = {
+        "seed": (config.all_seeds[0], recorded.seed),
+        "recipe": (config.recipe, recorded.recipe),
+        "architecture": (config.architecture, recorded.architecture),
+        "max-steps": (config.max_steps, recorded.max_steps),
+        "dataset": (fingerprint, recorded.dataset.fingerprint),
+        "teacher": (options["teacher"], recorded.teacher and recorded.teacher.folder),
+        "start-from": (options["start-from"], recorded.started_from and recorded.started_from.folder),
     }
-    found = {key: config[key] for key in meant} | {"dataset": config["dataset"]["fingerprint"]}
-    options = _beside_the_recipe(request)
-    for option, key in (("teacher", "teacher"), ("start-from", "started_from")):
-        meant[option], found[option] = options[option], config[key] and config[key]["folder"]
-    for option in ("precision", "deterministic"):
-        if options[option]:
-            meant[option], found[option] = options[option], config.get(option)
-    if other := [key for key in meant if meant[key] != found[key]]:
-        raise UserError(f"{trial.run.folder}: holds a training with another {', '.join(other)}; choose a --name")
+    if options["precision"]:
+        pairs["precision"] = (options["precision"], recorded.precision)
+    if options["deterministic"]:
+        pairs["deterministic"] = (True, recorded.deterministic)
+    if different := [key for key, (expected, actual) in pairs.items() if _json(expected) != _json(actual)]:
+        raise UserError(f"{trial.run.folder}: holds a training with another {', '.join(different)}; choose a --name")
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="sorted")

@@ -1,12 +1,11 @@
-"""The same grid for those who prefer W&B's controller: its definition, and what its agent calls."""
+"""Writes a grid as the definition of a W&B sweep, for use with W&B's own controller."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
 from launch.trials import Trial
-from runner.runs import write_atomically
+from runner.common.errors import UserError
+from runner.common.files import write_atomically
 
 HEADER = """\
 # For a Bayesian search: method: bayes, and under parameters any option of `runner train` with its range, such as
@@ -14,8 +13,8 @@ HEADER = """\
 """
 
 
-def write(path: Path, names: Sequence[str], trials: list[Trial], common: list[str]) -> None:
-    """Writes the definition and says how to start it.
+def write(path: Path, definition: dict[str, Any], trials: int) -> None:
+    """Writes the definition of so many trials, and prints how to start the sweep.
 
     Raises:
         UserError: the file cannot be written.
@@ -23,21 +22,28 @@ def write(path: Path, names: Sequence[str], trials: list[Trial], common: list[st
     import yaml
 
     try:
-        text = HEADER + yaml.safe_dump(definition(names, trials, common), sort_keys=False)
+        text = HEADER + yaml.safe_dump(definition, sort_keys=False)
         write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"--as-wandb-sweep {path}: cannot write there ({error.strerror})") from None
-    print(f"{path}: {len(trials)} trials; start with: wandb sweep {path}, and on each machine: wandb agent SWEEP")
+    print(f"{path}: {trials} trials; start with: wandb sweep {path}, and on each machine: wandb agent SWEEP")
 
 
-def definition(names: Sequence[str], trials: list[Trial], common: list[str]) -> dict[str, Any]:
-    """What `wandb sweep` takes."""
-    experiments = list(dict.fromkeys(trial.request.experiment for trial in trials))
-    seeds = sorted({trial.request.seeds[0] for trial in trials})
+def definition(name: str, trials: list[Trial]) -> dict[str, Any]:
+    """Returns the definition that `wandb sweep` takes.
+
+    Raises:
+        UserError: a word contains `${`, with which W&B's agent begins a name that it replaces.
+    """
+    options = trials[0].options
+    if replaced := [word for word in options if "${" in word]:
+        raise UserError(f"{replaced[0]}: expected no ${{ in an option, because W&B's agent would replace it")
+    experiments = list(dict.fromkeys(trial.config.experiment for trial in trials))
+    seeds = sorted({trial.config.all_seeds[0] for trial in trials})
     return {
-        "name": "+".join(names),
+        "name": name,
         "method": "grid",
         "metric": {"name": "test/accuracy", "goal": "maximize"},
         "parameters": {"experiment": {"values": experiments}, "seed": {"values": seeds}},
-        "command": ["${env}", "python", "-m", "launch", "agent", "${args}", *common],
+        "command": ["${env}", "python", "-m", "launch", "agent", "${args}", *options],
     }

@@ -1,182 +1,87 @@
-"""Fixtures: datasets prepared once, real processes, and the closing tally of what ran and what did not."""
+"""Fixtures, tiers, and the closing lines.
 
-import contextlib
+Where a new test goes: a new architecture needs none (those that are there count, train and export all of them); a
+refusal is a line in BAD of test_cli.py; a fault of machines belongs to test_faults.py. A test over 5 seconds takes
+the place of one as dear, or is marked `every`. Helpers are in tests/support/; tests/golden/ is compared with.
+"""
+
+import fcntl
 import os
+import pickle
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from data_prep import beton, sources
 from data_prep.sources import Source
-from tests import warm
+from runner import experiments
+from runner.run.folder import Run
+from runner.system import environment
+from tests.support.processes import ENDING, TINY, launch, runner
 
-ROOT = Path(__file__).parent.parent
-MARKERS = ("gpu", "slurm", "browser", "processes")
-REQUIRED_IN_CI = ("slurm", "browser")  # a skip of one of these fails the run where CI=true
-TINY = ("--experiments-from", "tests.tiny")
-
-Runs = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """The environment of a command under test: no W&B server, no settings of the person who runs the tests."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return kept | {"PYTHONPATH": path, "WANDB_MODE": "offline", "COLUMNS": "200"} | more
+KINDS = ("gpu", "slurm", "browser", "root", "processes")
+REQUIRED_IN_CI = ("slurm", "browser", "root")  # a skip of one of these fails the run where CI=true
 
 
-def python(
-    *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with arguments and returns what it said."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd or ROOT,
-        timeout=timeout,
-        env=clean_environment(**environ),
-    )
+# --- data and runs, made once for all workers -----------------------------------------------------------
 
-
-_warm: list[warm.Server] = []
-COLD = ("HOME", "XDG_", "OMP_", "LD_", "PYTHON")  # variables that count when a process starts
-
-
-def runner(
-    *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """`runner ...` as a process that has made its imports already, where the environment does not concern these."""
-    return module("runner", *arguments, cwd=cwd, timeout=timeout, **environ)
-
-
-def module(
-    name: str, *arguments: object, cwd: Path | None = None, timeout: float = 500, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """`python -m NAME ...`, as `runner` does it."""
-    words = ["-m", name, *map(str, arguments)]
-    if any(name.startswith(COLD) for name in environ):
-        return python(*words, cwd=cwd, timeout=timeout, **environ)
-    if not _warm:
-        _warm.append(warm.Server())
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        place = (cwd or ROOT, clean_environment(**environ), timeout)
-        code = _warm[0].run(words, *place, out.fileno(), err.fileno())
-        told = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
-    return subprocess.CompletedProcess(words, code, *told)
-
-
-def launch(processes: int, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch ... -m runner ... --device cpu` with so many gloo ranks."""
-    words = ["--config_file", ROOT / "launch/cpu.yaml", "--num_processes", processes, "-m", "runner", *arguments]
-    return module("accelerate.commands.launch", *words, "--device", "cpu", **options)
-
-
-def begun(processes: int, *words: object, **environ: str) -> subprocess.Popen[str]:
-    """A `runner ...` on so many gloo ranks that is under way, in a process group of its own."""
-    launcher = [
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "launch/cpu.yaml",
-        "--num_processes",
-        processes,
-    ]
-    command = [sys.executable, "-m", *launcher, "-m", "runner", *words]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=clean_environment(**environ), stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_step(run: Path, step: int, seconds: float = 240) -> None:
-    """Until a checkpoint of `step` or later is there."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step-*")):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"no checkpoint of step {step}")
-
-
-def ranks_of(launcher: int) -> list[int]:
-    """The processes that a launcher has started."""
-    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-
-
-def gone(processes: list[int], seconds: float) -> bool:
-    """Whether all have ended within so many seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        states = [Path(f"/proc/{process}/stat") for process in processes]
-        if not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every",
-        action="store_true",
-        help="export and build every experiment, in batches up to the largest, where by default it is one of each "
-        "architecture; train every experiment on 1 and 2 ranks in fp32 and bf16, where it is two of the four",
-    )
-
-
-@contextlib.contextmanager
-def taken_port() -> Iterator[int]:
-    """A port that someone listens on."""
-    with socket.create_server(("", 0)) as server:
-        yield server.getsockname()[1]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def images() -> str:
-    """The source of the session's images: the archive that CIFAR10_IMAGES names, or the synthetic set."""
-    return os.environ.get("CIFAR10_IMAGES") or "synthetic"
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder by name, once for all processes that run the tests. Read-only by agreement."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder, done = shared / name, shared / f"{name}.done"
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def source(images: str) -> Source:
-    """All images, in memory."""
-    return sources.load(images)
+def source(once: Once) -> Source:
+    """All images, in memory: of the archive that CIFAR10_IMAGES names, or the synthetic set."""
+
+    def make(folder: Path) -> None:
+        loaded = sources.load(os.environ.get("CIFAR10_IMAGES") or "synthetic")
+        (folder / "pickle").write_bytes(pickle.dumps(loaded, protocol=5))
+
+    return pickle.loads((once("source", make) / "pickle").read_bytes())
 
 
 @pytest.fixture(scope="session")
-def data(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole dataset, prepared. Read-only by agreement."""
-    folder = tmp_path_factory.mktemp("whole") / "data"
-    beton.write(source, folder)
-    return folder
+def data(once: Once, request: pytest.FixtureRequest) -> Path:
+    """The whole dataset, prepared."""
+    return once("whole", lambda folder: beton.write(request.getfixturevalue("source"), folder / "data")) / "data"
 
 
 @pytest.fixture(scope="session")
 def small(source: Source) -> Source:
     """50 training and 20 test images of each class."""
-    return sources.Source(
-        source.name,
-        source.classes,
-        sources.limited(source.train, 50),
-        sources.limited(source.test, 20),
-        {**source.provenance, "limited": True},
-    )
+    train, test = sources.limited(source.train, 50), sources.limited(source.test, 20)
+    return replace(source, train=train, test=test, provenance={**source.provenance, "limited": True})
 
 
 @pytest.fixture(scope="session")
-def small_data(small: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small dataset, prepared. Read-only by agreement."""
-    folder = tmp_path_factory.mktemp("small") / "data"
-    beton.write(small, folder)
-    return folder
+def small_data(once: Once, request: pytest.FixtureRequest) -> Path:
+    """The small dataset, prepared."""
+    return once("small", lambda folder: beton.write(request.getfixturevalue("small"), folder / "data")) / "data"
 
 
 @pytest.fixture
@@ -186,24 +91,156 @@ def own_data(small_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tests' own small network on the small dataset. Read-only by agreement."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", runs, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    return runs / "tiny" / "seed-0"
+def tiny_run(once: Once, small_data: Path) -> Path:
+    """A finished run of the tests' own small network on the small dataset, with W&B's offline file."""
+
+    def make(folder: Path) -> None:
+        words = ["train", "tiny", *TINY, "--data", small_data, "--runs", folder, "--device", "cpu"]
+        done = runner(*words, WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+
+    return once("tiny-run", make) / "tiny" / "seed-0"
+
+
+@pytest.fixture(scope="session")
+def deployed_run(once: Once, tiny_run: Path) -> Path:
+    """The tiny run exported in fp32, scored, built and measured, without W&B's file."""
+
+    def make(folder: Path) -> None:
+        run = folder / "tiny" / "seed-0"
+        shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("wandb"))
+        quick = ("--seconds", 0.05, "--repeats", 5)
+        for command in (
+            ["export"],
+            ["parity", "--device", "cpu"],
+            ["engine"],
+            ["bench", "--device", "cpu", *quick],
+        ):
+            done = runner(command[0], run, *command[1:])
+            assert done.returncode == 0, done.stderr
+
+    return once("deployed-run", make) / "tiny" / "seed-0"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A `runner train` that has ended."""
+
+    done: CompletedProcess[str]
+    run: Run
+
+    @property
+    def stdout(self) -> str:
+        return self.done.stdout
+
+    @property
+    def stderr(self) -> str:
+        return self.done.stderr
+
+
+Train = Callable[..., Training]
+
+
+@pytest.fixture
+def train(small_data: Path, tmp_path: Path) -> Train:
+    """Trains one of the tests' own experiments on the small dataset: `train("tiny", "--max-steps", 3, ranks=2)`."""
+
+    def run_it(
+        experiment: str,
+        *options: object,
+        ranks: int | None = None,
+        data: Path = small_data,
+        runs: Path = tmp_path,
+        expect: int | None = 0,
+        **environ: str,
+    ) -> Training:
+        """Without `ranks` in one process without a launcher; `expect` is the exit code, None for any."""
+        modules = ENDING if experiment == "ending" else TINY
+        words = ["train", experiment, *modules, "--data", data, "--runs", runs, *options]
+        done = launch(ranks, *words, **environ) if ranks else runner(*words, "--device", "cpu", **environ)
+        assert expect is None or done.returncode == expect, done.stderr
+        name = options[options.index("--name") + 1] if "--name" in options else "seed-0"
+        return Training(done, Run(runs / experiment / str(name)))
+
+    return run_it
+
+
+# --- tiers ----------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", action="store_true", help="also the tests and cases that are marked `every`")
+
+
+# These begin first, so that at the end none is waited for alone; the first of them mostly wait themselves.
+LONGEST = (
+    "test_slurm", "test_gpu_benchmark", "test_launch", "test_deploy", "test_resume", "test_experiments",
+    "test_sweep", "test_faults", "test_sync", "test_train_pieces", "test_benchmarks", "test_report",
+)  # fmt: skip
+# Their tests share what is dear to make, so that one process runs all of them.
+TOGETHER = ("test_slurm", "test_gpu_benchmark", "test_report", "test_fake_cuda", "test_gpu_kernel", "test_batches")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--every"):
+        left = [item for item in items if item.get_closest_marker("every")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("every")]
+        _count_left(config, len(left))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        kinds = [kind for kind in KINDS if item.get_closest_marker(kind)] or ["plain"]
+        item.user_properties.append(("kinds", kinds))  # reports know a test's keywords, which its parameters are too
+        if item.get_closest_marker("gpu") and environment.count_gpus() == 0:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+def group_of(test: str) -> str:
+    """The group of a test by its node id: a file, or an exported experiment. One process runs all of a group."""
+    path, _, rest = test.partition("::")
+    name = Path(path).stem
+    parameters = rest.partition("[")[2].removesuffix("]")
+    exported = [known for known in experiments.load() if f"{parameters}-".startswith(f"{known}-")]
+    if name == "test_deploy" and exported:
+        return max(exported, key=len)
+    return name if name in TOGETHER else test
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives the processes whole groups. xdist's own marker for groups has no effect with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 # --- what ran, and what did not -------------------------------------------------------------------------
 
 _ran: Counter[str] = Counter()
 _skipped: Counter[tuple[str, str]] = Counter()
+_left: list[int] = [0]
+
+
+def _count_left(config: pytest.Config, count: int) -> None:
+    _left.append(count)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left"] = count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    _left.append(getattr(node, "workeroutput", {}).get("left", 0))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Counts in the process that reports, also where others run the tests."""
     if report.when == "call" or report.skipped or (report.when == "setup" and report.failed):
-        for kind in [marker for marker in MARKERS if marker in report.keywords] or ["plain"]:
+        for kind in dict(report.user_properties)["kinds"]:
             if report.skipped:
                 reason = report.longrepr[2] if isinstance(report.longrepr, tuple | list) else str(report.longrepr)
                 _skipped[kind, reason.removeprefix("Skipped: ")] += 1
@@ -223,29 +260,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     for kind, reason in sorted(_skipped):
         print(f"skipped {_skipped[kind, reason]} {kind}: {reason}")
-    print("ran: " + ", ".join(f"{_ran[kind]} {kind}" for kind in ("plain", *MARKERS)))
+    print("ran: " + ", ".join(f"{_ran[kind]} {kind}" for kind in ("plain", *KINDS)))
     real = os.environ.get("CIFAR10_IMAGES")
     print(f"images: {Path(real).name if real else 'SYNTHETIC (CIFAR10_IMAGES names no archive of real ones)'}")
+    if max(_left):
+        print(f"{max(_left)} left to --every")
     count = {key: len(reporter.stats.get(key, ())) for key in ("passed", "failed", "error", "skipped")}
     reasons = "; ".join(sorted({reason for _, reason in _skipped}))
     print(
         f"{count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped"
         + (f" ({reasons})" if reasons else "")
     )
-
-
-# Files that take longest begin first, so that at the end none is waited for alone.
-LONGEST = (
-    "test_slurm", "test_gpu_benchmark", "test_deploy", "test_experiments", "test_resume", "test_sweep",
-    "test_train_pieces", "test_faults", "test_benchmarks", "test_sync",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from runner import environment
-
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    if environment.count_gpus() == 0:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

@@ -1,58 +1,73 @@
-"""The benchmarks' own parts: what they print must be what was measured."""
+"""The benchmarks and the tables of their results."""
 
 import json
-import re
+import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from data_prep.console import UserError
 from runner import experiments
 from runner.benchmarks import allreduce, measure, scaling, tables
-from tests.conftest import python
+from runner.benchmarks.loader import LoaderBenchmark, torchvision_loader
+from runner.benchmarks.overhead import OverheadBenchmark
+from runner.common.errors import UserError
+from runner.data.open import open_manifest
+from runner.system import cpu
+from tests.support.processes import module, runner
 
 
-def test_the_readme_is_made_from_the_results() -> None:
-    text = tables.README.read_text()
-    assert tables.filled(text) == text, "run: python -m runner.benchmarks.tables --write"
+@pytest.mark.parametrize("document", tables.TABLES, ids=["readme", "benchmarks"])
+def test_the_tables_are_made_from_the_results(document: Path) -> None:
+    filled = tables.filled(document, tables.TABLES[document])
+    assert filled == document.read_text(), "run: python -m runner.benchmarks.tables --write"
 
 
 def test_a_cell_without_a_result_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    shown = tables.papers()
-    assert shown.count(tables.MISSING) >= 2 * shown.count("| `")
+    text = tables.papers()
+    assert text.count(tables.MISSING) >= 2 * text.count("| `")
     assert "not measured" in tables.ratios()
+    assert "not measured" in tables.results()
+    document = tmp_path / "README.md"
+    document.write_text("no markers")
     with pytest.raises(UserError, match="expected <!-- papers -->"):
-        tables.filled("no marks")
+        tables.filled(document, {"papers": tables.papers})
 
 
 def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "papers-cpu.json"
-    done = python("-m", "runner.benchmarks.papers", tiny_run, "--json", out)
+    done = module("runner.benchmarks.papers", tiny_run, "--json", out)
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads(out.read_text())["experiments"]
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert entry["test_accuracy"] == summary["test_accuracy"]
     assert len(entry["epochs_test_accuracy"]["0"]) == 2
     assert entry["versions"]["torch"]
-    shown = tables._accuracy(entry)
-    assert f"{100 * summary['test_accuracy']:.2f} %" in shown
-    assert "2 of 2 epochs, seed 0, fp32" in shown
-    nothing = python("-m", "runner.benchmarks.papers", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    registered = entry | {"experiment": "soni-2"}  # the table has no row for the tests' own experiment
+    out.write_text(json.dumps({"experiments": [registered]}))
+    (line,) = [line for line in tables.papers().splitlines() if line.startswith("| `soni-2` |")]
+    assert f"| {100 * summary['test_accuracy']:.2f} %, {summary['dataset']}, 2 of 2 epochs, seed 0, fp32 |" in line
+    nothing = module("runner.benchmarks.papers", tmp_path)
     assert nothing.returncode == 2
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     assert measure.ratio([10, 20, 30], [1, 2, 6]) == measure.Ratio(10, 5, 10, 3)
     order = []
-    subjects = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    measure.in_turn(subjects, 3, "test")
+    candidates = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    measure.in_turn(candidates, 3, "test")
     assert "".join(order) == "abcbcacab"
 
 
-@pytest.mark.parametrize("name", ["loader", "overhead", "scaling", "deploy", "allreduce", "papers", "tables"])
-def test_every_benchmark_explains_itself(name: str) -> None:
-    done = python("-m", f"runner.benchmarks.{name}", "--help")
+FILES = Path(tables.__file__).parent.glob("*.py")
+PROGRAMS = [path.stem for path in FILES if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("name", [*sorted(PROGRAMS), pytest.param("gpu", id="all-of-a-gpu")])
+def test_every_benchmark_has_help(name: str) -> None:
+    done = module(f"runner.benchmarks.{name}", "--help")
     assert done.returncode == 0
     assert "usage" in done.stdout
 
@@ -74,12 +89,12 @@ def test_the_all_reduce_model_and_its_document_agree() -> None:
         )
 
 
-def test_ddp_of_one_is_measured_against_none(small_data: Path) -> None:
-    code = "import sys, json, pathlib; from runner.benchmarks import scaling; "
-    code += "print(json.dumps(scaling.ddp_of_one('soni-2', pathlib.Path(sys.argv[1]), 2, 'cpu')))"
-    done = python("-c", code, small_data)
-    walls = json.loads(done.stdout.splitlines()[-1])
-    assert {name: len(found) for name, found in walls.items()} == {"none": 2, "ddp": 2}
+def test_ddp_with_one_process_is_measured_against_no_ddp(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scaling.DDP_STEPS, "cpu", 1)
+    with cpu.torch_threads_kept():
+        walls = scaling.ddp_of_one("soni-2", small_data, 1, "cpu")
+    assert {name: len(rounds) for name, rounds in walls.items()} == {"none": 1, "ddp": 1}
+    assert all(wall > 0 for rounds in walls.values() for wall in rounds)
 
 
 @pytest.mark.processes
@@ -87,36 +102,64 @@ def test_the_scaling_benchmark_launches_ranks(small_data: Path) -> None:
     assert scaling.ScalingBenchmark(small_data, "soni-2", steps=3).launched(2, 20) > 0
 
 
-def test_the_overhead_benchmark_runs_its_parts(small_data: Path, tmp_path: Path) -> None:
-    base = [
-        "-m",
-        "runner.benchmarks.overhead",
-        "--data",
-        small_data,
-        "--steps",
-        3,
-        "--experiment",
-        "podeti-alexnet",
-    ]
-    # 500 images are too few for 5,000 held-out ones; the refusal comes through.
-    refused = python(*base, "--part", "runner")
-    assert refused.returncode == 2
-    assert "expected less than the 500 training images" in refused.stderr
-    fitting = [*base[:-1], "soni-2", "--batch", 20]
-    for part, steps in (("imports", 1), ("runner", 3), ("loop", 3), ("accelerate", 3)):
-        done = python(*fitting, "--part", part)
-        assert done.returncode == 0, done.stderr
-        clock = json.loads(done.stdout.splitlines()[-1])
-        assert clock == sorted(clock)
-        assert len(clock) == steps
-    assert python(*base, "--rounds", 3).returncode == 2
+def overhead(data: Path, *options: object) -> CompletedProcess[str]:
+    return module("runner.benchmarks.overhead", "--data", data, "--steps", 3, "--batch", 20, *options)
 
 
-def test_the_preview_draws(small_data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "picture.png"
-    done = python("-m", "runner.batches.preview", "--data", small_data, "--out", out, "--images", 3)
+def test_the_overhead_benchmark_times_a_part_in_a_separate_process(small_data: Path) -> None:
+    clocks: list[list[float]] = []
+    seconds = OverheadBenchmark(small_data, "soni-2", steps=3, batch=20).timed("imports", clocks)
+    assert clocks == [[seconds]]
+    assert seconds > 0
+
+
+@pytest.mark.parametrize(("part", "steps"), [("imports", 1), ("runner", 3), ("loop", 3), ("accelerate", 3)])
+def test_the_overhead_benchmark_runs_its_parts(small_data: Path, part: str, steps: int) -> None:
+    done = overhead(small_data, "--experiment", "soni-2", "--part", part)
     assert done.returncode == 0, done.stderr
-    assert re.match(rb"\x89PNG", out.read_bytes())
-    assert (
-        python("-m", "runner.batches.preview", "--data", small_data, "--out", tmp_path / "x" / "y").returncode == 2
-    )
+    clock = json.loads(done.stdout.splitlines()[-1])
+    assert clock == sorted(clock)
+    assert len(clock) == steps
+
+
+def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) -> None:
+    done = overhead(small_data, "--experiment", "podeti-alexnet")  # holds out 5,000 of 500 images
+    assert done.returncode == 2
+    assert "expected less than the 500 training images" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_loader_benchmark_rejects_large_batches(small_data: Path) -> None:
+    manifest = open_manifest(small_data)
+    with pytest.raises(UserError, match="batch size 167: expected at most a third of 500 images"):
+        torchvision_loader(LoaderBenchmark(small_data, 167), manifest)
+
+
+def test_the_preview_writes_a_picture(small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    done = module("runner.data.preview", "--data", small_data, "--out", out, "--images", 3)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    missing_folder = tmp_path / "x" / "y.png"
+    refused = module("runner.data.preview", "--data", small_data, "--out", missing_folder, "--images", 1)
+    assert refused.returncode == 2
+    assert "cannot write there" in refused.stderr
+
+
+@pytest.mark.every
+def test_the_deploy_benchmark_compares_an_exported_run(deployed_run: Path, small_data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0")
+    for command in (
+        ["export", run, "--precision", "int8-cpu", "--calibration", 100],
+        ["parity", run, "--device", "cpu"],
+    ):
+        done = runner(*command)
+        assert done.returncode == 0, done.stderr
+    out = tmp_path / "deploy.json"
+    done = module("runner.benchmarks.deploy", run, "--json", out)
+    assert done.returncode == 0, done.stderr
+    ratios = {name: ratio for name, ratio in json.loads(out.read_text()).items() if name.startswith("ratio_")}
+    assert ratios.keys() == {
+        f"ratio_{name}_tiny" for name in ("onnxruntime_to_eager", "int8_to_fp32", "export_to_bare")
+    }
+    assert all(0 < r["min"] <= r["median"] <= r["max"] and r["rounds"] == 7 for r in ratios.values())

@@ -1,8 +1,7 @@
-"""What our engine code asks of TensorRT for RTX, TensorRT 11's own bindings offer with the same signatures.
+"""The parts of TensorRT for RTX that the engine code uses exist in TensorRT 11, with the same signatures.
 
-The bindings come without TensorRT's libraries, and load over empty stand-ins of these. So names, arguments and
-return types of the interface are compared; what the functions of TensorRT 11 then do is not, and needs a GPU and
-its libraries.
+TensorRT 11's bindings are installed without its libraries and load with empty stand-ins. So the tests compare names,
+arguments and return types; testing what the functions do needs a GPU and the libraries.
 """
 
 import ast
@@ -15,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.processes import ROOT
 
 FILES = ("runner/deploy/engine.py", "runner/deploy/latency.py")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
-# Only TensorRT for RTX builds for GPUs that are not there, compiles kernels when it sees a shape, and has to be
-# told of CUDA graphs; with it alone these are called.
-RTX_ALONE = {
+# Called only with TensorRT for RTX, which builds for GPUs of other machines, compiles kernels at run time, and needs a
+# flag for CUDA graphs.
+RTX_ONLY = {
     "set_compute_capability",
     "num_compute_capabilities",
     "ComputeCapability",
@@ -29,29 +28,31 @@ RTX_ALONE = {
     "DynamicShapesKernelSpecializationStrategy",
     "REQUIRE_USER_ALLOCATION",
 }
-# Every class of a module, and of each attribute the signature that pybind11 writes, without the module's name.
-SURFACE = """
+# Prints every class of a module, with the signatures of its attributes as pybind11 writes them into docstrings.
+DUMP_API = """
 import json, sys
 module = __import__(sys.argv[1])
-found = {}
-for name, one in vars(module.tensorrt if hasattr(module, "tensorrt") else module).items():
-    if isinstance(one, type):
-        parts = {key: (getattr(one, key).__doc__ or "") for key in dir(one) if not key.startswith("__")}
-        found[name] = parts | {"__init__": one.__init__.__doc__ or ""}
-print(json.dumps(found))
+classes = {}
+for name, value in vars(module.tensorrt if hasattr(module, "tensorrt") else module).items():
+    if isinstance(value, type):
+        docs = {key: (getattr(value, key).__doc__ or "") for key in dir(value) if not key.startswith("__")}
+        classes[name] = docs | {"__init__": value.__init__.__doc__ or ""}
+print(json.dumps(classes))
 """
+Api = dict[str, dict[str, str]]  # docstrings by class and attribute
 
 
-def surface(module: str, path: Path | None = None) -> dict[str, dict[str, str]]:
+def api_of(module: str, path: Path | None = None) -> Api:
+    """The API of a module, imported in a fresh process; `path` is searched first."""
     environ = {"PATH": "/usr/bin:/bin"} | ({"LD_LIBRARY_PATH": str(path), "PYTHONPATH": str(path)} if path else {})
-    done = subprocess.run([sys.executable, "-c", SURFACE, module], capture_output=True, text=True, env=environ)
+    done = subprocess.run([sys.executable, "-c", DUMP_API, module], capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def of_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The interface of TensorRT 11, from its bindings over libraries in which every function is empty."""
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Api:
+    """The API of TensorRT 11, from its bindings with libraries whose functions are empty."""
     folder = tmp_path_factory.mktemp("libraries")
     files = metadata.distribution("tensorrt-cu13-bindings").files or []
     binary = next(Path(str(file.locate())) for file in files if file.name == "tensorrt.so")
@@ -66,47 +67,48 @@ def of_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
         out = folder / f"lib{library}.so.{major}"
         subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", out, code], check=True)
     (folder / "tensorrt.so").symlink_to(binary)
-    return surface("tensorrt", folder)
+    return api_of("tensorrt", folder)
 
 
-def asked_for() -> set[str]:
-    """Every attribute that the engine code reads of anything."""
+def used_names() -> set[str]:
+    """The name of every attribute that the engine code reads, of any object."""
     trees = [ast.parse((ROOT / file).read_text()) for file in FILES]
     return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-def signatures(text: str) -> list[str]:
-    """The signatures in a docstring of pybind11, without the module's name; nothing for a property."""
-    text = re.sub(r"\btensorrt(_rtx)?(_bindings)?\.", "", text)
-    return re.findall(r"^(?:\d+\. )?(\w+\(.*\) -> .*)$", text, re.M)
+def signatures(docstring: str) -> set[str]:
+    """The signatures in a docstring of pybind11, without module names; empty for a property."""
+    text = re.sub(r"\btensorrt(_rtx)?(_bindings)?\.", "", docstring)
+    return set(re.findall(r"^(?:\d+\. )?(\w+\(.*\) -> .*)$", text, re.M))
 
 
-def test_tensorrt_11_offers_what_the_engine_code_asks_for(of_tensorrt: dict[str, dict[str, str]]) -> None:
-    rtx, names = surface("tensorrt_rtx"), asked_for()
-    used = [
-        (one, key)
-        for one, parts in rtx.items()
-        if one not in RTX_ALONE
-        for key in sorted(names & parts.keys() - RTX_ALONE)
-    ]
-    assert {("Builder", "create_network"), ("OnnxParser", "parse"), ("Runtime", "deserialize_cuda_engine")} <= set(
-        used
-    )
-    assert {("IExecutionContext", "set_tensor_address"), ("IExecutionContext", "execute_async_v3")} <= set(used)
-    missing = [f"{one}.{key}" for one, key in used if key not in of_tensorrt.get(one, {})]
-    # Classes that only TensorRT for RTX has are no concern of ours as long as their names are not in our code.
-    assert [entry for entry in missing if entry.split(".")[0] in of_tensorrt or entry.split(".")[0] in names] == []
-    differ = {
-        f"{one}.{key}": (ours, theirs)
-        for one, key in used
-        if one in of_tensorrt
-        and not set(ours := signatures(rtx[one][key])) <= set(theirs := signatures(of_tensorrt[one][key]))
+def test_tensorrt_11_has_what_the_engine_code_uses(tensorrt: Api) -> None:
+    rtx, names = api_of("tensorrt_rtx"), used_names()
+    used = {
+        (cls, name)
+        for cls, attributes in rtx.items()
+        if cls not in RTX_ONLY
+        for name in names & attributes.keys() - RTX_ONLY
     }
-    assert differ == {}
-    print(f"{len(used)} attributes of {len({one for one, _ in used})} classes compared")
+    assert {("Builder", "create_network"), ("OnnxParser", "parse"), ("Runtime", "deserialize_cuda_engine")} <= used
+    assert {("IExecutionContext", "set_tensor_address"), ("IExecutionContext", "execute_async_v3")} <= used
+    # A class that only TensorRT for RTX has does not matter unless the code names it.
+    missing = [
+        f"{cls}.{name}"
+        for cls, name in sorted(used)
+        if (cls in tensorrt or cls in names) and name not in tensorrt.get(cls, {})
+    ]
+    assert missing == []
+    differing = {
+        f"{cls}.{name}": (rtx[cls][name], tensorrt[cls][name])
+        for cls, name in sorted(used)
+        if cls in tensorrt and not signatures(rtx[cls][name]) <= signatures(tensorrt[cls][name])
+    }
+    assert differing == {}
+    print(f"{len(used)} attributes of {len({cls for cls, _ in used})} classes compared")
 
 
-def test_what_tensorrt_11_took_away_is_not_asked_for(of_tensorrt: dict[str, dict[str, str]]) -> None:
+def test_the_engine_code_uses_nothing_that_tensorrt_11_removed(tensorrt: Api) -> None:
     for flag in ("FP16", "BF16", "INT8"):
-        assert flag not in of_tensorrt["BuilderFlag"]
-    assert not {"FP16", "BF16", "INT8", "int8_calibrator"} & asked_for()
+        assert flag not in tensorrt["BuilderFlag"]
+    assert not {"FP16", "BF16", "INT8", "int8_calibrator"} & used_names()

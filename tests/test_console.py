@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
-from data_prep.console import UserError, progress, run_command, sha256_of, track
+from runner.common.console import progress, run_command, track
+from runner.common.errors import UserError
+from runner.common.files import sha256_of
 
 
 def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,14 +20,14 @@ def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "prog: runs/x: no space left; free some,"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "prog: runs/x: no space left; free some and"),
         (KeyboardInterrupt(), 130, "prog: interrupted\n"),
     ],
 )
 def test_a_full_disk_and_ctrl_c_are_one_line(
-    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> None:
         raise error
@@ -33,21 +35,21 @@ def test_a_full_disk_and_ctrl_c_are_one_line(
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: command, "prog")
     assert stop.value.code == code
-    said = capsys.readouterr().err
-    assert said.startswith(told)
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
 
 
-def test_silent_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def command() -> None:
         raise UserError("no")
 
     with pytest.raises(SystemExit):
-        run_command(lambda: command, "prog", speaks=False)
+        run_command(lambda: command, "prog", report_errors=False)
     assert capsys.readouterr().err == ""
 
 
-def test_a_bug_is_not_called_a_users_mistake() -> None:
+def test_a_bug_is_not_reported_as_a_user_error() -> None:
     def command() -> None:
         raise ValueError("a bug")
 

@@ -1,4 +1,4 @@
-"""`runner doctor` on this machine, and on machines with something wrong."""
+"""`runner doctor` on this machine, and with simulated faults."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import doctor
-from tests.conftest import runner, taken_port
+from runner.commands import doctor
+from tests.support.processes import runner, taken_port
 
 
 @pytest.mark.processes
-def test_this_machine_is_well(small_data: Path, tmp_path: Path) -> None:
+def test_this_machine_has_no_faults(small_data: Path, tmp_path: Path) -> None:
     done = runner("doctor", "--data", small_data, "--runs", tmp_path, "--json", WANDB_MODE="offline")
     assert done.returncode == 0, done.stdout
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
@@ -27,7 +27,7 @@ def test_this_machine_is_well(small_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("free", "state"), [(9 << 30, "warning"), (11 << 30, "well")])
-def test_a_disk_that_is_nearly_full_is_a_warning(
+def test_a_nearly_full_disk_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
 ) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
@@ -46,18 +46,18 @@ def test_damaged_data_is_a_fault_and_exit_1(own_data: Path, monkeypatch, capsys)
     assert "python -m data_prep prepare" in capsys.readouterr().out
 
 
-def test_w_and_b_that_does_not_answer_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_wandb_server_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with taken_port() as port:
         pass
-    finding = doctor.w_and_b({"WANDB_BASE_URL": f"http://127.0.0.1:{port}"})
+    finding = doctor.wandb({"WANDB_BASE_URL": f"http://127.0.0.1:{port}"})
     assert finding.state == "warning"
     assert "WANDB_MODE=offline" in finding.remedy
     with taken_port() as port:
-        finding = doctor.w_and_b({"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "k"})
+        finding = doctor.wandb({"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "k"})
     assert finding.state == "well"
 
 
-def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(30, os.strerror(30))
 
@@ -67,9 +67,16 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path, monkeypatch:
     assert "Read-only" in finding.found
 
 
-def test_one_check_that_breaks_does_not_end_the_others() -> None:
-    def breaks() -> doctor.Finding:
-        raise RuntimeError("unheard of")
+def test_an_exception_in_one_check_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises() -> doctor.Finding:
+        raise RuntimeError("first line\nsecond line")
 
-    (finding,) = doctor._done("it", breaks)
-    assert (finding.state, finding.found) == ("fault", "RuntimeError: unheard of")
+    monkeypatch.setattr(doctor, "gpus", raises)
+    for slow in ("all_reduce", "onnxruntime", "tensorrt"):
+        monkeypatch.setattr(doctor, slow, lambda *_, slow=slow: doctor.Finding(slow, "well", "skipped"))
+    findings = doctor.examine(None, tmp_path, None, {"WANDB_MODE": "disabled"})
+    names = [finding.check for finding in findings]
+    assert names[:6] == ["versions", "data", "disk", "GPUs", "all_reduce", "rendezvous"]
+    assert names[6:] == ["SLURM", "W&B", "onnxruntime", "tensorrt"]
+    finding = findings[names.index("GPUs")]
+    assert (finding.state, finding.found) == ("fault", "RuntimeError: first line")

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from runner import checkpoint
-from runner.runs import Run
-from tests.conftest import begun, gone, launch, python, ranks_of, runner, taken_port, wait_for_step
-
-ENDING = ("--experiments-from", "tests.ending")
+from runner.run.folder import Run
+from runner.training import checkpoint
+from tests.support.processes import (
+    ENDING,
+    children_of,
+    gone,
+    launch,
+    module,
+    python,
+    runner,
+    start_ranks,
+    taken_port,
+    wait_for_step,
+)
 
 
 def ending(data: Path, runs: Path, *more: object) -> list[object]:
@@ -21,10 +30,10 @@ def ending(data: Path, runs: Path, *more: object) -> list[object]:
 
 @pytest.mark.processes
 def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: Path) -> None:
-    words = ending(small_data, tmp_path, "--hang-timeout", 10)
-    with begun(3, *words, END="train 9 1 SIGSTOP", WANDB_MODE="disabled") as process:
+    words = ending(small_data, tmp_path, "--hang-timeout", 5)
+    with start_ranks(3, *words, END="train 9 1 SIGSTOP") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 7)
-        ranks = ranks_of(process.pid)
+        ranks = children_of(process.pid)
         _, told = process.communicate(timeout=200)
     assert process.returncode == 1
     for rank in (0, 2):
@@ -37,9 +46,9 @@ def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: 
 
 @pytest.mark.processes
 def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None:
-    with begun(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP1", WANDB_MODE="disabled") as process:
+    with start_ranks(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 7)
-        ranks = ranks_of(process.pid)
+        ranks = children_of(process.pid)
         process.kill()
     assert len(ranks) == 2
     assert gone(ranks, 10)
@@ -48,7 +57,7 @@ def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None
 @pytest.mark.processes
 def test_nan_on_one_rank_stops_all_and_is_never_kept(small_data: Path, tmp_path: Path) -> None:
     words = ending(small_data, tmp_path, "--checkpoint-every", 1)
-    done = launch(3, *words, END="train 9 1 NAN", WANDB_MODE="disabled")
+    done = launch(3, *words, END="train 9 1 NAN")
     assert done.returncode == 1
     assert done.stderr.count("the training loss is nan") == 1
     assert "before step 9" in done.stderr
@@ -60,13 +69,13 @@ def test_nan_on_one_rank_stops_all_and_is_never_kept(small_data: Path, tmp_path:
 
 @pytest.mark.processes
 def test_a_taken_port_does_not_matter_on_one_node_and_is_said_on_several(small_data: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+    launcher = ["accelerate.commands.launch", "--config_file"]
     with taken_port() as port:
         words = ["--main_process_port", port, "-m", "runner", *ending(small_data, tmp_path, "--max-steps", 2)]
-        one = python(*launcher, "launch/cpu.yaml", "--num_processes", 2, *words, timeout=240)
+        one = module(*launcher, "launch/cpu.yaml", "--num_processes", 2, *words, timeout=240)
         assert one.returncode == 0, one.stderr
         several = ["--num_machines", 2, "--num_processes", 2, "--machine_rank", 0, "--main_process_ip", "127.0.0.1"]
-        two = python(*launcher, "launch/multi_node.yaml", *several, *words, "--overwrite", timeout=240)
+        two = module(*launcher, "launch/multi_node.yaml", *several, *words, "--overwrite", timeout=240)
     assert two.returncode != 0
     assert "EADDRINUSE" in two.stderr or f"port `{port}`" in two.stderr
 
@@ -75,7 +84,7 @@ def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_pat
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
     limited += "from runner.cli import main; main(sys.argv[1:])"
     words = ["--recipe.resize", 1024, "--recipe.batch-size", 480, "--recipe.validation", 0]
-    done = python("-c", limited, *ending(small_data, tmp_path, *words), WANDB_MODE="disabled")
+    done = python("-c", limited, *ending(small_data, tmp_path, *words))
     assert done.returncode == 1, done.stderr
     assert "out of memory with 480 images at a time" in done.stderr
     assert "--recipe.accumulate 2" in done.stderr
@@ -94,23 +103,24 @@ def little_room(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.root
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_data: Path, little_room: Path) -> None:
     words = ending(small_data, little_room, "--architecture.arguments.channels", 24)
     run = Run(little_room / "ending" / "seed-0")
-    done = runner(*words, "--max-steps", 7, WANDB_MODE="disabled")
+    done = runner(*words, "--max-steps", 7)
     assert done.returncode == 0, done.stderr
     run.summary.unlink()
     free = os.statvfs(little_room)
     (little_room / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - (100 << 10)))
-    done = runner(*words, "--resume", "auto", WANDB_MODE="disabled")
+    done = runner(*words, "--resume", "auto")
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("no space left on the disk") == 1
     assert "Traceback" not in done.stderr
     assert "step-7 stays" in done.stderr
     (little_room / "filler").unlink()
-    done = runner(*words, "--resume", "auto", WANDB_MODE="disabled")
+    done = runner(*words, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert run.config()["resumed"][-1]["step"] == 7
+    assert run.config().resumed[-1].step == 7
 
 
 @pytest.fixture
@@ -125,8 +135,9 @@ def read_only(small_data: Path, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.root
 def test_a_read_only_dataset_is_enough(read_only: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Read-only"):
         (read_only / "probe").touch()
-    done = runner(*ending(read_only, tmp_path / "runs", "--max-steps", 2), WANDB_MODE="disabled")
+    done = runner(*ending(read_only, tmp_path / "runs", "--max-steps", 2))
     assert done.returncode == 0, done.stderr

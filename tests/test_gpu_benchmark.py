@@ -1,32 +1,46 @@
-"""The command that fills the GPU tables: rehearsed in miniature on the CPU, and killed in every part."""
+"""The GPU benchmark: rehearsed in miniature on the CPU, and killed in the middle of a part."""
 
 import json
 import re
+import shutil
 import signal
 import subprocess
-import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from data_prep.console import UserError
-from runner import environment, experiments
+from data_prep import beton, manifest, sources
+from data_prep.sources import Source
+from runner import experiments
 from runner.benchmarks import tables
 from runner.benchmarks.gpu import correctness, profile, speed, tests
 from runner.benchmarks.gpu.__main__ import SHARES, PartName
-from runner.benchmarks.gpu.part import Context, Ledger, MissingError, OutOfTimeError
+from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
+from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
-from tests.conftest import ROOT, clean_environment, gone, python, ranks_of
+from runner.common.errors import UserError
+from runner.common.files import read
+from runner.system import environment
+from tests.conftest import Once
+from tests.support.processes import Running, descendants_of, gone, module, start, wait_until
 
 pytestmark = pytest.mark.timeout(1800)  # the first waits for the rehearsal
 PARTS = get_args(PartName)
+IMAGES = {"train": 200, "test": 100}  # of the rehearsal's dataset
+# The line after which each part is killed. Parts with a single finding are killed while they measure it.
+KILLED_AFTER = dict.fromkeys(PARTS, "  .*: done")
+KILLED_AFTER |= {"tests": "tests: .*", "correctness": "  losses/fp32: done", "papers": "papers: .*"}
 PEER = """
-import torch, time
-train = torch.load("cifar10/train.pt")
-assert train["images"].shape == (500, 32, 32, 3) and train["images"].dtype == torch.uint8
-assert train["labels"].shape == (500,) and len(train["classes"]) == 10
+import time
+from pathlib import Path
+from types import SimpleNamespace
+assert all(Path("cifar10", f"{split}.pt").stat().st_size for split in ("train", "test"))
 print("|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |")
 for run in range(200):
     print(f"|  {run}  |  1  |  0.5  |  0.6  |  |  1.0  |")
@@ -35,77 +49,103 @@ for run in range(200):
 """
 
 
-def begun(data: Path, out: Path, peer: Path) -> subprocess.Popen[str]:
-    """The rehearsal, under way."""
-    words = ["-m", "runner.benchmarks.gpu", "--rehearse", "--data", data, "--out", out, "--peer", peer]
-    return subprocess.Popen(
-        [sys.executable, *map(str, words), "--minutes", "60"],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_rehearsal(data: Path, out: Path) -> Running:
+    """Starts the rehearsal."""
+    peer = out.parent / "peer.py"
+    peer.write_text(PEER)
+    words = ["--rehearse", "--data", data, "--out", out, "--peer", peer, "--minutes", 60]
+    return start("runner.benchmarks.gpu", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def found_in(out: Path) -> dict[tuple[str, str], dict]:
-    """What has been measured so far, by part and name. Every file is whole, whenever it is read."""
-    contents = [json.loads(path.read_text()) for path in out.glob("*-rehearsal.json")]
+def measured_in(out: Path) -> dict[tuple[str, str], dict]:
+    """What has been measured so far, by part and name. Every file is complete whenever it is read."""
     return {
-        (content["part"], name): one
-        for content in contents
-        for name, one in content["found"].items()
-        if not one.keys() & {"missing", "failed"}
+        (content.part, name): finding
+        for content in (read(path, PartFile) for path in out.glob("*-rehearsal.json"))
+        for name, finding in content.findings.items()
+        if was_measured(finding)
     }
 
 
+def kill_in(part: str, data: Path, out: Path) -> None:
+    """Kills a rehearsal in the middle of a part. Earlier findings stay, and its child processes end."""
+    before, reached = measured_in(out), False
+    with start_rehearsal(data, out) as process:
+        for line in process.stdout:
+            reached |= line.startswith(f"{part}: ")
+            if reached and re.fullmatch(KILLED_AFTER[part], line.rstrip("\n")):
+                break
+        else:
+            pytest.fail(f"ended before it could be killed in {part}")
+        if part in ("tests", "papers"):  # the part's process and its child
+            wait_until(lambda: len(descendants_of(process.pid)) > 1, running=process)
+        children = descendants_of(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert children
+    assert gone(children, 30)
+    measured = measured_in(out)
+    assert before.items() <= measured.items()
+    assert (part in ("tests", "papers")) != any(name == part for name, _ in measured)
+
+
+def resume(data: Path, out: Path) -> None:
+    """Runs the same command to the end; earlier findings are unchanged."""
+    before = measured_in(out)
+    with start_rehearsal(data, out) as process:
+        output = process.stdout.read()
+    assert process.returncode == 0, output
+    assert before.items() <= measured_in(out).items()
+    assert not re.search(r": (RuntimeError|\w*Error):", output), output
+
+
 @pytest.fixture(scope="module")
-def rehearsed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of a rehearsal that was killed once in the middle of each part."""
+def images(once: Once, small: Source) -> Path:
+    """A dataset with a few images of each class."""
+    train, test = (sources.limited(getattr(small, split), count // 10) for split, count in IMAGES.items())
+    few = replace(small, train=train, test=test)
+    return once("rehearsal", lambda folder: beton.write(few, folder / "data")) / "data"
+
+
+@pytest.fixture(scope="module")
+def rehearsed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a rehearsal that was killed once."""
     out = tmp_path_factory.mktemp("gpu") / "out"
-    peer = out.parent / "peer.py"
-    peer.write_text(PEER)
-    for part in PARTS:
-        kept = found_in(out)
-        with begun(small_data, out, peer) as process:
-            # The first part has one finding: it is killed before that. The others after their first.
-            for line in process.stdout:
-                if line.startswith(f"{part}:") and part == "tests":
-                    break
-                if line.endswith(": done\n") and any(key[0] == part for key in found_in(out).keys() - kept.keys()):
-                    break
-            else:
-                pytest.fail(f"over before it could be killed in {part}")
-            children = ranks_of(process.pid)
-            process.send_signal(signal.SIGKILL)
-        assert gone(children, 30)
-        assert kept.items() <= found_in(out).items(), f"lost with the kill in {part}"
-    kept = found_in(out)
-    with begun(small_data, out, peer) as process:
-        told = process.stdout.read()
-    assert process.returncode == 0, told
-    assert kept.items() <= found_in(out).items()
-    assert not re.search(r": (RuntimeError|\w*Error):", told), told
+    kill_in("correctness", images, out)
+    resume(images, out)
     return out
+
+
+@pytest.mark.every
+@pytest.mark.processes
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "correctness"])
+def test_a_kill_in_any_part_loses_nothing(part: str, rehearsed: Path, images: Path, tmp_path: Path) -> None:
+    """Starts from a rehearsal without one part's findings and without the runs."""
+    out = tmp_path / "out"
+    shutil.copytree(rehearsed, out, ignore=shutil.ignore_patterns("runs", "peer", f"{part}-*"))
+    kill_in(part, images, out)
+    resume(images, out)
+    assert measured_in(out).keys() == measured_in(rehearsed).keys()
 
 
 @pytest.mark.processes
 def test_every_part_in_miniature(rehearsed: Path) -> None:
-    found = found_in(rehearsed)
-    assert {part for part, _ in found} == set(PARTS)
+    assert {part for part, _ in measured_in(rehearsed)} == set(PARTS)
     for path in rehearsed.glob("*-rehearsal.json"):
-        content = json.loads(path.read_text())
-        assert not {name: one for name, one in content["found"].items() if one.keys() & {"missing", "failed"}}
-        assert content["ended"]
+        content = read(path, PartFile)
+        assert not {name: finding for name, finding in content.findings.items() if not was_measured(finding)}
+        assert content.ended
 
 
-def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
-    found = found_in(rehearsed)
-    assert sum(found["tests", "pytest"]["skipped"].values()) == 2
+def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
+    found = measured_in(rehearsed)
+    report = found["tests", "pytest"]
+    assert report["failed_tests"] == {}
+    assert report["passed"] + sum(report["skipped"].values()) > 0
+    assert environment.count_gpus() or report["skipped"].keys() == {"no NVIDIA GPU here"}
     assert all(found["correctness", f"batches/{kind}"]["equal_share"] == 1 for kind in correctness.AUGMENTATIONS)
-    resume = found["correctness", "resume"]
-    assert resume["same_weights"]
-    assert 0 < resume["resumed_from"] < resume["steps"]
+    resumed = found["correctness", "resume"]
+    assert resumed["same_weights"]
+    assert 0 < resumed["resumed_from"] < resumed["steps"]
     assert found["correctness", "ddp/one"]["same_gradients"]
     assert found["correctness", "ddp/all"]["difference"]["most"] < 1e-3
     assert 0 < found["correctness", "losses"]["bf16"]["mean"] < 0.2
@@ -120,57 +160,59 @@ def test_the_rehearsal_found_what_is_so(rehearsed: Path) -> None:
     assert together["peer"]["trainings"] == 2
     assert together["peer"]["accuracy"] == pytest.approx(0.9401)  # the first row of each block warms up
     assert together["ours/eager"]["ratio_to_peer"]["rounds"] == 2
-    (entry,) = json.loads((rehearsed / "papers-rehearsal.json").read_text())["experiments"]
-    assert entry["experiment"] == "soni-2"
+    for split, count in IMAGES.items():
+        written = torch.load(rehearsed / "peer" / "cifar10" / f"{split}.pt")
+        assert written["images"].shape == (count, 32, 32, 3)
+        assert written["images"].dtype == torch.uint8
+        assert written["labels"].shape == (count,)
+        assert len(written["classes"]) == 10
+    (outcome,) = read(rehearsed / "papers-rehearsal.json", PartFile).experiments
+    assert outcome["experiment"] == "soni-2"
     parity = found["deployment", "soni-2/fp16/parity/onnxruntime"]
-    assert parity["images"] == 200
+    assert parity["images"] == IMAGES["test"]
     for name in ("eager", "fp32/latency/onnxruntime", "fp16/latency/onnxruntime"):
         rows = found["deployment", f"soni-2/{name}"]["rows"]
         assert [row["batch"] for row in rows if row["p50_ms"] > 0] == [1, 2]
     assert found["deployment", "soni-2/fp16/engine"]["layer_precisions"]["CONVOLUTION"].keys() == {"HALF"}
 
 
-def test_a_folder_of_other_findings_is_refused(rehearsed: Path, data: Path, tmp_path: Path) -> None:
-    words = ["-m", "runner.benchmarks.gpu", "--rehearse", "--out", rehearsed, "--only", "tests"]
-    done = python(*words, "--data", data)
+def test_a_folder_with_findings_of_another_dataset_is_rejected(rehearsed: Path, small_data: Path) -> None:
+    words = ["--rehearse", "--out", rehearsed, "--only", "tests", "--data", small_data]
+    done = module("runner.benchmarks.gpu", *words)
     assert done.returncode == 2
     assert "expected an --out of its own" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "found no CUDA GPU, expected one; --rehearse"),
-        (["--rehearse", "--minutes", 0], "expected more than 0"),
         (["--rehearse", "--peer", "nowhere.py"], "expected a Python script"),
-        (["--rehearse", "--only", "everything"], "invalid choice"),
         (["--rehearse", "--peer-row", "("], "expected a regular expression"),
         (["--rehearse", "--peer-row", "eval"], "expected the groups (?P<accuracy>"),
+        (["--rehearse", "--peer-row", "(?P<accuracy>.)(?P<seconds>.)"], "expected with --peer"),
         (["--rehearse", "--out", __file__], "expected a folder, found a file"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(small_data: Path, tmp_path: Path, words: list, told: str) -> None:
+def test_invalid_options_exit_2(small_data: Path, tmp_path: Path, words: list, message: str) -> None:
     if not words and environment.count_gpus():
         pytest.skip("needs a machine without a GPU")
-    done = python("-m", "runner.benchmarks.gpu", "--data", small_data, "--out", tmp_path / "out", *words)
+    out = [] if "--out" in words else ["--out", tmp_path / "out"]
+    done = module("runner.benchmarks.gpu", "--data", small_data, *out, *words)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def ledger(small_data: Path, tmp_path: Path, seconds: float) -> Ledger:
-    import time
-
-    from data_prep import manifest
-
     prepared = manifest.read(small_data)
     context = Context(small_data, prepared, tmp_path, True, time.monotonic() + seconds)
     return Ledger(context, "speed")
 
 
-def test_a_ledger_keeps_what_it_has(small_data: Path, tmp_path: Path) -> None:
+def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_path: Path) -> None:
     def fails() -> dict:
-        raise ZeroDivisionError("by\nnought")
+        raise ZeroDivisionError("by\nzero")
 
     def lacks() -> dict:
         raise MissingError("no second GPU")
@@ -181,16 +223,16 @@ def test_a_ledger_keeps_what_it_has(small_data: Path, tmp_path: Path) -> None:
     assert first.once("lacking", lacks) is None
     assert first.once("package", lambda: __import__("no_such_package")) is None
     again = ledger(small_data, tmp_path, 60)
-    assert again.content["found"]["bad"]["failed"] == "ZeroDivisionError: by"
-    assert again.content["found"]["package"]["missing"] == "No module named 'no_such_package'"
+    assert again.file.findings["bad"]["failed"] == "ZeroDivisionError: by"
+    assert again.file.findings["package"]["missing"] == "No module named 'no_such_package'"
     assert again.once("good", fails)["figure"] == 1
     assert again.once("bad", lambda: {"figure": 2})["figure"] == 2
     for figure in (1, 1, 2):
         again.once("sum", lambda figure=figure: {"figure": figure}, derived=True)
-    assert again.found["sum"]["figure"] == 2
+    assert again.measured["sum"]["figure"] == 2
     late = ledger(small_data, tmp_path, -1)
     assert late.once("new", lambda: {"figure": 3}) is None
-    assert late.content["found"]["new"]["missing"] == "out of time"
+    assert late.file.findings["new"]["missing"] == "out of time"
     assert late.once("sum", lambda: {"figure": 2}, derived=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.command("-c", "import time; time.sleep(60)")
@@ -207,7 +249,7 @@ def test_shares_leave_time_for_every_part() -> None:
 
 
 def test_one_experiment_of_each_architecture_is_measured() -> None:
-    names = speed.architectures(type("Whole", (), {"scale": type("Scale", (), {"architectures": ()})}))
+    names = speed.architectures(SimpleNamespace(scale=SimpleNamespace(architectures=())))
     known = experiments.load()
     assert names[0] == "podeti-resnet18"
     assert len({str(known[name].architecture) for name in names}) == len(names)
@@ -218,7 +260,7 @@ def test_one_experiment_of_each_architecture_is_measured() -> None:
     ("kernel", "kind"),
     [
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
-        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW", "normalisation"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW", "normalization"),
         ("void at::native::multi_tensor_apply_kernel<...FusedAdam", "optimizer"),
         ("nvjet_hsh_128x256_gemm", "matrix product"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "elementwise"),
@@ -226,7 +268,7 @@ def test_one_experiment_of_each_architecture_is_measured() -> None:
         ("something_else", "other"),
     ],
 )
-def test_kernels_are_told_apart(kernel: str, kind: str) -> None:
+def test_the_kind_of_a_kernel(kernel: str, kind: str) -> None:
     assert profile.kind_of(kernel) == kind
 
 
@@ -258,10 +300,8 @@ def test_the_tables_take_no_rehearsal(rehearsed: Path, monkeypatch: pytest.Monke
         tables.architectures()
 
 
-def test_the_tables_are_made_of_the_findings(
-    rehearsed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The rehearsal's findings, given out as a GPU's: the shape of the tables, before the day."""
+def test_the_tables_are_made_of_the_findings(rehearsed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The rehearsal's findings are relabeled as a GPU's."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for path in rehearsed.glob("*-rehearsal.json"):
         content = json.loads(path.read_text())
@@ -271,12 +311,12 @@ def test_the_tables_are_made_of_the_findings(
             if name.startswith("architectures/") and "peak_memory_gib" in one:
                 one["peak_memory_gib"] = 1.5
         (tmp_path / path.name.replace("rehearsal", "gpu")).write_text(json.dumps(content))
-    shown = {name: make() for name, make in tables.TABLES.items()}
+    shown = {name: make() for document in tables.TABLES.values() for name, make in document.items()}
     assert "| `soni-2` |" in shown["architectures"]
     assert "A step of podeti-resnet18 spends" in shown["profile"]
     assert "results/profile.png" in shown["profile"]
     assert "GPU tests | 0 passed, 0 failed" in shown["correctness"]
-    assert "the same weights, to the bit" in shown["correctness"]
+    assert "bit-identical weights" in shown["correctness"]
     assert re.search(r"\| ours/eager \| \d+\.\d\d% ± ", shown["speedrun"])
     assert re.search(r"\| `soni-2` \| eager \| fp32 \| 1 \| \d", shown["deployment"])
     assert "Measured on: 1 × A GPU, torch" in shown["deployment"]

@@ -1,4 +1,4 @@
-"""Two hosts without SLURM: two network namespaces with addresses of their own, and the command on each."""
+"""Two hosts without SLURM, simulated by two network namespaces with different addresses."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.runs import Run, read_json
-from tests.conftest import ROOT, TINY, clean_environment
+from runner.run.folder import Run
+from tests.support.processes import ROOT, TINY, clean_environment
 
 ADDRESSES = {"host-a": "10.231.7.1", "host-b": "10.231.7.2"}
 
@@ -22,7 +22,7 @@ def hosts() -> Iterator[list[str]]:
     names = list(ADDRESSES)
     try:
         if not all(ip("netns", "add", name) for name in names):
-            pytest.skip("needs the right to make network namespaces")
+            pytest.skip("needs the right to create network namespaces")
         assert ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1])
         for name, address in ADDRESSES.items():
             assert ip("-n", name, "address", "add", f"{address}/24", "dev", name)
@@ -34,10 +34,9 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
+@pytest.mark.root
 @pytest.mark.processes
-def test_the_two_commands_of_the_readme_train_on_two_hosts(
-    hosts: list[str], small_data: Path, tmp_path: Path
-) -> None:
+def test_the_two_commands_of_the_readme_train_on_two_hosts(hosts: list[str], small_data: Path, tmp_path: Path) -> None:
     running = []
     for rank, host in enumerate(hosts):
         command = ["ip", "netns", "exec", host, sys.executable, "-m", "accelerate.commands.launch"]
@@ -54,11 +53,11 @@ def test_the_two_commands_of_the_readme_train_on_two_hosts(
         running.append(
             subprocess.Popen(
                 [*map(str, command), "--device", "cpu"], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                env=clean_environment(GLOO_SOCKET_IFNAME=host, WANDB_MODE="disabled"),
+                env=clean_environment(GLOO_SOCKET_IFNAME=host),
             )
         )  # fmt: skip
-    told = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(told)
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
     run = Run(tmp_path / "tiny" / "seed-0")
-    assert run.config()["world_size"] == 2
-    assert read_json(run.summary)["test_images"] == 200
+    assert run.config().world_size == 2
+    assert run.read_summary().test_images == 200

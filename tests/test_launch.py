@@ -1,92 +1,269 @@
-"""The two commands of the README, the configurations, and what is installed."""
+"""The quickstart, the accelerate configurations, the scripts, and the installed packages."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from launch.road import BANNER, Quickstart, Road
-from tests import archives
-from tests.conftest import ROOT, clean_environment
-
-
-def quickstart(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The quickstart's Python half, in the environment of the tests."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch.road", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=clean_environment(), timeout=500,
-    )  # fmt: skip
+from launch.quickstart import BANNER, Pipeline, Quickstart
+from launch.submit import Allocation, name_and_log
+from runner import cli
+from runner.common.errors import UserError
+from runner.common.files import write
+from runner.run.folder import Run
+from tests.support import archives
+from tests.support.processes import ROOT, TINY, clean_environment, module, python
 
 
 @pytest.mark.processes
-def test_the_whole_road_and_a_second_walk(tmp_path: Path) -> None:
+def test_the_quickstart_runs_and_a_second_call_reuses_everything(tmp_path: Path) -> None:
+    """The first call starts fresh processes, as a user does; most other tests fork processes with imports done."""
     images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=15))
     call = ("--source", images, "--experiments", "podeti-alexnet", "--out", tmp_path / "out")
-    done = quickstart(*call, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "out/runs/pictures/podeti-alexnet/1-steps"
-    assert json.loads((run / "summary.json").read_text())["steps"] == 1
-    assert [row["passed"] for row in json.loads((run / "deploy/parity.json").read_text())["rows"]] == [True]
-    assert (run / "deploy/model.fp32.tensorrt-rtx.engine").stat().st_size > 90e6
+    first = python("-m", "launch.quickstart", *call, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert BANNER not in first.stdout
+    run = Run(tmp_path / "out/runs/pictures/podeti-alexnet/1-steps")
+    assert run.read_summary().steps == 1
+    assert [row.passed for row in run.read_parity().rows] == [True]
+    assert (run.deploy / "model.fp32.tensorrt-rtx.engine").stat().st_size > 90e6
     page = (tmp_path / "out/report.html").read_text()
     assert "podeti-alexnet/1-steps" in page
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    stages = re.findall(r"^\[\d/7\] \d+:\d\d (\w+)", done.stdout, re.M)
-    # The engine before the gate, which on a GPU has to score it.
-    assert " ".join(stages) == "prepare train export engine parity bench report"
-    again = quickstart(*call, cwd=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    stages = re.findall(r"^\[\d/8\] \d+:\d\d (\w+)", first.stdout, re.M)
+    # The engine comes before the gate, which scores it on a GPU.
+    assert " ".join(stages) == "prepare measure train export engine parity bench report"
+    again = module("launch.quickstart", *call, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("there already") == 5
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    (run / "deploy/model.fp32.onnx").write_bytes(b"damaged")
-    third = quickstart(*call, cwd=tmp_path)
-    assert third.returncode == 0
-    # The export alone is made again, and to the same bytes: what came after it still speaks of it.
-    assert third.stdout.count("there already") == 4
-    assert not third.stdout.count("export podeti-alexnet – there already")
+    assert again.stdout.count("(already done)") == 6
+    assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    (run.deploy / "model.fp32.onnx").write_bytes(b"damaged")
+    third = module("launch.quickstart", *call, cwd=tmp_path)
+    assert third.returncode == 0, third.stdout + third.stderr
+    # Only the export runs again. The file is bit-identical, so all later results remain valid.
+    assert third.stdout.count("(already done)") == 5
+    assert not third.stdout.count("export podeti-alexnet (already done)")
 
 
-def test_without_the_official_data_the_synthetic_set_stands_in_and_says_so(tmp_path, monkeypatch, capsys) -> None:
-    from data_prep import sources, synthetic
+def test_unreachable_official_data_falls_back_to_the_synthetic_set_with_a_banner(tmp_path, monkeypatch, capsys) -> None:
+    from data_prep import manifest as manifests
+    from data_prep import official, synthetic
 
-    monkeypatch.setattr(sources, "OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
-    monkeypatch.setattr("launch.road.DOWNLOADS", tmp_path / "downloads")
+    unreachable = dataclasses.replace(official.CIFAR10, url="http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setitem(official.BY_SOURCE, "official", unreachable)
+    monkeypatch.setattr("launch.quickstart.DOWNLOADS", tmp_path / "downloads")
     draw = synthetic.draw
     monkeypatch.setattr(synthetic, "draw", lambda images, seed, split: draw(images // 100, seed, split))
-    manifest, data = Road(Quickstart(out=tmp_path / "out")).prepare()
-    told = capsys.readouterr().out
-    assert BANNER in told
-    assert BANNER.upper().replace("SYNTHETIC-10", "synthetic-10").replace("--SOURCE", "--source") == BANNER
-    assert manifest.name == "synthetic-10"
-    assert data.name == "synthetic"
+    stages = []
+    monkeypatch.setattr(Pipeline, "run_stage", lambda self, title, done, argv: stages.append(argv))
+    monkeypatch.setattr("launch.quickstart.find_runs", lambda folders: [])
+    Pipeline(Quickstart(experiments=("soni-2",), epochs=1, out=tmp_path / "out")).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count(BANNER) == 2
+    assert lines[-1] == BANNER
+    data = tmp_path / "out" / "data" / "synthetic"
+    assert manifests.read(data).name == "synthetic-10"
+    assert ["--data", str(data)] == stages[0][stages[0].index("soni-2") + 1 :][:2]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--experiments", "nope"], "no such experiment"),
+        (["--experiments", "soni-2", "soni-2"], "expected each name once"),
         (["--epochs", "0"], "--epochs 0"),
         (["--source", "missing.tar"], "no such file"),
         (["--sauce", "x"], "--sauce"),
     ],
 )
-def test_bad_input(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = quickstart(*arguments, cwd=tmp_path)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = module("launch.quickstart", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "quickstart-out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "never"], "--resume never: expected no --resume; jobs and sweeps set --resume auto"),
+        (["--resume=auto"], "--resume auto: expected no --resume"),
+        (["--stop_file", "x"], "--stop-file x: expected no --stop-file; jobs and sweeps set their own"),
+        (["--overwrite"], "--overwrite: expected no --resume, which jobs and sweeps always set"),
+        (["--batch-size", "60", "--nodes", "7"], "batch size 60: expected a multiple of the 7 ranks"),
+        (["--nodes", "2", "--gpus-per-node", "h100:4"], "batch size 60: expected a multiple of the 8 ranks"),
+        (["--batch-size", "501"], "batch size 501: expected at most the 500 training images"),
+        (["--recipe.validation", "500"], "--recipe.validation 500: expected less than the 500 training images"),
+        (["--teacher", "none"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
+        (["--start-from", "none"], f"--start-from {ROOT}/none: expected the folder of a finished run"),
+        (["--gpus-per-node", "x;rm"], "--gpus-per-node 'x;rm': expected NUMBER or TYPE:NUMBER, such as 8 or h100:8"),
+        (["--time", "soon"], "--time 'soon': expected MINUTES, HOURS:MINUTES:SECONDS or"),
+        (["--runs", "a\\b"], "expected no backslash"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [["--dry-run"], pytest.param([], marks=pytest.mark.every)], ids=["dry", "real"])
+def test_what_a_job_would_refuse_is_refused_at_submit(
+    options: list[str], message: str, dry_run: list[str], small_data: Path, tmp_path: Path
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\n")
+    sbatch.chmod(0o755)
+    runs = [] if "--runs" in options else ["--runs", tmp_path / "runs"]
+    words = ["tiny", *TINY, "--data", small_data, *runs, *options, *dry_run]
+    done = module("launch", "submit", *words, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "submitted").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_relative_paths_reach_the_job_as_absolute_ones(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    for name, target in (("data", small_data), ("teacher", tiny_run)):
+        (tmp_path / name).symlink_to(target)
+    words = ["--data", "data", "--runs", "runs", "--teacher", "teacher", "--start-from=teacher", "--dry-run"]
+    done = module("launch", "submit", "tiny", *TINY, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    config = cli.parse_train([*command[command.index("slurm/train.sbatch") + 1 :], "--stop-file", "x"])
+    config.check()
+    folders = {"data": config.data, "runs": config.runs, "teacher": config.teacher}
+    assert folders == {name: tmp_path / name for name in folders}
+    assert config.start_from == tmp_path / "teacher"
+    assert config.resume == "auto"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_weights_that_do_not_fit_are_refused_before_the_queue(
+    command: str, small_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    config = Run(tiny_run).config()
+    (tmp_path / "other").mkdir()
+    dataset = replace(config.dataset, classes=[*config.dataset.classes[1:], "zebra"])
+    write(tmp_path / "other" / "run.json", replace(config, dataset=dataset))
+    words = ["launch", command, "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--dry-run"]
+    done = module(*words, "--teacher", tmp_path / "other")
+    assert done.returncode == 2
+    assert "expected a run on the classes of" in done.stderr
+    done = module(*words, "--start-from", tiny_run)
+    assert done.returncode == 2
+    assert "expected the weights of this architecture" in done.stderr
+
+
+VALID = st.sampled_from(["8", "h100:8", "a100_3g.20gb:2", "30", "1-02:00:00", "gpu", "gpu,long"])
+STRANGE = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+NEARLY_VALID = st.builds("".join, st.tuples(VALID, STRANGE) | st.tuples(STRANGE, VALID))
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    """The result of a call, or None and why it was refused."""
+    try:
+        return call(), ""
+    except UserError as error:
+        return None, str(error)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(["gpus_per_node", "time", "partition", "account"]), VALID | NEARLY_VALID | STRANGE)
+def test_a_value_is_refused_or_reaches_sbatch_as_it_is(name: str, value: str) -> None:
+    option = f"--{name.replace('_', '-')}"
+    allocation, message = attempt(lambda: Allocation(**{name: value}))
+    if allocation is None:
+        assert message.startswith(f"{option} {value!r}: expected ")
+        return
+    assert allocation.options() == ["--nodes=1", f"{option}={value}"]
+    assert re.fullmatch(r"[A-Za-z0-9_.,:@+/%=-]+", value)  # nothing that a shell, or a line of #SBATCH, would read
+    assert not value.startswith("-")
+    if name == "gpus_per_node":
+        assert allocation.ranks == int(value.split(":")[-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(STRANGE, STRANGE)
+def test_sbatch_reads_the_path_of_a_log_as_it_is(name: str, folder: str) -> None:
+    """In its patterns, %% is a %, and with a backslash it replaces none."""
+    options, message = attempt(lambda: name_and_log(name, Path("/runs") / f"_{folder}", "%j"))
+    if options is None:
+        assert "\\" in folder or "\n" in folder, message
+        return
+    job_name, log = options
+    assert not {"\\", "\n"} & set(log)
+    assert re.fullmatch(r"--job-name=runner-[A-Za-z0-9._-]*", job_name)
+    path = re.sub("%(.)", lambda pattern: {"%": "%", "x": "NAME", "j": "7"}[pattern[1]], log.removeprefix("--output="))
+    assert path == f"{Path('/runs') / f'_{folder}'}/slurm/NAME-7.log"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the batch scripts run without SLURM; `accelerate` writes its arguments to the file `words`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    (folder / "launch").mkdir()
+    (folder / "launch" / "activate").touch()
+    programs = {
+        "scontrol": "echo ' NodeAddr=127.0.0.1 '",
+        "srun": 'shift; exec "$@"',
+        "accelerate": "printf '%s\\0' \"$@\" >words",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run_batch_script(checkout: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    environ = {
+        "PATH": f"{checkout}:/usr/bin:/bin",
+        **{"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"},
+        **{"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
+    }
+    command = ["bash", f"slurm/{script}", *words]
+    return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=False)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(STRANGE, min_size=10, max_size=40))
+def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(checkout: Path, values: list[str]) -> None:
+    """About 300 words, each of them also as the value of an option."""
+    options = list(itertools.chain.from_iterable((value, f"--teacher={value}") for value in values))
+    shared = ["--data", "/a b/*", "--resume", "auto", *options]
+    (checkout / "trials").write_text("tiny --seeds 0 --name a\ngrid/net-[0.1]* --seeds 1 --name b\n")
+    trial = ["grid/net-[0.1]*", "--seeds", "1", "--name", "b"]
+    for script, first, expected in (("train.sbatch", ["tiny"], ["tiny"]), ("sweep.sbatch", ["trials"], trial)):
+        done = run_batch_script(checkout, script, *first, *shared)
+        assert done.returncode == 0, done.stderr
+        words = (checkout / "words").read_bytes().decode().split("\0")[:-1]
+        assert words[words.index("--num_processes") + 1] == "16"
+        after = words[words.index("train") + 1 :]
+        assert after == [*expected, *shared, "--stop-file", f"{checkout}/.stop-7-0"]
+
+
+def test_a_batch_script_without_resume_ends_at_once(checkout: Path) -> None:
+    """A job of it would train until its time limit, and fail when it is queued again."""
+    done = run_batch_script(checkout, "train.sbatch", "tiny", "--data", "x", "--resume", "never")
+    assert done.returncode == 2
+    assert "expected the option --resume auto" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["one_process", "one_node", "multi_node", "cpu"])
-def test_accelerate_reads_our_configurations(name: str) -> None:
+def test_accelerate_reads_the_configurations(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     path = ROOT / "launch" / f"{name}.yaml"
@@ -94,15 +271,15 @@ def test_accelerate_reads_our_configurations(name: str) -> None:
     assert loaded.mixed_precision == yaml.safe_load(path.read_text())["mixed_precision"]
 
 
-def test_scripts_are_executable_and_sound() -> None:
+def test_scripts_are_executable_and_have_no_syntax_errors() -> None:
     for script in ("launch/quickstart", "launch/check", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK)
     for script in ("launch/quickstart", "launch/check", "launch/environment", "launch/activate", ".ci/run"):
         subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-def test_missing_packages_without_rights_are_one_command_and_exit_2(tmp_path: Path) -> None:
-    """As a user who is not root, on a machine where nothing is installed and sudo is not there."""
+def test_missing_system_packages_without_root_exit_2_with_one_command(tmp_path: Path) -> None:
+    """The user is not root, no package is installed, and there is no sudo."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("dirname", "basename", "grep", "bash"):
@@ -123,7 +300,7 @@ def test_missing_packages_without_rights_are_one_command_and_exit_2(tmp_path: Pa
     ]
 
 
-def test_the_wheel_holds_everything_and_installs(tmp_path: Path) -> None:
+def test_the_wheel_is_complete_and_installs(tmp_path: Path) -> None:
     pip = [
         sys.executable,
         "-m",
@@ -135,8 +312,8 @@ def test_the_wheel_holds_everything_and_installs(tmp_path: Path) -> None:
         "--target",
         tmp_path,
     ]
-    built = subprocess.run([*pip, ROOT], capture_output=True, text=True, cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
+    install = subprocess.run([*pip, ROOT], capture_output=True, text=True, cwd=tmp_path)
+    assert install.returncode == 0, install.stderr
     environ = clean_environment() | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [tmp_path / "bin/runner", "list", "--json"], capture_output=True, text=True, env=environ, cwd="/"
@@ -146,12 +323,12 @@ def test_the_wheel_holds_everything_and_installs(tmp_path: Path) -> None:
     assert (tmp_path / "launch/cpu.yaml").is_file()
 
 
-def test_the_cuda_provider_finds_every_library_that_it_is_linked_to() -> None:
-    """None but the driver's has to come from elsewhere; whether they then load needs a GPU."""
+def test_the_cuda_provider_is_linked_only_to_installed_libraries() -> None:
+    """Only the driver's library is not part of a package. Loading them would need a GPU."""
     package = Path(importlib.util.find_spec("onnxruntime").origin).parent
     (provider,) = package.glob("capi/libonnxruntime_providers_cuda.so")
-    told = subprocess.run(["readelf", "--dynamic", provider], capture_output=True, text=True, check=True).stdout
-    needed = set(re.findall(r"NEEDED.*\[(lib(?:cu|nv)[^\]]*)\]", told)) - {"libcuda.so.1"}
+    dynamic = subprocess.run(["readelf", "--dynamic", provider], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(lib(?:cu|nv)[^\]]*)\]", dynamic)) - {"libcuda.so.1"}
     assert len(needed) >= 4
     assert needed <= {path.name for path in package.parent.glob("nvidia/*/lib/*.so*")}
 
@@ -161,6 +338,6 @@ def test_requirements_are_pinned_and_name_no_registry() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!-]+( ; .*)?", line) for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0] for line in lines}
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    assert {re.match(r"[a-z0-9-]+", name)[0] for name in wanted} <= pinned
+    required = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert {re.match(r"[a-z0-9-]+", name)[0] for name in required} <= pinned
     assert not re.search(r"://", (ROOT / "pyproject.toml").read_text())

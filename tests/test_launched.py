@@ -1,46 +1,48 @@
+"""Reading the launcher's environment, and the choice of the device (runner.system.launcher)."""
+
 import pytest
 
-from data_prep.console import UserError
-from runner import launched
+from runner.common.errors import UserError
+from runner.system import launcher
 
-UNDER = {"ACCELERATE_MIXED_PRECISION": "no"}
-RANKS = UNDER | {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+RANKS = ACCELERATE | {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
 
 
 def test_reads_ranks() -> None:
-    assert launched.read(RANKS) == launched.Launch(True, False, 3, 1, 4, 2)
-    assert launched.read({}) == launched.Launch(False, False, 0, 0, 1, 1)
+    assert launcher.read(RANKS) == launcher.Launch(True, False, 3, 1, 4, 2)
+    assert launcher.read({}) == launcher.Launch(False, False, 0, 0, 1, 1)
 
 
-def test_a_promise_of_ranks_that_is_not_kept() -> None:
+def test_a_launcher_that_started_one_process_instead_of_several_is_an_error() -> None:
     with pytest.raises(UserError, match="started one"):
-        launched.read(UNDER | {"MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"})
-    launched.read({"MASTER_PORT": "29500"})  # not under accelerate: someone's own variable
+        launcher.read(ACCELERATE | {"MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"})
+    launcher.read({"MASTER_PORT": "29500"})  # without accelerate the variable means nothing
 
 
 @pytest.mark.parametrize(
-    ("requested", "environ", "gpus", "chosen"),
+    ("requested", "environ", "gpus", "expected"),
     [
         ("auto", {}, 0, "cpu"),
         ("auto", {}, 1, "cuda"),
         ("cpu", RANKS, 0, "cpu"),
         ("cpu", {}, 8, "cpu"),
-        ("auto", UNDER | {"ACCELERATE_USE_CPU": "True"}, 8, "cpu"),
-        ("auto", UNDER | {"ACCELERATE_USE_CPU": "False"}, 1, "cuda"),
+        ("auto", ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, 8, "cpu"),
+        ("auto", ACCELERATE | {"ACCELERATE_USE_CPU": "False"}, 1, "cuda"),
         ("auto", RANKS, 2, "cuda"),
         ("cuda", {}, 1, "cuda"),
     ],
 )
-def test_device(requested: str, environ: dict[str, str], gpus: int, chosen: str) -> None:
-    device, told = launched.device(requested, launched.read(environ), gpus)
-    assert device == chosen
-    assert chosen in told
+def test_device(requested: str, environ: dict[str, str], gpus: int, expected: str) -> None:
+    device, message = launcher.device(requested, launcher.read(environ), gpus)
+    assert device == expected
+    assert expected in message
 
 
 @pytest.mark.parametrize(
     ("requested", "environ", "gpus"),
-    [("cuda", {}, 0), ("auto", UNDER, 0), ("auto", RANKS, 0), ("auto", RANKS, 1), ("cuda", RANKS, 1)],
+    [("cuda", {}, 0), ("auto", ACCELERATE, 0), ("auto", RANKS, 0), ("auto", RANKS, 1), ("cuda", RANKS, 1)],
 )
-def test_gpus_that_are_not_there(requested: str, environ: dict[str, str], gpus: int) -> None:
+def test_too_few_gpus_are_an_error(requested: str, environ: dict[str, str], gpus: int) -> None:
     with pytest.raises(UserError, match=f"found {gpus}"):
-        launched.device(requested, launched.read(environ), gpus)
+        launcher.device(requested, launcher.read(environ), gpus)

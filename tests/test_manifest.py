@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 from data_prep import manifest
-from data_prep.console import UserError
+from runner.common.errors import UserError
 
 
 def test_round_trip(small_data: Path) -> None:
-    read = manifest.read(small_data)
-    assert read.to_json() == (small_data / "dataset.json").read_text()
-    assert len(read.fingerprint) == 16
+    prepared = manifest.read(small_data)
+    assert prepared.to_json() == (small_data / "dataset.json").read_text()
+    assert len(prepared.fingerprint) == 16
 
 
 def test_the_fingerprint_follows_the_contents(own_data: Path) -> None:
@@ -25,14 +25,14 @@ def test_the_fingerprint_follows_the_contents(own_data: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "splits": {}}', "nonsense"])
-def test_what_is_no_manifest(own_data: Path, content: str) -> None:
+def test_invalid_manifests_are_refused(own_data: Path, content: str) -> None:
     (own_data / "dataset.json").write_text(content)
     with pytest.raises(UserError, match="expected a manifest of format 1"):
         manifest.read(own_data)
 
 
-def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is none"):
+def test_a_missing_folder_or_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a folder made by data_prep, found none"):
         manifest.read(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"expected dataset\.json"):
         manifest.read(tmp_path)

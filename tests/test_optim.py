@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from runner import optim
-from runner.recipe import SGD, Adam, AdamW, Constant, Cosine, Linear, Muon, OneCycle, RMSprop, Schedule, Step
+from runner.config.recipe import SGD, Adam, AdamW, Constant, Cosine, Linear, Muon, OneCycle, RMSprop, Schedule, Step
+from runner.training import optim
 
 SCHEDULES = torch.optim.lr_scheduler
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("schedule", "make_scheduler"),
     [
         (Cosine(), lambda o: SCHEDULES.CosineAnnealingLR(o, T_max=100)),
         (Step((0.3, 0.8), 0.2), lambda o: SCHEDULES.MultiStepLR(o, [30, 80], 0.2)),
@@ -20,52 +20,50 @@ SCHEDULES = torch.optim.lr_scheduler
         (Constant(), lambda o: SCHEDULES.ConstantLR(o, 1.0)),
     ],
 )
-def test_schedules_match_torchs_per_step(ours: Schedule, theirs) -> None:
+def test_schedules_match_torch_at_every_step(schedule: Schedule, make_scheduler) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = theirs(optimizer)
+    scheduler = make_scheduler(optimizer)
     for step in range(100):
-        found = 0.3 * optim.rate_factor(ours, step, 100)
-        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12), step
+        lr = 0.3 * optim.lr_factor(schedule, step, 100)
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12), step
         optimizer.step()
         scheduler.step()
 
 
 @pytest.mark.parametrize("kind", [Constant, Step, Cosine, Linear])
 def test_warmup_rises_to_the_peak(kind: type) -> None:
-    rates = [optim.rate_factor(kind(warmup=0.1), step, 1000) for step in range(1000)]
+    rates = [optim.lr_factor(kind(warmup=0.1), step, 1000) for step in range(1000)]
     assert rates[:100] == sorted(rates[:100])
     assert rates[0] > 0
     assert rates[100] == max(rates) == 1.0
 
 
-def test_final_is_kept() -> None:
+def test_schedules_end_at_final() -> None:
     for schedule in (Cosine(0.1, 0.01), Linear(0.1, 0.01)):
-        assert optim.rate_factor(schedule, 999, 1000) == pytest.approx(0.01, abs=2e-3)
-    assert optim.rate_factor(Constant(warmup=0.5), 0, 10) == pytest.approx(1 / 6)
+        assert optim.lr_factor(schedule, 999, 1000) == pytest.approx(0.01, abs=2e-3)
+    assert optim.lr_factor(Constant(warmup=0.5), 0, 10) == pytest.approx(1 / 6)
 
 
-def test_the_rate_is_a_function_of_the_step_alone() -> None:
-    rates = [optim.rate_factor(Cosine(), step, 100) for step in (7, 3, 99, 3)]
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    rates = [optim.lr_factor(Cosine(), step, 100) for step in (7, 3, 99, 3)]
     assert rates[1] == rates[3] == (1 + math.cos(math.pi * 0.03)) / 2
 
 
 def test_each_group_keeps_its_own_peak() -> None:
-    optimizer = optim.build(Muon(0.2, other_lr=0.05), small())
+    optimizer = optim.build_optimizer(Muon(0.2, other_lr=0.05), small())
     for step in (50, 0, 50):
-        assert optim.set_rate(optimizer, Linear(), step, 100) == pytest.approx(0.2 * (1 - step / 100))
+        assert optim.set_lr(optimizer, Linear(), step, 100) == pytest.approx(0.2 * (1 - step / 100))
         assert optimizer.param_groups[1]["lr"] == pytest.approx(0.05 * (1 - step / 100))
 
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 16), nn.Linear(16, 10)
-    )
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 16), nn.Linear(16, 10))
 
 
 def test_settings_reach_the_optimizer() -> None:
     model = small()
-    for recipe, kind, wanted in (
+    for recipe, kind, settings in (
         (SGD(0.1, 0.8, nesterov=True, weight_decay=1e-4), torch.optim.SGD,
          {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 1e-4}),
         (Adam(0.01, (0.8, 0.95), 5e-4), torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 5e-4}),
@@ -73,32 +71,32 @@ def test_settings_reach_the_optimizer() -> None:
          {"lr": 0.02, "alpha": 0.9, "momentum": 0.5, "weight_decay": 1e-3}),
         (AdamW(0.01, (0.8, 0.95), 0.1), torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     ):  # fmt: skip
-        optimizer = optim.build(recipe, model)
+        optimizer = optim.build_optimizer(recipe, model)
         assert isinstance(optimizer, kind)
-        assert wanted.items() <= optimizer.param_groups[0].items()
+        assert settings.items() <= optimizer.param_groups[0].items()
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 8
 
 
 def test_adamw_leaves_vectors_undecayed() -> None:
-    decayed, undecayed = optim.build(AdamW(0.01, weight_decay=0.1), small()).param_groups
+    decayed, undecayed = optim.build_optimizer(AdamW(0.01, weight_decay=0.1), small()).param_groups
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in undecayed["params"]} == {1}
     assert undecayed["weight_decay"] == 0
-    (together,) = optim.build(AdamW(0.01, weight_decay=0.1, decay_vectors=True), small()).param_groups
+    (together,) = optim.build_optimizer(AdamW(0.01, weight_decay=0.1, decay_vectors=True), small()).param_groups
     assert len(together["params"]) == 8
 
 
-def test_only_what_is_trained_gets_an_optimizer() -> None:
+def test_frozen_parameters_are_not_optimized() -> None:
     model = small()
     model[0].requires_grad_(False)
     for recipe in (SGD(0.1), Adam(0.1), AdamW(0.1), RMSprop(0.1), Muon(0.1)):
-        groups = optim.build(recipe, model).param_groups
+        groups = optim.build_optimizer(recipe, model).param_groups
         assert sum(len(group["params"]) for group in groups) == 6
 
 
 def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
     model = small()
-    matrices, others = optim.build(Muon(0.1), model).param_groups
+    matrices, others = optim.build_optimizer(Muon(0.1), model).param_groups
     assert [p.shape for p in matrices["params"]] == [model[0].weight.shape, model[3].weight.shape]
     assert any(p is model[4].weight for p in others["params"])
 
@@ -107,36 +105,36 @@ def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
 def test_an_update_of_muon_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    made = optim.orthogonalised(matrix)
-    values = torch.linalg.svdvals(made)
+    orthogonal = optim.orthogonalized(matrix)
+    values = torch.linalg.svdvals(orthogonal)
     assert values.min() > 0.5
     assert values.max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     exact = u @ v
-    assert torch.nn.functional.cosine_similarity(made.flatten(), exact.flatten(), 0) > 0.97
+    assert torch.nn.functional.cosine_similarity(orthogonal.flatten(), exact.flatten(), 0) > 0.97
 
 
-def test_muon_is_torchs_on_matrices() -> None:
-    """torch.optim.Muon takes matrices alone; on those the two agree."""
+def test_muon_matches_torch_on_matrices() -> None:
+    """torch.optim.Muon supports only matrices."""
     one, other = (nn.Parameter(torch.arange(32.0).sin().view(4, 8)) for _ in range(2))
-    ours = optim.Muon([{"params": [one], "orthogonal": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
-    theirs = torch.optim.Muon([other], lr=0.1, momentum=0.9, weight_decay=0.01)
+    muon = optim.Muon([{"params": [one], "orthogonal": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
+    reference = torch.optim.Muon([other], lr=0.1, momentum=0.9, weight_decay=0.01)
     for step in range(5):
         gradient = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         one.grad, other.grad = gradient.clone(), gradient.clone()
-        ours.step()
-        theirs.step()
+        muon.step()
+        reference.step()
     torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)  # both iterate in bf16
 
 
-def test_muons_other_group_is_sgd_with_nesterov() -> None:
+def test_the_other_group_of_muon_is_sgd_with_nesterov_momentum() -> None:
     one, other = (nn.Parameter(torch.arange(8.0)) for _ in range(2))
-    ours = optim.Muon([{"params": [one], "orthogonal": False, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
-    theirs = torch.optim.SGD([other], 0.1, 0.9, weight_decay=0.01, nesterov=True)
+    muon = optim.Muon([{"params": [one], "orthogonal": False, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
+    reference = torch.optim.SGD([other], 0.1, 0.9, weight_decay=0.01, nesterov=True)
     for step in range(5):
         one.grad, other.grad = (torch.arange(8.0).add(step).cos() for _ in range(2))
-        ours.step()
-        theirs.step()
+        muon.step()
+        reference.step()
     torch.testing.assert_close(one, other)
 
 

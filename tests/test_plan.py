@@ -1,14 +1,16 @@
+"""The plan of the quickstart's trainings (launch.plan)."""
+
 import pytest
 
-from launch.plan import Hardware, launcher_for, quick_job
+from launch.plan import Job, Resources, launcher_for, quick_job
 from runner import experiments
 
 ALL = experiments.load()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_gpus_get_the_whole_recipe_and_as_many_as_divide_a_batch_are_used(name: str) -> None:
-    job = quick_job(ALL[name], Hardware(gpus=8, cores=64), None, 50_000)
+def test_gpus_train_the_whole_recipe_on_as_many_as_divide_the_batch(name: str) -> None:
+    job = quick_job(ALL[name], Resources(gpus=8, cores=64), None, 50_000, 10_000, {})
     assert job.options == ()
     launcher = "one_node.yaml", "--num_processes", job.launcher[-1]
     if job.launcher[-1] == "launch/one_process.yaml":
@@ -17,35 +19,33 @@ def test_gpus_get_the_whole_recipe_and_as_many_as_divide_a_batch_are_used(name: 
     gpus = int(job.launcher[-1]) if len(launcher) > 1 else 1
     divisors = [n for n in range(1, 9) if ALL[name].recipe.batch_size % n == 0]
     assert gpus == divisors[-1]
-    assert ("GPUs, among which" in job.told) == (gpus < 8)
+    assert ("GPUs, which divide" in job.description) == (gpus < 8)
     assert job.name == f"{ALL[name].recipe.epochs}-epochs"
 
 
-def test_the_cpu_gets_steps_by_its_cores_and_never_more_than_an_epoch() -> None:
-    steps = []
-    for cores in (1, 2, 4, 64):
-        options = quick_job(ALL["merabishvili"], Hardware(0, cores, bf16=True), None, 50_000).options
-        assert options[:2] == ("--recipe.epochs", "1")
-        assert options[4:6] == ("--device", "cpu")
-        steps.append(int(options[3]))
-    assert steps[0] < steps[1] < steps[2] < steps[3] == 390
-    assert int(quick_job(ALL["merabishvili"], Hardware(0, 1), None, 128).options[3]) == 1
-    assert int(quick_job(ALL["merabishvili"], Hardware(0, 2), None, 50_000).options[3]) < steps[1]  # in fp32
+def cpu_job(name: str, images: int = 50_000, **speeds: float) -> Job:
+    return quick_job(ALL[name], Resources(0, 2), None, images, 10_000, speeds)
 
 
-def test_memory_bound_networks_get_fewer() -> None:
-    dense, depthwise = (
-        quick_job(ALL[n], Hardware(0, 2), None, 50_000) for n in ("podeti-alexnet", "podeti-mobilenetv2")
-    )
-    assert int(depthwise.options[3]) < int(dense.options[3]) / 2
+def test_the_cpu_trains_as_many_steps_as_the_measured_speed_allows_up_to_an_epoch() -> None:
+    """In the faster precision; evaluating 10,000 images takes as long as training on a third of them."""
+    job = cpu_job("merabishvili", fp32=50.0, bf16=100.0)
+    assert job.options == ("--recipe.epochs", "1", "--max-steps", "44", "--device", "cpu", "--precision", "bf16")
+    assert job.name == "44-steps"
+    assert job.description == "44 of the 390 steps of an epoch; the recipe has 60 epochs"
+    assert cpu_job("merabishvili", fp32=100.0, bf16=50.0).options[-1] == "fp32"
+    assert cpu_job("merabishvili", fp32=1.0).name == "1-steps"
+    assert cpu_job("merabishvili", fp32=1e6).name == "390-steps"
+    assert cpu_job("ghasemi-net", images=130, fp32=1e6).name == "3-steps"  # its last, partial batch is used
+    assert cpu_job("merabishvili", images=130, fp32=1e6).name == "1-steps"
 
 
-def test_a_wish_wins() -> None:
-    job = quick_job(ALL["merabishvili"], Hardware(0, 2, bf16=True), 3, 50_000)
+def test_requested_epochs_override_the_plan() -> None:
+    job = quick_job(ALL["merabishvili"], Resources(0, 2, bf16=True), 3, 50_000, 10_000, {})
     assert job.options == ("--recipe.epochs", "3", "--device", "cpu", "--precision", "bf16")
-    assert job.told == "3 of 60 epochs"
+    assert job.description == "3 of 60 epochs"
 
 
 def test_launchers() -> None:
-    assert launcher_for(Hardware(1, 8)) == ("--config_file", "launch/one_process.yaml")
-    assert launcher_for(Hardware(0, 8)) == ("--config_file", "launch/cpu.yaml", "--num_processes", "1")
+    assert launcher_for(Resources(1, 8)) == ("--config_file", "launch/one_process.yaml")
+    assert launcher_for(Resources(0, 8)) == ("--config_file", "launch/cpu.yaml", "--num_processes", "1")

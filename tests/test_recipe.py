@@ -1,9 +1,10 @@
 import json
 
+import msgspec
 import pytest
 
 from runner import experiments
-from runner.recipe import (
+from runner.config.recipe import (
     SGD,
     Adam,
     AdamW,
@@ -19,7 +20,6 @@ from runner.recipe import (
     RMSprop,
     Step,
     differences,
-    recipe_from_json,
     to_json,
 )
 
@@ -27,9 +27,7 @@ from runner.recipe import (
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(
-            3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, "reflect", "alternating"), "half"
-        ),
+        Recipe(3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, "reflect", "alternating"), "half"),
         Recipe(1, 1, Muon(0.1, unit_rows=True), Step((0.2, 0.9)), validation=5, ema=0.9),
         Recipe(1, 1, AdamW(0.1, decay_vectors=True), OneCycle()),
         Recipe(1, 1, RMSprop(0.1), Linear(0.1)),
@@ -38,7 +36,7 @@ from runner.recipe import (
     ],
 )
 def test_json_round_trip(recipe: Recipe) -> None:
-    assert recipe_from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+    assert msgspec.json.decode(json.dumps(to_json(recipe)), type=Recipe) == recipe
 
 
 def test_differences_are_named() -> None:

@@ -1,25 +1,28 @@
 """A run that was stopped or killed, and went on, is the run that never was: the same weights, to the bit."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
-from data_prep.console import sha256_of
-from runner import checkpoint
-from runner.runs import Run, read_metrics
-from tests import wandb_file
-from tests.conftest import TINY, begun, launch, runner, wait_for_step
+from runner.common.files import sha256_of
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+from runner.run.schema import Resumed
+from runner.training import checkpoint, session
+from tests.support import wandb_file
+from tests.support.compare import assert_same_run, weights
+from tests.support.processes import ENDING, TINY, launch, runner, start_ranks, wait_for_step
 
-ENDING = ("--experiments-from", "tests.ending")
 LIVES = (  # how each but the last ends; "last" is the last rank
     "train 12 last SIGKILL",  # in the middle of an epoch
-    "eval 2 0 SIGKILL",  # between epochs; the first pass counts operations
+    "eval 3 0 SIGKILL",  # between epochs; the first two passes check shapes and count operations
     "commit 2 0 SIGKILL",  # at a checkpoint
     "train 6 last SIGTERM",
     "train 6 0 SIGUSR1",
@@ -31,67 +34,39 @@ def arguments(data: Path, runs: Path, *more: object) -> list[object]:
     return ["train", "ending", *ENDING, "--data", data, "--runs", runs, "--checkpoint-every", 3, *more]
 
 
-def assert_the_same(one: Path, other: Path) -> None:
-    """Weights, optimizer and generators to the bit, and every row of metrics but for its speed."""
-    for name, tensor in weights(one).items():
-        np.testing.assert_array_equal(tensor, weights(other)[name], err_msg=name)
-    states = [checkpoint.read_state(checkpoint.latest(Run(run))) for run in (one, other)]
-    for key in ("step", "best", "model", "optimizer", "average"):
-        assert_equal(states[0][key], states[1][key], key)
-    for ranks in zip(*(state["ranks"] for state in states), strict=True):
-        assert_equal(*[rank["generators"]["torch"] for rank in ranks], "generators")
-    rows = [
-        [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(Run(run))]
-        for run in (one, other)
-    ]
-    assert rows[0] == rows[1]
-    summaries = [json.loads((run / "summary.json").read_text()) | {"run": ""} for run in (one, other)]
-    assert summaries[0] == summaries[1]
-
-
-def assert_equal(one: object, other: object, where: str) -> None:
-    """Nested dictionaries and lists of tensors, to the bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        for k, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{where}.{k}")
-    else:
-        assert one == other, where
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    (folder,) = (run / "checkpoints").iterdir()
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.processes
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_what_was_ended_five_times_is_what_never_ended(small_data: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "lives"),
+    [
+        pytest.param(1, LIVES[:1], id="1 rank killed"),
+        pytest.param(3, LIVES, id="3 ranks"),
+        pytest.param(1, LIVES, id="1 rank", marks=pytest.mark.every),
+        pytest.param(2, LIVES, id="2 ranks", marks=pytest.mark.every),
+    ],
+)
+def test_what_was_ended_is_what_never_ended(
+    small_data: Path, tmp_path: Path, processes: int, lives: tuple[str, ...]
+) -> None:
     """Killed in the middle of an epoch, between epochs and at a checkpoint, and asked to stop by both signals."""
-    for life in LIVES:
+    for life in lives:
         run = tmp_path / "ended" / "ending" / "seed-0"
         words = arguments(small_data, tmp_path / "ended", "--resume", "auto")
-        ended = launch(processes, *words, END=life.replace("last", str(processes - 1)), WANDB_MODE="disabled")
+        ended = launch(processes, *words, END=life.replace("last", str(processes - 1)))
         assert ended.returncode != 0
         assert not run.joinpath("summary.json").exists(), "it was over before it could be ended"
         asked = life.endswith(("TERM", "USR1"))
-        assert ("go on with --resume auto" in ended.stderr) == asked, ended.stderr
+        assert ("resume with --resume auto" in ended.stderr) == asked, ended.stderr
     for runs in ("ended", "straight"):
         words = arguments(small_data, tmp_path / runs, "--resume", "auto")
-        done = launch(processes, *words, WANDB_MODE="disabled")
+        done = launch(processes, *words)
         assert done.returncode == 0, done.stderr
-    resumed = Run(run).config()["resumed"]
-    assert len(resumed) == len(LIVES)
-    assert all(entry["bitwise"] for entry in resumed)
-    steps = [entry["step"] for entry in resumed]
+    resumed = Run(run).config().resumed
+    assert len(resumed) == len(lives)
+    assert all(entry.bitwise for entry in resumed)
+    steps = [entry.step for entry in resumed]
     assert steps == sorted(set(steps))
     assert steps[0] >= 3
-    assert_the_same(tmp_path / "straight" / "ending" / "seed-0", run)
+    assert_same_run(tmp_path / "straight" / "ending" / "seed-0", run)
 
 
 def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Path) -> None:
@@ -106,6 +81,92 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
     (run / "stop").touch()
     assert "stopped at step 2" in runner(*words).stderr
     assert not (run / "stop").exists()
+    interrupted = runner(*words, END="train 3 0 SIGINT")
+    assert interrupted.returncode == 75
+    assert "stopping with a checkpoint; Ctrl-C again ends at once" in interrupted.stderr
+    assert "stopped at step 5" in interrupted.stderr
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not the first one, handed on by the launcher."""
+    with session.stop_requests(tmp_path / "stop") as should_stop:
+        assert not should_stop()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        monkeypatch.setattr(session, "SAME_INTERRUPT", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.processes
+def test_ctrl_c_stops_all_ranks_with_a_checkpoint(small_data: Path, tmp_path: Path) -> None:
+    """A terminal sends it to the launcher and to all ranks; the launcher hands it on."""
+    words = arguments(small_data, tmp_path, "--device", "cpu")
+    with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
+        wait_for_step(tmp_path / "ending" / "seed-0", 3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "stopped at step" in stderr
+
+
+@pytest.mark.processes
+def test_ranks_resume_from_the_checkpoint_that_the_first_chose(small_data: Path, tmp_path: Path) -> None:
+    """Also where another rank does not see the newest one yet; the result is that of a run that never stopped."""
+    words = ["train", "stale", "--experiments-from", "tests.support.models.stale", "--data", small_data]
+    for runs, *options in (("stopped", "--max-steps", 9), ("stopped", "--resume", "auto"), ("straight",)):
+        options += ["--runs", tmp_path / runs, "--checkpoint-every", 3]
+        done = launch(2, *words, *options, STALE="1000")
+        assert done.returncode == 0, done.stderr
+    stopped, straight = (tmp_path / runs / "stale" / "seed-0" for runs in ("stopped", "straight"))
+    assert [entry.step for entry in Run(stopped).config().resumed] == [9]
+    for name, tensor in weights(straight).items():
+        np.testing.assert_array_equal(tensor, weights(stopped)[name], err_msg=name)
+
+
+def test_rows_that_are_lost_although_the_checkpoint_is_there_are_reported(small_data: Path, tmp_path: Path) -> None:
+    run = Run(stopped(small_data, tmp_path))
+    rows = run.metrics.read_bytes()
+    for damaged in (rows[:-60], rows[:40] + bytes(40) + rows[80:], b""):
+        run.metrics.write_bytes(damaged)
+        done = resumed(small_data, tmp_path)
+        assert done.returncode == 2
+        assert f"{run.metrics}: expected the {len(rows)} bytes of rows up to step 5" in done.stderr.splitlines()[-1]
+        assert run.metrics.read_bytes() == damaged
+        assert run.summary.is_file()
+    run.metrics.write_bytes(rows + b'{"global_step":6,"epo')  # written after the checkpoint
+    done = resumed(small_data, tmp_path, "--max-steps", 6)
+    assert done.returncode == 0, done.stderr
+    assert run.metrics.read_bytes().startswith(rows)
+    run.metrics.write_bytes(rows[:-60])
+    done = resumed(small_data, tmp_path, "--resume-anyway")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_finished_run_that_goes_on_and_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
+    words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
+    assert runner(*words, "--max-steps", 3).returncode == 0
+    run = Run(tmp_path / "ending" / "seed-0")
+    assert run.state() == "complete"
+    assert runner(*words, END="train 2 0 SIGKILL").returncode != 0
+    assert run.state() == "crashed"
+    assert runner(*words).returncode == 0
+    assert run.state() == "complete"
+
+
+def test_a_run_is_resumed_with_its_own_recipe(small_data: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
+    started = runner(*words, "--max-steps", 3, "--lr", 0.01, "--epochs", 1)
+    assert started.returncode == 0, started.stderr
+    other = runner(*words, "--resume", "auto", "--epochs", 2)
+    assert other.returncode == 2
+    assert "recipe.epochs: 1 → 2" in other.stderr
+    done = runner(*words, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    config = Run(tmp_path / "tiny" / "seed-0").config()
+    assert (config.recipe.epochs, config.recipe.optimizer.lr) == (1, 0.01)
+    assert config.resumed == [Resumed(step=3, world_size=1, bitwise=True, changed={})]
 
 
 @pytest.mark.processes
@@ -113,7 +174,7 @@ def test_no_rank_leaves_before_the_first_has_told_w_and_b(small_data: Path, tmp_
     """The launcher ends the ranks that are left as soon as one has gone."""
     done = launch(2, *arguments(small_data, tmp_path), END="train 9 0 SIGUSR1", WANDB_MODE="offline")
     assert done.returncode == 1
-    assert "go on with --resume auto" in done.stderr
+    assert "resume with --resume auto" in done.stderr
     (file,) = (tmp_path / "ending" / "seed-0").glob("wandb/offline-run-*/*.wandb")
     assert "exit" in [record.WhichOneof("record_type") for record in wandb_file.records(file)]
 
@@ -122,7 +183,7 @@ def test_no_rank_leaves_before_the_first_has_told_w_and_b(small_data: Path, tmp_
 def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None:
     """As SLURM sends it before it takes the nodes."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
-    with begun(2, *words, END="train 4 1 SLEEP1") as process:
+    with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 3)
         process.terminate()
         _, told = process.communicate(timeout=240)
@@ -130,34 +191,25 @@ def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None
     assert "stopped at step" in told
 
 
-@pytest.fixture(scope="module")
-def of_one_rank(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without dropout and batch norm, on which ranks differ by rounding alone."""
-    runs = tmp_path_factory.mktemp("one")
-    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", runs, "--device", "cpu"]
-    done = runner(*words, WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stderr
-    return runs / "tiny" / "seed-0"
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_another_number_of_ranks_goes_on_with_the_same_images(
-    of_one_rank: Path, small_data: Path, tmp_path: Path, before: int, after: int
+    tiny_run: Path, small_data: Path, tmp_path: Path, before: int, after: int
 ) -> None:
+    """Of a network without dropout and batch norm, on which ranks differ by rounding alone."""
     words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path]
-    begun = launch(before, *words, "--max-steps", 11, WANDB_MODE="disabled")
+    begun = launch(before, *words, "--max-steps", 11)
     assert begun.returncode == 0, begun.stderr
     run = tmp_path / "tiny" / "seed-0"
-    wandb_id = Run(run).config()["wandb_id"]
-    done = launch(after, *words, "--resume", "auto", WANDB_MODE="disabled")
+    wandb_id = Run(run).config().wandb_id
+    done = launch(after, *words, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert "not to the bit" in done.stderr
-    (resumed,) = Run(run).config()["resumed"]
-    assert resumed == {"step": 11, "world_size": after, "bitwise": False, "changed": {}}
-    assert Run(run).config()["wandb_id"] == wandb_id
+    assert "not bit-identical" in done.stderr
+    (resumed,) = Run(run).config().resumed
+    assert resumed == Resumed(step=11, world_size=after, bitwise=False, changed={})
+    assert Run(run).config().wandb_id == wandb_id
     assert json.loads((run / "summary.json").read_text())["test_images"] == 200
-    for name, tensor in weights(of_one_rank).items():
+    for name, tensor in weights(tiny_run).items():
         np.testing.assert_allclose(tensor, weights(run)[name], atol=1e-5, err_msg=name)
 
 
@@ -196,13 +248,13 @@ def test_another_training_is_refused_with_the_difference(small_data: Path, data:
     done = resumed(small_data, tmp_path, "--recipe.optimizer.lr", 0.01, "--resume-anyway")
     assert done.returncode == 0, done.stderr
     config = Run(run).config()
-    assert config["recipe"]["optimizer"]["lr"] == 0.01
-    assert config["resumed"][0]["changed"] == {"recipe.optimizer.lr": [0.05, 0.01]}
+    assert config.recipe.optimizer.lr == 0.01
+    assert config.resumed[0].changed == {"recipe.optimizer.lr": (0.05, 0.01)}
     state = checkpoint.read_state(checkpoint.latest(Run(run)))
     assert [group["peak_lr"] for group in state["optimizer"]["param_groups"]] == [0.01]
     done = resumed(small_data, tmp_path, "--recipe.ema", 0.9, "--resume-anyway")
     assert done.returncode == 2
-    assert "recipe.ema cannot change under way" in done.stderr
+    assert "recipe.ema cannot change within a run" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None:
@@ -214,9 +266,9 @@ def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None
         done = resumed(small_data, tmp_path)
         assert done.returncode == 2
         assert f"{path}: damaged" in done.stderr
-        assert "expected a whole checkpoint, found none" in done.stderr
+        assert "expected an intact checkpoint, found none" in done.stderr
         path.write_bytes(content)
-    # A run under way has the one before as well: that is gone on from, and the damaged one is named all the same.
+    # An unfinished run also has the previous one, from which it resumes; the damaged one is reported anyway.
     (run / "stop").touch()
     done = resumed(small_data, tmp_path)
     assert "stopped at step 6" in done.stderr
@@ -225,7 +277,7 @@ def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None
     done = resumed(small_data, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step-6/state.pt: damaged" in done.stderr
-    assert [entry["step"] for entry in Run(run).config()["resumed"]] == [5, 5]
+    assert [entry.step for entry in Run(run).config().resumed] == [5, 5]
 
 
 def test_one_that_ended_before_its_first_checkpoint_begins_again(small_data: Path, tmp_path: Path) -> None:
@@ -239,9 +291,9 @@ def test_one_that_ended_before_its_first_checkpoint_begins_again(small_data: Pat
     assert "recipe.optimizer.lr: 0.05 → 0.01" in other.stderr
     done = resumed(small_data, tmp_path, "--max-steps", 5)
     assert done.returncode == 0, done.stderr
-    assert [row["global_step"] for row in read_metrics(run)] == [row["global_step"] for row in rows]
-    assert run.config()["wandb_id"] == before["wandb_id"]
-    assert [(entry["step"], entry["bitwise"]) for entry in run.config()["resumed"]] == [(0, True)]
+    assert [row.global_step for row in read_metrics(run)] == [row.global_step for row in rows]
+    assert run.config().wandb_id == before.wandb_id
+    assert [(entry.step, entry.bitwise) for entry in run.config().resumed] == [(0, True)]
 
 
 def test_a_manifest_that_is_damaged_is_one_line(small_data: Path, tmp_path: Path) -> None:
@@ -272,13 +324,11 @@ def test_a_pickle_with_a_payload_does_not_run(small_data: Path, tmp_path: Path) 
     assert not marker.exists()
 
 
-def test_resume_begins_where_there_is_nothing_and_finds_a_given_checkpoint(
-    small_data: Path, tmp_path: Path
-) -> None:
+def test_resume_begins_where_there_is_nothing_and_finds_a_given_checkpoint(small_data: Path, tmp_path: Path) -> None:
     done = resumed(small_data, tmp_path, "--max-steps", 5)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tiny" / "seed-0"
-    assert "resumed" not in Run(run).config()
+    assert not Run(run).config().resumed
     given = resumed(small_data, tmp_path, "--resume", run / "checkpoints" / "step-5", "--max-steps", 6)
     assert given.returncode == 0, given.stderr
     missing = resumed(small_data, tmp_path, "--resume", run / "checkpoints" / "step-99")
@@ -310,4 +360,4 @@ def test_stopped_where_no_evaluation_was_due(small_data: Path, tmp_path: Path) -
         asked.touch()
         assert f"stopped at step {step};" in runner(*words, "--runs", ended, "--stop-file", asked).stderr
     assert runner(*words, "--runs", ended).returncode == 0
-    assert_the_same(*(runs / "tiny-norm" / "seed-0" for runs in (straight, ended)))
+    assert_same_run(*(runs / "tiny-norm" / "seed-0" for runs in (straight, ended)))

@@ -1,22 +1,22 @@
-"""Batch jobs on two nodes of a real SLURM, started here."""
+"""Batch jobs on two nodes of a real SLURM cluster on this machine."""
 
-import json
 import os
 import re
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from runner.runs import Run
-from tests import slurm_cluster
-from tests.conftest import ROOT, TINY, clean_environment, wait_for_step
-from tests.test_resume import assert_the_same
+from runner.run.folder import Run
+from tests.support import slurm_cluster
+from tests.support.compare import assert_same_run
+from tests.support.processes import ENDING, ROOT, TINY, clean_environment, module, wait_for_step
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # they wait for daemons, and other tests run beside
-ENDING = ("--experiments-from", "tests.ending", "--device", "cpu", "--precision", "fp32", "--recipe.epochs", 16)
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # they wait for daemons, while other tests run
+RESUME = ("--resume", "auto")  # which `launch submit` adds, and a direct sbatch has to
+LONGER = (*ENDING, "--device", "cpu", "--precision", "fp32", "--recipe.epochs", 16)
 CANARY = "canary" + "0" * 34  # stands for a W&B key
 
 
@@ -27,116 +27,149 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
     if os.geteuid() != 0:
         pytest.skip("SLURM's daemons need root")
     folder = Path(tmp_path_factory.mktemp("slurm"))
-    for parent in (folder, *folder.parents):  # munge is another user, and has to reach its socket
+    for parent in (folder, *folder.parents):  # munge runs as another user, which needs access to its socket
         if parent.stat().st_uid == os.getuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
     with slurm_cluster.Cluster(folder) as running:
         yield running
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """An uninterrupted job of two nodes, and the files and commands that contained the W&B key."""
+
+    output: str
+    run: Path
+    environments: int
+    with_key: list[str]
+
+
 @pytest.fixture(scope="module")
-def straight(cluster: slurm_cluster.Cluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two nodes that never stopped."""
-    runs = tmp_path_factory.mktemp("straight")
-    job = cluster.submit(
-        "--nodes", 2, "--output", runs / "job.log", "slurm/train.sbatch", "ending", *ENDING,
-        "--data", small_data, "--runs", runs,
-        cwd=ROOT, environ=clean_environment(WANDB_MODE="disabled"),
-    )  # fmt: skip
-    assert cluster.wait(job, 400) == "COMPLETED", (runs / "job.log").read_text()
-    return runs / "ending" / "seed-0"
+def submitted(cluster: slurm_cluster.Cluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """Submits by `launch submit`; interrupted jobs are compared with this run."""
+    runs = tmp_path_factory.mktemp("with %j")  # which sbatch would replace
+    words = ["submit", "ending", *LONGER, "--data", small_data, "--runs", runs, "--nodes", 2]
+    environ = {"WANDB_MODE": "offline", "WANDB_API_KEY": CANARY, "SLURM_CONF": str(cluster.config)}
+    done = module("launch", *words, PATH=cluster.environ["PATH"], **environ)
+    assert done.returncode == 0, done.stderr
+    (job,) = re.findall(r"^job (\d+);", done.stdout)
+    commands: set[str] = set()
+    while cluster.job_info(job).get("JobState") in slurm_cluster.UNFINISHED:
+        commands |= {" ".join(slurm_cluster.read_proc(pid, "cmdline")) for pid in slurm_cluster.all_processes()}
+        time.sleep(0.5)
+    log = runs / "slurm" / f"runner-ending-{job}.log"
+    assert cluster.wait(job, 60) == "COMPLETED", log.read_text()
+    assert log.is_file()
+    assert any("-m runner train ending" in command for command in commands)
+    files = [path for folder in (cluster.folder, runs) for path in folder.rglob("*") if path.is_file()]
+    with_key = [str(path) for path in files if CANARY.encode() in path.read_bytes()]
+    with_key += [command for command in commands if CANARY in command]
+    environments = sum("environment" in path.name for path in files)
+    return Submitted(done.stdout + done.stderr, runs / "ending" / "seed-0", environments, with_key)
 
 
 @pytest.fixture(autouse=True)
 def empty_queue(cluster: slurm_cluster.Cluster) -> None:
-    """What a test before left behind is not this one's."""
-    cluster.empty()
+    """Cancels what an earlier test left."""
+    cluster.cancel_all()
 
 
-def test_two_nodes_train_one_model_and_the_key_stays_where_it_is(
-    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+def test_two_nodes_train_one_model(submitted: Submitted) -> None:
+    run = Run(submitted.run)
+    assert run.config().world_size == 2
+    summary = run.read_summary()
+    assert (summary.steps, summary.test_images) == (112, 200)
+
+
+def test_the_wandb_key_does_not_leave_the_submitting_process(submitted: Submitted) -> None:
+    """It is in no file of SLURM, the runner or W&B, in no command line, and never printed."""
+    assert "not handed to SLURM" in submitted.output
+    assert submitted.environments > 0, "SLURM stores environments elsewhere now"
+    assert submitted.with_key == []
+    assert CANARY not in submitted.output
+
+
+@pytest.mark.parametrize(
+    "words", [["submit"], pytest.param(["sweep", "--on", "slurm"], marks=pytest.mark.every)], ids=["submit", "sweep"]
+)
+def test_what_the_job_would_refuse_is_refused_before_the_queue(
+    words: list[str], cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
-    """By `launch submit`; the key is in no file of SLURM's, ours or W&B's, and in no command line."""
-    words = ["submit", "tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--nodes", 2]
-    environ = clean_environment(SLURM_CONF=str(cluster.config), PATH=cluster.environ["PATH"], WANDB_API_KEY=CANARY)
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, words), "--device", "cpu"],
-        capture_output=True, text=True, cwd=ROOT, env=environ, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "not handed to SLURM" in done.stderr
-    (job,) = re.findall(r"^job (\d+);", done.stdout)
-    (log,) = [tmp_path / "runs" / "slurm" / f"runner-tiny-{job}.log"]
-    assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
-    run = tmp_path / "runs" / "tiny" / "seed-0"
-    assert json.loads((run / "run.json").read_text())["world_size"] == 2
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["steps"], summary["test_images"]) == (16, 200)
-    files = [path for folder in (cluster.folder, tmp_path) for path in folder.rglob("*") if path.is_file()]
-    assert any("environment" in path.name for path in files), "SLURM keeps environments elsewhere now"
-    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
-    assert CANARY not in done.stdout + done.stderr
-
-
-def test_a_job_that_fails_says_so(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
-    log = tmp_path / "job.log"
-    job = cluster.submit(
-        "--nodes", 2, "--output", log, "slurm/train.sbatch", "tiny", *TINY, "--data", tmp_path / "nowhere",
-        "--runs", tmp_path / "runs", "--device", "cpu",
-        cwd=ROOT, environ=clean_environment(),
-    )  # fmt: skip
-    assert cluster.wait(job, 300) == "FAILED", log.read_text()
-    assert "there is none; prepare one with" in log.read_text()
+    command = ["launch", words[0], "ending", *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *words[1:]]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"]}
+    for options, message in (
+        (["--resume", "never"], "expected no --resume"),
+        (["--stop-file", "x"], "expected no --stop-file"),
+        (["--nodes", 7], "expected a multiple of the 7 ranks"),
+        (["--teacher", "nowhere"], "--teacher"),
+    ):
+        refused = module(*command, *options, **environ)
+        assert refused.returncode == 2, refused.stdout
+        assert message in refused.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_job_that_is_preempted_and_then_out_of_time_ends_with_the_same_bits(
-    cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path
+def test_a_failing_job_logs_the_reason(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    job = cluster.submit(
+        "--nodes", 2, "--output", log, "slurm/train.sbatch", "tiny", *TINY, "--data", tmp_path / "nowhere",
+        "--runs", tmp_path / "runs", "--device", "cpu", *RESUME,
+        cwd=ROOT, environ=clean_environment(),
+    )  # fmt: skip
+    assert cluster.wait(job, 300) == "FAILED", log.read_text()
+    assert "found none; prepare one with" in log.read_text()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.every
+def test_a_job_that_is_preempted_and_then_times_out_is_bit_identical(
+    cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path
 ) -> None:
     log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
     job = cluster.submit(
         "--nodes", 2, "--signal", "B:USR1@60", "--output", log, "slurm/train.sbatch", "ending",
-        *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2", WANDB_MODE="disabled"),
+        *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
+        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
-    cluster.wait_for_requeue(job, 1, 120, TimeLimit=2)  # minutes; the signal comes one before, or a half more
+    cluster.wait_for_requeue(job, 1, 120, TimeLimit=2)  # minutes; the signal comes 60 to 90 seconds earlier
     cluster.wait_for_requeue(job, 2, 240, TimeLimit="UNLIMITED")
     assert cluster.wait(job, 300) == "COMPLETED", log.read_text()
     assert log.read_text().count("stopped with a checkpoint; queued again") == 2
-    assert len(Run(run).config()["resumed"]) == cluster.restart_count(job)
-    assert_the_same(straight, run)
+    assert len(Run(run).config().resumed) == cluster.restart_count(job)
+    assert_same_run(submitted.run, run)
     assert not list(ROOT.glob(".stop-*"))
 
 
-def test_a_job_that_is_cancelled_keeps_a_checkpoint_and_stays_away(
+def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
     log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
     job = cluster.submit(
         "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending",
-        *ENDING, "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2", WANDB_MODE="disabled"),
+        *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
+        cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.run("scancel", job, check=True)
     assert cluster.wait(job, 120) == "CANCELLED", log.read_text()
     assert "queued again" not in log.read_text()
-    assert list(run.glob("checkpoints/step-*"))
+    (step,) = map(int, re.findall(r"stopped at step (\d+)", log.read_text()))
+    assert (run / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
     assert not list(ROOT.glob(".stop-*"))
 
 
-def test_one_task_of_a_sweep_is_queued_again_alone(
-    cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path
+def test_one_task_of_a_sweep_is_requeued_alone(
+    cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path
 ) -> None:
-    """Both tasks run at once, each with a rendezvous of its own; the sweep knows how far they are."""
-    words = ["sweep", "ending", *ENDING, "--data", small_data, "--runs", tmp_path, "--seeds", 0, 1, "--name", "s"]
-    environ = clean_environment(SLURM_CONF=str(cluster.config), PATH=cluster.environ["PATH"], WANDB_MODE="disabled")
+    """Both tasks run at the same time, each with its own rendezvous; the sweep prints their states."""
+    words = ["sweep", "ending", *LONGER, "--data", small_data, "--runs", tmp_path, "--seeds", 0, 1, "--name", "s"]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"]}
 
     def sweep(**more: str) -> str:
-        command = [sys.executable, "-m", "launch", *map(str, words), "--on", "slurm", "--nodes", "2"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ | more, check=False)
+        done = module("launch", *words, "--on", "slurm", "--nodes", 2, **environ, **more)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -149,27 +182,29 @@ def test_one_task_of_a_sweep_is_queued_again_alone(
     cluster.wait_for_requeue(f"{job}_0", 1, 120)
     logs = tmp_path / "slurm"
     for task in (0, 1):
-        told = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
-        assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", told
-    assert sweep() == "2 trials: 2 whole\n"
-    assert len(Run(runs[0]).config()["resumed"]) == 1
-    assert "resumed" not in Run(runs[1]).config()
-    assert_the_same(straight, runs[0])
+        tails = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
+        assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", tails
+    assert sweep() == "2 trials: 2 complete\n"
+    assert len(Run(runs[0]).config().resumed) == 1
+    assert Run(runs[1]).config().resumed == []
+    assert_same_run(submitted.run, runs[0])
 
 
-@pytest.mark.parametrize("lost", ["n1", "n2"])
-def test_a_lost_node_costs_what_was_after_the_last_checkpoint(
-    cluster: slurm_cluster.Cluster, straight: Path, small_data: Path, tmp_path: Path, lost: str
+@pytest.mark.parametrize("lost", [pytest.param("n1", marks=pytest.mark.every), "n2"])
+def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
+    cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path, lost: str
 ) -> None:
-    """The node of the batch script and the first rank, and the other. A third takes its place."""
+    """Either the node of the batch script and the first rank, or the other; a third node replaces it."""
     log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
     job = cluster.submit(
-        "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending", *ENDING,
-        "--data", small_data, "--runs", tmp_path / "runs",
-        cwd=ROOT, environ=clean_environment(END="train 8 1 SLEEP1", WANDB_MODE="disabled"),
+        "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending", *LONGER,
+        "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
+        cwd=ROOT, environ=clean_environment(END="train 8 1 SLEEP1"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.lose_node(lost)
     cluster.wait_for_requeue(job, 1, 240)
     assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
-    assert_the_same(straight, run)
+    (resumed,) = Run(run).config().resumed
+    assert resumed.step >= 7
+    assert_same_run(submitted.run, run)

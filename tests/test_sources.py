@@ -1,22 +1,26 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import sources
-from data_prep.console import UserError, sha256_of
+from data_prep.official import BY_SOURCE, CIFAR10, CIFAR100
 from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
-from tests import archives
+from runner.common.errors import UserError
+from runner.common.files import sha256_of
+from tests.support import archives
 
 
 def assert_official(source: Source, contents: dict) -> None:
-    for split, names in sources.PICKLE_FILES.items():
+    for split, names in archives.PICKLE_FILES.items():
         loaded = getattr(source, split)
         np.testing.assert_array_equal(loaded.images, np.concatenate([contents[name][0] for name in names]))
         np.testing.assert_array_equal(loaded.labels, np.concatenate([contents[name][1] for name in names]))
@@ -40,10 +44,15 @@ def test_official_layouts_with_another_hash_are_refused(make, name: str, tmp_pat
         sources.load(str(path))
 
 
-def test_the_stated_hash_must_hold(tmp_path: Path) -> None:
+def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
     path = archives.tar(tmp_path / "images.tar", archives.image_files())
     with pytest.raises(UserError, match="expected SHA-256 0000"):
         sources.load(str(path), sha256="0" * 64)
+
+
+def trust_md5(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in files.items():
+        monkeypatch.setitem(CIFAR10.python_md5, Path(name).name, hashlib.md5(content).hexdigest())
 
 
 class Malicious:
@@ -57,16 +66,15 @@ class Malicious:
 @pytest.mark.parametrize("where", ["archive", "torchvision root"])
 def test_a_malicious_pickle_is_refused_and_never_runs(where: str, tmp_path, monkeypatch) -> None:
     marker = tmp_path / "it-ran"
-    bad = pickle.dumps({b"data": Malicious(marker), b"labels": []}, protocol=2)
-    files = {f"{sources.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in archives.batches().items()}
-    files[f"{sources.TORCHVISION_FOLDER}/data_batch_3"] = bad
+    malicious = pickle.dumps({b"data": Malicious(marker), b"labels": []}, protocol=2)
+    files = {f"{archives.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in archives.batches().items()}
+    files[f"{archives.TORCHVISION_FOLDER}/data_batch_3"] = malicious
     if where == "archive":
         path = archives.tar(tmp_path / "x.tar.gz", files)
         sha256 = sha256_of(path)
     else:
         path, sha256 = archives.folder(tmp_path / "root", files), None
-        sums = {Path(n).name: hashlib.md5(content).hexdigest() for n, content in files.items()}
-        monkeypatch.setattr(sources, "TORCHVISION_MD5", sums)
+        trust_md5(files, monkeypatch)
     with pytest.raises(UserError, match="data_batch_3: not a CIFAR-10 batch"):
         sources.load(str(path), sha256=sha256)
     assert not marker.exists()
@@ -74,23 +82,37 @@ def test_a_malicious_pickle_is_refused_and_never_runs(where: str, tmp_path, monk
 
 def test_torchvision_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = archives.batches()
-    files = {f"{sources.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in contents.items()}
+    files = {f"{archives.TORCHVISION_FOLDER}/{n}": archives.pickled(*b) for n, b in contents.items()}
     root = archives.folder(tmp_path, files)
     with pytest.raises(UserError, match="expected MD5"):
         sources.load(str(root))
-    sums = {Path(n).name: hashlib.md5(content).hexdigest() for n, content in files.items()}
-    monkeypatch.setattr(sources, "TORCHVISION_MD5", sums)
+    trust_md5(files, monkeypatch)
     assert_official(sources.load(str(root)), contents)
-    (root / sources.TORCHVISION_FOLDER / "test_batch").unlink()
+    (root / archives.TORCHVISION_FOLDER / "test_batch").unlink()
     with pytest.raises(UserError, match="test_batch"):
         sources.load(str(root))
 
 
-def test_the_known_sums_are_torchvisions() -> None:
-    from torchvision.datasets import CIFAR10
+def test_the_md5_sums_match_torchvision() -> None:
+    from torchvision import datasets
 
-    assert dict([*CIFAR10.train_list, *CIFAR10.test_list]) == sources.TORCHVISION_MD5
-    assert CIFAR10.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    for dataset, theirs in ((CIFAR10, datasets.CIFAR10), (CIFAR100, datasets.CIFAR100)):
+        assert dict([*theirs.train_list, *theirs.test_list]) == dataset.python_md5
+        assert theirs.base_folder == dataset.python_folder
+        assert len(set(dataset.classes)) == len(dataset.classes) == int(dataset.name.removeprefix("CIFAR-"))
+
+
+@pytest.mark.parametrize("layout", ["binary", "python"])
+def test_cifar100(layout: str, tmp_path: Path) -> None:
+    files, contents = archives.cifar100(layout)
+    path = archives.tar(tmp_path / f"cifar-100-{layout}.tar.gz", files)
+    with pytest.raises(UserError, match=r"expected SHA-256 (58a81|85cd4)"):
+        sources.load(str(path))
+    loaded = sources.load(str(path), sha256=sha256_of(path))
+    assert loaded.classes == CIFAR100.classes
+    for split, (images, labels) in contents.items():
+        np.testing.assert_array_equal(getattr(loaded, split).images, images)
+        np.testing.assert_array_equal(getattr(loaded, split).labels, labels)
 
 
 @pytest.mark.parametrize("prefix", ["", "cifar/"])
@@ -123,13 +145,13 @@ def test_limit_per_class(tmp_path: Path) -> None:
         ("train/zebra/1.png", archives.png(np.zeros((32, 32, 3), np.uint8)), "no image of 'zebra'"),
     ],
 )
-def test_odd_images_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_images_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     path = archives.folder(tmp_path, archives.image_files() | {name: content})
     with pytest.raises(UserError, match=message):
         sources.load(str(path))
 
 
-def test_members_that_leave_the_archive_or_are_no_files_are_not_read(tmp_path: Path) -> None:
+def test_members_outside_the_archive_and_links_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
         for name, content in archives.image_files().items():
@@ -144,21 +166,21 @@ def test_members_that_leave_the_archive_or_are_no_files_are_not_read(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b broken gzip"])
-def test_what_is_no_archive(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.tar.gz"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a whole tar or zip archive"):
+    with pytest.raises(UserError, match="not a complete tar or zip archive"):
         sources.load(str(path))
 
 
-def test_a_cut_archive(tmp_path: Path) -> None:
+def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
     path = archives.tar(tmp_path / "x.tar.gz", archives.image_files())
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match="not a whole tar or zip archive"):
+    with pytest.raises(UserError, match="not a complete tar or zip archive"):
         sources.load(str(path))
 
 
-def test_unreachable_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_download_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(SourceUnreachableError, match="cannot reach"):
         sources.download(tmp_path / "d" / "cifar-10-binary.tar.gz", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     assert list((tmp_path / "d").iterdir()) == []
@@ -166,7 +188,7 @@ def test_unreachable_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path):
-    """A web server on loopback that serves one small official archive, and the archive."""
+    """The URL of a small archive in the official layout, served on the loopback interface, and its path."""
     folder = tmp_path / "served"
     folder.mkdir()
     path = archives.binary_archive(folder / "cifar-10-binary.tar.gz", archives.batches())
@@ -189,16 +211,17 @@ def test_download_checks_the_hash_and_keeps_the_file(served, tmp_path: Path, mon
     with pytest.raises(UserError, match="received"):
         sources.download(target, url)
     assert list(target.parent.iterdir()) == []
-    monkeypatch.setitem(sources.OFFICIAL_SHA256, original.name, sha256_of(original))
-    monkeypatch.setattr(sources, "OFFICIAL_URL", url)
+    monkeypatch.setitem(CIFAR10.sha256, original.name, sha256_of(original))
+    monkeypatch.setitem(BY_SOURCE, "official", replace(CIFAR10, url=url))
     source = sources.load("official", downloads=target.parent)
     assert_official(source, archives.batches())
     assert source.name == "CIFAR-10"
-    original.unlink()  # the second time nothing is fetched
+    original.unlink()  # the second call downloads nothing
     assert_official(sources.load("official", downloads=target.parent), archives.batches())
 
 
-def test_the_jpeg_copy_is_called_one(source: Source, images: str) -> None:
-    assert source.name == ("synthetic-10" if images == "synthetic" else "CIFAR-10 (JPEG copy)")
+@pytest.mark.images
+def test_the_jpeg_copy_is_named_so(source: Source) -> None:
+    assert source.name == ("CIFAR-10 (JPEG copy)" if os.environ.get("CIFAR10_IMAGES") else "synthetic-10")
     assert source.train.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(source.test.labels).tolist() == [1_000] * 10

@@ -1,19 +1,22 @@
-"""`runner sync` and training itself against a stand-in of W&B's server: each row once, whatever happens between."""
+"""`runner sync` and online training against a mock of W&B's server: each row arrives once, also after failures."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from runner.runs import Run, read_metrics
-from tests.conftest import ROOT, TINY, clean_environment, runner
-from tests.wandb_server import Server
+from runner.common.files import write
+from runner.run.folder import Run
+from runner.run.metrics import line_of, read_metrics
+from runner.run.schema import LatencyReport, LatencyRow, Method
+from tests.support.processes import ENDING, Running, runner, start, wait_for_step
+from tests.support.wandb_server import Server, end_clients
 
 KEY = "6" * 39 + "b"
 
@@ -41,53 +44,67 @@ def sync(server: Server, *runs: Path, **options: object) -> subprocess.Completed
 
 
 def shown_rows(server: Server, run: Run) -> list[dict]:
-    """The rows that are metrics, as the server has them."""
-    rows = server.history(run.config()["wandb_id"])
+    """The rows of metrics at the server."""
+    rows = server.history(run.config().wandb_id)
     return [row for row in rows if not any(key.startswith(("figures/", "confusion", "mistakes")) for key in row)]
 
 
-def test_a_run_folder_is_replayed_once(server: Server, run: Run) -> None:
+def metric_rows(run: Run) -> list[dict]:
+    """The rows of metrics.jsonl under W&B's names."""
+    return [msgspec.to_builtins(row) for row in read_metrics(run)]
+
+
+def assert_nowhere(key: str, folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert key.encode() not in path.read_bytes(), f"the key is in {path}"
+
+
+def test_a_run_folder_is_sent_once(server: Server, run: Run) -> None:
     done = sync(server, run.folder)
     assert done.returncode == 0, done.stderr
-    rows = read_metrics(run)
+    rows = metric_rows(run)
     assert json.loads(done.stdout) == [{"run": str(run.folder), "rows": len(rows), "new": True}]
     assert shown_rows(server, run) == rows
-    config = run.config()
-    shown = server.runs[config["wandb_id"]]
-    assert (shown["displayName"], shown["group"], shown["job"]) == ("tiny/seed-0", "tests", "train")
-    assert set(shown["tags"]) == {"Tiny", config["dataset"]["name"], "fp32"}
-    summary = json.loads(run.summary.read_text())
-    for key in ("test_accuracy", "best_test_accuracy"):
-        assert shown["summary"][key] == summary[key]
-    assert shown["summary"]["parameters"] == config["parameters"]
-    assert shown["summary"]["images_per_second"] > 0
+    config, summary = run.config(), run.read_summary()
+    remote = server.runs[config.wandb_id]
+    assert (remote["displayName"], remote["group"], remote["job"]) == ("tiny/seed-0", "tests", "train")
+    assert set(remote["tags"]) == {"Tiny", config.dataset.name, "fp32"}
+    assert remote["summary"]["test_accuracy"] == summary.test_accuracy
+    assert remote["summary"]["best_test_accuracy"] == summary.best_test_accuracy
+    assert remote["summary"]["parameters"] == config.parameters
+    assert remote["summary"]["images_per_second"] > 0
     before, requests = json.dumps(server.runs, sort_keys=True), len(server.requests)
     again = sync(server, run.folder)
     assert json.loads(again.stdout)[0]["new"] is False
     assert len(server.requests) == requests
-    shutil.rmtree(run.folder / "wandb")  # the mark is lost, and W&B itself knows what it has
+    shutil.rmtree(run.folder / "wandb")  # without the marker, W&B itself reports what it has
     third = sync(server, run.folder)
     assert json.loads(third.stdout)[0]["rows"] == 0, third.stderr
     assert shown_rows(server, run) == rows
     after = json.loads(json.dumps(server.runs))
-    for name, held in json.loads(before).items():
-        assert after[name]["history"] == held["history"]
+    for name, remote in json.loads(before).items():
+        assert after[name]["history"] == remote["history"]
 
 
 def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
-    """Of files that sync only carries, so that their contents do not matter."""
+    """The contents of most files do not matter, as sync only uploads them."""
     run.deploy.mkdir()
     (run.deploy / "model.fp32.onnx").write_bytes(b"graph")
     (run.deploy / "model.fp32.tensorrt-rtx.engine").write_bytes(b"engine")
     (run.deploy / "model.fp32.tensorrt-rtx.engine.json").write_text("{}")
-    row = {"backend": "onnxruntime", "precision": "fp32", "batch": 1, "p50_ms": 1.5, "provider": "CPU"}
-    (run.deploy / "latency.json").write_text(json.dumps({"rows": [row]}))
+    config = run.config()
+    row = LatencyRow(backend="onnxruntime", provider="CPU", precision="fp32", batch=1, p50_ms=1.5)
+    report = LatencyReport(
+        run="", weights="", dataset="", device="cpu", hardware=config.hardware, versions={},
+        method=Method(warmup_seconds=1, seconds=3, repeats=100), rows=[row],
+    )  # fmt: skip
+    write(run.latency, report)
     assert sync(server, run.folder).returncode == 0
-    wandb_id = run.config()["wandb_id"]
-    jobs = {held["job"]: name for name, held in server.runs.items()}
+    jobs = {remote["job"]: name for name, remote in server.runs.items()}
     assert set(jobs) == {"train", "export", "engine", "bench"}
     by_id = {number: artifact["artifactTypeName"] for number, artifact in server.artifacts.items()}
-    used = {(job, by_id[number]) for name, number in server.uses for job, held in jobs.items() if held == name}
+    used = {(job, by_id[number]) for name, number in server.uses for job, remote in jobs.items() if remote == name}
     assert used == {
         ("train", "dataset"),
         ("export", "model"),
@@ -96,11 +113,11 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
         ("bench", "engine"),
     }
     logged = {(artifact["runName"], artifact["artifactTypeName"]) for artifact in server.artifacts.values()}
-    assert {(wandb_id, "model"), (jobs["export"], "onnx"), (jobs["engine"], "engine")} <= logged
+    assert {(config.wandb_id, "model"), (jobs["export"], "onnx"), (jobs["engine"], "engine")} <= logged
     (model,) = server.artifacts_of("model")
     assert model["aliases"] == ["best", "latest"]
     assert all(artifact["state"] == "COMMITTED" for artifact in server.artifacts.values())
-    assert server.runs[wandb_id]["summary"]["latency_p50_ms/onnxruntime_fp32_batch1"] == 1.5
+    assert server.runs[config.wandb_id]["summary"]["latency_p50_ms/onnxruntime_fp32_batch1"] == 1.5
     count = len(server.artifacts)
     shutil.rmtree(run.folder / "wandb")
     assert sync(server, run.folder).returncode == 0
@@ -108,105 +125,107 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
 
 
 def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None:
-    """Killed twice in the middle of sending; the rows that have come are not sent again."""
-    one = read_metrics(run)[0]
-    rows = [one | {"global_step": step, "train/loss": 1 / step} for step in range(1, 3001)]
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for least in (1, 1200):
-        command = [sys.executable, "-m", "runner", "sync", str(run.folder)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=clean_environment(**online(server)), start_new_session=True
-        )
-        wandb_id, until = run.config()["wandb_id"], time.monotonic() + 90
-        while len(server.runs.get(wandb_id, {"history": []})["history"]) < least:
-            assert time.monotonic() < until
-            if process.poll() is not None:
-                break
-            time.sleep(0.01)
-        process.kill()
-        subprocess.run(["pkill", "-9", "-f", f"wandb-core.*{process.pid}"], check=False)
-        process.wait()
+    """Killed twice in the middle of an upload; rows that have arrived are not sent again."""
+    first = read_metrics(run)[0]
+    steps = range(1, 61)
+    run.metrics.write_bytes(
+        b"".join(line_of(msgspec.structs.replace(first, global_step=step, train_loss=1 / step)) for step in steps)
+    )
+    rows = metric_rows(run)
+    for last in (20, 40):
+        process = start("runner", "sync", run.folder, **online(server))
+
+        def kill(count: int, last: int = last, process: Running = process) -> None:
+            if count >= last:
+                end_clients(process.pid)
+                os.killpg(process.pid, signal.SIGKILL)
+                raise ConnectionError
+
+        server.after_rows = kill
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == -signal.SIGKILL, stderr
+        assert shown_rows(server, run) == rows[:last]
+    server.after_rows = lambda count: None
     done = sync(server, run.folder)
-    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["rows"] == 20, done.stderr
     assert shown_rows(server, run) == rows
 
 
-def test_training_online_shows_what_sync_would(server: Server, small_data: Path, tmp_path: Path) -> None:
-    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
-    done = runner(*words, **online(server))
-    assert done.returncode == 0, done.stderr
-    run = Run(tmp_path / "tiny" / "seed-0")
-    assert shown_rows(server, run) == read_metrics(run)
-    history, artifacts = server.history(run.config()["wandb_id"]), len(server.artifacts)
+def test_online_training_logs_what_sync_would(server: Server, train, tmp_path: Path) -> None:
+    run = train("tiny", **online(server)).run
+    assert shown_rows(server, run) == metric_rows(run)
+    history, artifacts = server.history(run.config().wandb_id), len(server.artifacts)
     assert {"figures/confusion", "figures/curves"} <= set(history[-1])
     assert sync(server, run.folder).returncode == 0
-    assert server.history(run.config()["wandb_id"]) == history
+    assert server.history(run.config().wandb_id) == history
     assert len(server.artifacts) == artifacts
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
+    assert_nowhere(KEY, tmp_path)
 
 
-def test_a_resumed_run_repeats_no_row(server: Server, small_data: Path, tmp_path: Path) -> None:
-    """Stopped by SIGTERM between checkpoints and gone on with: W&B has each step once."""
-    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
-    words += ["--recipe.epochs", 60, "--checkpoint-every", 3, "--resume", "auto"]
-    run = Run(tmp_path / "tiny" / "seed-0")
-    for least in (1, 20):
-        command = [sys.executable, "-m", "runner", *map(str, words)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=clean_environment(**online(server)), start_new_session=True
-        )
-        until = time.monotonic() + 120
-        while len(read_metrics(run)) < least and process.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = runner(*words, **online(server))
-    assert done.returncode == 0, done.stderr
+def test_a_resumed_run_repeats_no_row(server: Server, train, small_data: Path, tmp_path: Path) -> None:
+    """Stopped by SIGTERM, resumed from an older checkpoint, and killed: W&B has each step once."""
+    words = ["ending", "--recipe.batch-size", 12, "--recipe.epochs", 3, "--resume", "auto"]
+    run = train(*words, END="train 41 0 SIGTERM", expect=75, **online(server)).run
+    assert [row["global_step"] for row in shown_rows(server, run)] == [20, 35, 35, 40]
+    shutil.rmtree(run.checkpoints / "step-41")  # so that step 40 is trained twice
+    more = [*ENDING, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
+    with start("runner", "train", *words, *more, END="train 42 0 SLEEP1", **online(server)) as process:
+        wait_for_step(run.folder, 70, running=process)  # its rows are sent every 15 seconds
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert run.config().resumed[-1].step == 35
+    train(*words, **online(server))
+    assert run.config().resumed[-1].step == 70
     assert sync(server, run.folder).returncode == 0
-    ours, theirs = (
-        [row | {"images_per_second": 0} for row in rows] for rows in (read_metrics(run), shown_rows(server, run))
+    local, remote = (
+        [row | {"images_per_second": 0} for row in rows] for rows in (metric_rows(run), shown_rows(server, run))
     )
-    assert ours == theirs  # but for the speed of what was trained twice
+    assert local == remote  # except the speed of steps that were trained twice
 
 
-@pytest.mark.parametrize("fault", ["refuses", "slow"])
-def test_a_server_that_fails_costs_training_nothing(
-    server: Server, fault: str, small_data: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "refuses",
+        pytest.param("never answers", marks=pytest.mark.every),
+        pytest.param("is slow", marks=pytest.mark.every),
+        pytest.param("is not there", marks=pytest.mark.every),
+    ],
+)
+def test_training_survives_a_failing_server(server: Server, fault: str, train, tmp_path: Path) -> None:
+    environ = online(server) | {"WANDB_INIT_TIMEOUT": "2"}
     if fault == "refuses":
         server.status = 500
-    else:
+    elif fault == "never answers":
+        server.delay = 3600.0
+    elif fault == "is slow":
         server.delay = 3.0
-    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--json"]
-    done = runner(*words, **{**online(server), "WANDB_INIT_TIMEOUT": "5"})
-    assert done.returncode == 0, done.stderr
-    run = Run(tmp_path / "tiny" / "seed-0")
-    assert json.loads(done.stdout)["steps"] == read_metrics(run)[-1]["global_step"] == 16
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
+    else:
+        environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
+    done = train("tiny", "--json", **environ)
+    assert json.loads(done.stdout)["steps"] == read_metrics(done.run)[-1].global_step == 16
+    assert "W&B" in done.stderr
+    assert "continuing offline" in done.stderr
+    assert_nowhere(KEY, tmp_path)
     assert KEY not in done.stdout + done.stderr
     server.status, server.delay = 200, 0.0
-    assert sync(server, run.folder).returncode == 0
-    assert shown_rows(server, run) == read_metrics(run)
+    assert sync(server, done.run.folder).returncode == 0
+    assert shown_rows(server, done.run) == metric_rows(done.run)
 
 
-def test_a_sync_without_server_or_key_is_one_line(server: Server, run: Run) -> None:
+def test_a_sync_without_server_or_key_fails_with_one_line(server: Server, run: Run) -> None:
     server.status = 500
-    done = sync(server, run.folder, WANDB_INIT_TIMEOUT="5")
+    done = sync(server, run.folder, WANDB_INIT_TIMEOUT="2")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("runner: ")]
     assert len(lines) == 1
-    assert "the same command goes on later" in lines[0]
+    assert "sync again later" in lines[0]
     done = runner("sync", run.folder, WANDB_MODE="", NETRC="/nowhere", WANDB_BASE_URL=server.url)
     assert done.returncode == 2
     assert "from: wandb login" in done.stderr
 
 
-def test_a_report_is_made_and_then_updated(server: Server, run: Run, tmp_path: Path) -> None:
+def test_a_report_is_created_and_then_updated(server: Server, run: Run, tmp_path: Path) -> None:
     for _ in range(2):
         done = runner(
             "report", run.folder, "--out", tmp_path / "x.html", "--wandb", "someone/project", **online(server)
@@ -215,4 +234,4 @@ def test_a_report_is_made_and_then_updated(server: Server, run: Run, tmp_path: P
     (report,) = server.reports.values()
     assert report["displayName"] == "Architectures compared"
     spec = json.loads(report["spec"])
-    assert run.config()["wandb_id"] in json.dumps(spec)
+    assert run.config().wandb_id in json.dumps(spec)

@@ -1,9 +1,11 @@
+import hashlib
+
 import numpy as np
 
 from data_prep import synthetic
 
 
-def test_deterministic_and_a_smaller_set_is_a_prefix() -> None:
+def test_a_smaller_dataset_is_a_prefix() -> None:
     images, labels = synthetic.draw(2_500, seed=1, split=0)
     again, _ = synthetic.draw(100, seed=1, split=0)
     np.testing.assert_array_equal(images[:100], again)
@@ -16,9 +18,9 @@ def test_seeds_and_splits_differ() -> None:
 
 
 def test_known_pixels() -> None:
-    """Another NumPy must not silently draw another set."""
+    """Another version of NumPy must not silently change the dataset."""
     images, _ = synthetic.draw(20, seed=0, split=0)
     assert images.shape == (20, 32, 32, 3)
     assert images.dtype == np.uint8
-    assert abs(float(images.mean()) - 127) < 25
-    assert images[0].std() > 20
+    expected = "dc80b59bd923c0c1f63491da8faca159ee8a6611a2992250c3cdd0a67e6a8890"
+    assert hashlib.sha256(images.tobytes()).hexdigest() == expected

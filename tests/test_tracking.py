@@ -1,46 +1,51 @@
-"""Local files first; W&B sees the same, and cannot hurt."""
+"""The tracker: metrics.jsonl first, the same rows in W&B, and no failure of W&B stops training."""
 
 import json
-import socket
-import threading
-import time
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 
-from runner import tracking
-from runner.runs import Run, read_metrics
-from tests import wandb_file
-from tests.conftest import TINY, python, runner
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+from runner.tracking.tracker import DEFAULT_BASE_URL, base_url
+from tests.support import wandb_file
+from tests.support.processes import ROOT, clean_environment, python, wait_until
+from tests.support.wandb_server import Server, end_clients
 
 KEY = "5" * 39 + "a"  # of the form of a W&B key
 
 
-def test_the_offline_file_holds_what_was_logged(tiny_run: Path) -> None:
+def test_the_offline_file_has_everything_that_was_logged(tiny_run: Path) -> None:
     run = Run(tiny_run)
     (path,) = run.folder.glob("wandb/offline-run-*/*.wandb")
-    shown = wandb_file.history(path)
-    rows = [row for row in shown if not any(key.startswith(("figures/", "confusion", "mistakes")) for key in row)]
-    assert rows == read_metrics(run)
+    history = wandb_file.history(path)
+    rows = [row for row in history if not any(key.startswith(("figures/", "confusion", "mistakes")) for key in row)]
+    assert rows == [msgspec.to_builtins(row) for row in read_metrics(run)]
     assert {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "lr", "images_per_second"} <= {
         key for row in rows for key in row
     }
-    assert any(key.startswith("figures/confusion") for row in shown for key in row)
-    kinds = list(wandb_file.records(path))
-    started = next(record.run for record in kinds if record.WhichOneof("record_type") == "run")
+    assert any(key.startswith("figures/confusion") for row in history for key in row)
+    records = list(wandb_file.records(path))
+    started = next(record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (started.project, started.run_group, started.job_type) == ("training-runner", "tests", "train")
     assert started.display_name == "tiny/seed-0"
-    assert {"Tiny", run.config()["dataset"]["name"], "fp32"} == set(started.tags)
+    assert {"Tiny", run.config().dataset.name, "fp32"} == set(started.tags)
     config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in started.config.update}
     assert config["experiment"] == "tiny"
     assert config["recipe"]["batch_size"] == 60
-    axes = {r.metric.glob_name or r.metric.name: r.metric for r in kinds if r.WhichOneof("record_type") == "metric"}
+    axes = {r.metric.glob_name or r.metric.name: r.metric for r in records if r.WhichOneof("record_type") == "metric"}
     assert axes["*"].step_metric == "global_step"
-    updates = [item for r in kinds if r.WhichOneof("record_type") == "summary" for item in r.summary.update]
+    updates = [item for r in records if r.WhichOneof("record_type") == "summary" for item in r.summary.update]
     summary = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
-    assert summary["test_accuracy"] == json.loads(run.summary.read_text())["test_accuracy"]
-    assert summary["parameters"] == run.config()["parameters"]
-    logged = [r.artifact for r in kinds if r.WhichOneof("record_type") == "artifact"]
+    assert summary["test_accuracy"] == run.read_summary().test_accuracy
+    assert summary["parameters"] == run.config().parameters
+    logged = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     (weights,) = [artifact for artifact in logged if artifact.type == "model"]
     assert weights.name == "tiny-weights"
     assert list(weights.aliases) == ["latest"]
@@ -49,121 +54,138 @@ def test_the_offline_file_holds_what_was_logged(tiny_run: Path) -> None:
     assert tables == {"confusion_table", "mistakes"}
 
 
-def test_everything_lies_in_the_run_folder(small_data: Path, tmp_path: Path) -> None:
+def test_wandb_writes_only_into_the_run_folder(train, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--device", "cpu",
-                  "--max-steps", 1, HOME=str(home), XDG_CACHE_HOME="", XDG_CONFIG_HOME="")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    environ = {"HOME": str(home), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+    run = train("tiny", "--max-steps", 1, WANDB_MODE="offline", **environ).run
+    assert list(run.folder.glob("wandb/offline-run-*/*.wandb")) != []
     assert [path for path in home.rglob("*") if "wandb" in path.name.lower()] == []
 
 
-def silent_server() -> socket.socket:
-    """Accepts connections and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
-    kept = []
-
-    def accept() -> None:
-        while True:
-            try:
-                kept.append(server.accept())
-            except OSError:
-                return
-
-    threading.Thread(target=accept, daemon=True).start()
-    return server
-
-
-@pytest.mark.parametrize("kind", ["closed port", "never answers"])
-def test_an_unreachable_server_costs_little_time_and_nothing_else(
-    kind: str, small_data: Path, tmp_path: Path
-) -> None:
-    server = silent_server() if kind == "never answers" else None
-    port = server.getsockname()[1] if server else 9
-    began = time.monotonic()
-    done = runner(
-        "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--json",
-        WANDB_MODE="online", WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_INIT_TIMEOUT="5",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 120
-    summary = json.loads(done.stdout)
-    run = Run(tmp_path / "tiny" / "seed-0")
-    assert summary["steps"] == read_metrics(run)[-1]["global_step"] == 16
-    assert "W&B" in done.stderr
-    assert "going on offline" in done.stderr
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
-    assert KEY not in done.stdout + done.stderr
-    if server:
-        server.close()
+def test_the_users_own_server_is_found_in_the_settings_of_wandb(train, tmp_path: Path, monkeypatch) -> None:
+    """A key for that server, and none for W&B's own: the run is online, and everything goes there."""
+    home = tmp_path / "home"
+    (home / ".config" / "wandb").mkdir(parents=True)
+    with Server() as server:
+        (home / ".config/wandb/settings").write_text(f"[default]\nbase_url = {server.url}\n")
+        (home / ".netrc").write_text(f"machine {urlsplit(server.url).netloc} login user password {KEY}\n")
+        (home / ".netrc").chmod(0o600)  # Python refuses to read it otherwise
+        environ = {"HOME": str(home), "WANDB_MODE": "", "NETRC": "", "WANDB_BASE_URL": ""}
+        trained = train("tiny", "--max-steps", 1, **environ)
+        assert "W&B: online" in trained.stderr
+        assert server.history(trained.run.config().wandb_id)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert base_url({}) == DEFAULT_BASE_URL
+    assert base_url({"WANDB_CONFIG_DIR": str(home / ".config/wandb")}) == server.url
+    assert (
+        base_url({"WANDB_BASE_URL": "http://other", "WANDB_CONFIG_DIR": str(home / ".config/wandb")}) == "http://other"
+    )
 
 
-def test_disabled_writes_only_local_files(small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                  "--max-steps", 2, WANDB_MODE="disabled")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "tiny/seed-0/wandb").exists()
-    assert read_metrics(Run(tmp_path / "tiny/seed-0"))
+def test_disabled_writes_only_local_files(train) -> None:
+    run = train("tiny", "--max-steps", 2, WANDB_MODE="disabled").run
+    assert not (run.folder / "wandb").exists()
+    assert read_metrics(run)
 
 
-def tracker_with(shown: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Tracker:
-    """A tracker whose W&B is a stand-in."""
-    monkeypatch.setattr(tracking.Tracker, "_start", lambda self: shown)
-    return tracking.Tracker(Run(folder), {"wandb_id": "x"}, {"WANDB_MODE": "offline"})
+# A tracker in a separate process: it logs each line of standard input as a step, and prints it once W&B has it.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from runner.run.folder import Run
+from runner.run.schema import MetricRow
+from runner.tracking import tracker
+
+run, tracker.FINISH_TIMEOUT = Run(Path(sys.argv[1])), float(sys.argv[2])
+tracked = tracker.Tracker(run, run.config(), os.environ)
+for step in map(int, sys.stdin):
+    tracked.log(MetricRow(global_step=step, epoch=0.0))
+    tracked.actions.put(lambda remote, step=step: print(step, flush=True))
+tracked.finish()
+print("hung" if tracked.hung else "finished", flush=True)
+os._exit(0)
+"""
 
 
-def test_a_tracker_that_hangs_at_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hung:
-        def log(self, row: object, step: int) -> None: ...
+class Tracked:
+    """A tracker in a separate process, and the server that it logs to."""
 
-        def finish(self) -> None:
-            time.sleep(60)
+    def __init__(self, server: Server, folder: Path, finish_timeout: float) -> None:
+        self.run, self.server = Run(folder), server
+        environ = clean_environment(WANDB_MODE="online", WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, folder, str(finish_timeout)], cwd=ROOT, env=environ, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
-    tracker = tracker_with(Hung(), tmp_path, monkeypatch)
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 0.2)
-    tracker.log({"global_step": 1})
-    tracker.finish()
-    assert tracker.hung
+    def log(self, *steps: int) -> None:
+        """Logs rows, and waits until they are in metrics.jsonl."""
+        self.process.stdin.writelines(f"{step}\n" for step in steps)
+        self.process.stdin.flush()
+        wait_until(lambda: self.run.metrics.exists() and self.steps[-1:] == [steps[-1]], running=self.process)
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps in metrics.jsonl."""
+        return [row.global_step for row in read_metrics(self.run)]
 
-def test_a_tracker_that_is_slow_holds_no_row_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    class Slow:
-        def log(self, row: dict[str, float], step: int) -> None:
-            time.sleep(0.05)
-            seen.append(row["global_step"])
-
-        def finish(self) -> None:
-            seen.append("finished")
-
-    tracker = tracker_with(Slow(), tmp_path, monkeypatch)
-    began = time.monotonic()
-    for step in range(10):
-        tracker.log({"global_step": step})
-    assert time.monotonic() - began < 0.25
-    tracker.finish()
-    assert seen == [*range(10), "finished"]
+    @property
+    def remote_steps(self) -> list[int]:
+        """The steps at the server."""
+        return [row["global_step"] for row in self.server.history(self.run.config().wandb_id)]
 
 
-def test_a_tracker_that_raises_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        def log(self, row: object, step: int) -> None:
-            raise RuntimeError("broken pipe")
+@pytest.fixture
+def tracked(tiny_run: Path, tmp_path: Path) -> Iterator[Callable[..., Tracked]]:
+    started = []
 
-    tracker = tracker_with(Broken(), tmp_path, monkeypatch)
-    tracker.log({"global_step": 1})
-    tracker.log({"global_step": 2})
-    tracker.finish()
-    assert [row["global_step"] for row in read_metrics(Run(tmp_path))] == [1, 2]
-    assert capsys.readouterr().err.count("broken pipe") == 1
-    assert not tracker.hung
+    def launch(finish_timeout: float = 200) -> Tracked:
+        shutil.copy(tiny_run / "run.json", tmp_path)
+        started.append(Tracked(server, tmp_path, finish_timeout))
+        return started[-1]
+
+    with Server() as server:
+        yield launch
+        for tracker in started:
+            end_clients(tracker.process.pid)
+            tracker.process.kill()
+            tracker.process.wait()
+
+
+def test_a_tracker_that_hangs_at_the_end_is_abandoned(tracked) -> None:
+    tracker = tracked(finish_timeout=0.5)
+    tracker.log(1)
+    assert tracker.process.stdout.readline() == "1\n"
+    with tracker.server.lock:  # the server does not answer from now on
+        out, stderr = tracker.process.communicate(timeout=240)
+    assert out == "hung\n"
+    assert "did not finish uploading in time; upload the rest with: runner sync" in stderr
+
+
+def test_a_slow_tracker_delays_no_row(tracked) -> None:
+    tracker = tracked()
+    with tracker.server.lock:
+        tracker.log(*range(10))
+        assert tracker.server.requests == []  # all are in metrics.jsonl although W&B has not answered
+    out, stderr = tracker.process.communicate(timeout=240)
+    assert out.split() == [*map(str, range(10)), "finished"], stderr
+    assert tracker.remote_steps == tracker.steps == list(range(10))
+
+
+def test_a_tracker_that_raises_is_disabled(tracked) -> None:
+    tracker = tracked()
+    tracker.log(1)
+    assert tracker.process.stdout.readline() == "1\n"
+    end_clients(tracker.process.pid)
+    tracker.log(2, 3, 4)
+    out, stderr = tracker.process.communicate(timeout=240)
+    assert out.split()[-1] == "finished"  # W&B may take rows into a buffer before it sees that its process is gone
+    assert stderr.count("metrics.jsonl is still written") == stderr.count("W&B failed") == 1
+    assert tracker.steps == [1, 2, 3, 4]
 
 
 def test_wandb_is_not_imported_by_the_package() -> None:
-    done = python("-c", "import runner.tracking, sys; assert 'wandb' not in sys.modules")
+    done = python("-c", "import runner.tracking.tracker, sys; assert 'wandb' not in sys.modules")
     assert done.returncode == 0, done.stderr

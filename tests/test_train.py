@@ -1,19 +1,18 @@
 """Training as a user starts it: real processes, real files."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from runner.runs import Run, read_metrics
-from tests.conftest import ROOT, TINY, launch, python, runner
-
-
-def weights(run: Run) -> dict[str, np.ndarray]:
-    (folder,) = run.checkpoints.iterdir()
-    return load_file(folder / "model.safetensors")
+from data_prep.sources import Source
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+from tests.conftest import Train
+from tests.support.compare import weights
+from tests.support.processes import ROOT, TINY, module, python, runner
 
 
 def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
@@ -25,9 +24,9 @@ def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
     assert summary["test_images"] == 200
     assert np.trace(summary["confusion"]) / 200 == summary["test_accuracy"]
     config = run.config()
-    assert config["dataset"]["folder"] == str(small_data)
-    assert config["overrides"] == {}
-    assert {"torch", "ffcv", "accelerate", "python"} <= config["versions"].keys()
+    assert config.dataset.folder == str(small_data)
+    assert config.overrides == {}
+    assert {"torch", "ffcv", "accelerate", "python"} <= config.versions.keys()
     pictures = {"curves.png", "confusion.png", "samples.png", "mistakes.png", "mistakes.json"}
     assert {path.name for path in run.figures.iterdir()} == pictures
     predictions = np.load(run.predictions)
@@ -36,7 +35,7 @@ def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
         assert logits.argmax() == row["predicted"] != row["label"] == label
     stored = np.load(run.predictions)
     assert (stored["logits"].argmax(1) == stored["labels"]).mean() == summary["test_accuracy"]
-    assert [row["epoch"] for row in read_metrics(run) if "test/accuracy" in row] == [1, 2]
+    assert [row.epoch for row in read_metrics(run) if row.test_accuracy is not None] == [1, 2]
 
 
 def test_eval_gives_the_summarys_figures(tiny_run: Path) -> None:
@@ -49,33 +48,29 @@ def test_eval_gives_the_summarys_figures(tiny_run: Path) -> None:
     assert result["confusion"] == summary["confusion"]
 
 
-def test_the_same_seed_gives_the_same_bits(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    done = runner(
-        "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--name", "b"
-    )
-    assert done.returncode == 0, done.stderr
-    again = weights(Run(tmp_path / "tiny" / "b"))
-    for name, tensor in weights(Run(tiny_run)).items():
+def test_the_same_seed_gives_the_same_bits(tiny_run: Path, train: Train) -> None:
+    again = weights(train("tiny", "--name", "b").run.folder)
+    for name, tensor in weights(tiny_run).items():
         np.testing.assert_array_equal(tensor, again[name])
 
 
+@pytest.mark.images
 @pytest.mark.processes
 @pytest.mark.parametrize("experiment", ["tiny", "tiny-norm"])
-def test_two_ranks_train_what_one_trains(experiment: str, data: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_what_one_trains(experiment: str, data: Path, train: Train) -> None:
     """On all 10,000 test images. Without batch norm, two ranks differ from one by rounding alone."""
     rows, accuracy = {}, {}
-    for processes in (1, 2):
-        done = launch(processes, "train", experiment, *TINY, "--data", data, "--runs", tmp_path, "--json",
-                      "--name", f"on-{processes}", "--max-steps", 40)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        summary = json.loads(done.stdout)
+    for ranks in (1, 2):
+        trained = train(experiment, "--json", "--name", ranks, "--max-steps", 40, data=data, ranks=ranks)
+        summary = json.loads(trained.stdout)
         assert summary["test_images"] == 10_000
         assert np.sum(summary["confusion"], axis=1).tolist() == [1_000] * 10
-        run = Run(tmp_path / experiment / f"on-{processes}")
-        assert run.config()["world_size"] == processes
-        rows[processes], accuracy[processes] = read_metrics(run), summary["test_accuracy"]
-    keys = ("train/loss", "train/accuracy", "test/loss")
-    figures = {n: [row[key] for row in rows[n] for key in keys if key in row] for n in (1, 2)}
+        assert trained.run.config().world_size == ranks
+        rows[ranks], accuracy[ranks] = read_metrics(trained.run), summary["test_accuracy"]
+    losses = [row.train_loss for row in rows[1] if row.train_loss is not None]
+    assert losses[1] < losses[0]  # means of 20 steps each
+    figures = {n: [(row.train_loss, row.train_accuracy, row.test_loss) for row in rows[n]] for n in (1, 2)}
+    figures = {n: [value for row in figures[n] for value in row if value is not None] for n in (1, 2)}
     # Batch norm sees half of a batch on each rank: near, and not the same.
     tolerance = 1e-4 if experiment == "tiny" else 0.1
     np.testing.assert_allclose(figures[2], figures[1], rtol=tolerance)
@@ -83,17 +78,16 @@ def test_two_ranks_train_what_one_trains(experiment: str, data: Path, tmp_path: 
 
 
 @pytest.mark.processes
-def test_three_ranks_count_every_image(data: Path, tmp_path: Path) -> None:
-    done = launch(3, "train", "tiny-norm", *TINY, "--data", data, "--runs", tmp_path, "--json", "--max-steps", 3)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["test_images"] == 10_000
-    assert "device: cpu" in done.stderr
+def test_three_ranks_count_every_image(data: Path, train: Train) -> None:
+    trained = train("tiny-norm", "--json", "--max-steps", 3, data=data, ranks=3)
+    assert json.loads(trained.stdout)["test_images"] == 10_000
+    assert "device: cpu" in trained.stderr
 
 
 @pytest.mark.processes
 def test_more_ranks_than_the_launcher_starts_is_an_error(small_data: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "runner"]
-    done = python(*launcher, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path)
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "runner"]
+    done = module(*launcher, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path)
     assert done.returncode != 0
     assert "asked for several processes and started one" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -105,83 +99,85 @@ def test_more_ranks_than_the_launcher_starts_is_an_error(small_data: Path, tmp_p
 )
 def test_gpu_configurations_refuse_a_machine_without(config: list[str], small_data: Path, tmp_path: Path) -> None:
     name, *more = config
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch" / name, *more, "-m", "runner"]
-    done = python(
-        *launcher, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, CUDA_VISIBLE_DEVICES=""
-    )
+    launcher = ["accelerate.commands.launch", "--config_file", ROOT / "launch" / name, *more, "-m", "runner"]
+    done = module(*launcher, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
     assert done.stderr.count("CUDA GPU(s) on this node, found 0") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.processes
-def test_a_batch_that_does_not_divide_is_an_error(small_data: Path, tmp_path: Path) -> None:
-    done = launch(2, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--recipe.batch-size", 61)
-    assert done.returncode != 0
-    assert "expected a multiple of the 2 ranks" in done.stderr
-    assert not (tmp_path / "tiny").exists()
+def test_a_batch_that_does_not_divide_is_an_error(train: Train) -> None:
+    refused = train("tiny", "--recipe.batch-size", 61, ranks=2, expect=1)  # the launcher's code, for the runner's 2
+    assert "expected a multiple of the 2 ranks" in refused.stderr
+    assert not refused.run.folder.parent.exists()
 
 
-def test_a_diverged_run_stops_with_one_line(small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny-diverging", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "the training loss is nan" in done.stderr
-    assert not (tmp_path / "tiny-diverging/seed-0/summary.json").exists()
+def test_a_diverged_run_stops_with_one_line(train: Train) -> None:
+    diverged = train("tiny-diverging", expect=1)
+    assert "Traceback" not in diverged.stderr
+    assert "the training loss is nan" in diverged.stderr
+    assert not diverged.run.summary.exists()
 
 
-def test_max_steps_stops_early_and_still_concludes(small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                  "--max-steps", 3, "--recipe.optimizer.lr", 0.01, "--json")  # fmt: skip
-    summary = json.loads(done.stdout)
+def test_a_run_that_diverges_in_its_last_step_has_no_result(train: Train) -> None:
+    """The loss before the step is finite; that of the evaluation after it is not."""
+    diverged = train("tiny", "--lr", 1e38, "--max-steps", 1, expect=1)
+    assert "Traceback" not in diverged.stderr
+    assert re.search(r"the test loss is (nan|inf) at step 1", diverged.stderr)
+    assert "lower the learning rate" in diverged.stderr
+    assert not diverged.run.summary.exists()
+    assert not list(diverged.run.folder.glob("checkpoints/step-*"))
+    assert "nan" not in diverged.run.metrics.read_text().lower()
+
+
+def test_max_steps_stops_early_and_still_concludes(train: Train) -> None:
+    trained = train("tiny", "--max-steps", 3, "--recipe.optimizer.lr", 0.01, "--json")
+    summary = json.loads(trained.stdout)
     assert (summary["steps"], summary["test_images"]) == (3, 200)
-    config = Run(tmp_path / "tiny" / "seed-0").config()
-    assert config["overrides"] == {"recipe.optimizer.lr": [0.05, 0.01]}
-    assert config["max_steps"] == 3
+    lines = trained.stderr.splitlines()
+    assert f"run: {trained.run.folder}" in lines
+    assert "W&B: disabled" in lines
+    number = r"\d+\.\d{4} \(\d+\.\d\d%\)"
+    (line,) = [line for line in lines if line.startswith("epoch ")]
+    expected = rf"epoch 0\.375/2: train {number}, test {number}, lr 0\.01, [\d,]+ images/s, 0:00 left"
+    assert re.fullmatch(expected, line), line
+    config = trained.run.config()
+    assert config.overrides == {"recipe.optimizer.lr": (0.05, 0.01)}
+    assert config.max_steps == 3
 
 
-def test_streaming_trains_the_same_bits(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                  "--loader", "streaming", "--workers", 2)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "loader: streaming (--loader streaming)" in done.stderr
-    run = Run(tmp_path / "tiny" / "seed-0")
-    assert run.config()["loader"] == "streaming"
-    assert Run(tiny_run).config()["loader"] == "resident"
-    streamed = weights(run)
-    for name, tensor in weights(Run(tiny_run)).items():
+def test_streaming_trains_the_same_bits(tiny_run: Path, train: Train) -> None:
+    trained = train("tiny", "--loader", "streaming", "--workers", 2)
+    assert "loader: streaming (--loader streaming)" in trained.stderr
+    assert trained.run.config().loader == "streaming"
+    assert Run(tiny_run).config().loader == "resident"
+    streamed = weights(trained.run.folder)
+    for name, tensor in weights(tiny_run).items():
         np.testing.assert_array_equal(tensor, streamed[name])
 
 
 @pytest.mark.processes
-def test_a_last_partial_batch_weighs_every_image_alike(small_data: Path, tmp_path: Path) -> None:
+def test_a_last_partial_batch_weighs_every_image_alike(train: Train) -> None:
     """500 images in batches of 60 leave 20, which three ranks share as 6, 7 and 7."""
-    rows = []
-    for processes in (1, 3):
-        done = launch(processes, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path,
-                      "--name", processes, "--recipe.no-drop-last")  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        rows.append([row for row in read_metrics(Run(tmp_path / "tiny" / str(processes))) if "train/loss" in row])
-    assert [row["global_step"] for row in rows[0]] == [9, 18]
-    for key in ("train/loss", "train/accuracy"):
-        one, three = ([row[key] for row in part] for part in rows)
-        np.testing.assert_allclose(three, one, rtol=1e-5)
+    runs = [train("tiny", "--name", ranks, "--recipe.no-drop-last", ranks=ranks).run for ranks in (1, 3)]
+    rows = [[row for row in read_metrics(run) if row.train_loss is not None] for run in runs]
+    assert [row.global_step for row in rows[0]] == [9, 18]
+    one, three = ([(row.train_loss, row.train_accuracy) for row in part] for part in rows)
+    np.testing.assert_allclose(three, one, rtol=1e-5)
 
 
-def test_bf16(small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                  "--precision", "bf16", "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = Run(tmp_path / "tiny-norm" / "seed-0")
-    assert run.config()["precision"] == "bf16"
-    assert all(tensor.dtype in (np.float32, np.int64) for tensor in weights(run).values())
+def test_bf16(train: Train) -> None:
+    run = train("tiny-norm", "--precision", "bf16").run
+    assert run.config().precision == "bf16"
+    assert all(tensor.dtype in (np.float32, np.int64) for tensor in weights(run.folder).values())
 
 
-def test_it_learns(source, data: Path, tmp_path: Path) -> None:
+@pytest.mark.images
+@pytest.mark.every
+def test_it_learns(source: Source, data: Path, train: Train) -> None:
     """A small network in two epochs: far above chance on real images and on synthetic ones."""
-    done = runner("train", "tiny-wide", *TINY, "--data", data, "--runs", tmp_path, "--device", "cpu", "--json")
-    assert done.returncode == 0, done.stderr
-    accuracy = json.loads(done.stdout)["test_accuracy"]
+    accuracy = json.loads(train("tiny-wide", "--json", data=data).stdout)["test_accuracy"]
     assert accuracy > 0.45, f"{accuracy} on {source.name}, 2 epochs, seed 0"
 
 
@@ -198,7 +194,7 @@ def test_a_gpu_trains_in_bf16(small_data: Path, tmp_path: Path) -> None:
     done = python(*launcher, "train", "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     config = Run(tmp_path / "tiny-norm" / "seed-0").config()
-    assert (config["device"], config["precision"]) == ("cuda", "bf16")
+    assert (config.device, config.precision) == ("cuda", "bf16")
 
 
 @pytest.mark.gpu
@@ -208,24 +204,22 @@ def test_fp16_of_a_seed_is_the_same_after_another_seed(small_data: Path, tmp_pat
         words = ["--data", small_data, "--runs", tmp_path / name, "--precision", "fp16", "--seeds", *seeds]
         done = runner("train", "tiny-norm", *TINY, *words, "--deterministic")
         assert done.returncode == 0, done.stderr
-    alone, after = (weights(Run(tmp_path / name / "tiny-norm" / "seed-1")) for name in ("alone", "after"))
+    alone, after = (weights(tmp_path / name / "tiny-norm" / "seed-1") for name in ("alone", "after"))
     assert all(np.array_equal(tensor, after[name]) for name, tensor in alone.items())
 
 
-def test_epochs_without_evaluation_change_nothing_else(small_data: Path, tmp_path: Path) -> None:
+def test_epochs_without_evaluation_change_nothing_else(train: Train) -> None:
     found = {}
     for every in (1, 3):
-        words = ["--data", small_data, "--runs", tmp_path / str(every), "--recipe.epochs", 4, "--device", "cpu"]
-        done = runner("train", "tiny-everything", *TINY, *words, "--evaluate-every", every, "--deterministic")
-        assert done.returncode == 0, done.stderr
-        run = Run(tmp_path / str(every) / "tiny-everything" / "seed-0")
-        found[every] = json.loads(run.summary.read_text()), read_metrics(run), weights(run)
-        assert run.config()["deterministic"]
+        options = ("--recipe.epochs", 4, "--evaluate-every", every, "--deterministic")
+        run = train("tiny-everything", *options, "--name", every).run
+        found[every] = json.loads(run.summary.read_text()), read_metrics(run), weights(run.folder)
+        assert run.config().deterministic
     (all_of_them, rows, theirs), (some, fewer, ours) = found.values()
-    assert [row["epoch"] for row in rows if "test/accuracy" in row] == [1, 2, 3, 4]
-    assert [row["epoch"] for row in fewer if "test/accuracy" in row] == [3, 4]
-    assert [row["train/loss"] for row in rows if "train/loss" in row] == [
-        row["train/loss"] for row in fewer if "train/loss" in row
+    assert [row.epoch for row in rows if row.test_accuracy is not None] == [1, 2, 3, 4]
+    assert [row.epoch for row in fewer if row.test_accuracy is not None] == [3, 4]
+    assert [row.train_loss for row in rows if row.train_loss is not None] == [
+        row.train_loss for row in fewer if row.train_loss is not None
     ]
     assert all(np.array_equal(tensor, ours[name]) for name, tensor in theirs.items())
     assert all_of_them["test_accuracy"] == some["test_accuracy"]

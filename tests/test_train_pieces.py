@@ -2,43 +2,56 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from data_prep.console import UserError
-from runner import build, checkpoint, objective
-from runner.batches.protocol import Place, open_manifest, open_split
-from runner.evaluate import Evaluation, views_of
+from runner.common.errors import UserError
+from runner.common.files import write
+from runner.config.recipe import SGD, Adam, Architecture, Augment, Recipe, Step
+from runner.config.train_config import TrainConfig
+from runner.data import Batches
+from runner.data.open import RankInfo, open_manifest, open_split
 from runner.models import norm
-from runner.recipe import SGD, Adam, Architecture, Recipe, Step, first_mistake, to_json
-from runner.runs import Run, read_metrics, write_json
-from runner.train import Data, Outcome, parts, train
-from tests.conftest import TINY, launch, runner
-from tests.tiny import Tiny
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+from runner.run.schema import MetricRow
+from runner.training import checkpoint
+from runner.training.evaluate import Evaluation, views_of
+from runner.training.loop import Data, TrainResult, split, train
+from runner.training.loss import make_loss
+from runner.training.model import build_model, prunable
+from tests.support.configs import config_of
+from tests.support.models.tiny import Tiny
 
-CPU = torch.device("cpu")
 RECIPE = Recipe(2, 60, SGD(0.05))
+
+
+def opened(data: Path, split: str, recipe: Recipe) -> Batches:
+    return open_split(data, open_manifest(data), split, recipe, RankInfo(torch.device("cpu")))
 
 
 @dataclasses.dataclass
 class Trained:
-    outcome: Outcome
-    model: nn.Module
-    rows: list[dict[str, float]]
+    outcome: TrainResult
+    bare: nn.Module  # that was trained
+    model: nn.Module  # that was kept
+    rows: list[MetricRow]
     run: Run
 
 
 @pytest.fixture
 def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
     """Trains the tests' small network by a recipe with changes."""
-    manifest = open_manifest(small_data)
+    name = open_manifest(small_data).name
 
     def run_it(
         arguments: dict[str, float] | None = None,
@@ -48,19 +61,16 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         **changes: Any,
     ) -> Trained:
         recipe = dataclasses.replace(RECIPE, **changes)
-        splits = {
-            name: open_split(small_data, manifest, name, recipe, Place(CPU))
-            for name in ("train", "test", "validation")
-        }
+        splits = {split: opened(small_data, split, recipe) for split in ("train", "test", "validation")}
         run = Run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
-        architecture = Architecture("tests.tiny:Tiny", arguments or {})
-        write_json(run.record, {"architecture": to_json(architecture), "dataset": {"name": manifest.name}})
-        model = build.build(architecture, recipe, 0, splits["train"].first, start)
-        rows: list[dict[str, float]] = []
+        architecture = Architecture("tests.support.models.tiny:Tiny", arguments or {})
+        write(run.record, config_of(architecture=architecture, dataset=name))
+        model = build_model(architecture, recipe, 0, splits["train"].first_images, start)
+        rows: list[MetricRow] = []
         data = Data(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
         accelerator = Accelerator(cpu=True)
         outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append)
-        return Trained(outcome, checkpoint.load_model(run), rows, run)
+        return Trained(outcome, model, checkpoint.load_model(run), rows, run)
 
     yield run_it
     Accelerator().free_memory()
@@ -77,11 +87,11 @@ def test_accumulation_is_the_whole_batchs_step(trained) -> None:
     for count in (2, 7):
         cut = trained(accumulate=count)
         assert distance(whole.model, cut.model) < 1e-5
-        assert [row["global_step"] for row in cut.rows] == [row["global_step"] for row in whole.rows]
-        assert cut.rows[0]["train/loss"] == pytest.approx(whole.rows[0]["train/loss"], rel=1e-5)
-    sizes = [len(part[1]) for part, _ in parts(torch.zeros(60, 1), torch.zeros(60), 7)]
+        assert [row.global_step for row in cut.rows] == [row.global_step for row in whole.rows]
+        assert cut.rows[0].train_loss == pytest.approx(whole.rows[0].train_loss, rel=1e-5)
+    sizes = [len(images) for images, _, _ in split(torch.zeros(60, 1), torch.zeros(60), 7)]
     assert sum(sizes) == 60
-    assert [last for _, last in parts(torch.zeros(60, 1), torch.zeros(60), 7)] == [False] * 6 + [True]
+    assert [last for _, _, last in split(torch.zeros(60, 1), torch.zeros(60), 7)] == [False] * 6 + [True]
 
 
 def test_ema_is_the_average_over_steps(trained) -> None:
@@ -89,8 +99,7 @@ def test_ema_is_the_average_over_steps(trained) -> None:
     plain, averaged = trained(max_steps=2), trained(ema=0.75, max_steps=2)
     first = trained(max_steps=1)
     expected = {
-        name: 0.75 * tensor + 0.25 * plain.model.state_dict()[name]
-        for name, tensor in first.model.state_dict().items()
+        name: 0.75 * tensor + 0.25 * plain.model.state_dict()[name] for name, tensor in first.model.state_dict().items()
     }
     for name, tensor in averaged.model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
@@ -104,7 +113,7 @@ def test_ema_has_the_statistics_of_batch_norm(trained) -> None:
 
 def test_the_gradient_is_clipped(trained) -> None:
     """With plain SGD a step is no longer than the rate times the limit."""
-    before = build.build(Architecture("tests.tiny:Tiny"), RECIPE, 0, lambda n: torch.zeros(0), None)
+    before = build_model(Architecture("tests.support.models.tiny:Tiny"), RECIPE, 0, lambda n: torch.zeros(0), None)
     for limit, longest in ((0.01, 0.05 * 0.01), (1e9, 1.0)):
         after = trained(optimizer=SGD(0.05, momentum=0.0), clip_gradient=limit, max_steps=1).model
         change = [a - b for a, b in zip(after.parameters(), before.parameters(), strict=True)]
@@ -115,19 +124,19 @@ def test_the_gradient_is_clipped(trained) -> None:
 
 def test_the_best_epoch_is_chosen_on_validation_images(trained) -> None:
     held = trained(validation=100, epochs=4)
-    epochs = [row for row in held.rows if "validation/accuracy" in row]
+    epochs = [row for row in held.rows if row.validation_accuracy is not None]
     assert len(epochs) == 4
-    best = max(epochs, key=lambda row: row["validation/accuracy"])
-    assert held.outcome.best["epoch"] == best["epoch"]
+    best = max(epochs, key=lambda row: row.validation_accuracy)
+    assert held.outcome.best.epoch == best.epoch
     assert held.outcome.validation.images == 100
-    assert [row["global_step"] for row in epochs] == [6, 12, 18, 24]  # 400 images are left
+    assert [row.global_step for row in epochs] == [6, 12, 18, 24]  # 400 images are left
 
 
 def test_no_validation_no_validation_figures(trained) -> None:
     outcome = trained().outcome
     assert outcome.validation is None
     assert outcome.augmented is None
-    assert "validation/accuracy" not in outcome.best
+    assert outcome.best.validation_accuracy is None
 
 
 def test_test_time_augmentation_is_reported_apart(trained) -> None:
@@ -148,19 +157,47 @@ def test_views() -> None:
     assert torch.equal(views[4][:, :, :-1, :-1], images[:, :, 1:, 1:])
 
 
-def test_mixed_targets_train(trained) -> None:
-    from runner.recipe import Augment
+def test_mixed_targets_train(trained, small_data: Path) -> None:
+    """The loss of a step is the one to the mixed targets; its hits are of the class that has more of an image."""
+    changes = {"augment": Augment(mixup=1.0), "label_smoothing": 0.1}
+    first = trained(optimizer=Adam(0.01), epochs=6)  # sure of itself, so that other targets are another loss
+    recipe = dataclasses.replace(RECIPE, **changes)
+    images, targets = next(iter(opened(small_data, "train", recipe).epoch(0)))
+    logits = first.model(images)
+    mixed, hard = (F.cross_entropy(logits, t, label_smoothing=0.1).item() for t in (targets, targets.argmax(1)))
+    row = trained(start=first.run, max_steps=1, **changes).rows[0]
+    assert mixed != pytest.approx(hard, rel=1e-2)
+    assert row.train_loss == pytest.approx(mixed, rel=1e-4)
+    hits = logits.argmax(1) == targets.argmax(1)
+    assert row.train_accuracy == pytest.approx(hits.float().mean().item())
 
-    rows = trained(augment=Augment(mixup=0.4, cutmix=1.0), label_smoothing=0.1).rows
-    assert all(0 <= row["train/accuracy"] <= 1 for row in rows if "train/accuracy" in row)
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.every)])
+def test_a_compiled_model_trains_alike(trained, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's front end alone; `every` also with code that it makes, which takes half a minute."""
+    made, compiler = [], torch.compile
 
-def test_a_compiled_model_trains_alike(trained) -> None:
-    assert distance(trained(max_steps=3).model, trained(max_steps=3, compile=True).model) < 1e-4
+    def recorded(model: nn.Module) -> Any:
+        made.append(model)
+        return compiler(model, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    plain = trained(max_steps=3)
+    assert made == []
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = trained(max_steps=3, compile=True)
+    assert made == [compiled.bare]
+    assert graphs["unique_graphs"] > 0  # it was not only made, but called
+    assert distance(plain.model, compiled.model) < 1e-4
 
 
 def test_memory_layout_changes_speed_and_no_result(trained) -> None:
-    assert distance(trained(max_steps=3).model, trained(max_steps=3, channels_last=False).model) < 1e-4
+    last, first = trained(max_steps=3), trained(max_steps=3, channels_last=False)
+    for one, expected in ((last, True), (first, False)):
+        convolutions = [module.weight for module in one.bare.modules() if isinstance(module, nn.Conv2d)]
+        assert [w.is_contiguous(memory_format=torch.channels_last) for w in convolutions] == [expected] * 2
+    assert distance(last.model, first.model) < 1e-4
 
 
 def test_distillation_is_its_formula() -> None:
@@ -171,15 +208,15 @@ def test_distillation_is_its_formula() -> None:
     wanted, ours = (teacher(images) / 3).softmax(1), (logits / 3).log_softmax(1)
     divergence = (wanted * (wanted.log() - ours)).sum(1).mean() * 9
     expected = 0.7 * divergence + 0.3 * F.cross_entropy(logits, labels)
-    torch.testing.assert_close(objective.of(recipe, teacher)(logits, labels, images), expected)
-    zero = objective.of(dataclasses.replace(recipe, teacher_weight=1.0), teacher)
+    torch.testing.assert_close(make_loss(recipe, teacher)(logits, labels, images), expected)
+    zero = make_loss(dataclasses.replace(recipe, teacher_weight=1.0), teacher)
     assert zero(teacher(images), labels, images).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_distillation_comes_nearer_to_its_teacher(trained, small_data: Path) -> None:
     teacher = trained({"channels": 16}, epochs=6).model
     alone, taught = trained(), trained(teacher=teacher, teacher_weight=1.0)
-    images = next(iter(open_split(small_data, open_manifest(small_data), "test", RECIPE, Place(CPU)).epoch(0)))[0]
+    images = next(iter(opened(small_data, "test", RECIPE).epoch(0)))[0]
     with torch.no_grad():
         wanted, ours, theirs = (model(images).softmax(1) for model in (teacher, taught.model, alone.model))
     assert F.mse_loss(ours, wanted) < F.mse_loss(theirs, wanted)
@@ -188,9 +225,9 @@ def test_distillation_comes_nearer_to_its_teacher(trained, small_data: Path) -> 
 def test_pruned_weights_are_zero_and_stay_zero(trained) -> None:
     first = trained()
     pruned = trained(start=first.run, prune=0.6)
-    weights = torch.cat([m.weight.flatten() for m, _ in build.prunable(pruned.model)])
+    weights = torch.cat([m.weight.flatten() for m, _ in prunable(pruned.model)])
     assert (weights == 0).float().mean() == pytest.approx(0.6, abs=0.001)
-    before = torch.cat([m.weight.flatten() for m, _ in build.prunable(first.model)])
+    before = torch.cat([m.weight.flatten() for m, _ in prunable(first.model)])
     kept = before.abs() > before.abs().quantile(0.61)
     assert (weights[kept] != 0).float().mean() > 0.99  # the small ones went
     assert distance(pruned.model, first.model) > 0.001  # and the others were trained on
@@ -225,32 +262,35 @@ def test_figures_are_torchmetrics() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--recipe.epochs 0: expected a number in [1, inf)"),
-        ({"optimizer": SGD(0.0)}, "--recipe.optimizer.lr 0.0: expected a number in (0, inf)"),
-        ({"optimizer": SGD(0.1, momentum=1.5)}, "expected a number in [0, 1)"),
-        ({"optimizer": Adam(0.1, betas=(0.9, 1.0))}, "--recipe.optimizer.betas (0.9, 1.0): expected"),
+        ({"epochs": 0}, "--recipe.epochs 0: expected an integer >= 1"),
+        ({"optimizer": SGD(0.0)}, "--recipe.optimizer.lr 0.0: expected a number > 0.0"),
+        ({"optimizer": SGD(0.1, momentum=1.5)}, "--recipe.optimizer.momentum 1.5: expected a number < 1.0"),
+        ({"optimizer": Adam(0.1, betas=(0.9, 1.0))}, "--recipe.optimizer.betas 1.0: expected a number < 1.0"),
         ({"optimizer": SGD(0.1, momentum=0.0, nesterov=True)}, "expected --recipe.optimizer.momentum above 0"),
-        ({"schedule": Step(milestones=(0.5, 1.5))}, "--recipe.schedule.milestones (0.5, 1.5)"),
+        ({"schedule": Step(milestones=(0.5, 1.5))}, "--recipe.schedule.milestones 1.5"),
         ({"ema": 0.9, "prune": 0.5}, "expected one of them"),
         ({"ema": -0.1}, "--recipe.ema -0.1"),
-        ({"label_smoothing": float("nan")}, "--recipe.label-smoothing nan"),
-        ({"accumulate": 0}, "--recipe.accumulate 0: expected a number in [1, inf)"),
-        ({"prune": 1.0}, "[0, 1)"),
+        ({"label_smoothing": float("nan")}, "--recipe.label-smoothing nan: expected a finite number"),
+        ({"accumulate": 0}, "--recipe.accumulate 0: expected an integer >= 1"),
+        ({"prune": 1.0}, "--recipe.prune 1.0: expected a number < 1.0"),
     ],
 )
 def test_numbers_out_of_range_get_one_line(changes: dict[str, Any], message: str) -> None:
-    assert message in first_mistake(dataclasses.replace(RECIPE, **changes))
-    assert first_mistake(RECIPE) is None
+    architecture = Architecture("tests.support.models.tiny:Tiny")
+    config = TrainConfig("podeti-alexnet", Path("data"), architecture, dataclasses.replace(RECIPE, **changes))
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.check()
+    dataclasses.replace(config, recipe=RECIPE).check()
 
 
 def test_sync_batch_norm_is_batch_norm_on_one_rank(tmp_path: Path) -> None:
     model, plain = Tiny(norm=True), Tiny(norm=True)
-    assert norm.synchronised(model) is model
+    assert norm.convert_sync_batch_norm(model) is model
     assert type(model.layers[1]) is nn.BatchNorm2d  # without ranks nothing is replaced
     plain.load_state_dict(model.state_dict())
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert type(norm.synchronised(model).layers[1]) is norm.SyncBatchNorm2d
+        assert type(norm.convert_sync_batch_norm(model).layers[1]) is norm.SyncBatchNorm2d
         images = torch.randn(8, 3, 32, 32)
         for one in (model, plain):
             one(images).square().sum().backward()
@@ -263,52 +303,35 @@ def test_sync_batch_norm_is_batch_norm_on_one_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(model.eval()(images), plain.eval()(images))
 
 
-def test_several_seeds_are_several_runs(small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--json",
-                  "--seeds", 0, 5, "--max-steps", 10)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_several_seeds_are_several_runs(train, tmp_path: Path) -> None:
+    result = json.loads(train("tiny", "--json", "--seeds", 0, 5, "--max-steps", 10).stdout)
     accuracies = [summary["test_accuracy"] for summary in result["runs"]]
     assert result["test_accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
-    alone = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path / "alone", "--device", "cpu",
-                   "--json", "--seed", 5, "--max-steps", 10)  # fmt: skip
+    alone = train("tiny", "--json", "--seed", 5, "--max-steps", 10, runs=tmp_path / "alone")
     summary = json.loads(alone.stdout)
     assert summary["test_loss"] == result["runs"][1]["test_loss"]  # to the bit the run that it is by itself
     for seed in (0, 5):
-        assert Run(tmp_path / "tiny" / f"seed-{seed}").config()["seed"] == seed
-    again = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                   "--seeds", 4, 5)  # fmt: skip
-    assert again.returncode == 2
+        assert Run(tmp_path / "tiny" / f"seed-{seed}").config().seed == seed
+    train("tiny", "--seeds", 4, 5, expect=2)
     assert not (tmp_path / "tiny" / "seed-4").exists()  # nothing is begun that cannot be done
 
 
-def test_a_run_names_its_teacher_and_its_start(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu",
-                  "--teacher", tiny_run, "--start-from", tiny_run, "--recipe.prune", 0.5,
-                  "--max-steps", 2)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    config = Run(tmp_path / "tiny" / "seed-0").config()
-    for key in ("teacher", "started_from"):
-        assert config[key]["experiment"] == "tiny"
-        assert config[key]["checkpoint"] == "step-16"
-        assert len(config[key]["sha256"]) == 64
-    missing = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path / "x", "--device", "cpu",
-                     "--teacher", tmp_path / "nowhere")  # fmt: skip
-    assert missing.returncode == 2
+def test_a_run_names_its_teacher_and_its_start(train, tiny_run: Path, tmp_path: Path) -> None:
+    words = ["--teacher", tiny_run, "--start-from", tiny_run, "--recipe.prune", 0.5, "--max-steps", 2]
+    config = train("tiny", *words).run.config()
+    for origin in (config.teacher, config.started_from):
+        assert (origin.experiment, origin.checkpoint, len(origin.sha256)) == ("tiny", "step-16", 64)
+    train("tiny", "--teacher", tmp_path / "nowhere", runs=tmp_path / "x", expect=2)
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.processes
-def test_ranks_accumulate_average_and_clip_like_one(small_data: Path, tmp_path: Path) -> None:
+def test_ranks_accumulate_average_and_clip_like_one(train) -> None:
     """Two ranks with everything that touches gradients and weights: the losses of one rank to rounding."""
-    rows = []
-    for processes in (1, 2):
-        done = launch(processes, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path,
-                      "--name", processes, "--recipe.accumulate", 3, "--recipe.ema", 0.8,
-                      "--recipe.clip-gradient", 0.5, "--recipe.augment.mixup", 0.3,
-                      "--recipe.validation", 60)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        rows.append(read_metrics(Run(tmp_path / "tiny" / str(processes))))
-    for one, two in zip(*rows, strict=True):
-        for key in one.keys() - {"images_per_second"}:
-            assert two[key] == pytest.approx(one[key], rel=2e-4), key
+    words = ["--recipe.accumulate", 3, "--recipe.ema", 0.8, "--recipe.clip-gradient", 0.5]
+    words += ["--recipe.augment.mixup", 0.3, "--recipe.validation", 60]
+    runs = [train("tiny", "--name", f"on-{ranks}", *words, ranks=ranks).run for ranks in (1, 2)]
+    for one, two in zip(*map(read_metrics, runs), strict=True):
+        of_one, of_two = (msgspec.to_builtins(row) for row in (one, two))
+        for key in of_one.keys() - {"images_per_second"}:
+            assert of_two[key] == pytest.approx(of_one[key], rel=2e-4), key

@@ -1,23 +1,30 @@
-"""Ratios that survive a busy machine: the subjects take turns, and what is compared is taken from one round."""
+"""Ratios that are robust on a busy machine: candidates take turns, and ratios are taken within each round."""
 
-import json
+import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+from unittest import mock
 
-from data_prep.console import UserError, progress
-from runner import environment
-from runner.runs import write_atomically
+import msgspec
+from msgspec import Meta
 
-LEAST_ROUNDS = 7
+from runner.common.console import new_table, print_table, progress
+from runner.common.errors import UserError
+from runner.common.files import write_atomically
+from runner.system import environment
+
+LEAST_ROUNDS = 7  # for a spread
+Rounds = Annotated[int, Meta(ge=LEAST_ROUNDS, le=10**9)]
+Steps = Annotated[int, Meta(ge=3, le=10**9)]  # time is measured from the second to the last
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median, least and largest of a ratio over the rounds."""
+    """Median, minimum and maximum of a ratio over the rounds."""
 
     median: float
     min: float
@@ -25,39 +32,94 @@ class Ratio:
     rounds: int
 
 
-def in_turn(subjects: dict[str, Callable[[], float]], rounds: int, description: str) -> dict[str, list[float]]:
-    """Measures each subject once in every round, in an order that shifts by one from round to round.
+def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, description: str) -> dict[str, list[float]]:
+    """Measures each candidate once in every round; the order rotates by one from round to round.
 
     Args:
-        subjects: functions that do the work once and return what was measured (a rate, or seconds).
-        rounds: how many.
-        description: for the progress bar.
+        candidates: functions that do the work once and return the measurement (a rate, or seconds).
+        rounds: number of rounds.
+        description: title of the progress bar.
 
     Returns:
-        For each subject its figure in every round.
+        For each candidate its measurement in every round.
     """
-    names = list(subjects)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    names = list(candidates)
+    measured: dict[str, list[float]] = {name: [] for name in names}
     with progress(description, rounds * len(names)) as advance:
-        for turn in range(rounds):
-            shift = turn % len(names)
+        for index in range(rounds):
+            shift = index % len(names)
             for name in names[shift:] + names[:shift]:
-                found[name].append(subjects[name]())
+                measured[name].append(candidates[name]())
                 advance(1)
-    return found
+    return measured
 
 
-def ratio(over: list[float], under: list[float]) -> Ratio:
-    """Round by round, `over` divided by `under`."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return Ratio(median(ratios), min(ratios), max(ratios), len(ratios))
+def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
+    """Divides round by round."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def spread(values: list[float]) -> Ratio:
+    """Returns the median, minimum and maximum of values, one of each round."""
+    return Ratio(median(values), min(values), max(values), len(values))
 
 
 def accelerate_launch(processes: int, precision: str) -> list[str]:
-    """Python's arguments that start so many ranks on this node, of the module that follows."""
-    words = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
-    words += ["--main_process_port", "0", "--mixed_precision", precision, "--dynamo_backend", "no"]
-    return [*words, *(["--multi_gpu"] if processes > 1 else [])]
+    """Returns Python's arguments that start ranks on this node; `-m MODULE` and its arguments follow."""
+    argv = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+    argv += ["--main_process_port", "0", "--mixed_precision", precision, "--dynamo_backend", "no"]
+    return [*argv, *(["--multi_gpu"] if processes > 1 else [])]
+
+
+def synchronize(device: str) -> None:
+    """Waits until a GPU has finished its work; does nothing on the CPU."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def make_step(model: Any, optimizer: Any, device: str, backward: Callable[[Any], None] | None = None) -> Callable:
+    """Returns a minimal training step, in bf16 on a GPU and in float32 on the CPU.
+
+    Args:
+        model: the model in training mode.
+        optimizer: its optimizer.
+        device: "cuda" or "cpu".
+        backward: runs the backward pass of a loss; by default `loss.backward()`.
+
+    Returns:
+        A function of images (n, 3, H, W) and labels (n,).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = F.cross_entropy(model(images), labels)
+        (backward or torch.Tensor.backward)(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@contextlib.contextmanager
+def before_every_step(callback: Callable[[], None]) -> Iterator[None]:
+    """Calls `callback` before every optimizer step of `runner train` in this process.
+
+    Every step sets its learning rate once, and the callback runs there.
+    """
+    from runner.training import optim
+
+    set_lr = optim.set_lr
+
+    def observed(*arguments: Any) -> float:
+        callback()
+        return set_lr(*arguments)
+
+    with mock.patch.object(optim, "set_lr", observed):
+        yield
 
 
 def conclude(
@@ -71,47 +133,41 @@ def conclude(
     """Prints the ratios as a table with the goals, and writes them as JSON with hardware and versions.
 
     Args:
-        title: of the table.
-        ratios: by name, e.g. "ratio_resident_to_ffcv".
-        goals: in words, for some of the names.
-        more: what else belongs into the JSON, e.g. the settings.
+        title: title of the table.
+        ratios: ratios by name, e.g. "ratio_resident_to_ffcv".
+        goals: goals of some of the ratios, as text.
+        more: other content of the JSON file, e.g. the settings.
         out: the JSON file; None for none.
-        shown_only: figures for the table alone, such as seconds, which mean nothing on another machine.
+        shown_only: figures for the table only, such as seconds, which do not compare across machines.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    hardware = environment.hardware()
-    table = Table(
-        "ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {environment.described(hardware)}"
-    )
-    for name, found in (ratios | (shown_only or {})).items():
-        figures = [f"{figure:.3g}" for figure in (found.median, found.min, found.max)]
-        table.add_row(name, *figures, str(found.rounds), goals.get(name, "–"))
-    Console(width=120).print(table)
+    hardware = environment.find_hardware()
+    table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {hardware}")
+    for name, row in (ratios | (shown_only or {})).items():
+        cells = [f"{value:.3g}" for value in (row.median, row.min, row.max)]
+        table.add_row(name, *cells, str(row.rounds), goals.get(name, "–"))
+    print_table(table)
     if out is not None:
-        result = {name: asdict(found) for name, found in ratios.items()}
-        result |= {
+        result = {
+            **ratios,
             "goals": {name: goal for name, goal in goals.items() if name in ratios},
             **more,
             "hardware": hardware,
-            "versions": environment.versions(),
+            "versions": environment.find_versions(),
         }
         write(result, out)
 
 
-def write(result: dict[str, Any], out: Path | None) -> None:
-    """Writes a result as JSON: into a file, or to standard output where there is none.
+def write(result: Any, out: Path | None) -> None:
+    """Writes a result as JSON to a file, or to standard output if `out` is None.
 
     Raises:
         UserError: the file cannot be written.
     """
-    content = json.dumps(result, indent=2) + "\n"
+    content = msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
     if out is None:
-        sys.stdout.write(content)
+        sys.stdout.write(content.decode())
         return
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, content.encode())
+        write_atomically(out, content)
     except OSError as error:
         raise UserError(f"--json {out}: expected a file that can be written ({error.strerror})") from None

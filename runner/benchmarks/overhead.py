@@ -1,11 +1,10 @@
-"""What does the runner cost, and what does it save? `runner train` against two loops written by hand.
+"""Overhead of the runner: `runner train` against two hand-written loops.
 
-The same model, optimizer, precision, batch size and process settings (threads, memory that is kept), each in a
-fresh process, in turn. The hand-written loop has its batches ready in memory and does nothing but train: no
-augmentation, no metrics, no ranks: the shortest there is. The other is the usual one, accelerate and torchvision's
-DataLoader with worker processes. What counts is the wall time from the second step to the last, and, apart from
-it, the time from the start of the process to its first step beyond that of one which only imports torch and
-torchvision.
+All use the same model, optimizer, precision, batch size and process settings (threads, memory reuse), each in a fresh
+process, in turn. The shortest loop has its batches ready in memory and only trains: no augmentation, no metrics, no
+ranks. The usual loop uses accelerate and torchvision's DataLoader with worker processes. The ratios are of the wall
+time from the second step to the last. The time from the start of the process to its first step is measured separately,
+minus that of a process that only imports torch and torchvision.
 
     python -m runner.benchmarks.overhead --data data/cifar10 --json overhead.json
 """
@@ -18,24 +17,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from data_prep.console import UserError, run_command
-from runner import experiments, launched
-from runner.benchmarks import measure
-from runner.recipe import Recipe
+from runner import experiments
+from runner.benchmarks import measure, program
+from runner.common.console import EXIT_BAD_INPUT
+from runner.common.errors import UserError
+from runner.config.recipe import Count, Recipe
+from runner.system import launcher
 
 GOALS = {
     "ratio_runner_to_shortest_loop": "≤ 1.02",
     "ratio_accelerate_loop_to_runner": "≥ 3 on a GPU",
     "seconds_to_first_step_beyond_imports": "≤ 1.5",
 }
-PARTS = Literal["runner", "loop", "accelerate", "imports"]
+Program = Literal["runner", "loop", "accelerate", "imports"]
 
 
 @dataclass(frozen=True)
@@ -46,112 +47,95 @@ class OverheadBenchmark:
     """Folder made by `python -m data_prep prepare`."""
     experiment: str = "podeti-mobilenetv2"
     """What is trained."""
-    steps: int = 20
+    steps: measure.Steps = 20
     """Optimizer steps of each turn."""
-    batch: int | None = None
+    batch: Count | None = None
     """Images of a step; by default the recipe's."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where: in fp32 on the CPU, in bf16 on a GPU."""
-    rounds: int = measure.LEAST_ROUNDS
+    rounds: measure.Rounds = measure.LEAST_ROUNDS
     """Turns that each takes."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
-    part: Annotated[PARTS | None, tyro.conf.arg(help="Run one part in this process and print its clock.")] = None
+    part: Annotated[Program | None, tyro.conf.arg(help="Run one part in this process and print its clock.")] = None
 
     def __call__(self) -> None:
-        if self.steps < 3:
-            raise UserError(f"--steps {self.steps}: expected 3 or more")
-        if self.rounds < measure.LEAST_ROUNDS:
-            raise UserError(f"--rounds {self.rounds}: expected {measure.LEAST_ROUNDS} or more, for a spread")
         experiments.get(self.experiment)
         if self.part is not None:
-            parts = {"runner": self.runner, "loop": self.loop, "accelerate": self.accelerate, "imports": imports}
-            print(json_format.dumps(parts[self.part]()))
+            if self.json is not None:
+                raise UserError(f"--json {self.json}: expected without --part, which measures no ratios")
+            programs = {"runner": self.runner, "loop": self.loop, "accelerate": self.accelerate, "imports": imports}
+            print(json_format.dumps(programs[self.part]()))
             return
-        clocks: dict[str, list[list[float]]] = {part: [] for part in get_args(PARTS)}
-        subjects = {part: lambda part=part: self.timed(part, clocks[part]) for part in clocks}
-        measure.in_turn(subjects, self.rounds, "measure overhead")
-        trained = [part for part in clocks if part != "imports"]
-        walls = {part: [clock[-1] - clock[1] for clock in clocks[part]] for part in trained}
-        starts = [ours[0] - theirs[0] for ours, theirs in zip(clocks["runner"], clocks["imports"], strict=True)]
-        first = {part: [clock[0] for clock in clocks[part]] for part in ("runner", "imports")}
+        clocks: dict[str, list[list[float]]] = {program: [] for program in get_args(Program)}
+        candidates = {program: partial(self.timed, program, clocks[program]) for program in clocks}
+        measure.in_turn(candidates, self.rounds, "measure overhead")
+        trained = [program for program in clocks if program != "imports"]
+        walls = {program: [clock[-1] - clock[1] for clock in clocks[program]] for program in trained}
+        first = {program: [clock[0] for clock in clocks[program]] for program in ("runner", "imports")}
         ratios = {
             "ratio_runner_to_shortest_loop": measure.ratio(walls["runner"], walls["loop"]),
             "ratio_accelerate_loop_to_runner": measure.ratio(walls["accelerate"], walls["runner"]),
             "ratio_first_step_to_imports": measure.ratio(first["runner"], first["imports"]),
         }
-        seconds = {
-            "seconds_to_first_step_beyond_imports": measure.Ratio(
-                median(starts), min(starts), max(starts), len(starts)
-            )
-        }
+        beyond_imports = [runner - imports for runner, imports in zip(first["runner"], first["imports"], strict=True)]
+        seconds = {"seconds_to_first_step_beyond_imports": measure.spread(beyond_imports)}
         settings = {"experiment": self.experiment, "steps": self.steps, "cores": len(os.sched_getaffinity(0))}
         settings |= {"batch": self.recipe().batch_size, "device": self.device}
         measure.conclude("overhead of the runner", ratios, GOALS, {"settings": settings}, self.json, seconds)
 
-    def timed(self, part: str, clocks: list[list[float]]) -> float:
-        """Runs a part in a fresh process; keeps the times of its steps, in seconds since its start."""
-        began = time.time()
-        command = [
-            "env",
-            "WANDB_MODE=offline",
-            sys.executable,
-            "-m",
-            "runner.benchmarks.overhead",
-            "--data",
-            str(self.data),
-            "--part",
-            part,
-        ]
-        command += ["--experiment", self.experiment, "--steps", str(self.steps), "--device", self.device]
-        command += ["--batch", str(self.recipe().batch_size)]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=launched.end_with_parent
+    def timed(self, program: str, clocks: list[list[float]]) -> float:
+        """Runs a program in a fresh process, appends the times of its steps to `clocks`, and returns the last.
+
+        Times are in seconds since the start of the process.
+        """
+        start = time.time()
+        command = ["env", "WANDB_MODE=offline", sys.executable, "-m", "runner.benchmarks.overhead", "--part", program]
+        command += ["--data", str(self.data), "--experiment", self.experiment, "--steps", str(self.steps)]
+        command += ["--device", self.device, "--batch", str(self.recipe().batch_size)]
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=launcher.end_with_parent
         )
-        clocks.append([at - began for at in json_format.loads(done.stdout.splitlines()[-1])])
+        if result.returncode == EXIT_BAD_INPUT:
+            raise SystemExit(EXIT_BAD_INPUT)  # the program has printed why
+        result.check_returncode()
+        clocks.append([seconds - start for seconds in json_format.loads(result.stdout.splitlines()[-1])])
         return clocks[-1][-1]
 
     def runner(self) -> list[float]:
-        """Trains by the command itself; every step asks once for its learning rate, and the clock is read there."""
-        from runner import cli, optim
+        """Trains by `runner train`; returns the time of each step."""
+        from runner import cli
 
-        clock, set_rate = [], optim.set_rate
-
-        def clocked(*arguments: object) -> float:
-            self.tick(clock)
-            return set_rate(*arguments)
-
-        optim.set_rate = clocked
-        with tempfile.TemporaryDirectory() as runs:
-            words = ["train", self.experiment, "--data", str(self.data), "--runs", runs, "--device", self.device]
-            words += ["--precision", "bf16" if self.device == "cuda" else "fp32"]
-            words += ["--recipe.batch-size", str(self.recipe().batch_size), "--evaluate-every", "1000"]
+        clock: list[float] = []
+        with tempfile.TemporaryDirectory() as runs, measure.before_every_step(lambda: self.tick(clock)):
+            argv = ["train", self.experiment, "--data", str(self.data), "--runs", runs, "--device", self.device]
+            argv += ["--precision", "bf16" if self.device == "cuda" else "fp32"]
+            argv += ["--recipe.batch-size", str(self.recipe().batch_size), "--evaluate-every", "1000"]
             try:
-                cli.main([*words, "--max-steps", str(self.steps)])
-            except SystemExit as leaving:
-                if leaving.code:
+                cli.main([*argv, "--max-steps", str(self.steps)])
+            except SystemExit as stop:
+                if stop.code:
                     raise
         return clock
 
     def loop(self) -> list[float]:
-        """The shortest loop."""
-        from runner.batches.protocol import Place, open_manifest, open_split
+        """Trains by the shortest loop; returns the time of each step."""
+        from runner.data.open import RankInfo, open_manifest, open_split
 
-        model, optimizer, device = self.prepared()
-        place = Place(device)
-        stream = open_split(self.data, open_manifest(self.data), "train", self.recipe(), place)
+        model, optimizer, device = self.prepare()
+        stream = open_split(self.data, open_manifest(self.data), "train", self.recipe(), RankInfo(device))
         batches = list(islice((batch for epoch in count() for batch in stream.epoch(epoch)), self.steps))
-        return self.trained(model, optimizer, batches, lambda loss: loss.backward())
+        return self.train(model, optimizer, batches)
 
     def accelerate(self) -> list[float]:
-        """The usual loop."""
+        """Trains by the usual loop; returns the time of each step."""
         import torch
         from accelerate import Accelerator
 
-        from runner.batches.protocol import open_manifest
         from runner.benchmarks.loader import LoaderBenchmark, torchvision_loader
+        from runner.data.open import open_manifest
 
-        model, optimizer, _ = self.prepared()
+        model, optimizer, _ = self.prepare()
         workers = min(8, len(os.sched_getaffinity(0)))
         benchmark = LoaderBenchmark(self.data, self.recipe().batch_size, workers)
         epoch = torchvision_loader(benchmark, open_manifest(self.data))
@@ -167,66 +151,52 @@ class OverheadBenchmark:
                         labels.to(accelerator.device, non_blocking=True),
                     )
 
-        return self.trained(model, optimizer, islice(batches(), self.steps), accelerator.backward)
+        return self.train(model, optimizer, islice(batches(), self.steps), accelerator.backward)
 
     def recipe(self) -> Recipe:
-        """The experiment's, with the batch that was asked for."""
+        """Returns the experiment's recipe with the requested batch size."""
         recipe = experiments.get(self.experiment).recipe
         return replace(recipe, batch_size=self.batch or recipe.batch_size)
 
-    def prepared(self) -> tuple[Any, Any, Any]:
-        """Model and optimizer as the runner makes them, and the device on which they are."""
+    def prepare(self) -> tuple[Any, Any, Any]:
+        """Returns model and optimizer as the runner builds them, and the device."""
         import torch
 
-        from runner import cpu, cuda, optim
+        from runner.system import cpu, cuda
+        from runner.training import optim
 
         device = torch.device(self.device)
         if self.device == "cpu":
             cpu.prepare()
         cuda.prepare(device, False, {})
         model = experiments.get(self.experiment).architecture.build().to(device, memory_format=torch.channels_last)
-        return model.train(), optim.build(self.recipe().optimizer, model), device
+        return model.train(), optim.build_optimizer(self.recipe().optimizer, model), device
 
-    def trained(
-        self, model: Any, optimizer: Any, batches: Iterable[Any], backward: Callable[[Any], None]
+    def train(
+        self, model: Any, optimizer: Any, batches: Iterable[Any], backward: Callable[[Any], None] | None = None
     ) -> list[float]:
-        """The times at which each of the steps on these batches began."""
-        import torch
-        import torch.nn.functional as F
-
+        """Trains on the batches; returns the time at which each step started."""
         clock: list[float] = []
+        step = measure.make_step(model, optimizer, self.device, backward)
         for images, labels in batches:
             self.tick(clock)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                loss = F.cross_entropy(model(images), labels)
-            backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            step(images, labels)
         return clock
 
     def tick(self, clock: list[float]) -> None:
-        """Reads the clock; where time is taken between, after the GPU has done what it was given."""
-        if self.device == "cuda" and len(clock) in (1, self.steps - 1):
-            import torch
-
-            torch.cuda.synchronize()
+        """Appends the time; the GPU is synchronized at the steps between which wall time is measured."""
+        if len(clock) in (1, self.steps - 1):
+            measure.synchronize(self.device)
         clock.append(time.time())
 
 
 def imports() -> list[float]:
-    """Imports torch and torchvision, and nothing else of weight."""
+    """Imports torch and torchvision; returns the time afterwards."""
     import torch  # noqa: F401
     import torchvision  # noqa: F401
 
     return [time.time()]
 
 
-def main() -> None:
-    """Entry point of `python -m runner.benchmarks.overhead`."""
-    run_command(
-        lambda: tyro.cli(OverheadBenchmark, prog="python -m runner.benchmarks.overhead", config=()), "overhead"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    program.run(OverheadBenchmark, "overhead")

@@ -1,20 +1,42 @@
-"""What came of the papers' experiments: collects runs into one file that the README's table is made from.
+"""Collects the runs of the papers' experiments into the file that the README's table of accuracies is made from.
 
 python -m runner.benchmarks.papers runs --json runner/benchmarks/results/papers-gpu.json
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import msgspec
 import tyro
+from msgspec import UNSET
 
-from data_prep.console import UserError, run_command
 from runner import experiments
-from runner.benchmarks import measure
-from runner.recipe import Architecture, Experiment, differences, recipe_from_json
+from runner.benchmarks import measure, program
+from runner.common.errors import UserError
+from runner.config.recipe import Experiment, differences, to_json
 from runner.report import collect
-from runner.runs import Run, find_runs
+from runner.report.collect import Outcome, RunRecord
+from runner.run.folder import Run, find_runs
+from runner.run.schema import Hardware
+
+
+class PaperOutcome(Outcome, kw_only=True):
+    """The outcome of an experiment, compared with the experiment as it is registered now.
+
+    Attributes:
+        epochs_test_accuracy: for each seed the test accuracy after every epoch, in 0..1.
+        test_accuracy_augmented: of each run, with test-time augmentation; None if it has none.
+        fingerprint: of the dataset.
+    """
+
+    epochs_test_accuracy: dict[int, list[float]]
+    test_accuracy_augmented: list[float | None]
+    precision: str
+    world_size: int
+    hardware: Hardware
+    versions: dict[str, str]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -27,59 +49,53 @@ class Papers:
     """File to write."""
 
     def __call__(self) -> None:
-        if not self.runs:
-            raise UserError("RUNS: expected at least one run folder or folder of runs")
-        found = entries(find_runs(list(self.runs)))
-        if not found:
+        outcomes = collect_outcomes(find_runs(list(self.runs)))
+        if not outcomes:
             raise UserError(f"{self.runs[0]}: expected a finished run, found none")
-        measure.write({"experiments": found}, self.json)
+        measure.write({"experiments": to_json(outcomes)}, self.json)
         if self.json is not None:
-            print(f"{self.json}: {len(found)} experiments")
+            print(f"{self.json}: {len(outcomes)} experiments")
 
 
-def entries(runs: list[Run]) -> list[dict[str, Any]]:
-    """An entry for each experiment that whole runs were trained of."""
-    records = [collect.read(run) for run in runs]
-    found = collect.experiments(records)
-    for entry in found:
-        of_entry = [record for record in records if str(record.run.folder) in entry["folders"]]
-        del entry["folders"]
-        entry["epochs_test_accuracy"] = {
-            record.config["seed"]: [row["test/accuracy"] for row in record.metrics if "test/accuracy" in row]
-            for record in of_entry
-        }
-        config = of_entry[0].config
-        entry |= against_the_experiment(entry, config)
-        entry |= {
-            "test_accuracy_augmented": [collect.row(record)["test_accuracy_augmented"] for record in of_entry],
-            "precision": config["precision"],
-            "world_size": config["world_size"],
-            "hardware": config["hardware"],
-            "versions": config["versions"],
-            "fingerprint": config["dataset"]["fingerprint"],
-        }
-    return found
+def collect_outcomes(runs: list[Run]) -> list[PaperOutcome]:
+    """The outcome of each experiment that has finished runs."""
+    return [paper_outcome(group) for group in collect.group_by_training([collect.read(run) for run in runs])]
 
 
-def against_the_experiment(entry: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """In what a run departs from the experiment as it now stands, and how far a whole run of it is from the
-    report."""
-    registered = experiments.load().get(entry["experiment"])
-    if registered is None:
-        return {}
-    ran = Experiment(Architecture(**config["architecture"]), recipe_from_json(config["recipe"]), registered.paper)
-    now = Experiment(registered.architecture, registered.recipe, registered.paper)
-    changed = {name: list(pair) for name, pair in differences(now, ran).items()}
-    whole = not changed and entry["epochs"] >= registered.recipe.epochs - 1e-9 and entry["teacher"] is None
-    ours = entry["reproduced"] if whole else None
-    difference = None if ours is None or registered.reported is None else ours - registered.reported.accuracy
-    return {"overrides": changed, "recipe_epochs": registered.recipe.epochs, "difference": difference}
+def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
+    """The outcome of finished runs that differ only in their seed."""
+    config = group[0].config
+    outcome = PaperOutcome(
+        **msgspec.structs.asdict(collect.outcome(group)) | {"folders": UNSET},
+        epochs_test_accuracy={
+            record.config.seed: [row.test_accuracy for row in record.metrics if row.test_accuracy is not None]
+            for record in group
+        },
+        test_accuracy_augmented=[collect.row(record).test_accuracy_augmented for record in group],
+        precision=config.precision,
+        world_size=config.world_size,
+        hardware=config.hardware,
+        versions=config.versions,
+        fingerprint=config.dataset.fingerprint,
+    )
+    registered = experiments.load().get(config.experiment)
+    if registered is not None:
+        trained = Experiment(config.architecture, config.recipe, registered.paper)
+        compare_with_registered(outcome, trained, registered)
+    return outcome
 
 
-def main() -> None:
-    """Entry point of `python -m runner.benchmarks.papers`."""
-    run_command(lambda: tyro.cli(Papers, prog="python -m runner.benchmarks.papers"), "papers")
+def compare_with_registered(outcome: PaperOutcome, trained: Experiment, registered: Experiment) -> None:
+    """Sets overrides and difference of an outcome against the registered experiment, which may have changed since."""
+    registered_setup = Experiment(registered.architecture, registered.recipe, registered.paper)
+    outcome.overrides = differences(registered_setup, trained)
+    outcome.recipe_epochs = registered.recipe.epochs
+    complete = outcome.epochs >= registered.recipe.epochs - 1e-9
+    comparable = complete and not outcome.overrides and outcome.teacher is None
+    outcome.difference = None
+    if comparable and outcome.reproduced is not None and registered.reported is not None:
+        outcome.difference = outcome.reproduced - registered.reported.accuracy
 
 
 if __name__ == "__main__":
-    main()
+    program.run(Papers, "papers")

@@ -1,10 +1,9 @@
-"""What do ranks cost? Two processes against one with the same cores, and DDP with one process against none.
+"""Cost of ranks: several processes against one, and DDP with one process against no DDP.
 
-Both train the same global batches by `runner train` itself, under `accelerate launch`; what counts is the time from
-the second step to the last. Two gloo processes with one thread each share the cores that one process has for
-itself; with GPUs it is all of them against one, by NCCL, with as many images for each. DDP with one process is the
-price of
-the wrapper: the same loop on the same fixed batch, with and without.
+The processes run `runner train` under `accelerate launch`; the ratio is of the wall time from the second step to the
+last. On the CPU, two gloo processes with one thread each share the cores of the single process, and train the same
+global batches. With GPUs, all of them train by NCCL against one, with the same number of images on each. DDP with one
+process measures the wrapper alone: the same loop on the same fixed batch, with and without it.
 
     python -m runner.benchmarks.scaling --data data/cifar10 --json scaling.json
 """
@@ -17,17 +16,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from data_prep.console import UserError, run_command
-from runner import environment, experiments, launched
-from runner.benchmarks import measure
+from runner import experiments
+from runner.benchmarks import measure, program
+from runner.common.errors import UserError
+from runner.config.recipe import Count
+from runner.system import environment, launcher
 
 GOALS = {"ratio_ranks_to_one_process": "≤ 1.10", "ratio_ddp_of_one_to_none": "≤ 1.03"}
 DDP_STEPS = {"cpu": 5, "cuda": 50}  # of each turn with the wrapper and without
-TOLD = "seconds: "
+SECONDS = "seconds: "  # prefix of the line in which the first rank reports its time
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,32 @@ class ScalingBenchmark:
     """Folder made by `python -m data_prep prepare`."""
     experiment: str = "podeti-mobilenetv2"
     """What is trained."""
-    steps: int = 12
+    steps: measure.Steps = 12
     """Optimizer steps of each turn."""
-    rounds: int = measure.LEAST_ROUNDS
+    rounds: measure.Rounds = measure.LEAST_ROUNDS
     """Turns that each takes."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
-    batch: Annotated[int | None, tyro.conf.arg(help="Train as one rank of a turn, with this global batch.")] = None
+    batch: Annotated[Count | None, tyro.conf.arg(help="Train as one rank of a turn, with this global batch.")] = None
 
     def __call__(self) -> None:
-        if self.steps < 3:
-            raise UserError(f"--steps {self.steps}: expected 3 or more")
-        if self.rounds < measure.LEAST_ROUNDS:
-            raise UserError(f"--rounds {self.rounds}: expected {measure.LEAST_ROUNDS} or more, for a spread")
+        from runner.data.open import open_manifest
+
         batch = experiments.get(self.experiment).recipe.batch_size
         if self.batch is not None:
+            if self.json is not None:
+                raise UserError(f"--json {self.json}: expected without --batch, which measures no ratios")
             self.train(self.batch)
             return
+        open_manifest(self.data)  # reports a missing or damaged dataset before any rank starts
         gpus = environment.count_gpus()
         ranks = max(gpus, 2)
         ratios = {}
         if gpus != 1:
-            # GPUs keep their images each and should take as long; cores share the same work.
-            together = batch * ranks if gpus else batch
-            subjects = {"one": lambda: self.launched(1, batch), "ranks": lambda: self.launched(ranks, together)}
-            walls = measure.in_turn(subjects, self.rounds, "measure ranks")
+            # Each GPU keeps the same number of images, and should take as long; CPU ranks share the same work.
+            global_batch = batch * ranks if gpus else batch
+            candidates = {"one": lambda: self.launched(1, batch), "ranks": lambda: self.launched(ranks, global_batch)}
+            walls = measure.in_turn(candidates, self.rounds, "measure ranks")
             ratios["ratio_ranks_to_one_process"] = measure.ratio(walls["ranks"], walls["one"])
         walls = ddp_of_one(self.experiment, self.data, self.rounds, "cuda" if gpus else "cpu")
         ratios["ratio_ddp_of_one_to_none"] = measure.ratio(walls["ddp"], walls["none"])
@@ -77,51 +79,64 @@ class ScalingBenchmark:
         measure.conclude("price of ranks", ratios, GOALS, {"settings": settings}, self.json)
 
     def launched(self, processes: int, batch: int) -> float:
-        """Seconds from the second step to the last of `runner train` on so many processes."""
+        """Trains on several processes; returns the seconds from the second step to the last.
+
+        Args:
+            processes: number of ranks.
+            batch: global batch size.
+        """
         gpus = environment.count_gpus()
-        launcher = [sys.executable, *measure.accelerate_launch(processes, "bf16" if gpus else "no")]
-        # Threads that spin for work take it from the other rank's.
+        # Without a limit, OpenMP threads that spin while they wait take cores from the other rank.
         variables = ["WANDB_MODE=disabled", *([] if gpus else ["ACCELERATE_USE_CPU=true", "GOMP_SPINCOUNT=1000"])]
-        words = ["--data", self.data, "--experiment", self.experiment, "--steps", self.steps, "--batch", batch]
-        command = ["env", *variables, *launcher, "-m", "runner.benchmarks.scaling", *map(str, words)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, preexec_fn=launched.end_with_parent
+        launch = measure.accelerate_launch(processes, "bf16" if gpus else "no")
+        argv = ["--data", self.data, "--experiment", self.experiment, "--steps", self.steps, "--batch", batch]
+        command = ["env", *variables, sys.executable, *launch, "-m", "runner.benchmarks.scaling", *map(str, argv)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, preexec_fn=launcher.end_with_parent
         )
-        told = [line for line in done.stdout.splitlines() if line.startswith(TOLD)]
-        if not told:
-            raise RuntimeError(done.stderr)
-        return float(told[0].removeprefix(TOLD))
+        reported = [line for line in result.stdout.splitlines() if line.startswith(SECONDS)]
+        if not reported:
+            raise RuntimeError(result.stderr)
+        return float(reported[0].removeprefix(SECONDS))
 
     def train(self, batch: int) -> None:
-        """One rank of `launched`. Every step asks once for its learning rate, and the clock is read there."""
+        """Trains as one rank of `launched`; the first rank prints its time at the start of the last step."""
         import torch
 
-        from runner import cli, optim
+        from runner import cli
 
-        clock, set_rate = [], optim.set_rate
+        clock: list[float] = []
 
-        def clocked(*arguments: Any) -> float:
+        def tick() -> None:
             clock.append(time.perf_counter())
-            alone = not torch.distributed.is_initialized()
-            if len(clock) == self.steps and (alone or torch.distributed.get_rank() == 0):
-                print(f"{TOLD}{clock[-1] - clock[1]}", flush=True)
-            return set_rate(*arguments)
+            first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            if len(clock) == self.steps and first:
+                print(f"{SECONDS}{clock[-1] - clock[1]}", flush=True)
 
-        optim.set_rate = clocked
         device = [] if environment.count_gpus() else ["--device", "cpu"]
-        with tempfile.TemporaryDirectory() as runs:
-            words = ["train", self.experiment, "--data", str(self.data), "--runs", runs, *device]
-            cli.main([*words, "--max-steps", str(self.steps), "--recipe.batch-size", str(batch)])
+        with tempfile.TemporaryDirectory() as runs, measure.before_every_step(tick):
+            argv = ["train", self.experiment, "--data", str(self.data), "--runs", runs, *device]
+            cli.main([*argv, "--max-steps", str(self.steps), "--recipe.batch-size", str(batch)])
 
 
 def ddp_of_one(name: str, data: Path, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of some steps on a fixed batch, with DDP around the model and without, in turn."""
+    """Measures steps on a fixed batch with DDP around the model ("ddp") and without ("none"), in turn.
+
+    Args:
+        name: experiment to train.
+        data: prepared dataset.
+        rounds: number of rounds.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Seconds of each round.
+    """
     import torch
-    import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
 
-    from runner import cpu, optim
-    from runner.batches.protocol import Place, open_manifest, open_split
+    from runner.data.open import RankInfo, open_manifest, open_split
+    from runner.system import cpu
+    from runner.training import optim
 
     if device == "cpu":
         cpu.prepare()
@@ -129,51 +144,37 @@ def ddp_of_one(name: str, data: Path, rounds: int, device: str) -> dict[str, lis
         "nccl" if device == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     recipe = experiments.get(name).recipe
-    stream = open_split(data, open_manifest(data), "train", recipe, Place(torch.device(device)))
-    images, labels = next(stream.epoch(0))
-    subjects: dict[str, Callable[[], float]] = {}
+    stream = open_split(data, open_manifest(data), "train", recipe, RankInfo(torch.device(device)))
+    batch = next(stream.epoch(0))
+    candidates: dict[str, Callable[[], float]] = {}
     for kind in ("none", "ddp"):
         torch.manual_seed(0)
-        bare = experiments.get(name).architecture.build().to(device, memory_format=torch.channels_last)
-        optimizer = optim.build(recipe.optimizer, bare)
-        model = bare
+        model = experiments.get(name).architecture.build().to(device, memory_format=torch.channels_last)
+        optimizer = optim.build_optimizer(recipe.optimizer, model)
         if kind == "ddp":
             model = DistributedDataParallel(
-                bare, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
+                model, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
             )
-
-        def steps(model: torch.nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> float:
-            for counted in (False, True):  # a step to warm up, then those that count
-                _finish(device)
-                began = time.perf_counter()
-                for _ in range(DDP_STEPS[device] if counted else 1):
-                    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                        loss = F.cross_entropy(model(images), labels)
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                _finish(device)
-            return time.perf_counter() - began
-
-        subjects[kind] = steps
-    walls = measure.in_turn(subjects, rounds, "measure DDP")
+        candidates[kind] = _timed(measure.make_step(model, optimizer, device), batch, device)
+    walls = measure.in_turn(candidates, rounds, "measure DDP")
     torch.distributed.destroy_process_group()
     return walls
 
 
-def _finish(device: str) -> None:
-    if device == "cuda":
-        import torch
+def _timed(step: Callable, batch: tuple, device: str) -> Callable[[], float]:
+    """Returns a function that measures the seconds of DDP_STEPS steps on a batch, after one step of warm-up."""
 
-        torch.cuda.synchronize()
+    def seconds() -> float:
+        step(*batch)
+        measure.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(DDP_STEPS[device]):
+            step(*batch)
+        measure.synchronize(device)
+        return time.perf_counter() - start
 
-
-def main() -> None:
-    """Entry point of `python -m runner.benchmarks.scaling`."""
-    run_command(
-        lambda: tyro.cli(ScalingBenchmark, prog="python -m runner.benchmarks.scaling", config=()), "scaling"
-    )
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    program.run(ScalingBenchmark, "scaling")

@@ -1,327 +1,378 @@
-"""The README's tables, made from the committed results. A cell without a result says so.
+"""The tables of README.md and runner/benchmarks/README.md, made from the committed results.
+
+A cell without a result says so.
 
 python -m runner.benchmarks.tables --write
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+import msgspec
 
-from data_prep.console import UserError, run_command
 from runner import experiments
-from runner.benchmarks.gpu.part import was_measured
-from runner.environment import described
-from runner.report.markdown import table
+from runner.benchmarks import program
+from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
+from runner.benchmarks.measure import Ratio
+from runner.benchmarks.papers import PaperOutcome
+from runner.common.errors import UserError
+from runner.common.files import read
+from runner.config.recipe import Experiment
+from runner.report.markdown import percent, table
+from runner.run.schema import Hardware, LatencyRow, ParityRow
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
+BENCHMARKS = Path(__file__).parent / "README.md"
 MISSING = "not measured"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Print the README's tables, or write them into it."""
+    """Print all tables, or write them into the two documents."""
 
     write: bool = False
-    """Put them into README.md, each between its marks."""
+    """Write them into README.md and runner/benchmarks/README.md, each between its markers."""
 
     def __call__(self) -> None:
-        if not self.write:
-            for name, make in TABLES.items():
-                print(f"## {name}\n\n{make()}\n")
-            return
-        README.write_text(filled(README.read_text()))
-        print(f"{README}: {len(TABLES)} tables")
+        for document, tables in TABLES.items():
+            if self.write:
+                document.write_text(filled(document, tables))
+                print(f"{document}: {len(tables)} tables")
+            else:
+                print(*(f"## {name}\n\n{make()}\n" for name, make in tables.items()), sep="\n")
 
 
-def filled(text: str) -> str:
-    """The README with every table put between its marks.
+def filled(document: Path, tables: dict[str, Callable[[], str]]) -> str:
+    """Returns the text of a document with every table inserted between its markers.
 
     Raises:
-        UserError: a table's marks are missing.
+        UserError: a table's markers are missing.
     """
-    for name, make in TABLES.items():
+    text = document.read_text()
+    for name, make in tables.items():
         first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if text.count(first) != 1 or text.count(last) != 1:
-            raise UserError(f"README.md: expected {first} and {last} once each")
+            raise UserError(f"{document}: expected {first} and {last} once each")
         before, rest = text.split(first)
         text = f"{before}{first}\n{make()}\n{last}{rest.split(last)[1]}"
     return text
 
 
-def result(name: str) -> dict[str, Any] | None:
-    """A committed result; None where there is none."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+class ParityRun(msgspec.Struct):
+    """The parity report of one trained run."""
+
+    experiment: str
+    eager_accuracy: float
+    rows: list[ParityRow]
+    seed: int = 0
+    epochs: float = 0.0
+    dataset: str = ""
+
+
+class ParityFile(msgspec.Struct):
+    """parity-cpu.json, which parity.py writes."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+    runs: list[ParityRun]
+
+
+def read_part(name: str) -> PartFile | None:
+    """The results of a part of the GPU benchmark; None if it has not run.
+
+    Raises:
+        UserError: the file is from a rehearsal on a CPU.
+    """
+    path = RESULTS / f"{name}-gpu.json"
+    if not path.is_file():
+        return None
+    part = read(path, PartFile)
+    if part.rehearsal or not part.hardware.gpus:
+        raise UserError(f"results/{path.name}: expected measurements of a GPU, found a rehearsal")
+    return part
+
+
+def read_findings(name: str) -> dict[str, Finding]:
+    """The measured findings of a part of the GPU benchmark by name; empty if it has not run."""
+    part = read_part(name)
+    return {key: finding for key, finding in part.findings.items() if was_measured(finding)} if part else {}
+
+
+def results() -> str:
+    """The experiments that were trained in full: reported and reproduced accuracy."""
+    known, rows, legend = experiments.load(), [], _Legend()
+    for file in ("papers-cpu", "papers-gpu"):
+        for name, outcome in read_unchanged_experiments(file).items():
+            if name in known and outcome.epochs >= outcome.recipe_epochs:
+                letter = legend.letter(outcome.hardware, outcome.versions)
+                rows.append([f"`{name}`", _reported(known[name]), _accuracy(outcome), letter])
+    titles = ["experiment", "reported", "measured", "on"]
+    return f"{table(titles, rows or [_missing_row(titles)])}\n\n{legend}"
 
 
 def papers() -> str:
-    """Every experiment: reported, and what was reproduced on the CPU and on a GPU."""
-    found = {place: _by_name(result(f"papers-{place}")) for place in ("cpu", "gpu")}
+    """Every experiment: reported accuracy, and the accuracy reproduced on the CPU and on a GPU."""
+    cpu, gpu = (read_unchanged_experiments(f"papers-{device}") for device in ("cpu", "gpu"))
     rows = []
     for name, experiment in experiments.load().items():
-        reported = experiment.reported
         rows.append(
             [
                 f"`{name}`",
                 f"{experiment.parameters:,}",
-                f"{experiment.macs / 1e6:,.0f}",
-                f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–",
-                *(_accuracy(found[place].get(name)) for place in ("cpu", "gpu")),
+                f"{(experiment.macs or 0) / 1e6:,.0f}",
+                _reported(experiment),
+                _accuracy(cpu.get(name)),
+                _accuracy(gpu.get(name)),
             ]
         )
-    titles = ["experiment", "parameters", "M MACs", "reported", "ours, CPU", "ours, GPU"]
-    told = "; ".join(_hardware(entry) for entry in _distinct([*found["cpu"].values(), *found["gpu"].values()]))
-    return f"{table(titles, rows)}\n\nMeasured on: {told or MISSING}."
+    titles = ["experiment", "parameters", "M MACs", "reported", "measured, CPU", "measured, GPU"]
+    machines = dict.fromkeys(_machine(outcome.hardware, outcome.versions) for outcome in [*cpu.values(), *gpu.values()])
+    return f"{table(titles, rows)}\n\nMeasured on: {'; '.join(machines) or MISSING}."
+
+
+def read_unchanged_experiments(name: str) -> dict[str, PaperOutcome]:
+    """The outcomes in a file by experiment, without those that changed more than the number of epochs.
+
+    Raises:
+        UserError: there are two outcomes of an experiment.
+    """
+    path = RESULTS / f"{name}.json"
+    entries = read(path, dict[str, Any]).get("experiments", []) if path.is_file() else []
+    outcomes = msgspec.convert(entries, list[PaperOutcome], strict=False)
+    unchanged = [one for one in outcomes if not one.overrides.keys() - {"recipe.epochs"} and not one.teacher]
+    names = [outcome.experiment for outcome in unchanged]
+    if len(set(names)) < len(names):
+        raise UserError(f"results/{name}.json: expected one entry for each experiment, found {sorted(names)}")
+    return dict(zip(names, unchanged, strict=True))
+
+
+def _reported(experiment: Experiment) -> str:
+    """The accuracy that a paper reports, with its split and epoch; a dash if there is none."""
+    reported = experiment.reported
+    return f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–"
+
+
+def _accuracy(outcome: PaperOutcome | None) -> str:
+    """An accuracy with its dataset, epochs and seeds."""
+    if outcome is None:
+        return MISSING
+    if outcome.reproduced is None:
+        text = percent(outcome.test_accuracy, outcome.test_accuracy_std)
+    else:
+        text = percent(outcome.reproduced, outcome.reproduced_std)
+    if outcome.difference is not None:
+        text += f" ({100 * outcome.difference:+.2f})"
+    epochs = f"{outcome.epochs:g} of {outcome.recipe_epochs} epochs"
+    seeds = f"seed{'s' if outcome.runs > 1 else ''} {', '.join(map(str, outcome.seeds))}"
+    return f"{text}, {outcome.dataset}, {epochs}, {seeds}, {outcome.precision}"
 
 
 def ratios() -> str:
-    """The ratios of the benchmarks of loaders, overhead, ranks and deployment, and of those on the GPU."""
-    rows, places = [], _Places()
+    """The ratios measured by the benchmarks of loaders, overhead, ranks, deployment and of speed on the GPU."""
+    rows, legend = [], _Legend()
     for name in ("loader-cpu", "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
-        measured = result(name)
-        if measured is None:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
             rows.append([name, MISSING, "", ""])
             continue
-        letter = places.letter(measured)
-        for key, ratio, goals in _leaves(measured):
-            if isinstance(ratio, dict) and "median" in ratio and key.startswith("ratio_"):
-                spread = f"{ratio['median']:.3g}"
-                if ratio["rounds"] > 1:
-                    spread += f" ({ratio['min']:.3g} to {ratio['max']:.3g}, {ratio['rounds']} rounds)"
-                told = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
-                rows.append([told, spread, goals.get(key, "–"), letter])
-    return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{places.told()}"
+        result = read(path, dict[str, Any])
+        letter = legend.letter(msgspec.convert(result["hardware"], Hardware), result["versions"])
+        # Each finding of a part of the GPU benchmark has its own ratios and goals.
+        for finding in result.get("found", {name: result}).values():
+            for key, value in finding.items():
+                if key.startswith("ratio_") and isinstance(value, dict) and "median" in value:
+                    title = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
+                    goal = finding.get("goals", {}).get(key, "–")
+                    rows.append([title, _spread(msgspec.convert(value, Ratio)), goal, letter])
+    return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{legend}"
+
+
+def _spread(ratio: Ratio) -> str:
+    text = f"{ratio.median:.3g}"
+    return f"{text} ({ratio.min:.3g} to {ratio.max:.3g}, {ratio.rounds} rounds)" if ratio.rounds > 1 else text
 
 
 def correctness() -> str:
-    """What the GPU part that is about correctness found, in words."""
-    found = _found("correctness")
-    tests = _found("tests").get("pytest", {})
+    """Results of the GPU benchmark's part on correctness."""
+    findings = read_findings("correctness")
+    tests = read_findings("tests").get("pytest", {})
     rows = [["GPU tests", f"{tests['passed']} passed, {len(tests['failed_tests'])} failed" if tests else MISSING]]
-    for name, one in found.items():
+    for name, finding in findings.items():
         if name.startswith("batches/"):
-            kind = name.removeprefix("batches/")
-            told = f"{one['equal_share']:.4%} equal, largest difference {one['largest_difference']:g} of 255"
-            rows.append([f"pixels made on the GPU beside the CPU's, {kind}", told])
-    losses = found.get("losses", {})
+            rows.append(
+                [
+                    f"pixels made on the GPU beside the CPU's, {name.removeprefix('batches/')}",
+                    f"{finding['equal_share']:.4%} equal, largest difference {finding['largest_difference']:g} of 255",
+                ]
+            )
+    losses = findings.get("losses", {})
     for precision in ("bf16", "fp16"):
-        one = losses.get(precision)
-        told = f"{one['mean']:.2%} mean, {one['most']:.2%} most" if one else MISSING
-        rows.append([f"training loss in {precision} beside fp32's, relative", told])
-    resume, one, every = (found.get(name) for name in ("resume", "ddp/one", "ddp/all"))
+        loss = losses.get(precision)
+        text = f"{loss['mean']:.2%} mean, {loss['most']:.2%} most" if loss else MISSING
+        rows.append([f"training loss in {precision} beside fp32's, relative", text])
+    resume, one_rank, all_ranks = (findings.get(name) for name in ("resume", "ddp/one", "ddp/all"))
     rows += [
-        ["killed and resumed beside never stopped, deterministic", _equal(resume, "same_weights", "weights")],
-        ["DDP of one process beside none", _equal(one, "same_gradients", "gradients")],
+        ["killed and resumed beside never stopped, deterministic", _identity(resume, "same_weights", "weights")],
+        ["DDP of one process beside none", _identity(one_rank, "same_gradients", "gradients")],
         [
             "all GPUs of the node beside one, training loss, relative",
-            f"{every['difference']['most']:.2e} most, {every['ranks']} ranks" if every else MISSING,
+            f"{all_ranks['difference']['most']:.2e} most, {all_ranks['ranks']} ranks" if all_ranks else MISSING,
         ],
     ]
-    return _with_place("correctness", table(["what", "found"], rows))
+    return _with_machine("correctness", table(["what", "found"], rows))
+
+
+def _identity(finding: Finding | None, key: str, what: str) -> str:
+    if finding is None:
+        return MISSING
+    return f"bit-identical {what}" if finding[key] else f"different {what}"
 
 
 def architectures() -> str:
-    """Steps of every architecture: images a second, share of the peak, memory."""
-    found = _found("speed")
+    """Training speed of every architecture: images per second, share of the peak, memory."""
+    findings = read_findings("speed")
     rows = []
-    for name in dict.fromkeys(key.split("/")[1] for key in found if key.startswith("architectures/")):
-        modes = {mode: found.get(f"architectures/{name}/{mode}") for mode in ("eager", "compiled", "graphs")}
-        measured = [one for one in modes.values() if one]
-        best = max(measured, key=lambda one: one["images_per_second"]["median"])
-        rates = [f"{one['images_per_second']['median']:,.0f}" if one else MISSING for one in modes.values()]
+    for name in dict.fromkeys(key.split("/")[1] for key in findings if key.startswith("architectures/")):
+        modes = [findings.get(f"architectures/{name}/{mode}") for mode in ("eager", "compiled", "graphs")]
+        best = max(filter(None, modes), key=lambda finding: finding["images_per_second"]["median"])
+        rates = [f"{finding['images_per_second']['median']:,.0f}" if finding else MISSING for finding in modes]
         limit = best.get("limit_images_per_second")
-        used = [f"{limit:,.0f}", f"{best['utilisation']:.0%}"] if limit else ["–", "–"]
-        rows.append([f"`{name}`", *rates, *used, f"{best['peak_memory_gib']:.1f}"])
+        utilization = [f"{limit:,.0f}", f"{best['utilisation']:.0%}"] if limit else ["–", "–"]
+        rows.append([f"`{name}`", *rates, *utilization, f"{best['peak_memory_gib']:.1f}"])
     titles = ["img/s of", "eager", "compiled", "CUDA graphs", "limit of arithmetic", "best ÷ limit", "GiB"]
-    return _with_place("speed", table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]]))
+    return _with_machine("speed", table(titles, rows or [_missing_row(titles)]))
 
 
 def speedrun() -> str:
-    """Seconds to an accuracy, ours and a peer's."""
-    found = _found("speedrun").get("together", {})
+    """Seconds to an accuracy, of this project and of another one."""
+    findings = read_findings("speedrun").get("together", {})
     rows = []
-    for who in ("ours/eager", "ours/compiled", "peer"):
-        one = found.get(who)
-        if not one:
-            rows.append([who, *[MISSING] * 3])
+    for name in ("ours/eager", "ours/compiled", "peer"):
+        finding = findings.get(name)
+        if not finding:
+            rows.append([name, *[MISSING] * 3])
             continue
-        ratio = one.get("ratio_to_peer")
+        ratio = finding.get("ratio_to_peer")
         rows.append(
             [
-                who,
-                f"{one['accuracy']:.2%} ± {one['accuracy_std']:.2%}, {one['trainings']} seeds",
-                f"{one['seconds']:.2f} ± {one['seconds_std']:.2f}",
+                name,
+                f"{finding['accuracy']:.2%} ± {finding['accuracy_std']:.2%}, {finding['trainings']} seeds",
+                f"{finding['seconds']:.2f} ± {finding['seconds_std']:.2f}",
                 f"{ratio['median']:.2f}" if ratio else "–",
             ]
         )
     titles = ["", "accuracy", "seconds", "÷ peer (goal ≤ 0.9)"]
-    return _with_place("speedrun", table(titles, rows))
+    return _with_machine("speedrun", table(titles, rows))
 
 
 def profile() -> str:
-    """Where the time of a step goes, in words and as a picture."""
-    found = _found("profile")
-    told = [one["told"] for one in found.values() if "told" in one]
-    if not told:
+    """What a training step spends its time on, as text and as a picture."""
+    texts = [finding["told"] for finding in read_findings("profile").values() if "told" in finding]
+    if not texts:
         return f"Where the time of a step goes: {MISSING}."
-    return "\n\n".join([*told, "![Shares of the device time of a step](runner/benchmarks/results/profile.png)"])
+    return "\n\n".join([*texts, "![Shares of the device time of a step](results/profile.png)"])
 
 
 def deployment() -> str:
-    """Latency on the GPU by backend and precision, of what has passed the gate."""
-    found = _found("deployment")
+    """Latency on the GPU by backend and precision, of files that passed the gate."""
     rows = []
-    for name, one in found.items():
-        if "parity" in name or "rows" not in one:
+    for name, finding in read_findings("deployment").items():
+        if "parity" in name or "rows" not in finding:
             continue
-        experiment = name.split("/")[0]
-        for row in one["rows"]:
-            if "p50_ms" in row:
-                figures = [f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")]
-                told = [f"`{experiment}`", row["backend"], row["precision"], str(row["batch"]), *figures]
-                rows.append([*told, f"{row['images_per_second']:,.0f}"])
+        for row in msgspec.convert(finding["rows"], list[LatencyRow]):
+            if row.measured:
+                percentiles = [f"{figure:.3f}" for figure in (row.p50_ms, row.p90_ms, row.p99_ms)]
+                setup = [f"`{name.split('/')[0]}`", row.backend, row.precision, str(row.batch)]
+                rows.append([*setup, *percentiles, f"{row.images_per_second:,.0f}"])
     titles = ["experiment", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "img/s"]
-    return _with_place("deployment", table(titles, rows or [[MISSING, *[""] * (len(titles) - 1)]]))
+    return _with_machine("deployment", table(titles, rows or [_missing_row(titles)]))
 
 
 def parity() -> str:
-    """The gate's rows of trained runs, on the CPU and on a GPU."""
-    rows, places = [], _Places()
-    measured = result("parity-cpu")
-    reports = []
-    for each in [] if measured is None else measured["runs"]:
-        told = f"{each['epochs']:.2f} epochs, seed {each['seed']}, {each['dataset']}"
-        reports.append((places.letter(measured), each | {"trained": told}))
-    gpu = result("deployment-gpu")
-    found = _found("deployment")
-    for name, one in found.items():
-        if "/parity/" in name:
-            experiment = name.split("/")[0]
-            trained = f"{found[f'{experiment}/weights']['trained']}, seed 0, {gpu['dataset']}"
-            reports.append((places.letter(gpu), one | {"experiment": experiment, "trained": trained}))
-    for letter, report in reports:
-        for row in report["rows"]:
-            backend = row["provider"].removesuffix("ExecutionProvider")
-            rows.append(
-                [
-                    f"`{report['experiment']}`",
-                    report["trained"],
-                    row["precision"],
-                    f"{row['backend']} {backend}",
-                    f"{report['eager_accuracy']:.2%}",
-                    f"{row['accuracy']:.2%} ({100 * row['accuracy_change']:+.2f})",
-                    f"{row['agreement']:.2%}",
-                    "yes" if row["passed"] else f"no: {row['limit']}",
-                    letter,
-                ]
-            )
+    """Parity of the exported files of trained runs, on the CPU and on a GPU."""
+    rows, legend = [], _Legend()
+    path = RESULTS / "parity-cpu.json"
+    if path.is_file():
+        cpu = read(path, ParityFile)
+        letter = legend.letter(cpu.hardware, cpu.versions)
+        for report in cpu.runs:
+            trained = f"{report.epochs:.2f} epochs, seed {report.seed}, {report.dataset}"
+            rows += [_parity_cells(report, row, trained, letter) for row in report.rows]
+    if gpu := read_part("deployment"):
+        letter = legend.letter(gpu.hardware, gpu.versions)
+        findings = read_findings("deployment")
+        for name, finding in findings.items():
+            if "/parity/" in name:
+                experiment = name.split("/")[0]
+                report = msgspec.convert(finding | {"experiment": experiment}, ParityRun)
+                trained = f"{findings[f'{experiment}/weights']['trained']}, seed 0, {gpu.dataset}"
+                rows += [_parity_cells(report, row, trained, letter) for row in report.rows]
     titles = ["experiment", "trained", "precision", "backend", "torch", "exported", "same class", "passed", "on"]
-    return f"{table(titles, rows or [[MISSING, *[''] * (len(titles) - 1)]])}\n\n{places.told()}"
+    return f"{table(titles, rows or [_missing_row(titles)])}\n\n{legend}"
 
 
-TABLES = {
-    "papers": papers,
-    "ratios": ratios,
-    "parity": parity,
-    "correctness": correctness,
-    "architectures": architectures,
-    "profile": profile,
-    "speedrun": speedrun,
-    "deployment": deployment,
+def _parity_cells(report: ParityRun, row: ParityRow, trained: str, letter: str) -> list[str]:
+    return [
+        f"`{report.experiment}`",
+        trained,
+        row.precision,
+        f"{row.backend} {row.provider.removesuffix('ExecutionProvider')}",
+        f"{report.eager_accuracy:.2%}",
+        f"{row.accuracy:.2%} ({100 * row.accuracy_change:+.2f})",
+        f"{row.agreement:.2%}",
+        "yes" if row.passed else f"no: {row.limit}",
+        letter,
+    ]
+
+
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"results": results},
+    BENCHMARKS: {
+        "papers": papers,
+        "ratios": ratios,
+        "parity": parity,
+        "correctness": correctness,
+        "architectures": architectures,
+        "profile": profile,
+        "speedrun": speedrun,
+        "deployment": deployment,
+    },
 }
 
 
-class _Places:
-    """The machines of a table, each with a letter, so that no cell has to spell them out."""
+class _Legend:
+    """The machines of a table, each with a letter that stands for it in the cells."""
 
     def __init__(self) -> None:
         self.letters: dict[str, str] = {}
 
-    def letter(self, measured: dict[str, Any]) -> str:
-        return self.letters.setdefault(_hardware(measured), chr(ord("A") + len(self.letters)))
+    def letter(self, hardware: Hardware, versions: dict[str, str]) -> str:
+        return self.letters.setdefault(_machine(hardware, versions), chr(ord("A") + len(self.letters)))
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         """The line below the table."""
-        return "Measured on: " + ("; ".join(f"{a}, {what}" for what, a in self.letters.items()) or MISSING) + "."
+        machines = "; ".join(f"{letter}, {machine}" for machine, letter in self.letters.items())
+        return f"Measured on: {machines or MISSING}."
 
 
-def _found(part: str) -> dict[str, dict[str, Any]]:
-    """What a part of the GPU benchmark has measured, by name.
-
-    Raises:
-        UserError: it was a rehearsal, which is evidence of nothing.
-    """
-    measured = result(f"{part}-gpu")
-    if measured is None:
-        return {}
-    if measured["rehearsal"] or not measured["hardware"].get("gpus"):
-        raise UserError(f"results/{part}-gpu.json: expected measurements of a GPU, found a rehearsal")
-    return {name: one for name, one in measured["found"].items() if was_measured(one)}
+def _with_machine(name: str, text: str) -> str:
+    """A table with the GPU, driver and versions that a part of the GPU benchmark ran with."""
+    part = read_part(name)
+    if part is None:
+        return text
+    return f"{text}\n\nMeasured on: {_machine(part.hardware, part.versions)}, driver {part.driver}, {part.dataset}."
 
 
-def _equal(found: dict[str, Any] | None, key: str, what: str) -> str:
-    if found is None:
-        return MISSING
-    return f"the same {what}, to the bit" if found[key] else f"other {what}"
+def _machine(hardware: Hardware, versions: dict[str, str]) -> str:
+    return f"{hardware}, torch {versions['torch']}"
 
 
-def _with_place(part: str, rows: str) -> str:
-    """A table with the GPU, driver and versions that it was measured with."""
-    measured = result(f"{part}-gpu")
-    if measured is None:
-        return rows
-    told = f"{_hardware(measured)}, driver {measured['driver']}, {measured['dataset']}"
-    return f"{rows}\n\nMeasured on: {told}."
-
-
-def _leaves(measured: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, str]]]:
-    """The entries of a result, and of a GPU part those of its findings, each with the goals beside it."""
-    for one in measured["found"].values() if "found" in measured else [measured]:
-        for key, value in one.items():
-            yield key, value, one.get("goals", {})
-
-
-def _by_name(measured: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The unchanged experiments of a result by name; one entry each."""
-    entries = [] if measured is None else measured.get("experiments", [])
-    entries = [e for e in entries if not e["overrides"].keys() - {"recipe.epochs"} and not e["teacher"]]
-    names = [entry["experiment"] for entry in entries]
-    if len(set(names)) < len(names):
-        raise UserError(f"results: expected one entry for each experiment, found {sorted(names)}")
-    return dict(zip(names, entries, strict=True))
-
-
-def _accuracy(entry: dict[str, Any] | None) -> str:
-    """Our figure with data source, epochs and seeds."""
-    if entry is None:
-        return MISSING
-    figure = entry["test_accuracy"] if entry["reproduced"] is None else entry["reproduced"]
-    deviation = entry["test_accuracy_std"] if entry["reproduced"] is None else entry["reproduced_std"]
-    shown = f"{100 * figure:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "") + " %"
-    if entry["difference"] is not None:
-        shown += f" ({100 * entry['difference']:+.2f})"
-    epochs = f"{entry['epochs']:g} of {entry['recipe_epochs']} epochs"
-    seeds = f"seed{'s' if entry['runs'] > 1 else ''} {', '.join(map(str, entry['seeds']))}"
-    return f"{shown}, {entry['dataset']}, {epochs}, {seeds}, {entry['precision']}"
-
-
-def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({_hardware(entry): entry for entry in entries}.values())
-
-
-def _hardware(entry: dict[str, Any]) -> str:
-    return f"{described(entry['hardware'])}, torch {entry['versions']['torch']}"
-
-
-def main() -> None:
-    """Entry point of `python -m runner.benchmarks.tables`."""
-    run_command(lambda: tyro.cli(Tables, prog="python -m runner.benchmarks.tables"), "tables")
+def _missing_row(titles: list[str]) -> list[str]:
+    return [MISSING, *[""] * (len(titles) - 1)]
 
 
 if __name__ == "__main__":
-    main()
+    program.run(Tables, "tables")

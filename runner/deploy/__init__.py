@@ -1,1 +1,1 @@
-"""From a finished run to ONNX, engine and latency. Each step reads the files of the one before it."""
+"""Exports runs to ONNX, builds engines, scores both, and measures latencies; each step reads the files of the last."""

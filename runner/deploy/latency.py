@@ -1,10 +1,12 @@
-"""Latency of a run: the model in torch, eager and compiled, onnxruntime, and TensorRT engines where a GPU is.
+"""Measures the latency of a run: the model in torch, eager and compiled, onnxruntime, and TensorRT engines.
 
-Method, as of trtexec and MLPerf's single stream: warm-up by time; then calls one by one, for a least time and a
-least number; percentiles of all of them, none cut. On a GPU the input's copy, the computation and the output's
-copy are timed apart, each by CUDA events, on pinned memory; engines and the compiled model replay a CUDA graph. On
-the CPU a call is timed whole, with a stated number of threads that do not spin. Only what has passed the gate is
-measured; the compiled model has to give the logits of the eager one.
+The method follows trtexec and MLPerf's single-stream scenario: a warm-up of fixed duration, then single calls for a
+minimum duration and count; percentiles are of all calls, without trimming. On a GPU, CUDA events time the input copy,
+the computation and the output copy separately, with pinned memory; engines and the compiled model replay a CUDA graph.
+On the CPU, a call is timed as a whole, with a fixed number of threads that do not spin.
+
+Files and engines are measured only if they passed the parity gate; the compiled model must return the eager model's
+logits.
 """
 
 import os
@@ -18,31 +20,36 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
-from data_prep.console import UserError, progress
-from runner import checkpoint, cpu, cuda, environment, launched
+from runner.common.console import new_table, print_table, progress
+from runner.common.errors import UserError
+from runner.common.files import write
+from runner.config.train_config import Device
 from runner.deploy import engine, onnx, parity
-from runner.deploy.onnx import Precision
 from runner.deploy.session import ProviderError, Session
-from runner.runs import Run, read_json, write_json
+from runner.run.folder import Run
+from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, Method, Precision
+from runner.system import cpu, cuda, environment, launcher
+from runner.training import checkpoint
 
-FILE_NAME = "latency.json"
 WARMUP_SECONDS = 0.5
-WIDE = 1.5  # p90 over p50, from which a row carries a warning
-COMPILED = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, by which compiled may differ from eager
+WIDE_SPREAD = 1.5  # ratio of p90 to p50 from which a row carries a warning
+COMPILED_LIMIT = {"fp32": 1e-3, "fp16": 3e-2}  # difference from eager logits, as a share of the largest logit
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
 Backend = Literal["eager", "compiled", "onnxruntime", "engine"]
+Steps = dict[str, Callable[[], Any]]  # of one call: "compute", and on a GPU "copy_in" and "copy_out" before it
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be measured, and how long.
+class BenchOptions:
+    """What to measure, and for how long.
 
     Attributes:
         batches: batch sizes.
-        precisions: of ONNX files and engines; eager and compiled follow with fp32, and on a GPU fp16.
-        backends: which.
-        seconds, repeats: least time and number of calls of each figure.
+        precisions: of ONNX files and engines. Eager and compiled models run in fp32, and on a GPU in fp16 as well.
+        backends: what runs the model.
+        seconds, repeats: minimum duration and number of calls of each measurement.
         threads: on the CPU; None for all usable cores.
     """
 
@@ -55,228 +62,212 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One thing to measure: its row's beginning, and for a batch size what does the work.
+class Call:
+    """One call for a batch, and how its computation is launched on a GPU, if there is a choice."""
 
-    `parts` gives, for images on the host, the steps of a call in order, by name; it takes `smallest` to `largest`.
+    steps: Steps
+    launched_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something to measure; or, with `row.not_measured`, the reason why it is not.
+
+    Attributes:
+        row: the row without the fields that depend on the batch.
+        prepare: returns the call for a batch on the host, (n, 3, H, W) float32.
+        smallest, largest: range of batch sizes.
     """
 
-    row: dict[str, Any]
-    parts: Callable[[np.ndarray], dict[str, Callable[[], Any]]]
+    row: LatencyRow
+    prepare: Callable[[np.ndarray], Call] = lambda images: Call({})
     smallest: int = 1
     largest: int = onnx.LARGEST_BATCH
 
 
-def bench(run: Run, wish: Wish, device: launched.Device, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Measures what is wished and can run here, and writes `deploy/latency.json`, whole after each figure.
+def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str, str]) -> LatencyReport:
+    """Measures all that is requested and can run here; writes `deploy/latency.json` after each row.
 
-    Figures that were there stay, where they are of other backends, precisions or batches, of files and engines that
-    are there, and of the same weights, hardware, versions and method.
+    Earlier rows stay if they are of other backends, precisions or batch sizes, of current files and engines, and if
+    weights, hardware, versions and method are the same.
 
     Args:
-        run: exported, and scored by the gate.
-        wish: what.
+        run: a run that is exported and has passed the gate.
+        options: what to measure.
         device: where to compute.
         environ: the process environment, for what the launcher has set.
 
     Returns:
-        Hardware, versions, method, and a row for each backend, precision and batch. What cannot run here has a row
-        that says why, and no figure.
+        The report with the rows of this call: one for each backend, precision and batch size; what cannot run here
+        has a row with the reason.
 
     Raises:
-        UserError: a number out of range; a file that was not exported, or has not passed the gate.
+        UserError: a batch size out of range; a file that is not exported, or has not passed the gate.
     """
-    for option, value in (
-        ("--seconds", wish.seconds),
-        ("--repeats", wish.repeats),
-        ("--batch", min(wish.batches, default=0)),
-        ("--threads", 1 if wish.threads is None else wish.threads),
-    ):
-        if value <= 0:
-            raise UserError(f"{option} {value}: expected more than 0")
-    if max(wish.batches) > onnx.LARGEST_BATCH:
-        raise UserError(
-            f"--batch {max(wish.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit"
-        )
-    config = run.config()
-    files = [onnx.exported(run, precision) for precision in wish.precisions]
-    chosen, told = launched.device(device, launched.read(environ), torch.cuda.device_count())
-    print(told, file=sys.stderr)
-    if chosen == "cpu":
+    if max(options.batches) > onnx.LARGEST_BATCH:
+        raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
+    files = [onnx.exported(run, precision) for precision in options.precisions]
+    selected, message = launcher.device(device, launcher.read(environ), torch.cuda.device_count())
+    print(message, file=sys.stderr)
+    if selected == "cpu":
         cpu.prepare()
-        torch.set_num_threads(wish.threads or torch.get_num_threads())
+        torch.set_num_threads(options.threads or torch.get_num_threads())
     else:
         cuda.exact_fp32()
-    hardware = environment.hardware()
-    if chosen == "cpu":
-        hardware = {key: value for key, value in hardware.items() if key not in ("gpus", "cuda")}  # none has worked
-    result = {
-        "run": str(run.folder),
-        "weights": onnx.weights_of(run),
-        "dataset": config["dataset"]["name"],
-        "device": chosen,
-        "threads": torch.get_num_threads() if chosen == "cpu" else None,
-        "hardware": hardware,
-        "versions": environment.versions("tensorrt", "tensorrt-rtx"),
-        "method": {"warmup_seconds": WARMUP_SECONDS, "seconds": wish.seconds, "repeats": wish.repeats},
-    }
-    path = run.deploy / FILE_NAME
-    before = read_json(path) if path.is_file() else {}
-    same = all(before.get(key) == value for key, value in result.items())
-    there = _hashes(run) if same else set()
-    kept = [
-        row
-        for row in before.get("rows", [])
-        if same and {row.get("onnx_sha256"), row.get("engine_sha256")} <= there
-    ]
-    result["load"] = round(os.getloadavg()[0], 2)  # before we add to it
-    rows: list[dict[str, Any]] = []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        ours = {_key(row) for row in rows}
-        result["rows"] = [*(row for row in kept if _key(row) not in ours), *rows]
-        write_json(path, result)
-
-    generator = np.random.default_rng(0)
-    subjects = list(_subjects(run, files, wish, chosen))
-    with progress("measure latency", len(subjects) * len(wish.batches)) as advance, torch.inference_mode():
-        for subject in subjects:
-            for size in wish.batches:
-                advance(1)
-                if "not_measured" in subject.row:
-                    keep(subject.row)
-                    break
-                row = subject.row | {"batch": size}
-                if not subject.smallest <= size <= subject.largest:
-                    told = f"the engine takes batches of {subject.smallest} to {subject.largest}"
-                    keep(row | {"not_measured": told})
-                    continue
-                images = generator.standard_normal((size, *config["input"]["shape"]), dtype=np.float32)
-                try:
-                    figures = measure(subject.parts(images), size, wish.seconds, wish.repeats, chosen)
-                except torch.OutOfMemoryError:
-                    keep(row | {"not_measured": "not enough GPU memory"})
-                    torch.cuda.empty_cache()
-                    continue
-                if chosen == "cuda":
-                    figures["sm_mhz"] = _clock()  # it has just worked
-                keep(row | subject.row | figures)
-    return result | {"rows": rows}
+    report = _new_report(run, options, selected)
+    earlier = _comparable_rows(run, report)
+    rows: list[LatencyRow] = []
+    targets = list(_targets(run, files, options, selected))
+    with progress("measure latency", len(targets) * len(options.batches)) as advance, torch.inference_mode():
+        for target in targets:
+            for row in _measure_target(target, run.config().input.shape, options, selected):
+                rows.append(row)
+                replaced = {_key(row) for row in rows}
+                write(run.latency, replace(report, rows=[*(r for r in earlier if _key(r) not in replaced), *rows]))
+                advance(1 if row.batch else len(options.batches))
+    return replace(report, rows=rows)
 
 
-def _hashes(run: Run) -> set[str | None]:
-    """What latencies can be of: the run's ONNX files, its engines, and, as None, no file."""
-    engines = {read_json(path).get("sha256") for path in engine.sidecars(run) if path.is_file()}
-    return {None} | {file.sha256 for file in onnx.all_exported(run)} | engines
+def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
+    """A report without rows."""
+    hardware = environment.find_hardware()
+    if device == "cpu":
+        hardware = replace(hardware, gpus=None, cuda=None)  # not used
+    return LatencyReport(
+        run=str(run.folder),
+        weights=onnx.weights_sha256(run),
+        dataset=run.config().dataset.name,
+        device=device,
+        threads=torch.get_num_threads() if device == "cpu" else None,
+        hardware=hardware,
+        versions=environment.find_versions("tensorrt", "tensorrt-rtx"),
+        method=Method(warmup_seconds=WARMUP_SECONDS, seconds=options.seconds, repeats=options.repeats),
+        load=round(os.getloadavg()[0], 2),
+    )
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is of; of two alike the later is kept."""
-    return tuple(row.get(key) for key in ("backend", "provider", "precision", "batch"))
+def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
+    """Rows of the existing report, if it was measured like the new one, of files and engines that still exist."""
+    earlier = run.read_latency()
+    if earlier is None or replace(earlier, load=report.load, rows=[]) != report:
+        return []
+    engines = {sidecar.sha256 for sidecar in run.read_engines() if (run.folder / sidecar.engine).is_file()}
+    current = {None} | {file.sha256 for file in onnx.all_exported(run)} | engines
+    return [row for row in earlier.rows if {row.onnx_sha256, row.engine_sha256} <= current]
 
 
-def _subjects(run: Run, files: list[onnx.Exported], wish: Wish, device: str) -> Iterator[Subject]:
-    """What is wished, as far as it can run here; the rest with the reason."""
+def _key(row: LatencyRow) -> tuple[Any, ...]:
+    """What a row is about; a later row replaces an earlier one with the same key."""
+    return row.backend, row.provider, row.precision, row.batch
+
+
+def _targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device: str) -> Iterator[Target]:
+    """Opens everything requested; what cannot run here becomes a target with the reason."""
+    precisions: tuple[Precision, ...] = ("fp32",) if device == "cpu" else ("fp32", "fp16")
     for backend in ("eager", "compiled"):
-        if backend in wish.backends:
-            for precision in ("fp32",) if device == "cpu" else ("fp32", "fp16"):
-                yield _in_torch(run, backend, precision, device)
+        if backend in options.backends:
+            for precision in precisions:
+                yield _torch_target(run, backend, precision, device)
     for file in files:
-        if "onnxruntime" in wish.backends:
-            yield _in_onnxruntime(run, file, wish, device)
-        if "engine" in wish.backends and file.precision != "int8-cpu":
-            yield from _in_tensorrt(run, file, device)
+        if "onnxruntime" in options.backends:
+            yield _onnxruntime_target(run, file, options, device)
+        if "engine" in options.backends and file.precision != "int8-cpu":
+            yield from _engine_targets(run, file, device)
 
 
-def _in_torch(run: Run, backend: str, precision: str, device: str) -> Subject:
+def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> Target:
     if precision != "fp32":
-        parity.check_torch(run, precision)
+        parity.require_torch_passed(run, precision)
     model = checkpoint.load_model(run).to(device)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    dtype = torch.float32
     if precision == "fp16":
-        model = model.half()
+        model, dtype = model.half(), torch.float16
 
-    def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
-        host, forward = torch.from_numpy(images), model
+    def prepare(images: np.ndarray) -> Call:
+        host = torch.from_numpy(images)
+        forward: Callable[[torch.Tensor], torch.Tensor] = model
         if backend == "compiled":
-            torch.compiler.reset()  # for each batch its own kernels, as an engine's are
+            torch.compiler.reset()  # compile for each batch size, as an engine's kernels are chosen
             forward = torch.compile(model, mode="max-autotune" if device == "cuda" else None, dynamic=False)
-            some = host.to(device, dtype).contiguous(memory_format=torch.channels_last)
-            expected, found = model(some).float(), forward(some).float()
-            if not (found - expected).abs().max() <= COMPILED[precision] * expected.abs().max():
-                raise UserError(f"{run.folder}: the compiled model gives other logits than the eager one")
+            inputs = host.to(device, dtype).contiguous(memory_format=torch.channels_last)
+            expected, actual = model(inputs).float(), forward(inputs).float()
+            if not (actual - expected).abs().max() <= COMPILED_LIMIT[precision] * expected.abs().max():
+                raise UserError(f"{run.folder}: the compiled model's logits differ from the eager model's")
         if device == "cpu":
-            ours = host.to(memory_format=torch.channels_last)
-            return {"compute": lambda: forward(ours)}
-        return _on_gpu(host.to(dtype), lambda images: forward(images), torch.channels_last)
+            inputs = host.to(memory_format=torch.channels_last)
+            return Call({"compute": lambda: forward(inputs)})
+        host = host.to(dtype).contiguous(memory_format=torch.channels_last)  # so that copying does not convert
+        on_device = host.cuda()
+        logits = forward(on_device).clone()  # a compiled model reuses its output's memory
+        return Call(_copies(host, on_device, logits) | {"compute": lambda: forward(on_device)})
 
-    return Subject({"backend": backend, "provider": f"torch {device}", "precision": precision}, parts)
+    return Target(LatencyRow(backend=backend, provider=f"torch {device}", precision=precision), prepare)
 
 
-def _in_onnxruntime(run: Run, file: onnx.Exported, wish: Wish, device: str) -> Subject:
+def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str) -> Target:
+    row = LatencyRow(backend="onnxruntime", precision=file.precision)
     try:
-        session = Session(file.path, device, wish.threads, spinning=False, fp16=file.precision == "fp16")
+        session = Session(file.path, device, options.threads, spinning=False, fp16=file.precision == "fp16")
     except ProviderError as error:
-        row = {"backend": "onnxruntime", "precision": file.precision, "not_measured": str(error)}
-        return Subject(row, lambda images: {})
-    parity.check(run, file, session.provider)
-    row = {"backend": "onnxruntime", "provider": session.provider, "precision": file.precision}
-    row["onnx_sha256"] = file.sha256
-    classes = len(run.config()["dataset"]["classes"])
+        return Target(replace(row, not_measured=str(error)))
+    gate = parity.require_passed(run, file, session.provider)
+    classes = len(run.config().dataset.classes)
 
-    def parts(images: np.ndarray) -> dict[str, Callable[[], Any]]:
+    def prepare(images: np.ndarray) -> Call:
         if device == "cpu":
-            return {"compute": lambda: session(images)}
+            return Call({"compute": lambda: session(images)})
         host = torch.from_numpy(images)
         on_device, logits = host.cuda(), torch.empty(len(images), classes, device="cuda")
-        return _copies(host, on_device, logits) | {"compute": session.bound(on_device, logits)}
+        return Call(_copies(host, on_device, logits) | {"compute": session.bind(on_device, logits)})
 
-    return Subject(row, parts)
+    return Target(replace(row, provider=session.provider, onnx_sha256=file.sha256, gate=gate), prepare)
 
 
-def _in_tensorrt(run: Run, file: onnx.Exported, device: str) -> Iterator[Subject]:
+def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Target]:
+    row = LatencyRow(backend="engine", precision=file.precision)
     sidecars = engine.built(run, file)
     if not sidecars:
-        row = {"backend": "engine", "precision": file.precision}
-        yield Subject(row | {"not_measured": "not built (runner engine)"}, lambda images: {})
+        yield Target(replace(row, not_measured="not built (runner engine)"))
     for sidecar in sidecars:
-        row = {"backend": sidecar["backend"], "provider": engine.provider(sidecar), "precision": file.precision}
+        row = replace(row, provider=sidecar.provider)
         if device != "cuda":
-            reason = "an engine runs on a GPU, measured on the CPU here"
-            yield Subject(row | {"not_measured": reason}, lambda images: {})
+            yield Target(replace(row, not_measured="an engine runs on a GPU, measured on the CPU here"))
             continue
         try:
             running = engine.RunningEngine(run, sidecar)
         except UserError as error:
-            yield Subject(row | {"not_measured": str(error)}, lambda images: {})
+            yield Target(replace(row, not_measured=str(error)))
             continue
-        parity.check(run, file, running.provider, sidecar["sha256"])
-        row |= {
-            "onnx_sha256": file.sha256,
-            "engine_sha256": sidecar["sha256"],
-            "opt_batch": sidecar["batch"]["opt"],
-        }
+        yield _engine_target(run, file, running, row, sidecar)
 
-        def parts(
-            images: np.ndarray, running: engine.RunningEngine = running, row: dict[str, Any] = row
-        ) -> dict[str, Callable[[], Any]]:
-            host = torch.from_numpy(images)
-            on_device = running.accepted(host.cuda())
-            logits = running(on_device)  # once outside, which the graph's capture needs
-            enqueue = partial(running.enqueue, on_device, logits)
-            try:
-                compute, row["launched_as"] = _as_graph(enqueue), "CUDA graph"
-            except RuntimeError as error:  # an engine may hold what no graph can
-                reason = str(error).splitlines()[0][:120]
-                compute, row["launched_as"] = enqueue, f"stream of kernels, for it cannot be captured: {reason}"
-            return _copies(host, on_device, logits) | {"compute": compute}
 
-        yield Subject(row, parts, sidecar["batch"]["min"], sidecar["batch"]["max"])
+def _engine_target(
+    run: Run, file: onnx.OnnxFile, running: engine.RunningEngine, row: LatencyRow, sidecar: EngineSidecar
+) -> Target:
+    def prepare(images: np.ndarray) -> Call:
+        host = torch.from_numpy(images)
+        on_device = running.set_input(host.cuda())
+        logits = running(on_device)  # the first call cannot be captured in a graph
+        enqueue = partial(running.enqueue, on_device, logits)
+        try:
+            compute, launched_as = _as_graph(enqueue), "CUDA graph"
+        except RuntimeError as error:  # some engines cannot be captured
+            reason = str(error).splitlines()[0][:120]
+            compute, launched_as = enqueue, f"stream of kernels, because it cannot be captured: {reason}"
+        return Call(_copies(host, on_device, logits) | {"compute": compute}, launched_as)
+
+    row = replace(
+        row,
+        onnx_sha256=file.sha256,
+        engine_sha256=sidecar.sha256,
+        opt_batch=sidecar.batch.opt,
+        gate=parity.require_passed(run, file, sidecar.provider, sidecar.sha256),
+    )
+    return Target(row, prepare, sidecar.batch.min, sidecar.batch.max)
 
 
 def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
-    """The same work on the GPU, launched as one CUDA graph."""
+    """Captures work on the GPU in a CUDA graph, and returns the function that replays it."""
     for _ in range(3):
         call()
     graph = torch.cuda.CUDAGraph()
@@ -285,16 +276,7 @@ def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _on_gpu(
-    host: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], layout: torch.memory_format
-) -> dict[str, Callable[[], Any]]:
-    host = host.contiguous(memory_format=layout)  # so that copying in is a copy and nothing else
-    on_device = host.cuda()
-    logits = forward(on_device).clone()  # a compiled model writes the next ones over its own
-    return _copies(host, on_device, logits) | {"compute": lambda: forward(on_device)}
-
-
-def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -> Steps:
     """Copies between pinned memory and the device."""
     pinned, out = host.pin_memory(), torch.empty_like(logits, device="cpu").pin_memory()
     return {
@@ -303,49 +285,71 @@ def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -
     }
 
 
-def measure(
-    parts: dict[str, Callable[[], Any]], images: int, seconds: float, repeats: int, device: str
-) -> dict[str, Any]:
-    """Times calls that handle so many images.
+def _measure_target(target: Target, shape: list[int], options: BenchOptions, device: str) -> Iterator[LatencyRow]:
+    """Measures a target at each batch size, on random images of a shape (3, H, W)."""
+    if target.row.not_measured:
+        yield target.row
+        return
+    generator = np.random.default_rng(0)
+    for batch in options.batches:
+        row = replace(target.row, batch=batch)
+        if not target.smallest <= batch <= target.largest:
+            reason = f"the engine takes batches of {target.smallest} to {target.largest}"
+            yield replace(row, not_measured=reason)
+            continue
+        images = generator.standard_normal((batch, *shape), dtype=np.float32)
+        try:
+            call = target.prepare(images)
+            figures = measure(call.steps, batch, options.seconds, options.repeats, device)
+        except torch.OutOfMemoryError:
+            yield replace(row, not_measured="not enough GPU memory")
+            torch.cuda.empty_cache()
+            continue
+        sm_mhz = _sm_clock() if device == "cuda" else None  # directly after work, before the clock drops
+        yield replace(row, **figures, launched_as=call.launched_as, sm_mhz=sm_mhz)
+
+
+def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str) -> dict[str, Any]:
+    """Times a call.
 
     Args:
-        parts: by name; `compute` is the one that the row is about, the others are copies around it.
-        images: in a call.
-        seconds, repeats: least time and number of calls.
-        device: "cuda" times by its events, "cpu" by the clock, also where there is a GPU.
+        steps: the steps of the call by name. Percentiles are those of `compute`; the others are copies.
+        images: number of images in a call.
+        seconds, repeats: minimum duration and number of calls.
+        device: "cuda" times with CUDA events, "cpu" with the clock, even if there is a GPU.
 
     Returns:
-        p50, p90, p99 in milliseconds, images a second at p50, and the number of calls; of each copy its p50; a
-        warning where the spread is wide.
+        Fields of `LatencyRow`: percentiles in milliseconds, images per second at p50, the number of calls, the p50 of
+        each copy, and a warning if the spread is wide.
     """
-    clock = _by_events if device == "cuda" else _by_clock
-    times: dict[str, list[float]] = {name: [] for name in parts}
+    timer = _time_by_events if device == "cuda" else _time_by_clock
+    times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + WARMUP_SECONDS
     while time.perf_counter() < end:
-        for call in parts.values():
-            clock(call)
+        for step in steps.values():
+            timer(step)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["compute"]) < repeats:
-        for name, call in parts.items():
-            times[name].append(clock(call))
-    figures: dict[str, Any] = {
-        name: float(np.percentile(times["compute"], percentile)) for name, percentile in PERCENTILES.items()
-    }
-    figures["images_per_second"] = images * 1e3 / figures["p50_ms"]
-    figures["calls"] = len(times["compute"])
-    figures |= {f"{name}_p50_ms": float(np.median(spent)) for name, spent in times.items() if name != "compute"}
-    if figures["p90_ms"] > WIDE * figures["p50_ms"]:
-        figures["warning"] = f"p90 is {figures['p90_ms'] / figures['p50_ms']:.1f} times p50: something else ran"
+        for name, step in steps.items():
+            times[name].append(timer(step))
+    compute = times.pop("compute")
+    figures: dict[str, Any] = {name: float(np.percentile(compute, percent)) for name, percent in PERCENTILES.items()}
+    figures |= {f"{name}_p50_ms": float(np.median(copy)) for name, copy in times.items()}
+    figures |= {"images_per_second": images * 1e3 / figures["p50_ms"], "calls": len(compute)}
+    if (spread := figures["p90_ms"] / figures["p50_ms"]) > WIDE_SPREAD:
+        figures["warning"] = f"p90 is {spread:.1f} times p50: something else ran"
     return figures
 
 
-def _by_clock(call: Callable[[], Any]) -> float:
+def _time_by_clock(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the CPU."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _by_events(call: Callable[[], Any]) -> float:
+def _time_by_events(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the GPU."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -354,41 +358,40 @@ def _by_events(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def _clock() -> int | None:
-    """Of the GPU's processors, in MHz; None where the driver does not tell."""
-    which = torch.cuda.get_device_properties(0).uuid  # CUDA_VISIBLE_DEVICES may have given it another number
-    command = ["nvidia-smi", f"--id=GPU-{which}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+def _sm_clock() -> int | None:
+    """The current clock rate of the GPU's multiprocessors in MHz; None if the driver does not report it."""
+    uuid = torch.cuda.get_device_properties(0).uuid  # CUDA_VISIBLE_DEVICES renumbers devices
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        return int(told.strip())
-    except (OSError, subprocess.SubprocessError, ValueError):  # no figure is worth less for it
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip())
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Prints the rows of runs as one table.
+def show(reports: list[LatencyReport]) -> None:
+    """Prints the rows of each run as a table.
 
     Raises:
         UserError: they were measured on different hardware.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    places = {environment.described(result["hardware"]) for result in results}
-    if len(places) > 1:
-        raise UserError(
-            f"rows of {' and of '.join(sorted(places))}: expected one machine; measure them again on it"
+    machines = {str(report.hardware) for report in reports}
+    if len(machines) > 1:
+        raise UserError(f"rows of {' and of '.join(sorted(machines))}: expected one machine; measure them again on it")
+    print(f"latency on {machines.pop()}")
+    for report in reports:
+        print(f"\n{report.run}")
+        table = new_table(
+            "backend", "precision", "batch", *(name.replace("_", " ") for name in PERCENTILES), "images/s"
         )
-    titles = ("run", "backend", "provider", "precision", "batch", *PERCENTILES, "images/s")
-    table = Table(*titles, title=f"latency on {places.pop()}", box=None)
-    for result in results:
-        for row in result["rows"]:
-            told = [row["backend"], row.get("provider", ""), row["precision"], str(row.get("batch", ""))]
-            if "p50_ms" in row:
-                figures = [f"{row[key]:.2f}" for key in PERCENTILES]
-                table.add_row(
-                    result["run"], *told, *figures, f"{row['images_per_second']:,.0f}", row.get("warning")
-                )
-            else:
-                table.add_row(result["run"], *told, row["not_measured"])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        notes = []
+        for row in report.rows:
+            backend = row.provider if row.engine_sha256 else f"{row.backend} {row.provider or ''}".strip()
+            cells = [(backend or row.backend).removesuffix("ExecutionProvider"), row.precision, str(row.batch or "")]
+            note = row.warning if row.measured else f"not measured: {row.not_measured}"
+            if note:
+                notes.append(f"{' '.join(filter(None, cells))}: {note}")
+            if row.measured:
+                cells += [f"{getattr(row, name):.2f}" for name in PERCENTILES]
+                table.add_row(*cells, f"{row.images_per_second:,.0f}")
+        print_table(table)
+        print(*notes, sep="\n", end="\n" if notes else "")

@@ -1,10 +1,10 @@
-"""Lower precision, written into the graph, where every builder and runtime has to keep it.
+"""Converts the fp32 ONNX file to fp16 or int8.
 
-A strongly typed TensorRT network has the precision of its graph and nothing else; so fp16 is a graph of fp16
-operators, and int8 a graph with explicit Q/DQ pairs. Both are made from the fp32 file by onnxruntime's own tools.
+The precision is part of the graph, because a strongly typed TensorRT network takes it from there: fp16 is a graph of
+fp16 operators, int8 a graph with explicit Q/DQ pairs. Both are made with onnxruntime's own tools.
 
-Two int8 graphs, because no one graph is fast on both: TensorRT wants symmetric int8 activations (S8S8), the CPU's
-kernels unsigned ones (U8S8).
+There are two int8 graphs, because none is fast everywhere: TensorRT needs symmetric int8 activations (S8S8), and the
+CPU's kernels are fast for unsigned ones (U8S8).
 """
 
 import contextlib
@@ -13,89 +13,94 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.console import UserError
+from runner.common.errors import UserError
 from runner.deploy import onnx
-from runner.deploy.onnx import Exported, Precision
-from runner.runs import Run
+from runner.deploy.onnx import OnnxFile
+from runner.run.folder import Run
+from runner.run.schema import Calibration, OnnxMetadata, Precision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 CALIBRATION_BATCH = 32
-Calibration = Literal["minmax", "percentile"]
 WEIGHTED = ["Conv", "Gemm", "MatMul"]
-# They add up squares or exponentials, which leave the range of fp16 long before what goes into them does.
+# They sum squares or exponentials, which overflow fp16 long before their inputs do.
 SENSITIVE = ["LayerNormalization", "Softmax"]
 
 
-def convert(
-    run: Run, precision: Precision, calibration: np.ndarray | None, method: Calibration = "minmax"
-) -> Exported:
-    """Writes the file of a lower precision beside the fp32 one.
+def convert(run: Run, precision: Precision, calibration: np.ndarray | None, method: Calibration = "minmax") -> OnnxFile:
+    """Writes the ONNX file of a lower precision, made from the fp32 one.
 
     Args:
         run: exported in fp32.
         precision: "fp16", "int8" (for TensorRT) or "int8-cpu".
-        calibration: images that ranges of activations are found on, (N, 3, H, W) float32, normalised; for int8.
-        method: how ranges are chosen from what was seen.
+        calibration: for int8, the images from which activation ranges are estimated: (N, 3, H, W) float32, normalized.
+        method: how ranges are estimated.
 
     Raises:
         UserError: the run has not been exported in fp32.
     """
     proto, metadata = onnx.read(onnx.exported(run, "fp32").path)
     if precision == "fp16":
-        made = _fp16(proto)
+        converted = _to_fp16(proto)
     else:
         assert calibration is not None
-        made = _int8(onnx.path_of(run, "fp32"), precision, calibration, method)
-    return _written(run, made, precision, False, metadata)
+        converted = _to_int8(onnx.path_of(run, "fp32"), precision, calibration, method)
+    return _write_checked(run, converted, precision, raw=False, metadata=metadata)
 
 
-def raw(run: Run, precision: Precision) -> Exported:
-    """Writes the raw front end of a file that is there."""
+def add_raw_front_end(run: Run, precision: Precision) -> OnnxFile:
+    """Writes the version with a raw front end of an ONNX file that was exported before."""
     proto, metadata = onnx.read(onnx.exported(run, precision).path)
-    return _written(run, onnx.with_raw_input(proto, run.config()), precision, True, metadata)
+    return _write_checked(run, onnx.with_raw_input(proto, run.config()), precision, raw=True, metadata=metadata)
 
 
-def _written(run: Run, made: Any, precision: Precision, is_raw: bool, metadata: dict[str, Any]) -> Exported:
-    """The file, of the weights of the one that it was made of, after the quick check."""
-    shape = metadata["image_shape" if is_raw else "shape"]
-    classes, fp16 = len(metadata["classes"]), precision == "fp16"
-    check = partial(onnx.check_finite, shape=shape, classes=classes, raw=is_raw, fp16=fp16)
-    return onnx.write(run, made, precision, is_raw, metadata["weights"], check)
+def _write_checked(run: Run, proto: "ModelProto", precision: Precision, raw: bool, metadata: OnnxMetadata) -> OnnxFile:
+    """Writes a graph if it passes the quick check; `metadata` is that of the file from which it was made."""
+    check = partial(
+        onnx.check_finite,
+        shape=metadata.image_shape if raw else metadata.shape,
+        classes=len(metadata.classes),
+        raw=raw,
+        fp16=precision == "fp16",
+    )
+    return onnx.write(run, proto, precision, raw, metadata.weights, check)
 
 
-def _fp16(proto: Any) -> Any:
-    """fp32 inputs and outputs, fp16 inside, but for SENSITIVE and what the converter leaves by itself."""
+def _to_fp16(proto: "ModelProto") -> "ModelProto":
+    """Converts all operators except SENSITIVE and the converter's own exceptions; inputs and outputs stay fp32."""
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    _unshare(proto.graph)
-    kept = [*float16.DEFAULT_OP_BLOCK_LIST, *SENSITIVE]
-    made = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=kept)
-    OnnxModel(made).topological_sort()  # the converter puts casts behind what reads them
-    del made.graph.value_info[:]  # in part of the types before
-    return made
+    _unshare_constants(proto.graph)
+    fp32_operators = [*float16.DEFAULT_OP_BLOCK_LIST, *SENSITIVE]
+    fp16 = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=fp32_operators)
+    OnnxModel(fp16).topological_sort()  # the converter appends casts after the operators that read them
+    del fp16.graph.value_info[:]  # partly outdated types
+    return fp16
 
 
-def _unshare(graph: Any) -> None:
-    """Gives each SENSITIVE operator constants of its own; of those of several, the converter names a cast twice."""
+def _unshare_constants(graph: Any) -> None:
+    """Copies the constants of each SENSITIVE operator: the converter gives casts of shared ones duplicate names."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for number, node in enumerate(graph.node):
-        for place, name in enumerate(node.input):
+        for index, name in enumerate(node.input):
             if node.op_type in SENSITIVE and name in constants:
-                node.input[place] = f"{name}.{number}"
+                node.input[index] = f"{name}.{number}"
                 graph.initializer.add().CopyFrom(constants[name])
-                graph.initializer[-1].name = node.input[place]
+                graph.initializer[-1].name = node.input[index]
 
 
-def _int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> Any:
-    """Q/DQ pairs; weights per output channel, biases in fp32.
+def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> "ModelProto":
+    """Inserts Q/DQ pairs; weights are quantized per output channel, biases stay fp32.
 
-    For TensorRT they stand in front of the operators with weights alone: it fuses an activation into the
-    convolution before it only where no pair is between. The CPU's kernels hand int8 to one another, so there
-    everything is quantised that can be.
+    For TensorRT, only inputs of operators with weights are quantized: it fuses an activation into the preceding
+    convolution only if no pair is between them. The CPU's kernels pass int8 to each other, so there all supported
+    operators are quantized.
     """
     import onnx as library
     from onnxruntime import quantization
@@ -115,22 +120,22 @@ def _int8(source: Path, precision: Precision, images: np.ndarray, method: Calibr
             },
         }
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        made = Path(folder) / "int8.onnx"
+        path = Path(folder) / "int8.onnx"
         quantization.quantize_static(
             str(source),
-            str(made),
-            _Reader(images),
+            str(path),
+            _CalibrationReader(images),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             weight_type=QuantType.QInt8,
             calibrate_method=methods[method],
             **settings,
         )
-        return library.load(made)
+        return library.load(path)
 
 
-class _Reader:
-    """Calibration images in small batches, as onnxruntime's calibrators ask for them."""
+class _CalibrationReader:
+    """Calibration images in batches, with the interface that onnxruntime's calibrators expect."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -146,27 +151,32 @@ class _Reader:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantiser advises what is done already."""
+    """Silences the root logger, to which onnxruntime's quantizer recommends preprocessing that is not needed."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def calibration_images(run: Run, data: Path | None, count: int) -> np.ndarray:
-    """Training images of the run's dataset, as evaluation sees images; the same for every call.
+    """Training images of the run's dataset, preprocessed as for evaluation; every call returns the same ones.
+
+    Returns:
+        (count, 3, H, W) float32, normalized.
 
     Raises:
-        UserError: the dataset is gone, damaged or another one, or has fewer training images.
+        UserError: the dataset is missing, damaged, or another one; or it has fewer training images.
     """
     import torch
 
-    from runner.batches import order
-    from runner.batches.protocol import open_train_of_run
+    from runner.data import order
+    from runner.data.open import open_train_of_run
 
     stream = open_train_of_run(run.config(), data, torch.device("cpu"))
     if not 1 <= count <= stream.samples:
-        raise UserError(f"--calibration {count}: expected 1 to {stream.samples:,}, the training images")
-    chosen = order.epoch_order(stream.samples, 0, 0)[:count]  # not the first: a file may be sorted by class
-    return stream.plain(chosen).contiguous().numpy()
+        raise UserError(f"--calibration {count}: expected 1 to {stream.samples:,}, the number of training images")
+    samples = order.epoch_order(stream.samples, 0, 0)[:count]  # shuffled, because a file may be sorted by class
+    return stream.clean_images(samples).contiguous().numpy()

@@ -1,32 +1,38 @@
-"""A small server's work: a model file, some images, and for each its class and probability. Needs no run folder.
+"""Classifies images with an exported model. An ONNX file suffices: its metadata describe its input and its classes.
 
-The file's metadata says what it wants and what its classes are; a file with a raw front end is given pixels as they
-are, the other is given normalised ones.
+A model with the raw front end takes uint8 pixels; for the other one, images are normalized here.
 """
 
 import io
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from data_prep.console import UserError, track
+from data_prep.images import SUFFIXES, decode, fit
+from runner.common import files
+from runner.common.console import list_some, track
+from runner.common.errors import UserError
 from runner.deploy import onnx
-from runner.deploy.session import Session
-from runner.runs import Run, write_atomically
+from runner.deploy.session import PROVIDERS, Session
+from runner.run.folder import Run
+from runner.run.schema import EngineSidecar, OnnxMetadata
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-COLUMNS, TILE = 8, 128  # of the contact sheet, in pictures and in pixels
+COLUMNS, TILE, CAPTION = 8, 128, 49  # of the contact sheet: images in a row; pixels of an image and of its caption
+Forward = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """The predicted class of an image.
 
     Attributes:
-        image: its file.
-        label: the class.
+        image: path of the image.
+        label: name of the class.
         probability: of that class.
     """
 
@@ -36,75 +42,109 @@ class Prediction:
 
 
 def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Path | None) -> list[Prediction]:
-    """Classifies images, and draws a contact sheet where one is wanted.
+    """Classifies images, and draws a contact sheet if requested.
 
     Args:
-        model: an ONNX file, or an engine with its sidecar beside it (on a GPU).
-        images: files, or folders of them.
-        batch: how many at a time; the last may be smaller.
+        model: an ONNX file; a run, for its ONNX file that passed the gate; or an engine with its sidecar beside it
+            (on a GPU).
+        images: image files, or folders of them.
+        batch: batch size; the last batch may be smaller.
         device: "cpu" or "cuda", for ONNX files.
-        sheet: PNG file for the pictures with what was said of them.
+        sheet: PNG file to draw; None for none.
 
     Raises:
-        UserError: a file that is none, a model without metadata, a batch that the model does not take.
+        UserError: an unreadable image or model, a model without metadata, or a batch size that it does not take.
     """
-    if batch < 1:
-        raise UserError(f"--batch {batch}: expected 1 or more")
-    files = _found(images)
-    forward, metadata = _loaded(model, device)
-    if batch > metadata["largest_batch"]:
-        raise UserError(f"--batch {batch}: expected at most {metadata['largest_batch']}, the limit of {model}")
-    raw = metadata["front_end"] == "raw"
+    if sheet is not None:
+        _check_sheet(sheet)
+    paths, unused = _image_files(images)
+    model = _passed_file(Run(model), device) if model.is_dir() else model
+    forward, metadata = _load(model, device)
+    if batch > metadata.largest_batch:
+        raise UserError(f"--batch {batch}: expected at most {metadata.largest_batch}, the limit of {model}")
+    height, width, _ = metadata.image_shape
     predictions = []
-    cuts = [files[start : start + batch] for start in range(0, len(files), batch)]
-    for cut in track(cuts, "predict", len(cuts)):
-        side = (metadata["image_shape"][1], metadata["image_shape"][0])
-        pixels = np.stack([_pixels(file, side) for file in cut])
-        logits = forward(pixels if raw else _normalised(pixels, metadata)).astype(np.float64)
-        if logits.shape != (len(cut), len(metadata["classes"])):
-            raise UserError(f"{model}: names {len(metadata['classes'])} classes, gives logits {logits.shape}")
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        shares /= shares.sum(1, keepdims=True)
-        for file, row in zip(cut, shares, strict=True):
-            predictions.append(Prediction(str(file), metadata["classes"][int(row.argmax())], float(row.max())))
+    batches = [paths[start : start + batch] for start in range(0, len(paths), batch)]
+    for batch_paths in track(batches, "predict", len(batches)):
+        decoded = [decode(str(path), _content(path)) for path in batch_paths]
+        pixels = np.stack([np.asarray(fit(image, width, height, metadata.fit)) for image in decoded])
+        inputs = pixels if metadata.front_end == "raw" else _normalize(pixels, metadata)
+        logits = forward(inputs).astype(np.float64)
+        if logits.shape != (len(batch_paths), len(metadata.classes)):
+            raise UserError(f"{model}: has {len(metadata.classes)} classes, but returns logits {logits.shape}")
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        for path, row in zip(batch_paths, probabilities, strict=True):
+            predictions.append(Prediction(str(path), metadata.classes[int(row.argmax())], float(row.max())))
+    if unused:
+        print(f"runner: not used, because they are no images: {list_some(unused)}", file=sys.stderr)
     if sheet is not None:
         draw(predictions, sheet)
     return predictions
 
 
-def _found(images: list[Path]) -> list[Path]:
-    files = []
+def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files, and the images in and below the folders, those sorted by path; and the other files in them."""
+    paths, unused = [], []
     for path in images:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+            found = sorted(file for file in path.rglob("*") if not file.is_dir())
+            paths += [file for file in found if file.suffix.lower() in SUFFIXES]
+            unused += [str(file) for file in found if file.suffix.lower() not in SUFFIXES]
         elif path.is_file():
-            files.append(path)
+            paths.append(path)
         else:
-            raise UserError(f"{path}: expected an image or a folder of images, there is none")
-    if not files:
+            raise UserError(f"{path}: expected an image or a folder of images, found no such file")
+    if not paths:
         raise UserError(f"{', '.join(map(str, images)) or 'IMAGES'}: expected images, found none")
-    return files
+    return paths, unused
 
 
-def _pixels(file: Path, size: tuple[int, int]) -> np.ndarray:
-    """An image as (H, W, 3) uint8, brought to (width, height)."""
-    from PIL import Image, UnidentifiedImageError
-
+def _content(path: Path) -> bytes:
     try:
-        with Image.open(file) as image:
-            whole = image.convert("RGB")
-            return np.asarray(whole if whole.size == size else whole.resize(size, Image.Resampling.BILINEAR))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file}: expected an image: {error}") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); grant permission") from None
 
 
-def _normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
-    """(n, H, W, 3) uint8 of the dataset's size to (n, 3, H, W) float32 of the model's, as training made them."""
+def _check_sheet(path: Path) -> None:
+    """Raises UserError where a contact sheet cannot be written."""
     from PIL import Image
 
-    mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("mean", "std"))
+    known = Image.registered_extensions().get(path.suffix.lower()) in ("PNG", "JPEG")
+    if not known or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--sheet {path}: expected a name that ends in .png or .jpg, in a folder that can be written")
+
+
+def _passed_file(run: Run, device: str) -> Path:
+    """The most precise ONNX file of a run that passed the gate, with normalized input."""
+    report, exported = run.read_parity(), {file.sha256: file for file in onnx.all_exported(run)}
+    passed = {row.precision: row.onnx_sha256 for row in (report.rows if report else [])
+              if row.passed and row.provider == PROVIDERS[device] and row.front_end == "normalised"}  # fmt: skip
+    for precision in onnx.PRECISIONS:
+        if passed.get(precision) in exported:
+            return exported[passed[precision]].path
+    raise UserError(
+        f"{run.folder}: expected an ONNX file that passed the gate on {device}, found none; first: runner export "
+        f"{run.folder} && runner parity {run.folder}"
+    )
+
+
+def _normalize(pixels: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
+    """Normalizes and resizes as in training.
+
+    Args:
+        pixels: (n, H, W, 3) uint8 of the dataset's size.
+        metadata: of the model.
+
+    Returns:
+        (n, 3, H, W) float32 of the model's size.
+    """
+    from PIL import Image
+
+    mean, std = (np.array(values, dtype=np.float32) for values in (metadata.mean, metadata.std))
     planes = ((pixels.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2)
-    channels, height, width = metadata["shape"]
+    channels, height, width = metadata.shape
     if planes.shape[2:] != (height, width):
         resized = [
             np.asarray(Image.fromarray(plane, mode="F").resize((width, height), Image.Resampling.BILINEAR))
@@ -114,34 +154,16 @@ def _normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(planes)
 
 
-def _loaded(model: Path, device: str) -> tuple[Any, dict[str, Any]]:
-    """A function from an array of images to one of logits, and the metadata of its ONNX file."""
+def _load(model: Path, device: str) -> tuple[Forward, OnnxMetadata]:
+    """Returns a function from images to logits, and the metadata of its ONNX file."""
     if model.suffix == ".engine":
-        return _engine(model)
+        return _load_engine(model)
     _, metadata = onnx.read(model)
-    _check(model, metadata)
-    return Session(model, device, fp16=metadata.get("precision") == "fp16"), metadata
+    return Session(model, device, fp16=metadata.precision == "fp16"), metadata
 
 
-def _check(model: Path, metadata: dict[str, Any]) -> None:
-    """Raises UserError where metadata are not those of runner export: a file may come from anyone."""
-
-    def numbers(key: str, *lengths: int) -> bool:
-        value = metadata[key]
-        return isinstance(value, list) and len(value) in lengths and all(isinstance(n, int | float) for n in value)
-
-    classes = metadata.get("classes")
-    right = {
-        "classes": isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes),
-        "front_end": metadata.get("front_end") in ("raw", "normalised"),
-        "largest_batch": isinstance(metadata.get("largest_batch"), int) and metadata["largest_batch"] > 0,
-        **{key: key in metadata and numbers(key, 3) for key in ("shape", "image_shape", "mean", "std")},
-    }
-    if wrong := sorted(key for key, fits in right.items() if not fits):
-        raise UserError(f"{model}: expected metadata of runner export, found none or others of {', '.join(wrong)}")
-
-
-def _engine(model: Path) -> tuple[Any, dict[str, Any]]:
+def _load_engine(model: Path) -> tuple[Forward, OnnxMetadata]:
+    """As `_load`; the engine must be in the deploy folder of its run."""
     import torch
 
     from runner.deploy import engine
@@ -149,38 +171,38 @@ def _engine(model: Path) -> tuple[Any, dict[str, Any]]:
     sidecar_path = engine.sidecar_of(model)
     if not sidecar_path.is_file():
         raise UserError(f"{model}: expected its sidecar {sidecar_path.name} beside it; engines run only with it")
-    run = Run(model.parent.parent)
-    sidecar = engine.check_sidecar(run, sidecar_path)
-    if (run.folder / sidecar["engine"]).resolve() != model.resolve():
-        raise UserError(f"{model}: its sidecar speaks of {sidecar['engine']}; give that, in its run folder")
+    run, sidecar = Run(model.parent.parent), files.read(sidecar_path, EngineSidecar)
+    engine.verify(run, sidecar)
+    if (run.folder / sidecar.engine).resolve() != model.resolve():
+        raise UserError(f"{model}: expected the sidecar of this engine, found that of {sidecar.engine}")
     if not torch.cuda.is_available():
-        raise UserError(f"{model}: an engine runs on a GPU, found none; give the ONNX file it was built of")
+        raise UserError(f"{model}: an engine runs on a GPU, found none; pass the ONNX file from which it was built")
     running = engine.RunningEngine(run, sidecar)
-    _, metadata = onnx.read(run.folder / sidecar["onnx"])
-    _check(model, metadata)
-    metadata["largest_batch"] = sidecar["batch"]["max"]
-    return lambda images: running.in_pieces(torch.from_numpy(images).cuda()).cpu().numpy(), metadata
+    _, metadata = onnx.read(run.folder / sidecar.onnx)
+
+    def forward(images: np.ndarray) -> np.ndarray:
+        return running.run_in_batches(torch.from_numpy(images).cuda()).cpu().numpy()
+
+    return forward, replace(metadata, largest_batch=sidecar.batch.max)
 
 
-def draw(predictions: list[Prediction], path: Path) -> None:
-    """A contact sheet: every image with its class and probability below."""
+def draw(predictions: list[Prediction], target: Path) -> None:
+    """Draws a contact sheet: every image with its class, probability and file name below."""
     from PIL import Image, ImageDraw, ImageFont
 
     rows = -(-len(predictions) // COLUMNS)
-    text = 34
-    sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + text)), "white")
+    sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + CAPTION)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for index, said in enumerate(predictions):
-        x, y = index % COLUMNS * TILE, index // COLUMNS * (TILE + text)
-        with Image.open(said.image) as image:
-            tile = image.convert("RGB").resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
+    for index, prediction in enumerate(predictions):
+        x, y = index % COLUMNS * TILE, index // COLUMNS * (TILE + CAPTION)
+        path = Path(prediction.image)
+        tile = decode(prediction.image, _content(path)).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
         sheet.paste(tile, (x + 4, y + 4))
-        pen.text((x + 6, y + TILE), said.label[:16], fill="black", font=font)
-        pen.text((x + 6, y + TILE + 15), f"{said.probability:.1%}", fill="#666666", font=font)
+        lines = (prediction.label, "black"), (f"{prediction.probability:.1%}", "#666666"), (path.name, "#666666")
+        for line, (text, color) in enumerate(lines):
+            while pen.textlength(text, font) > TILE - 10:  # the end of a name tells files apart
+                text = text[:-1] if line == 0 else f"…{text[2:]}"
+            pen.text((x + 6, y + TILE + 15 * line), text, fill=color, font=font)
     content = io.BytesIO()
-    try:
-        sheet.save(content, format=Image.registered_extensions().get(path.suffix.lower(), ""))
-        write_atomically(path, content.getvalue())
-    except (OSError, ValueError, KeyError) as error:
-        known = "a name that ends in .png or .jpg, in a folder that can be written"
-        raise UserError(f"--sheet {path}: expected {known} ({error})") from None
+    sheet.save(content, format=Image.registered_extensions()[target.suffix.lower()])
+    files.write_atomically(target, content.getvalue())

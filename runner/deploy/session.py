@@ -1,4 +1,4 @@
-"""An onnxruntime session that runs where it was told to, or not at all."""
+"""An onnxruntime session that never falls back to another device."""
 
 import contextlib
 import os
@@ -10,34 +10,32 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from data_prep.console import UserError
-from runner import environment
+from runner.common.errors import UserError
+from runner.system import environment
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
 class ProviderError(UserError):
-    """onnxruntime did not give the provider that was asked for."""
+    """onnxruntime cannot use the requested provider."""
 
 
 class Session:
-    """Runs a one-input ONNX file.
+    """Runs an ONNX file with one input.
 
     Args:
         file: its path, or its contents.
-        device: "cpu" or "cuda". onnxruntime falls back to the CPU without a word; here that is an error.
-        threads: on the CPU; None for all usable cores.
-        plain: run the graph as it is written, without fusing what lies between its outputs.
-        fp16: the graph is one of fp16 operators; onnxruntime's repeated optimisation of attention in these ends the
-            process, so they are optimised once.
-        spinning: keep threads awake between operators, which other processes pay for.
+        device: "cpu" or "cuda". Where onnxruntime would silently fall back to the CPU, this raises.
+        threads: number of CPU threads; None for all usable cores.
+        plain: run the graph as written, without optimizations.
+        fp16: the graph has fp16 operators. These are optimized only once, because repeated fusion of their attention
+            crashes onnxruntime.
+        spinning: let threads spin between operators, at the cost of other processes.
 
     Raises:
-        ProviderError: the session's first provider is another one.
-        UserError: onnxruntime refuses the graph.
+        ProviderError: the requested provider is not available.
+        UserError: onnxruntime rejects the graph.
     """
 
     def __init__(
@@ -51,92 +49,98 @@ class Session:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 4  # what went wrong is raised
+        options.log_severity_level = 4  # fatal: other errors are raised
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if fp16:
             options.add_session_config_entry("session.graph_optimizations_loop_level", "0")
         if plain:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        wanted = PROVIDERS[device]
-        providers: list[Any] = [wanted]
+        requested = PROVIDERS[device]
+        providers: list[Any] = [requested]
         if device == "cuda":
             load_cuda_libraries()
-            providers = [(wanted, {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 means fp32
+            providers = [(requested, {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 must not become TF32
         content = file if isinstance(file, bytes) else str(file)
         self.name = "the graph" if isinstance(file, bytes) else str(file)
-        with self._in_one_line(), _silent() if device == "cuda" else contextlib.nullcontext([]) as told:
+        captured: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
+        if device == "cuda":
+            captured = _captured_output()
+        with self._errors_for_users(), captured as output:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         self.provider = self.session.get_providers()[0]
-        if self.provider != wanted:
-            reason = next(
-                (f" (failed{line.partition('Failed')[2][:300]})" for line in told if "Failed" in line), ""
+        if self.provider != requested:
+            reason = next((f" (failed{line.partition('Failed')[2][:300]})" for line in output if "Failed" in line), "")
+            raise ProviderError(
+                f"asked onnxruntime for {requested}, got {self.provider}{reason}; see what works here: runner doctor"
             )
-            got = f"asked onnxruntime for {wanted}, got {self.provider}{reason}"
-            raise ProviderError(f"{got}; `runner doctor` tells what works here")
-        given = self.session.get_inputs()[0]
-        self.input, self.shape, self.type = given.name, given.shape, given.type
+        model_input = self.session.get_inputs()[0]
+        self.input, self.shape, self.type = model_input.name, model_input.shape, model_input.type
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """images (n, 3, H, W) float32, or (n, H, W, 3) uint8 for a raw front end, to logits (n, classes)
-        float32.
+        """Computes logits.
+
+        Args:
+            images: (n, 3, H, W) float32, or (n, H, W, 3) uint8 for a raw front end.
+
+        Returns:
+            (n, classes) float32.
 
         Raises:
-            UserError: images of another shape or type than the graph takes, or that it cannot compute.
+            UserError: the graph takes images of another shape or type, or fails on these.
         """
         return self._run(images)[0]
 
     def all(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Every output by its name. Raises as `__call__`."""
+        """Returns every output by name. Raises as `__call__`."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self._run(images), strict=True))
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        """Every output, in order."""
-        pairs = zip(images.shape, self.shape, strict=False)
+        """Returns every output, in order."""
+        sizes = zip(images.shape, self.shape, strict=False)
         fits = len(images.shape) == len(self.shape)
-        fits = fits and all(wanted in (found, None) or isinstance(wanted, str) for found, wanted in pairs)
+        fits = fits and all(expected in (size, None) or isinstance(expected, str) for size, expected in sizes)
         if not fits or images.dtype != INPUT_TYPES.get(self.type):
             raise UserError(
                 f"{self.name}: takes {self.input} {self.type} of {self.shape}, found {images.dtype} of "
                 f"{list(images.shape)}"
             )
-        with self._in_one_line():
+        with self._errors_for_users():
             return self.session.run(None, {self.input: np.ascontiguousarray(images)})
 
     @contextlib.contextmanager
-    def _in_one_line(self) -> Iterator[None]:
-        """What onnxruntime says of a graph that it cannot take, as a mistake of the user's."""
+    def _errors_for_users(self) -> Iterator[None]:
+        """Turns onnxruntime's exceptions into UserError."""
         try:
             yield
-        except Exception as error:  # it has no base of its own
+        except Exception as error:  # they have no common base class
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
             raise UserError(f"{self.name}: onnxruntime cannot run it: {str(error).strip()[:300]}") from None
 
-    def bound(self, images: Any, logits: Any) -> Callable[[], None]:
-        """A call from a CUDA tensor of images to one of logits, both float32; no copy belongs to it."""
+    def bind(self, images: Any, logits: Any) -> Callable[[], None]:
+        """Returns a function that computes logits from images, both float32 CUDA tensors, without copies."""
         binding = self.session.io_binding()
-        ends = ((binding.bind_input, self.input, images),
-                (binding.bind_output, self.session.get_outputs()[0].name, logits))  # fmt: skip
-        for bind, name, tensor in ends:
+        tensors = ((binding.bind_input, self.input, images),
+                   (binding.bind_output, self.session.get_outputs()[0].name, logits))  # fmt: skip
+        for bind, name, tensor in tensors:
             bind(name, "cuda", tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
 
-        def call() -> None:
+        def call(_keep_alive: Any = (images, logits)) -> None:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
-        call.tensors = images, logits  # kept as long as their memory is used
         return call
 
 
 def load_cuda_libraries() -> None:
-    """Loads what the CUDA provider links to from the NVIDIA packages beside it, where no loader would look."""
-    with _silent():  # it prints what it does not find; the session then says that its provider is missing
+    """Loads the CUDA provider's dependencies from the NVIDIA Python packages, which the linker does not search."""
+    with _captured_output():  # of libraries that it does not find; the session then raises ProviderError
         onnxruntime.preload_dlls()
 
 
 def usable_providers() -> list[str]:
-    """The providers that a session gets here, of those that the package lists."""
+    """The providers that really work here; onnxruntime lists all that it was built with."""
     from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -146,31 +150,34 @@ def usable_providers() -> list[str]:
     options.log_severity_level = 4
     if environment.count_gpus():
         load_cuda_libraries()
-    found = []
+    usable = []
     for provider in onnxruntime.get_available_providers():
         try:
-            with _silent():
-                got = onnxruntime.InferenceSession(model, options, providers=[provider]).get_providers()
-        except Exception:  # of kinds of its own
+            with _captured_output():
+                actual = onnxruntime.InferenceSession(model, options, providers=[provider]).get_providers()
+        except Exception:  # they have no common base class
             continue
-        found += [provider] if got[0] == provider else []
-    return found
+        usable += [provider] if actual[0] == provider else []
+    return usable
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[list[str]]:
-    """onnxruntime's providers write of their failures to standard output and error, past Python: afterwards the
-    lines are in the list."""
-    told: list[str] = []
-    with tempfile.TemporaryFile() as kept:
-        ends = [os.dup(1), os.dup(2)]
+def _captured_output() -> Iterator[list[str]]:
+    """Captures standard output and error of native code, where providers write their failures.
+
+    Yields:
+        A list that holds the lines after the context has ended.
+    """
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        saved = [os.dup(1), os.dup(2)]
         try:
-            for number in (1, 2):
-                os.dup2(kept.fileno(), number)
-            yield told
+            for descriptor in (1, 2):
+                os.dup2(file.fileno(), descriptor)
+            yield lines
         finally:
-            for number, end in zip((1, 2), ends, strict=True):
-                os.dup2(end, number)
-                os.close(end)
-            kept.seek(0)
-            told += kept.read().decode(errors="replace").splitlines()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()

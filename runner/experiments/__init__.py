@@ -1,8 +1,7 @@
-"""Every experiment by name. Each module of this package is one paper and defines EXPERIMENTS, and GRIDS where it
-has some.
+"""Experiments by name. Each module of this package is one paper and defines EXPERIMENTS, and optionally GRIDS.
 
-A new architecture is one entry in one of them; a new paper is one module. A module outside the package joins
-when it is named with `--experiments-from`. No module here imports torch: architectures are named, not held.
+A new architecture is one entry in a module; a new paper is a new module. `--experiments-from` adds a module outside
+the package. Experiments name their architectures, so no module here imports torch.
 """
 
 import importlib
@@ -12,63 +11,67 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-from data_prep.console import UserError
-from runner.recipe import Experiment
+from runner.common.errors import UserError
+from runner.config.recipe import Experiment
 
 
 def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
     """All experiments, in the order of papers and of the rows in each.
 
     Args:
-        extra_modules: importable modules outside this package that define EXPERIMENTS as well.
+        extra_modules: importable modules outside this package that define further EXPERIMENTS.
 
     Raises:
-        UserError: an extra module cannot be imported or defines none, or has a name that is taken.
-        ValueError: two experiments of this package have one name.
+        UserError: an extra module cannot be imported, defines no EXPERIMENTS, or reuses a name.
+        ValueError: two experiments of this package have the same name.
     """
-    found: dict[str, Experiment] = {}
+    experiments: dict[str, Experiment] = {}
     for module in _modules(extra_modules):
-        _add(found, module.EXPERIMENTS, module.__name__, extra_modules)
-    return found
+        _add(experiments, module.EXPERIMENTS, module.__name__, extra_modules)
+    return experiments
 
 
 def load_grids(extra_modules: tuple[str, ...] = ()) -> dict[str, dict[str, Experiment]]:
-    """All grids: by name their trials, which are experiments by name. Raises as `load` does."""
-    found: dict[str, dict[str, Experiment]] = {}
+    """All grids by name; each is a dict of trials, which are experiments, by name. Raises as `load`."""
+    grids: dict[str, dict[str, Experiment]] = {}
     for module in _modules(extra_modules):
-        _add(found, getattr(module, "GRIDS", {}), module.__name__, extra_modules)
-    return found
+        _add(grids, getattr(module, "GRIDS", {}), module.__name__, extra_modules)
+    return grids
 
 
 def _modules(extra: tuple[str, ...]) -> Iterator[ModuleType]:
+    """Imports the modules of this package and the extra ones."""
     inside = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
     for name in [*inside, *extra]:
         try:
             module = importlib.import_module(name)
-            module.EXPERIMENTS  # noqa: B018
-            yield module
-        except (ImportError, AttributeError) as error:
+            if not isinstance(module.EXPERIMENTS, dict):
+                raise TypeError("EXPERIMENTS is no dict")
+        except (Exception, SystemExit) as error:  # a module from outside may do anything when imported
             if name in inside:
                 raise
-            raise UserError(f"--experiments-from {name}: expected a module with EXPERIMENTS: {error}") from None
-
-
-def _add(found: dict[str, Any], entries: dict[str, Any], module: str, extra: tuple[str, ...]) -> None:
-    for key, entry in entries.items():
-        if key in found and module in extra:
             raise UserError(
-                f"--experiments-from {module}: expected names of its own, found {key!r}, which exists already"
-            )
-        if key in found:
+                f"--experiments-from {name}: expected an importable module with EXPERIMENTS "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        yield module
+
+
+def _add(target: dict[str, Any], entries: dict[str, Any], module: str, extra: tuple[str, ...]) -> None:
+    """Adds the entries of a module to `target`, whose names must differ."""
+    for key, entry in entries.items():
+        if key in target and module in extra:
+            raise UserError(f"--experiments-from {module}: expected new names, found {key!r}, which exists already")
+        if key in target:
             raise ValueError(f"{module}: {key!r} exists already")
-        found[key] = entry
+        target[key] = entry
 
 
 def get(name: str, extra_modules: tuple[str, ...] = ()) -> Experiment:
-    """The experiment called `name`; a trial of a grid is called `grid/trial`.
+    """Returns the experiment `name`; the name of a grid's trial is `grid/trial`.
 
     Raises:
-        UserError: there is none; names the nearest.
+        UserError: no such experiment; the message lists similar names.
     """
     experiments = load(extra_modules)
     if "/" in name:

@@ -1,21 +1,21 @@
-"""Beyond the papers: what they name as future work, and what is best today.
+"""Beyond the papers: their future work, and current methods.
 
 Follows the future work of podeti.txt (ResNet-50, Vision Transformers, dropout in ResNet-18, transfer learning),
-sivva.txt (EfficientNet, ResNet) and soni.txt; the recipes are ours, in the manner of today: Nesterov momentum or
-AdamW, warm-up, cosine, label smoothing, mixing of images for the transformer.
+sivva.txt (EfficientNet, ResNet) and soni.txt, with modern recipes: Nesterov momentum or AdamW, warmup, cosine decay,
+label smoothing, and mixup and CutMix for the transformer.
 
-Left open, and assumed here: nothing is reported of these, so there is no figure to meet. Transfer learning loads
-torchvision's ImageNet weights at the start of training, from torch's cache, a given file, or the download, checked
-against the hash in their name.
+Not specified, assumed here: the papers report no results, so there is none to reproduce. Transfer learning loads
+torchvision's ImageNet weights before training from torch's cache, a file, or the download, and checks them against
+the hash in their name.
 
-`speedrun` is made for 94 % with test-time augmentation in the fewest seconds: images on the device, an
-alternating flip, a whitening first layer, Muon for filters, label smoothing, and a rate that falls in a straight
-line. The figure 94 % is for the official images.
+`speedrun` aims at 94 % accuracy with test-time augmentation in the shortest time: images on the device, an
+alternating flip, a whitening first layer, Muon for filters, label smoothing, and linear decay of the learning rate.
+The 94 % refer to the official images.
 
 Reproduce: runner train speedrun --data data/cifar10, likewise the others. Time on one GPU: not measured.
 """
 
-from runner.recipe import (
+from runner.config.recipe import (
     SGD,
     AdamW,
     Architecture,

@@ -1,28 +1,27 @@
 """F. Ghasemi, plain convolutional networks of several depths on CIFAR-10 (ghasemi.txt).
 
-Follows ghasemi.txt: lines 101-114 (mean and deviation 0.5, no augmentation, batch 60), 128-165 (the listed `Net`),
-215-243 (cross-entropy, Adam 5e-4, 30 epochs, constant rate) and the table on 367-382 (fifteen rows, each with
-depth, optimizer, rate, batch, epochs, regularisation, normalisation and accuracy).
+Follows ghasemi.txt: lines 101-114 (mean and standard deviation 0.5, no augmentation, batch size 60), 128-165 (the
+listed `Net`), 215-243 (cross-entropy, Adam 5e-4, 30 epochs, constant learning rate) and the table on 367-382
+(fifteen rows of depth, optimizer, learning rate, batch size, epochs, regularization, normalization and accuracy).
 
-Left open, and assumed here:
-- a depth "c-f" is c convolutions and f linear layers. Only 5-3 is listed; the rule for the others is that each of
-  the five widths gets the same number of convolutions and the widest get what is left over
-  (runner/models/ghasemi.py);
-- "normalization" in the table is batch norm: none in rows 1 to 13. Those networks begin as He et al. initialise
-  them: from torch's default, row 3's twelve convolutions under SGD at 5e-4 would stay where they are;
-- SGD's momentum: 0.9. Weight decay where a row names it: 1e-3. Dropout where a row names it: 0.2, where the listing
-  has it;
-- 84 % for the listed network: the text gives it for its best model, which it lists as 5-3 and tabulates as 8-3.
-The printed program evaluates without changing the network's mode, so dropout and batch norm were in training mode
-there; ours are in evaluation mode. Accuracies are printed as whole numbers.
+Not specified, assumed here:
+- a depth "c-f" is c convolutions and f linear layers. Only 5-3 is listed; for the others each of the five widths
+  gets the same number of convolutions, and the widest get the remainder (runner/models/ghasemi.py);
+- "normalization" in the table is batch norm, absent in rows 1 to 13. Those networks use He initialization: with
+  torch's default, row 3's twelve convolutions would not train with SGD at 5e-4;
+- momentum of SGD: 0.9. Weight decay in rows that mention it: 1e-3. Dropout in rows that mention it: 0.2, at the
+  position of the listing;
+- 84 % for the listed network: the text reports it for its best model, listed as 5-3 and tabulated as 8-3.
+The printed program never calls `eval()`, so it evaluates with dropout and batch norm in training mode; this project
+evaluates in evaluation mode. The paper rounds accuracies to whole numbers.
 
 Reproduce: runner train ghasemi-net --data data/cifar10, likewise ghasemi-1 to ghasemi-15. Time on one GPU: not
 measured.
 """
 
-from runner.recipe import SGD, Adam, Architecture, Experiment, Recipe, Reported
+from runner.config.recipe import SGD, Adam, Architecture, Argument, Experiment, Recipe, Reported
 
-# Trainable parameters without batch norm, and multiply-accumulates, by depth; a test counts both.
+# Trainable parameters without batch norm, and multiply-accumulates, by depth; tested.
 SIZES = {
     (5, 3): (2_751_562, 403_147_264),
     (6, 3): (5_111_370, 1_007_127_040),
@@ -32,10 +31,10 @@ SIZES = {
     (12, 3): (8_845_098, 1_969_719_808),
     (12, 4): (8_876_714, 1_969_751_296),
 }
-NORM = {5: 1_984, 8: 3_776}  # batch norm's parameters, by convolutions
+NORM = {5: 1_984, 8: 3_776}  # parameters of batch norm, by number of convolutions
 
-# Depth, optimizer, batch, epochs, regularisation, batch norm, accuracy in percent.
-TABLE = (
+# Depth, optimizer, batch size, epochs, regularization, batch norm, accuracy in percent.
+TABLE: tuple[tuple[tuple[int, int], SGD | Adam, int, int, str, bool, int], ...] = (
     ((12, 4), Adam(1e-3), 64, 25, "", False, 69),
     ((12, 1), Adam(5e-4), 99, 30, "", False, 73),
     ((12, 1), SGD(5e-4), 99, 30, "", False, 67),
@@ -59,16 +58,16 @@ def _experiment(
     optimizer: Adam | SGD,
     batch_size: int,
     epochs: int,
-    regularisation: str,
+    regularization: str,
     norm: bool,
     percent: int,
     source: str,
 ) -> Experiment:
-    arguments = {
+    arguments: dict[str, Argument] = {
         "convolutions": depth[0],
         "linears": depth[1],
         "norm": norm,
-        "dropout": 0.2 if regularisation == "dropout" else 0.0,
+        "dropout": 0.2 if regularization == "dropout" else 0.0,
     }
     parameters, macs = SIZES[depth]
     return Experiment(

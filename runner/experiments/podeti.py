@@ -4,17 +4,17 @@ Follows podeti.txt: sections 2.1 (architectures), 3.1 (augmentation), 4.1 (10 ep
 CosineAnnealingLR), 4.2 (grid search) and "Summary of Best Hyperparameters" (the rows below and their
 validation accuracies, printed as "0.88%" and meaning 88 %).
 
-Left open, and assumed here:
-- the validation split, a held-out part of the training set of unknown size: 5,000 images;
+Not specified, assumed here:
+- the size of the validation split, held out of the training set: 5,000 images;
 - AlexNet's layout for 32×32: five convolutions and three linear layers as in torchvision's AlexNet, with 3×3
   kernels, stride 2 in the first, and 2×2 pooling (runner/models/alexnet.py);
-- AlexNet's best row names no augmentation, unlike the other two: none;
-- MobileNetV2's "initial layers": stride 1 in the stem and in the first stage that strides, so that 32×32
-  ends at 4×4 (runner/models/mobilenet.py);
-- ResNet-18's first convolution: 3×3 with stride 1, and no pooling after it, as the text says;
-- the strengths of colour jitter in "advanced" augmentation: 0.2 each, and 0.1 for hue; SGD's momentum: 0.9;
-- the last partial batch of an epoch is left out;
-- the scheduler steps per iteration, from the learning rate to zero over all steps.
+- augmentation of AlexNet's best row, which mentions none, unlike the other two: none;
+- MobileNetV2's "initial layers": stride 1 in the stem and in the first strided stage, so that the last feature map
+  is 4×4 (runner/models/mobilenet.py);
+- ResNet-18's first convolution: 3×3 with stride 1, and no pooling after it, following the text;
+- the strengths of color jitter in "advanced" augmentation: 0.2 each, and 0.1 for hue; momentum of SGD: 0.9;
+- the last partial batch of an epoch: dropped;
+- the scheduler: per step, from the peak learning rate to zero over all steps.
 
 `podeti-grid` is the grid search of section 4.2: optimizer, learning rate, weight decay and augmentation for all
 three, and dropout for AlexNet, 64 trials.
@@ -26,7 +26,7 @@ on one GPU: not measured.
 from dataclasses import replace
 from itertools import product
 
-from runner.recipe import SGD, Adam, Architecture, Augment, Cosine, Experiment, Optimizer, Recipe, Reported
+from runner.config.recipe import SGD, Adam, Architecture, Augment, Cosine, Experiment, Optimizer, Recipe, Reported
 
 BASIC = Augment(crop_padding=4, flip="random")
 ADVANCED = replace(BASIC, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
@@ -67,20 +67,20 @@ EXPERIMENTS = {
 
 
 def _grid() -> dict[str, Experiment]:
-    """Every trial by a name that tells its values: `podeti-grid/alexnet-adam-lr0.001-wd0.0005-basic-dropout0.3`."""
+    """All trials by name, such as `podeti-grid/alexnet-adam-lr0.001-wd0.0005-basic-dropout0.3`."""
     trials = {}
     for model in ("resnet18", "alexnet", "mobilenetv2"):
         base = EXPERIMENTS[f"podeti-{model}"]
         dropouts = (0.3, 0.5) if model == "alexnet" else (None,)
         axes = (("sgd", "adam"), (1e-3, 1e-2), (5e-4, 1e-4), ("basic", "advanced"), dropouts)
         for optimizer, lr, decay, augment, dropout in product(*axes):
-            chosen = SGD(lr, weight_decay=decay) if optimizer == "sgd" else Adam(lr, weight_decay=decay)
             name = f"podeti-grid/{model}-{optimizer}-lr{lr:g}-wd{decay:g}-{augment}"
             architecture = base.architecture
             if dropout is not None:
                 name += f"-dropout{dropout:g}"
                 architecture = replace(architecture, arguments={"dropout": dropout})
-            recipe = _recipe(chosen, BASIC if augment == "basic" else ADVANCED)
+            kind = SGD if optimizer == "sgd" else Adam
+            recipe = _recipe(kind(lr, weight_decay=decay), BASIC if augment == "basic" else ADVANCED)
             trials[name] = replace(base, architecture=architecture, recipe=recipe, reported=None)
     return trials
 

@@ -4,20 +4,21 @@ Follows soni.txt: lines 25-45 (the block, the backbone, the classifier), 31 and 
 1e-2, batch 64, 30 epochs), 59-63 (Model 2: four blocks from 64 to 128 channels, dropout, RMSprop 1e-3, batch 128,
 40 epochs) and the tables on 83-95: 52.92 % at epoch 30, 80.79 % at epoch 38 (80.40 % at epoch 40), on the test set.
 
-Left open, and assumed here:
-- the block is the dynamic convolution of Y. Chen et al. 2020 with K = 3 branches in every block (the text says
-  three outputs for the first), joined as the sum of a_k · conv_k(x);
-- the non-linearity on a: softmax, as there. With ReLU, all three can be 0 at once
+Not specified, assumed here:
+- the block is the dynamic convolution of Y. Chen et al. 2020 with K = 3 branches in every block (the text states
+  three outputs for the first), combined as the sum of a_k · conv_k(x);
+- the activation of a: softmax, as in Chen et al. With ReLU, all three can be 0
   (`--architecture.arguments.gate relu`);
-- the shortcut where channels do not change: the input itself;
-- channels of the four blocks: 64, 64, 128, 128; dropout 0.5; max pooling of 2×2, once, after the last block;
-- normalisation to mean and deviation 0.5, cross-entropy, no weight decay, no last partial batch, RMSprop's other
-settings as torch has them. The text also says 52.45 % at epoch 26 for Model 1; the table is followed.
+- the shortcut between equal channels: the identity;
+- channels of the four blocks: 64, 64, 128, 128; dropout 0.5; one 2×2 max pooling after the last block;
+- normalization with mean and standard deviation 0.5, cross-entropy, no weight decay, the last partial batch dropped,
+  torch's defaults for the other settings of RMSprop.
+The text also reports 52.45 % at epoch 26 for Model 1; the table has precedence.
 
 Reproduce: runner train soni-2 --data data/cifar10, likewise soni-4. Time on one GPU: not measured.
 """
 
-from runner.recipe import Architecture, Experiment, Recipe, Reported, RMSprop
+from runner.config.recipe import Architecture, Experiment, Recipe, Reported, RMSprop
 
 EXPERIMENTS = {
     "soni-2": Experiment(

@@ -1,4 +1,4 @@
-"""Dynamic convolutions: parallel filters, weighted by what the image as a whole looks like (soni.txt, Methods).
+"""Dynamic convolutions: parallel filters with weights computed from the whole image (soni.txt, Methods).
 
 The family of Y. Chen et al. 2020, "Dynamic Convolution: Attention over Convolution Kernels", arXiv:1912.03458.
 """
@@ -17,8 +17,8 @@ GATES = {"softmax": nn.Softmax(dim=1), "sigmoid": nn.Sigmoid(), "relu": nn.ReLU(
 class DynamicBlock(nn.Module):
     """ReLU(BN(Σ_k a_k · conv_k(x) + shortcut(x))) with a = gate(linear(mean of x over the image)).
 
-    The sum of K convolutions of x, each times its a_k, is one convolution of the K images a_k · x side by side;
-    that is how it is computed. The shortcut is a 1×1 convolution with batch norm where channels change, else x.
+    The sum of K convolutions of x, each weighted by a_k, is computed as one convolution over the concatenated
+    channels of a_k · x. The shortcut is the identity, or a 1×1 convolution with batch norm if channels change.
 
     Maps (N, channels_in, H, W) to (N, channels, H, W).
     """
@@ -29,12 +29,13 @@ class DynamicBlock(nn.Module):
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, branches), GATES[gate]
         )
         self.convolutions = nn.Conv2d(branches * channels_in, channels, 3, padding=1, bias=False)
-        # He's initialisation of each branch by itself.
+        # He initialization of each branch separately.
         nn.init.normal_(self.convolutions.weight, std=math.sqrt(2 / (9 * channels_in)))
         self.shortcut = nn.Sequential()
         if channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels))
-            nn.init.kaiming_normal_(self.shortcut[0].weight)
+            projection = nn.Conv2d(channels_in, channels, 1, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
+            nn.init.kaiming_normal_(projection.weight)
         self.norm = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
 
@@ -45,7 +46,7 @@ class DynamicBlock(nn.Module):
 
 
 class DynamicNet(nn.Module):
-    """Dynamic blocks, 2×2 max pooling, the mean over the image, dropout, one linear layer.
+    """Dynamic blocks, 2×2 max pooling, global average pooling, dropout, one linear layer.
 
     Maps images (N, 3, H, W) to logits (N, classes).
     """
@@ -68,11 +69,11 @@ class DynamicNet(nn.Module):
         return self.classifier(self.head(self.blocks(images)))
 
 
-def soni_2(gate: Literal["softmax", "sigmoid", "relu"] = "softmax") -> DynamicNet:
+def soni_2(gate: Literal["softmax", "sigmoid", "relu"] = "softmax", classes: int = 10) -> DynamicNet:
     """Two blocks of 64 channels (soni.txt, Model 1)."""
-    return DynamicNet((64, 64), dropout=0.0, gate=gate)
+    return DynamicNet((64, 64), dropout=0.0, gate=gate, classes=classes)
 
 
-def soni_4(dropout: float, gate: Literal["softmax", "sigmoid", "relu"] = "softmax") -> DynamicNet:
-    """Four blocks, of 64, 64, 128 and 128 channels, and dropout before the last layer (soni.txt, Model 2)."""
-    return DynamicNet((64, 64, 128, 128), dropout, gate=gate)
+def soni_4(dropout: float, gate: Literal["softmax", "sigmoid", "relu"] = "softmax", classes: int = 10) -> DynamicNet:
+    """Four blocks of 64, 64, 128 and 128 channels, with dropout before the last layer (soni.txt, Model 2)."""
+    return DynamicNet((64, 64, 128, 128), dropout, gate=gate, classes=classes)

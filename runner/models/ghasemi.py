@@ -1,4 +1,4 @@
-"""The plain convolutional networks of ghasemi.txt: the listed `Net`, and the depths of its table by one rule."""
+"""The plain convolutional networks of ghasemi.txt: the listed `Net`, generalized to the depths of its table."""
 
 from itertools import pairwise
 
@@ -10,19 +10,19 @@ HIDDEN = (512, 256, 128)
 
 
 def repeats(convolutions: int) -> list[int]:
-    """How many convolutions each width gets: the same number, and what is left over goes to the widest.
+    """The number of convolutions of each width: distributed evenly, with the remainder at the largest widths.
 
-    5 gives one each, which is the listed network; 8 gives 1, 1, 2, 2, 2, as in VGG-11.
+    5 yields one each, the listed network; 8 yields 1, 1, 2, 2, 2, as in VGG-11.
     """
-    least, rest = divmod(convolutions, len(WIDTHS))
-    return [least + (k >= len(WIDTHS) - rest) for k in range(len(WIDTHS))]
+    minimum, remainder = divmod(convolutions, len(WIDTHS))
+    return [minimum + (k >= len(WIDTHS) - remainder) for k in range(len(WIDTHS))]
 
 
 class Net(nn.Module):
-    """3×3 convolutions, each with ReLU and then batch norm; 2×2 average pooling; linear layers with ReLU.
+    """3×3 convolutions, each followed by ReLU and batch norm, 2×2 average pooling, and linear layers with ReLU.
 
-    Stride 2 at the first convolution of width 64; dropout before the first of width 512. Without batch norm the
-    convolutions and hidden layers begin as He et al. initialise them, arXiv:1502.01852.
+    The first convolution of width 64 has stride 2, and dropout precedes the first one of width 512. Without batch
+    norm, convolutions and hidden layers use the initialization of He et al., arXiv:1502.01852.
 
     Maps images (N, 3, H, W) to logits (N, classes).
     """
@@ -50,6 +50,7 @@ class Net(nn.Module):
             for module in [*self.features, *hidden]:
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    assert module.bias is not None
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

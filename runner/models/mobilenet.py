@@ -1,11 +1,11 @@
-"""MobileNetV2 for 32×32 images (Sandler et al. 2018, arXiv:1801.04381): torchvision's, with smaller strides."""
+"""torchvision's MobileNetV2 with smaller strides for 32×32 images (Sandler et al. 2018, arXiv:1801.04381)."""
 
 from torch import nn
 from torchvision import models
 
 
 def mobilenet_v2(dropout: float, classes: int = 10) -> nn.Module:
-    """torchvision's MobileNetV2 with stride 1 in the stem and in the first stage that strides: 32 ends at 4.
+    """MobileNetV2 with stride 1 in the stem and in the first strided stage; the last feature map is 4×4.
 
     Maps images (N, 3, 32, 32) to logits (N, classes).
     """

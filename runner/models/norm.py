@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all ranks."""
+"""Batch norm synchronized over all ranks, on any device."""
 
 import torch
 import torch.distributed as dist
@@ -6,12 +6,11 @@ from torch import nn
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; each rank's part has a share in every rank's loss, so gradients add
-    up."""
+    """Differentiable all-reduce: sums a tensor over all ranks, and the gradients in the backward pass."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, ours: torch.Tensor) -> torch.Tensor:
-        total = ours.clone()
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: torch.Tensor) -> torch.Tensor:
+        total = local.clone()
         dist.all_reduce(total)
         return total
 
@@ -23,9 +22,9 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of the global batch, on any device; torch's own takes GPUs alone.
+    """Batch norm with the statistics of the global batch; torch's SyncBatchNorm supports only GPUs.
 
-    Ranks may hold different numbers of images. In evaluation it is batch norm.
+    Ranks may have different numbers of images. In evaluation mode it is plain batch norm.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +36,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         count = sums[-1]
         mean, square = sums[:-1].chunk(2)
         mean = mean / count
-        variance = (square / count - mean.square()).clamp_min(0)  # rounding may leave it below
+        variance = (square / count - mean.square()).clamp_min(0)  # rounding errors may make it negative
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             unbiased = variance * count / (count - 1)
@@ -47,8 +50,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """The model with every BatchNorm2d replaced by one over all ranks; parameters and their names stay."""
+def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Converts every BatchNorm2d of a model to synchronized batch norm; parameters and their names do not change."""
     if not dist.is_initialized():
         return model
     if next(model.parameters()).device.type == "cuda":

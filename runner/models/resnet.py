@@ -7,7 +7,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm and a shortcut; a 1×1 convolution where the shapes differ.
+    """Two 3×3 convolutions with batch norm, and a shortcut: the identity, or a 1×1 convolution if shapes differ.
 
     Maps (N, channels_in, H, W) to (N, channels, H / stride, W / stride).
     """
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3×3 stem, stages of basic blocks that halve the side between them, average pooling, one linear layer.
+    """A 3×3 stem, stages of basic blocks with stride 2 between stages, average pooling, one linear layer.
 
     Maps images (N, 3, H, W) to logits (N, classes).
     """
@@ -57,6 +57,6 @@ class ResNet(nn.Module):
         return self.classifier(features.flatten(1))
 
 
-def merabishvili() -> ResNet:
+def merabishvili(classes: int = 10) -> ResNet:
     """Three stages of 3, 4 and 3 blocks with 66, 132 and 264 channels (merabishvili.txt, Figure 1)."""
-    return ResNet(blocks=(3, 4, 3), channels=(66, 132, 264))
+    return ResNet(blocks=(3, 4, 3), channels=(66, 132, 264), classes=classes)

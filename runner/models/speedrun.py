@@ -1,7 +1,7 @@
-"""A small network that learns 32×32 images in few passes.
+"""A small network that reaches high accuracy on 32×32 images in few epochs.
 
-Known to help, and used here: a frozen first layer that whitens 2×2 patches of the data (T. Page; K. Jordan,
-arXiv:2404.00498), batch norm without scale, GELU, max pooling before the activation, and a scaled-down last layer.
+It uses a frozen first layer that whitens 2×2 patches of the data (T. Page; K. Jordan, arXiv:2404.00498), batch norm
+without scale, GELU, max pooling before the activation, and scaled-down logits.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 PATCH = 2  # side of the whitened patches
-WHITENING_IMAGES = 5_000  # whose patches they are
+WHITENING_IMAGES = 5_000  # images whose patches are analyzed
 
 
 class ConvGroup(nn.Module):
     """Convolution, 2×2 max pooling, batch norm, GELU; convolution, batch norm, GELU.
 
-    Maps (N, channels_in, H, W) to (N, channels, H / 2, W / 2).
+    Maps (N, channels_in, H, W) to (N, channels, H // 2, W // 2).
     """
 
     def __init__(self, channels_in: int, channels: int, momentum: float) -> None:
@@ -27,7 +27,7 @@ class ConvGroup(nn.Module):
         self.norm1, self.norm2 = (nn.BatchNorm2d(channels, momentum=momentum) for _ in range(2))
         for norm in (self.norm1, self.norm2):
             norm.weight.requires_grad_(False)
-        # Begin as the identity on as many channels as there are, and random on the others.
+        # The first channels start as the identity, the others with random filters.
         for conv in (self.conv1, self.conv2):
             nn.init.dirac_(conv.weight[: conv.in_channels])
 
@@ -39,7 +39,7 @@ class ConvGroup(nn.Module):
 class SpeedNet(nn.Module):
     """Whitening, three convolution groups, global max pooling, a linear layer.
 
-    Maps images (N, 3, 32, 32) to logits (N, classes). `initialise` has to see images of the training set first.
+    Maps images (N, 3, 32, 32) to logits (N, classes). Call `initialize` before training.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class SpeedNet(nn.Module):
         whitened = 2 * 3 * PATCH**2
         self.whiten = nn.Conv2d(3, whitened, PATCH)
         self.whiten.weight.requires_grad_(False)
+        assert self.whiten.bias is not None
         nn.init.zeros_(self.whiten.bias)
         self.groups = nn.Sequential(
             ConvGroup(whitened, first, momentum),
@@ -65,17 +66,18 @@ class SpeedNet(nn.Module):
         self.scale = scale
 
     @torch.no_grad()
-    def initialise(self, first_images: Callable[[int], torch.Tensor]) -> None:
-        """Sets the first layer to the principal directions of the images' patches, each scaled to variance 1.
+    def initialize(self, first_images: Callable[[int], torch.Tensor]) -> None:
+        """Sets the filters of the first layer to the eigenvectors of the covariance of image patches, scaled to unit
+        variance, and their negatives.
 
         Args:
-            first_images: gives the first n training images, (n, 3, H, W) float, normalised, without augmentation.
+            first_images: returns the first n training images, (n, 3, H, W) float, normalized, without augmentation.
         """
         images = first_images(WHITENING_IMAGES)
         patches = F.unfold(images.float(), PATCH).transpose(1, 2).flatten(0, 1).double()
-        covariance = (patches.T @ patches / len(patches)).cpu()  # the images may lie on a GPU, where that is quick
+        covariance = (patches.T @ patches / len(patches)).cpu()  # on a GPU if the images are there
         values, vectors = torch.linalg.eigh(covariance)
-        # Directions with next to no variance would be blown up noise.
+        # The offset keeps components with almost no variance from amplifying noise.
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).float().view(-1, 3, PATCH, PATCH)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 

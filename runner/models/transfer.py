@@ -1,7 +1,7 @@
-"""torchvision's networks for ImageNet, to be trained on from its weights with a new last layer.
+"""torchvision's ImageNet networks with a new last layer, for transfer learning.
 
-A model is built with random weights, so that a finished run can be loaded anywhere; `initialise`, which training
-calls once, puts the ImageNet weights in.
+A model is created with random weights, so that a finished run can be loaded without the ImageNet weights; training
+calls `initialize` once to load them.
 """
 
 import urllib.error
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from data_prep.console import UserError, sha256_of
+from runner.common.errors import UserError
+from runner.common.files import sha256_of
 
 WEIGHTS = {
     "mobilenet_v2": models.MobileNet_V2_Weights.IMAGENET1K_V1,
@@ -29,12 +30,13 @@ class Pretrained(nn.Module):
 
     Args:
         name: of the network, a key of WEIGHTS.
-        weights: a file with torchvision's ImageNet weights; "" for torch's cache, or else the download.
-        pooling: of the features over the image.
+        weights: a file with torchvision's ImageNet weights; "" for torch's cache, or the download.
+        pooling: global pooling of the features.
         dropout: before the last layer.
-        frozen: leave the features as they are, batch norm's statistics included, and train the last layer.
+        frozen: freeze the features, including batch norm statistics, and train only the last layer.
+        classes: number of classes.
 
-    Maps images (N, 3, H, W), normalised as ImageNet's, to logits (N, classes).
+    Maps images (N, 3, H, W), normalized with ImageNet's mean and standard deviation, to logits (N, classes).
     """
 
     def __init__(
@@ -52,60 +54,63 @@ class Pretrained(nn.Module):
                 raise UserError(f"--architecture.arguments.{argument} {value}: expected {' or '.join(known)}")
         self.name, self.weights, self.frozen = name, weights, frozen
         if name == "mobilenet_v2":
-            whole = models.mobilenet_v2()
-            self.features, width = whole.features, whole.last_channel
+            network = models.mobilenet_v2()
+            self.features, width = network.features, network.last_channel
         else:
-            whole = models.resnet18()
-            self.features = nn.Sequential(*list(whole.children())[:-2])
-            width = whole.fc.in_features
+            network = models.resnet18()
+            self.features = nn.Sequential(*list(network.children())[:-2])
+            width = network.fc.in_features
         self.pool = POOLINGS[pooling](1)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, classes)
         self.features.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "Pretrained":
-        """As nn.Module's; frozen features stay in evaluation mode."""
+        """Sets the mode of the module; frozen features stay in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.features.eval()
         return self
 
-    def initialise(self, first_images: Callable[[int], torch.Tensor]) -> None:
-        """Loads the ImageNet weights of the features; no images are needed for it.
+    def initialize(self, first_images: Callable[[int], torch.Tensor]) -> None:
+        """Loads the ImageNet weights of the features; does not use images.
 
         Raises:
-            UserError: the file is not there, is not the one that torchvision names, or cannot be downloaded.
+            UserError: the file is missing, has the wrong hash, or cannot be downloaded.
         """
         state = torch.load(weight_file(self.name, self.weights), map_location="cpu", weights_only=True)
         if self.name == "mobilenet_v2":
-            wanted = {key.removeprefix("features."): value for key, value in state.items() if "features." in key}
+            features = {key.removeprefix("features."): value for key, value in state.items() if "features." in key}
         else:
-            places = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-            wanted = {
-                f"{places.index(first)}.{rest}": state[f"{first}.{rest}"]
-                for first, _, rest in (key.partition(".") for key in state)
-                if first in places
+            children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+            features = {
+                f"{children.index(child)}.{name}": state[f"{child}.{name}"]
+                for child, _, name in (key.partition(".") for key in state)
+                if child in children
             }
-        self.features.load_state_dict(wanted)
+        self.features.load_state_dict(features)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(self.pool(self.features(images)).flatten(1)))
 
 
-def weight_file(name: str, given: str) -> Path:
-    """The file with a network's ImageNet weights, checked against the SHA-256 in the name that torchvision gives
-    it.
+def weight_file(name: str, file: str) -> Path:
+    """Finds or downloads the file of a network's ImageNet weights, and checks the SHA-256 in torchvision's file name.
+
+    Args:
+        name: of the network, a key of WEIGHTS.
+        file: path of the file; "" for torch's cache, or the download.
 
     Raises:
-        UserError: see Pretrained.initialise.
+        UserError: see Pretrained.initialize.
     """
     url = WEIGHTS[name].url
     file_name = url.rpartition("/")[2]
     expected = file_name.rpartition("-")[2].removesuffix(".pth")
-    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    remedy = f"download {url} elsewhere and give it by --architecture.arguments.weights FILE"
-    if given and not path.is_file():
-        raise UserError(f"--architecture.arguments.weights {given}: expected a file, found none; {remedy}")
+    path = Path(file) if file else Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    remedy = f"download {url} elsewhere and pass it as --architecture.arguments.weights FILE"
+    if file and not path.is_file():
+        raise UserError(f"--architecture.arguments.weights {file}: expected a file, found none; {remedy}")
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,7 @@ def weight_file(name: str, given: str) -> Path:
                 f"{name}: its ImageNet weights are not in torch's cache ({path}) and cannot be downloaded "
                 f"({error}); {remedy}"
             ) from None
-    found = sha256_of(path)
-    if not found.startswith(expected):
-        raise UserError(f"{path}: expected SHA-256 {expected}…, found {found[:12]}…; {remedy}")
+    actual = sha256_of(path)
+    if not actual.startswith(expected):
+        raise UserError(f"{path}: expected SHA-256 {expected}…, found {actual[:12]}…; {remedy}")
     return path

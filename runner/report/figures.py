@@ -1,8 +1,9 @@
-"""The charts of the page, as plotly specifications: plain dictionaries that the page's script draws."""
+"""The charts of the page as plotly specifications: plain dicts that the page's script draws."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from runner.report.collect import RunRecord
+from runner.report.collect import Outcome, RunRecord
 
 PALETTE = [
     "#4269d0",
@@ -19,89 +20,99 @@ PALETTE = [
 Chart = dict[str, Any]
 
 
-def curves(records: list[RunRecord], metric: str) -> Chart:
-    """Training (line) and test (points) of `metric`, "loss" or "accuracy", over epochs, for every run."""
-    data = []
+def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Chart:
+    """Training (lines) and test (points) metric of every run over epochs."""
+    traces = []
     scale = 100 if metric == "accuracy" else 1
     for index, record in enumerate(records):
         for split, mode, width in (("train", "lines", 1.2), ("test", "lines+markers", 2)):
-            points = [
-                (row["epoch"], scale * row[key]) for row in record.metrics if (key := f"{split}/{metric}") in row
-            ]
+            points = [(row.epoch, getattr(row, f"{split}_{metric}")) for row in record.metrics]
+            points = [(epoch, scale * value) for epoch, value in points if value is not None]
             if points:
                 x, y = zip(*points, strict=True)
-                data.append(
+                traces.append(
                     {
                         "type": "scatter",
                         "mode": mode,
-                        "x": list(x),
-                        "y": list(y),
+                        "x": x,
+                        "y": y,
                         "name": f"{record.name} {split}",
                         "legendgroup": record.name,
                         "run": index,
-                        "line": {"color": _colour(index), "width": width},
+                        "line": {"color": PALETTE[index % len(PALETTE)], "width": width},
                         "marker": {"size": 9},
                         "opacity": 0.7 if split == "train" else 1,
                     }
                 )
     unit = ", %" if metric == "accuracy" else ", nats"
     layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": metric + unit}}}
-    return {"id": f"curve-{metric}", "data": data, "layout": layout}
+    return {"id": f"curve-{metric}", "data": traces, "layout": layout}
 
 
-def reported(entries: list[dict[str, Any]]) -> Chart | None:
-    """Reported accuracies beside ours, an experiment a line; deviations over seeds as bars. None without any."""
-    entries = [entry for entry in entries if entry["reported"] and entry["reproduced"] is not None]
-    if not entries:
+def reported(outcomes: Iterable[Outcome]) -> Chart | None:
+    """Reported and reproduced accuracy of every experiment, with error bars over several seeds; None without any."""
+    rows = [one for one in outcomes if one.reported and one.reproduced is not None]
+    if not rows:
         return None
-    names = [f"{entry['experiment']} ({', '.join(map(str, entry['seeds']))})" for entry in entries]
-    deviations = [100 * (entry["reproduced_std"] or 0) for entry in entries]
-    ours = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "ours, mean over seeds",
-        "x": [100 * entry["reproduced"] for entry in entries],
-        "y": names,
-        "error_x": {"type": "data", "array": deviations},
-        "marker": {
-            "size": 10,
-            "color": PALETTE[0],
-            "symbol": ["circle" if entry["difference"] is not None else "circle-open" for entry in entries],
-        },
-        "hovertemplate": "%{y}<br>ours %{x:.2f} %<extra></extra>",
-    }
-    theirs = {
+    several_datasets = len({one.dataset for one in rows}) > 1
+    labels = {}
+    for one in rows:
+        lines = [str(one.label).replace(" (", "<br>(", 1) + f", {one.seed_count}"]
+        labels[id(one)] = "<br>".join([*lines, one.dataset] if several_datasets else lines)
+    reported_trace = {
         "type": "scatter",
         "mode": "markers",
         "name": "reported",
-        "x": [100 * entry["reported"]["accuracy"] for entry in entries],
-        "y": names,
+        "x": [100 * one.reported.accuracy for one in rows if one.reported],
+        "y": [labels[id(one)] for one in rows],
         "marker": {"size": 11, "symbol": "diamond-open", "color": PALETTE[2], "line": {"width": 2}},
         "hovertemplate": "%{y}<br>reported %{x:.2f} %<extra></extra>",
     }
+    traces = [reported_trace]
+    for name, several in (("measured, 1 seed", False), ("measured, mean over seeds ± deviation", True)):
+        group = [one for one in rows if (one.reproduced_std is not None) == several]
+        if group:
+            traces.append(_measured(name, group, [labels[id(one)] for one in group]))
     layout = {
         "xaxis": {"title": {"text": "accuracy, %"}},
         "yaxis": {"automargin": True, "autorange": "reversed"},
-        "height": 160 + 26 * len(entries),
+        "height": 170 + (56 if several_datasets else 40) * len(rows),
     }
-    return {"id": "reported", "data": [theirs, ours], "layout": layout}
+    return {"id": "reported", "data": traces, "layout": layout}
+
+
+def _measured(name: str, outcomes: list[Outcome], labels: list[str]) -> Chart:
+    """The trace of reproduced accuracies; with deviations where there are some."""
+    deviations = [100 * one.reproduced_std for one in outcomes if one.reproduced_std is not None]
+    error = {"error_x": {"type": "data", "array": deviations}} if deviations else {}
+    return error | {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [100 * (one.reproduced or 0) for one in outcomes],
+        "y": labels,
+        "marker": {
+            "size": 10,
+            "color": PALETTE[0],
+            "symbol": ["circle" if one.difference is not None else "circle-open" for one in outcomes],
+        },
+        "hovertemplate": "%{y}<br>measured %{x:.2f} %<extra></extra>",
+    }
 
 
 def confusion(record: RunRecord, position: int) -> Chart | None:
-    """Shares of each label's images by predicted class."""
+    """The confusion matrix of a finished run, colored by the share of each label's images."""
     if record.summary is None:
         return None
-    counts = record.summary["confusion"]
-    classes = record.config["dataset"]["classes"]
-    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    data = {
+    counts, classes = record.summary.confusion, record.config.dataset.classes
+    trace = {
         "type": "heatmap",
-        "z": shares,
+        "z": [[count / max(1, sum(row)) for count in row] for row in counts],
         "x": classes,
         "y": classes,
         "text": counts,
         "texttemplate": "%{text}",
-        "hovertemplate": "%{text} images of %{y} taken for %{x}<extra></extra>",
+        "hovertemplate": "%{text} images of %{y} predicted as %{x}<extra></extra>",
         "zmin": 0,
         "zmax": 1,
         "showscale": False,
@@ -111,8 +122,4 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
         "yaxis": {"title": {"text": "label"}, "autorange": "reversed", "automargin": True},
         "height": 480,
     }
-    return {"id": f"confusion-{position}", "data": [data], "layout": layout}
-
-
-def _colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
+    return {"id": f"confusion-{position}", "data": [trace], "layout": layout}

@@ -3,69 +3,78 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from runner.environment import described
 from runner.report import collect
-from runner.report.collect import RunRecord
+from runner.report.collect import RunRecord, Unreadable
 
-TITLES = ("run", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "accuracy change", "agreement")
+OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
+LATENCY_TITLES = (
+    "run", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "calls", "accuracy change", "agreement",
+    "gate", "note",
+)  # fmt: skip
 
 
-def render(records: list[RunRecord]) -> str:
-    """Reported and reproduced accuracies, and latencies by hardware with what the gate says of each file."""
-    return "\n\n".join(filter(None, (accuracies(records), latencies(records)))) + "\n"
+def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
+    """Reported and reproduced accuracies, latencies by hardware with the parity of each file, folders not read."""
+    parts = [accuracies(records), latencies(records)]
+    if unreadable:
+        parts.append(
+            f"Not read:\n\n{table(('folder', 'reason'), ((plain(e.folder), plain(e.reason)) for e in unreadable))}"
+        )
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def accuracies(records: list[RunRecord]) -> str:
-    """Reported and reproduced accuracies, a line for each experiment."""
+    """Reported and reproduced accuracies, one row per experiment."""
     datasets = ", ".join(sorted({record.dataset for record in records}))
-    trained = ", ".join(sorted({described(record.config["hardware"]) for record in records}))
+    hardware = ", ".join(sorted({str(record.config.hardware) for record in records}))
+    parameters = {record.config.experiment: record.config.parameters for record in records}
     rows = []
-    parameters = {record.config["experiment"]: record.config["parameters"] for record in records}
-    for entry in collect.experiments(records):
-        reported = entry["reported"]
-        count = parameters[entry["experiment"]]
+    for outcome in collect.outcomes(records):
+        reported = outcome.reported
+        count = parameters[outcome.experiment]
         rows.append(
             (
-                f"`{entry['experiment']}`" + (" (changed)" if entry["overrides"] else ""),
+                _code(str(outcome.label)),
                 f"{count:,}" if count else "–",
-                entry["dataset"],
-                f"{entry['epochs']:.2f} of {entry['recipe_epochs']}",
-                ", ".join(map(str, entry["seeds"])),
-                _percent(entry["test_accuracy"], entry["test_accuracy_std"]),
-                f"{reported['accuracy']:.2%} ({reported['on']}, {reported['epoch']})" if reported else "–",
-                _percent(entry["reproduced"], entry["reproduced_std"]),
+                plain(outcome.dataset),
+                f"{outcome.epochs:.2f} of {outcome.recipe_epochs}",
+                outcome.seed_count,
+                percent(outcome.test_accuracy, outcome.test_accuracy_std),
+                f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–",
+                percent(outcome.reproduced, outcome.reproduced_std),
             )
         )
-    titles = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
-    told = (
-        f"{len(records)} runs on {datasets}; trained on {trained}. Accuracies are of the last epoch on the test "
-        "set, means over seeds ± deviation."
+    caption = (
+        f"{collect.counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are of the last "
+        "epoch on the test set, means over seeds ± deviation."
     )
-    return f"{told}\n\n{table(titles, rows)}"
+    return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
 
 
 def latencies(records: list[RunRecord]) -> str:
-    """Latencies by hardware with what the gate says of each file; empty where none were measured."""
+    """Latencies by hardware with the parity of each file; empty if none were measured."""
     by_hardware: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.latency:
-            place = described(record.latency["hardware"])
-            by_hardware.setdefault(place, []).extend(_latencies(record))
-    return "\n\n".join(f"Latency on {place}:\n\n{table(TITLES, rows)}" for place, rows in by_hardware.items())
+            by_hardware.setdefault(str(record.latency.hardware), []).extend(_latency_rows(record))
+    return "\n\n".join(
+        f"Latency on {hardware}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
+    )
 
 
-def _latencies(record: RunRecord) -> Iterable[Sequence[str]]:
-    row = collect.row(record)
-    for part in row["latency"]:
-        gate = part["gate"]
+def _latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
+    for cell in collect.row(record).latency:
         yield (
-            f"`{record.name}`",
-            part["backend"],
-            part["precision"],
-            str(part["batch"]),
-            *(f"{part[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
-            f"{100 * gate['accuracy_change']:+.2f}" if gate else "–",
-            f"{gate['agreement']:.3%}" if gate else "–",
+            _code(record.name),
+            cell.backend,
+            cell.precision,
+            str(cell.batch),
+            *(f"{figure:.2f}" for figure in (cell.p50_ms, cell.p90_ms, cell.p99_ms)),
+            "–" if cell.calls is None else str(cell.calls),
+            f"{100 * cell.gate.accuracy_change:+.2f}" if cell.gate else "–",
+            f"{cell.gate.agreement:.3%}" if cell.gate else "–",
+            ("passed" if cell.gate.passed else "failed") if cell.gate else "–",
+            plain(cell.warning or ""),
         )
 
 
@@ -75,7 +84,18 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _percent(value: float | None, deviation: float | None) -> str:
+def _code(text: str) -> str:
+    """A name as code, which a backtick or a line end in it would end."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def plain(text: str) -> str:
+    """Text from a run folder, without HTML and line ends."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def percent(value: float | None, std: float | None) -> str:
+    """A share in 0..1 as `93.21 ± 0.15 %`; a dash for None."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "") + " %"
+    return f"{100 * value:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "") + " %"

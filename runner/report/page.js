@@ -1,29 +1,29 @@
 "use strict";
-const {charts, runs, grids, palette} = JSON.parse(document.getElementById("data-of-page").textContent);
+const {charts, runs, datasets, grids, palette} = JSON.parse(document.getElementById("data-of-page").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)"), $ = id => document.getElementById(id);
 const table = $("table"), body = table.tBodies[0];
 
-function themed(layout) {
-  const ink = dark.matches ? "#e8eaed" : "#1b1e23", line = dark.matches ? "#363b44" : "#d9dce1";
+function withTheme(layout) {
+  const text = dark.matches ? "#e8eaed" : "#1b1e23", line = dark.matches ? "#363b44" : "#d9dce1";
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line};
-  return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink, family: "system-ui, sans-serif"},
+  return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: text, family: "system-ui, sans-serif"},
     margin: {l: 60, r: 20, t: 30, b: 60}, legend: {orientation: "h", y: -0.3}, ...layout,
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis}};
 }
-// Numbers on a heat map must be read on its darkest and its lightest cell, on either paper.
-function shaded(trace) {
+// Numbers on a heat map must be legible on its darkest and lightest cells in both color schemes.
+function withColorscale(trace) {
   if (trace.type !== "heatmap") return trace;
   const full = dark.matches ? "47, 91, 208" : "120, 160, 250";
   return {...trace, colorscale: [[0, `rgba(${full}, 0.04)`], [1, `rgb(${full})`]],
     textfont: {color: dark.matches ? "#e8eaed" : "#1b1e23"}};
 }
 function draw(chart) {
-  Plotly.react(chart.id, chart.data.map(shaded), themed(chart.layout), {responsive: true, displaylogo: false});
+  Plotly.react(chart.id, chart.data.map(withColorscale), withTheme(chart.layout), {responsive: true, displaylogo: false});
 }
 
-// The table: a filter hides rows, and what it hides is not drawn either; a box overlays a run's curves.
+// The table: rows that the filter hides are not drawn either; the box in a row overlays the run's curves.
 const rows = () => [...body.rows];
-const shown = () => new Set(rows().filter(row => !row.hidden).map(row => +row.dataset.run));
+const visible = () => new Set(rows().filter(row => !row.hidden).map(row => +row.dataset.run));
 const overlaid = () => new Set(rows().filter(row => !row.hidden && row.querySelector("input").checked).map(row => +row.dataset.run));
 function filter() {
   const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean), paper = $("paper").value;
@@ -31,8 +31,8 @@ function filter() {
     const text = row.textContent.toLowerCase();
     row.hidden = (paper && row.dataset.paper !== paper) || !words.every(word => text.includes(word));
   }
-  $("count").textContent = `${shown().size} of ${runs.length} runs`;
-  drawShown();
+  $("count").textContent = `${visible().size} of ${runs.length} runs`;
+  drawVisible();
 }
 const value = cell => { const text = cell.textContent.replace(/,/g, "").trim(), n = parseFloat(text); return isNaN(n) ? text : n; };
 function sortBy(head, column) {
@@ -46,44 +46,74 @@ function sortBy(head, column) {
   }).forEach(row => body.append(row));
 }
 
-// What no other run beats both in accuracy and in cost, cheapest first.
-function front(points) {
+// The Pareto front: points that no other beats in both accuracy and cost, by rising cost.
+function paretoFront(points) {
   let best = -Infinity;
   return points.toSorted((a, b) => a.cost - b.cost || b.accuracy - a.accuracy)
     .filter(point => point.accuracy > best && (best = point.accuracy, true));
 }
-function drawTradeoff() {
-  const cost = $("cost"), seen = shown();
-  const points = runs.filter(run => seen.has(run.position) && run[cost.value] !== null && run.test_accuracy !== null)
-    .map(run => ({run, cost: run[cost.value], accuracy: 100 * run.test_accuracy}));
-  const best = front(points), named = new Set(points.length > 12 ? best : points);
-  const costs = points.map(point => point.cost), room = [Math.log10(Math.min(...costs)) - 0.3, Math.log10(Math.max(...costs)) + 0.3];
-  const size = run => run.parameters ? 8 + 6 * Math.sqrt(run.parameters / 1e6) : 10;
-  const dots = {type: "scatter", mode: "markers+text", x: costs, y: points.map(point => point.accuracy),
-    text: points.map(point => named.has(point) ? point.run.name : ""), textposition: points.map(point => best.indexOf(point) % 2 > 0 ? "bottom center" : "top center"), showlegend: false,
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+// 1, 2 and 5 of every power of ten, or over many powers 1 alone: plotly's own labels are bare digits.
+function logTicks(low, high) {
+  const ticks = [], digits = high - low > 3 ? [1] : [1, 2, 5];
+  for (let power = Math.floor(low); power <= high; power++)
+    for (const digit of digits) {
+      const tick = +`${digit}e${power}`;
+      if (Math.log10(tick) >= low && Math.log10(tick) <= high) ticks.push(tick);
+    }
+  return {tickmode: "array", tickvals: ticks, ticktext: ticks.map(tick => compact.format(tick))};
+}
+const size = run => run.parameters ? 8 + 6 * Math.sqrt(run.parameters / 1e6) : 10;
+function scatter(points, name, symbol, labeled, best) {
+  return {type: "scatter", mode: "markers+text", name, x: points.map(point => point.cost), y: points.map(point => point.accuracy),
+    text: points.map(point => labeled.has(point) ? point.run.name : ""), cliponaxis: false,
+    textposition: points.map(point => best.indexOf(point) % 2 > 0 ? "bottom center" : "top center"),
     customdata: points.map(point => [point.run.name, point.run.parameters ? point.run.parameters.toLocaleString("en") : "not counted"]),
-    marker: {size: points.map(point => size(point.run)), color: points.map(point => palette[point.run.position % palette.length]), opacity: 0.85},
+    marker: {symbol, size: points.map(point => size(point.run)), color: points.map(point => palette[point.run.position % palette.length]), opacity: 0.85, line: {width: 2}},
     hovertemplate: "%{customdata[0]}<br>%{y:.2f} %, %{x:,}<br>%{customdata[1]} parameters<extra></extra>"};
-  const line = {type: "scatter", mode: "lines", name: "Pareto front", x: best.map(point => point.cost), y: best.map(point => point.accuracy),
-    line: {dash: "dot", width: 2, color: palette[9], shape: "hv"}, hoverinfo: "skip"};
-  draw({id: "tradeoff", data: points.length ? [line, dots] : [], layout: {
-    xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", ...(points.length && {range: room})},
-    yaxis: {title: {text: "test accuracy, %"}},
-    annotations: points.length ? [] : [{text: "none of these runs has both figures", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
+}
+// The points whose names have room beside those before them.
+function withRoom(points) {
+  const span = values => Math.max(...values) - Math.min(...values) || 1;
+  const x = points.map(point => Math.log10(point.cost)), y = points.map(point => point.accuracy);
+  const near = (i, j) => Math.abs(x[i] - x[j]) < (span(x) + 0.6) / 3 && Math.abs(y[i] - y[j]) < span(y) / 12;
+  const labeled = [];
+  for (const i of points.keys()) if (!labeled.some(j => near(i, j))) labeled.push(i);
+  return labeled.map(i => points[i]);
+}
+// One chart for each dataset; the front is that of complete runs, and incomplete ones have another marker.
+function drawTradeoff() {
+  const cost = $("cost"), inTable = visible();
+  for (const [number, dataset] of datasets.entries()) {
+    const points = runs.filter(run => run.dataset === dataset && inTable.has(run.position) && run[cost.value] > 0 && run.test_accuracy !== null)
+      .map(run => ({run, cost: run[cost.value], accuracy: 100 * run.test_accuracy}));
+    const complete = points.filter(point => !point.run.incomplete), incomplete = points.filter(point => point.run.incomplete);
+    const best = paretoFront(complete), labeled = new Set(withRoom([...best, ...(points.length > 12 ? [] : points)]));
+    const costs = points.map(point => Math.log10(point.cost)), range = [Math.min(...costs) - 0.3, Math.max(...costs) + 0.3];
+    const front = {type: "scatter", mode: "lines", name: "Pareto front", x: best.map(point => point.cost), y: best.map(point => point.accuracy),
+      line: {dash: "dot", width: 2, color: palette[9], shape: "hv"}, hoverinfo: "skip"};
+    const traces = [...(complete.length ? [front, scatter(complete, "complete", "circle", labeled, best)] : []),
+      ...(incomplete.length ? [scatter(incomplete, "incomplete", "circle-open", labeled, best)] : [])];
+    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: points.length > 0, legend: {orientation: "h", y: -0.3, itemsizing: "constant"},
+      xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", ...(points.length && {range, ...logTicks(...range)})},
+      yaxis: {title: {text: "test accuracy, %"}},
+      annotations: points.length ? [] : [{text: "none of these runs has both values", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
+  }
 }
 function drawCurves() {
-  const over = overlaid();
+  const selected = overlaid();
   for (const chart of charts.filter(chart => chart.id.startsWith("curve-")))
-    draw({...chart, data: chart.data.filter(trace => over.has(trace.run))});
+    draw({...chart, data: chart.data.filter(trace => selected.has(trace.run))});
 }
-function drawShown() { drawTradeoff(); drawCurves(); }
+function drawVisible() { drawTradeoff(); drawCurves(); }
 
 // Heat maps: mean accuracy over all runs that share two values.
 function drawGrid(grid, number) {
   const [x, y] = [$(`grid-${number}-x`).value, $(`grid-${number}-y`).value];
   const means = grid.factors[y].map(down => grid.factors[x].map(across => {
-    const found = grid.cells.filter(cell => cell[x] === across && cell[y] === down).map(cell => cell.accuracy);
-    return found.length ? {mean: 100 * found.reduce((a, b) => a + b) / found.length, count: found.length} : null;
+    const accuracies = grid.cells.filter(cell => cell[x] === across && cell[y] === down).map(cell => cell.accuracy);
+    const count = accuracies.length;
+    return count ? {mean: 100 * accuracies.reduce((a, b) => a + b) / count, count} : null;
   }));
   draw({id: `grid-${number}`, data: [{type: "heatmap", x: grid.factors[x], y: grid.factors[y], showscale: false,
     z: means.map(row => row.map(cell => cell && cell.mean)), text: means.map(row => row.map(cell => cell ? cell.mean.toFixed(2) : "")),
@@ -93,11 +123,11 @@ function drawGrid(grid, number) {
 }
 
 function drawAll() {
-  drawShown();
+  drawVisible();
   const reported = charts.find(chart => chart.id === "reported");
   if (reported) draw(reported);
   grids.forEach(drawGrid);
-  // Confusion matrices are drawn when their run is opened.
+  // A confusion matrix is drawn once its run is opened.
   for (const run of runs)
     if (run.confusion && $(`run-${run.position}`).open) draw(run.confusion);
 }

@@ -1,24 +1,127 @@
-"""Writes the comparison as one HTML file that needs nothing but itself."""
+"""Writes the comparison as one HTML file that opens offline."""
 
 import base64
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
-from runner.environment import described
-from runner.report import collect, figures
-from runner.report.collect import RunRecord, Unreadable
-from runner.runs import write_atomically
+import msgspec
 
-OVERLAID = 10  # runs whose curves are drawn at first
-# Of each run, what the page's script draws.
-DRAWN = (
-    "position", "name", "experiment", "test_accuracy", "eager_ms", "onnx_ms", "engine_ms", "parameters", "macs",
-    "confusion",
-)  # fmt: skip
+from runner.common.errors import UserError
+from runner.common.files import write_atomically
+from runner.report import collect, figures
+from runner.report.collect import GateResult, LatencyCell, Row, RunRecord, Unreadable
+from runner.run.schema import Dataset
+
+MAX_OVERLAID = 10  # runs whose curves are drawn at first
+
+
+@dataclass(frozen=True)
+class PageRun:
+    """A run as the template shows it; with its pictures, or without them to keep the page small."""
+
+    position: int
+    record: RunRecord
+    row: Row
+    pictured: bool
+    overlaid: bool
+
+    @property
+    def changes(self) -> str:
+        """What it changed of its experiment: `lr 0.01, epochs 2`."""
+        return collect.changes((name, value) for name, (_, value) in self.row.overrides.items())
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is complete, and the result of the gate: `incomplete, gate passed`."""
+        record = self.record
+        if record.summary is None:
+            return "failed" if record.state == "failed" else "unfinished"
+        gate = "not scored" if record.gate == "not scored" else f"gate {record.gate}"
+        if record.gate == "failed":
+            gate += f": {', '.join(record.failed_files)}"
+        parts = ["incomplete" if record.incomplete else "", gate, "one class" if record.predicts_one_class else ""]
+        return ", ".join(filter(None, parts))
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its accuracy may be compared with the paper's."""
+        changed = self.record.incomplete or self.row.overrides or self.row.teacher or self.row.started_from
+        return not changed and collect.is_cifar10(self.row.dataset)
+
+    @property
+    def confusion(self) -> figures.Chart | None:
+        """Its confusion matrix."""
+        return figures.confusion(self.record, self.position)
+
+    @property
+    def samples(self) -> str | None:
+        """Its picture of test images, in base64."""
+        return _picture(self.record.run.figures / "samples.png") if self.pictured else None
+
+    @property
+    def mistakes(self) -> str | None:
+        """Its picture of mistakes, in base64."""
+        return _picture(self.record.run.figures / "mistakes.png") if self.pictured else None
+
+    def for_script(self) -> dict[str, Any]:
+        """What the page's script draws of it."""
+        gated = collect.best_gated(self.row)
+        engines = [cell.p50_ms for cell in self.row.latency if cell.backend == "engine"]
+        return {
+            "position": self.position,
+            "name": self.row.name,
+            "dataset": self.row.dataset,
+            "incomplete": self.record.incomplete,
+            "test_accuracy": self.row.test_accuracy,
+            "eager_ms": collect.p50_ms(self.row, "eager"),
+            "onnx_ms": collect.p50_ms(self.row, "onnxruntime"),
+            "gated_ms": gated.p50_ms if gated else None,
+            "engine_ms": min(engines, default=None),
+            "parameters": self.row.parameters,
+            "macs": self.row.macs,
+            "confusion": self.confusion,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The lines at the top of the page.
+
+    Attributes:
+        best: for each dataset its finished run with the highest test accuracy; a complete one, if there is any.
+        gate: finished runs by the result of the gate.
+        incomplete, unfinished, one_class: the runs that are.
+    """
+
+    best: dict[str, PageRun]
+    gate: dict[GateResult, list[PageRun]]
+    incomplete: list[PageRun]
+    unfinished: list[PageRun]
+    one_class: list[PageRun]
+
+
+def verdict(runs: Sequence[PageRun]) -> Verdict:
+    """Which run is best, and what is wrong with the others."""
+    finished = sorted(
+        (run for run in runs if run.record.summary),
+        key=lambda run: (run.record.incomplete, -(run.row.test_accuracy or 0)),
+    )
+    best: dict[str, PageRun] = {}
+    gate: dict[GateResult, list[PageRun]] = {}
+    for run in finished:
+        best.setdefault(run.row.dataset, run)
+        gate.setdefault(run.record.gate, []).append(run)
+    return Verdict(
+        best=dict(sorted(best.items())),
+        gate=gate,
+        incomplete=[run for run in finished if run.record.incomplete],
+        unfinished=[run for run in runs if run.record.summary is None],
+        one_class=[run for run in finished if run.record.predicts_one_class],
+    )
 
 
 def write(records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = ()) -> None:
@@ -31,13 +134,51 @@ def write(records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] 
     try:
         write_atomically(out, page.encode())
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another place") from None
+        raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another file") from None
 
 
 def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
-    """The page as text; everything it shows is inside it."""
-    import jinja2
+    """The page as HTML, with its style, scripts, charts and pictures inside."""
     from plotly.offline import get_plotlyjs
+
+    runs = page_runs(records)
+    outcomes, grids = collect.outcomes(records), collect.grids(records)
+    datasets = sorted({record.dataset for record in records})
+    reported = figures.reported(outcomes)
+    charts = [figures.curves(records, "loss"), figures.curves(records, "accuracy"), *filter(None, [reported])]
+    script_data = {
+        "charts": charts,
+        "runs": [run.for_script() for run in runs],
+        "datasets": datasets,
+        "grids": grids,
+        "palette": figures.PALETTE,
+    }
+    hardware = sorted({str(record.config.hardware) for record in records})
+    return _template().render(
+        runs=runs,
+        unreadable=unreadable,
+        outcomes=outcomes,
+        grids=grids,
+        has_reported_chart=reported is not None,
+        deployments=latencies_by_hardware(runs),
+        verdict=verdict(runs),
+        counts=collect.counts(records, unreadable),
+        p50_ms=collect.p50_ms,
+        best_gated=collect.best_gated,
+        datasets=datasets,
+        papers=sorted({record.config.paper for record in records}),
+        provenance=_distinct_datasets(records),
+        hardware=hardware,
+        basis=f"{', '.join(datasets)}; trained on {', '.join(hardware)}",  # in the caption of every chart
+        # "<" could end the script element; JSON may escape it.
+        data=msgspec.json.encode(script_data).decode().replace("<", "\\u003c"),
+        plotly=get_plotlyjs(),
+    )
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text()),
@@ -46,96 +187,38 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pictured = collect.best_of_architectures(records)
-    overlaid = pictured[:OVERLAID] if len(records) > OVERLAID else range(len(records))
-    runs = [
-        _shown(record, position, position in pictured) | {"overlaid": position in overlaid}
+    environment.policies |= {"json.dumps_function": _to_json, "json.dumps_kwargs": {}}
+    return environment.get_template("page.html.j2")
+
+
+def page_runs(records: list[RunRecord]) -> list[PageRun]:
+    """Every run; the best of each architecture and dataset has its pictures."""
+    best = collect.best_of_architectures(records)
+    overlaid = best[:MAX_OVERLAID] if len(records) > MAX_OVERLAID else range(len(records))
+    return [
+        PageRun(position, record, collect.row(record), position in best, position in overlaid)
         for position, record in enumerate(records)
     ]
-    experiments = collect.experiments(records)
-    charts = [figures.curves(records, "loss"), figures.curves(records, "accuracy"), figures.reported(experiments)]
-    data = {
-        "charts": [chart for chart in charts if chart],
-        "runs": [{key: run[key] for key in DRAWN} for run in runs],
-        "grids": collect.grids(records),
-        "palette": figures.PALETTE,
-    }
-    hardware = sorted({run["hardware"] for run in runs})
-    return environment.get_template("page.html.j2").render(
-        runs=runs,
-        unreadable=unreadable,
-        experiments=experiments,
-        grids=data["grids"],
-        reported_chart=figures.reported(experiments),
-        deployments=_deployments(runs),
-        datasets=sorted({record.dataset for record in records}),
-        papers=sorted({run["paper"] for run in runs}),
-        provenance=_provenance(records),
-        hardware=hardware,
-        # What every figure stands on, in its caption.
-        basis=f"{', '.join(sorted({record.dataset for record in records}))}; trained on {', '.join(hardware)}",
-        # In a script element, "<" could end it; JSON may spell it otherwise.
-        data=json.dumps(data).replace("<", "\\u003c"),
-        plotly=get_plotlyjs(),
-    )
 
 
-def _shown(record: RunRecord, position: int, pictured: bool) -> dict[str, Any]:
-    """What the template needs of one run; with its pictures or, to keep the page light, without."""
-    row = collect.row(record)
-    stopped = row["steps"] is not None and row["epochs"] < row["recipe_epochs"] - 1e-9
-    samples, mistakes = record.run.figures / "samples.png", record.run.figures / "mistakes.png"
-    classes = record.config["dataset"]["classes"]
-    engines = [part["p50_ms"] for part in row["latency"] if part["backend"] not in collect.PORTABLE]
-    return {
-        **row,
-        "position": position,
-        "state": record.state,
-        "told": record.told,
-        "finished": record.summary is not None,
-        "stopped_early": stopped,
-        "comparable": not (stopped or row["overrides"] or row["teacher"] or row["started_from"])
-        and collect.of_cifar10(record.dataset),
-        "eager_ms": collect.p50(row, "eager"),
-        "onnx_ms": collect.p50(row, "onnxruntime"),
-        "engine_ms": min(engines) if engines else None,
-        "confusion": figures.confusion(record, position),
-        "samples": _inlined(samples) if pictured else None,
-        "mistakes_image": _inlined(mistakes) if pictured else None,
-        "mistakes": [
-            {
-                "label": classes[mistake["label"]],
-                "predicted": classes[mistake["predicted"]],
-                "probability": mistake["probability"],
-                "sample": mistake["sample"],
-            }
-            for mistake in (record.mistakes or {}).get("mistakes", [])
-        ],
-        "config": record.config,
-        "hardware": described(record.config["hardware"]),
-        "parity_rows": (record.parity or {}).get("rows", []),
-        "latency_rows": (record.latency or {}).get("rows", []),
-        "latency_hardware": described(record.latency["hardware"]) if record.latency else None,
-        "engine_sidecars": record.engines,
-    }
-
-
-def _inlined(picture: Path) -> str | None:
-    return base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
-
-
-def _deployments(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Latencies at batch 1 of all runs beside what the gate says of them, by the hardware they were measured on."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def latencies_by_hardware(runs: Iterable[PageRun]) -> dict[str, list[tuple[PageRun, LatencyCell]]]:
+    """Latencies of all runs at batch 1, by the hardware that they were measured on."""
+    by_hardware: dict[str, list[tuple[PageRun, LatencyCell]]] = {}
     for run in runs:
-        for part in run["latency"]:
-            if part["batch"] == 1:
-                entry = {**part, "run": run["name"], "position": run["position"]}
-                found.setdefault(run["latency_hardware"], []).append(entry)
-    return found
+        if run.record.latency:
+            entries = [(run, cell) for cell in run.row.latency if cell.batch == 1]
+            by_hardware.setdefault(str(run.record.latency.hardware), []).extend(entries)
+    return {hardware: entries for hardware, entries in by_hardware.items() if entries}
 
 
-def _provenance(records: list[RunRecord]) -> list[dict[str, Any]]:
-    """Every dataset once: what it is made of."""
-    found = {record.config["dataset"]["fingerprint"]: record.config["dataset"] for record in records}
-    return list(found.values())
+def _to_json(value: Any, **_: Any) -> str:
+    """JSON on one line, with spaces, where it can be wrapped."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
+
+
+def _picture(path: Path) -> str | None:
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+
+
+def _distinct_datasets(records: list[RunRecord]) -> list[Dataset]:
+    return list({record.config.dataset.fingerprint: record.config.dataset for record in records}.values())

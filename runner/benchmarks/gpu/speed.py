@@ -1,46 +1,52 @@
-"""Part 3: how fast are batches, steps and the runner, and how far from what the GPU could do?"""
+"""Part 3: the speed of loading, of training steps and of the runner, relative to the GPU's peak."""
 
 import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 from runner import experiments
 from runner.benchmarks import loader as loaders
-from runner.benchmarks import measure as measured
-from runner.benchmarks.gpu.part import Context, Ledger, spread
-from runner.recipe import Experiment
-from runner.runs import read_json
+from runner.benchmarks.gpu.context import Context
+from runner.benchmarks.gpu.ledger import Ledger
+from runner.benchmarks.measure import in_turn, make_step, ratio, synchronize
+from runner.common.files import read
+from runner.config.recipe import Experiment
 
-FLOPS_PER_MAC = 6  # of training: two for each of the forward pass and both halves of the backward pass
-MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's; graphs are CUDA's
+FLOPS_PER_MAC = 6  # of training: two each for the forward pass, and the gradients of inputs and of weights
+MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # of torch.compile; CUDA graphs
 FIRST = "podeti-resnet18"
+WARMUP = 3  # calls
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Loaders and one ResNet-18 first, then every architecture, eager before compiled, and the scripts between."""
+    """Measures loaders and ResNet-18, every architecture in eager mode, the scripts, and then compiled models."""
     peak = ledger.once("peak", lambda: peaks(context))
     ledger.once("loader", lambda: loader(context))
     names = architectures(context)
     ledger.once("step", lambda: step_with_loader(context, names[0]))
     modes = context.scale.modes
 
-    def stepped(pairs: list[tuple[str, str]]) -> None:
-        for name, mode in pairs:
-            place = f"architectures/{name}/{mode}"
-            ledger.once(place, lambda name=name, mode=mode: steps(context, name, mode, peak))
+    def measure_steps(name: str, mode: str) -> None:
+        ledger.once(f"architectures/{name}/{mode}", lambda: steps(context, name, mode, peak))
 
-    stepped([(names[0], mode) for mode in modes])
-    stepped([(name, modes[0]) for name in names[1:]])
+    for mode in modes:
+        measure_steps(names[0], mode)
+    for name in names[1:]:
+        measure_steps(name, modes[0])
     for name in context.scale.scripts:
-        ledger.once(name, lambda name=name: script(context, name))
-    stepped([(name, mode) for mode in modes[1:] for name in names[1:]])
+        ledger.once(name, partial(script, context, name))
+    for mode in modes[1:]:
+        for name in names[1:]:
+            measure_steps(name, mode)
 
 
 def architectures(context: Context) -> list[str]:
-    """One experiment of each architecture, the ResNet-18 of the goals first."""
+    """Returns one experiment of each architecture, first the ResNet-18 that the goals are for."""
     if context.scale.architectures:
         return list(context.scale.architectures)
     known = experiments.load()
@@ -51,7 +57,7 @@ def architectures(context: Context) -> list[str]:
 
 
 def peaks(context: Context) -> dict[str, Any]:
-    """What the GPU itself gives: bf16 operations in a large product, and bytes in a copy, read and written."""
+    """Measures the GPU's peak: bf16 FLOP/s of a large matrix product, and bytes per second of a copy."""
     import torch
 
     side = context.scale.product
@@ -67,63 +73,61 @@ def peaks(context: Context) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], times: int, rounds: int, device: str) -> list[float]:
-    """Seconds of a call, the mean of so many, in every round; some before that count for nothing."""
-    _wait(device)
-    for _ in range(3):
+    """Returns the mean seconds of `times` calls in every round, after WARMUP calls."""
+    for _ in range(WARMUP):
         call()
-    found = []
+    seconds = []
     for _ in range(rounds):
-        _wait(device)
-        began = time.perf_counter()
+        synchronize(device)
+        start = time.perf_counter()
         for _ in range(times):
             call()
-        _wait(device)
-        found.append((time.perf_counter() - began) / times)
-    return found
+        synchronize(device)
+        seconds.append((time.perf_counter() - start) / times)
+    return seconds
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns median, minimum and maximum."""
+    ordered = sorted(values)
+    return {"median": ordered[len(ordered) // 2], "min": ordered[0], "max": ordered[-1]}
 
 
 def loader(context: Context) -> dict[str, Any]:
-    """Images a second that arrive on the device: resident, streaming, torchvision's DataLoader, FFCV's own."""
+    """Measures the images per second that each loader delivers to the device."""
     import torch
 
     scale = context.scale
     size = min(scale.batch, context.manifest.splits["train"].images // 4)
     workers = min(8, len(os.sched_getaffinity(0)))
     benchmark = loaders.LoaderBenchmark(context.data, size, workers, scale.rounds)
-    epochs = loaders.readers(benchmark, context.manifest, torch.device(context.device))
-    subjects = loaders.rates(benchmark, context.manifest, epochs)
-    rates = measured.in_turn(subjects, scale.rounds, "measure loaders")
+    epochs = loaders.loaders(benchmark, context.manifest, torch.device(context.device))
+    candidates = loaders.rates(benchmark, context.manifest, epochs)
+    rates = in_turn(candidates, scale.rounds, "measure loaders")
     return {
         "batch_size": size,
         "workers": workers,
-        "images_per_second": {name: spread(found) for name, found in rates.items()},
-        **{name: asdict(ratio) for name, ratio in loaders.ratios(rates).items()},
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        **loaders.ratios(rates),
     }
 
 
 def step_of(context: Context, experiment: Experiment, batch: int, mode: str | None) -> Callable[..., None]:
-    """One optimizer step as the runner takes it: bf16 on a GPU, the recipe's memory format and optimizer.
+    """Returns an optimizer step as in `runner train`: bf16 on a GPU, with the recipe's memory format and optimizer.
 
     Args:
-        context: of the part.
+        context: the part's context.
         experiment: what is trained.
         batch: images of a step.
-        mode: of torch.compile; None for none.
+        mode: mode of torch.compile; None for eager mode.
 
     Returns:
         A function of images (n, 3, H, W) and labels (n,), by default a fixed batch of noise.
     """
     import torch
-    import torch.nn.functional as F
 
-    from runner import cuda, optim
+    from runner.system import cuda
+    from runner.training import optim
 
     device = torch.device(context.device)
     cuda.prepare(device, False, {})
@@ -131,49 +135,47 @@ def step_of(context: Context, experiment: Experiment, batch: int, mode: str | No
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     model = experiment.architecture.build().to(device, memory_format=layout).train()
-    optimizer = optim.build(recipe.optimizer, model)
+    optimizer = optim.build_optimizer(recipe.optimizer, model)
     side = recipe.resize or context.manifest.image_shape[0]
     noise = torch.randn(batch, 3, side, side, device=device).to(memory_format=layout)
-    classes = torch.arange(batch, device=device) % len(context.manifest.classes)
-    forward = torch.compile(model, mode=mode) if mode else model
+    noise_labels = torch.arange(batch, device=device) % len(context.manifest.classes)
+    train_step = make_step(torch.compile(model, mode=mode) if mode else model, optimizer, context.device)
 
-    def step(images: torch.Tensor = noise, labels: torch.Tensor = classes) -> None:
-        with torch.autocast(context.device, torch.bfloat16, enabled=not context.rehearse):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(images: torch.Tensor = noise, labels: torch.Tensor = noise_labels) -> None:
+        train_step(images, labels)
 
     return step
 
 
 def step_with_loader(context: Context, name: str) -> dict[str, Any]:
-    """Steps on fresh batches against steps on one batch that lies there, in turn."""
+    """Measures steps on batches from the loader against steps on a fixed batch, in turn."""
     import torch
 
-    from runner.batches.protocol import Place, open_split
+    from runner.data.open import RankInfo, open_split
 
     scale = context.scale
     experiment = experiments.get(name)
     recipe = replace(experiment.recipe, batch_size=scale.batch, validation=0)
     step = step_of(context, experiment, scale.batch, None)
-    stream = open_split(context.data, context.manifest, "train", recipe, Place(torch.device(context.device)))
+    stream = open_split(context.data, context.manifest, "train", recipe, RankInfo(torch.device(context.device)))
 
-    def batches() -> Any:
-        for epoch in range(10**9):
-            yield from stream.epoch(epoch)
+    batches = (batch for epoch in count() for batch in stream.epoch(epoch))
+    fixed = next(batches)
+    calls = {"loader": lambda: step(*next(batches)), "fixed": lambda: step(*fixed)}
 
-    endless = batches()
-    fixed = next(endless)
-    turns = {"loader": lambda: step(*next(endless)), "fixed": lambda: step(*fixed)}
-    times = {kind: lambda call=call: timed(call, scale.steps, 1, context.device)[0] for kind, call in turns.items()}
-    found = measured.in_turn(times, scale.rounds, "measure steps")
-    ratio = asdict(measured.ratio(found["loader"], found["fixed"]))
-    return {"experiment": name, "ratio_loader_to_fixed": ratio, "goals": {"ratio_loader_to_fixed": "≤ 1.02"}}
+    def seconds_of(kind: str) -> float:
+        return timed(calls[kind], scale.steps, 1, context.device)[0]
+
+    seconds = in_turn({kind: partial(seconds_of, kind) for kind in calls}, scale.rounds, "measure steps")
+    return {
+        "experiment": name,
+        "ratio_loader_to_fixed": ratio(seconds["loader"], seconds["fixed"]),
+        "goals": {"ratio_loader_to_fixed": "≤ 1.02"},
+    }
 
 
 def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -> dict[str, Any]:
-    """Images a second of one architecture, its share of the GPU's peak, and the most memory it took."""
+    """Measures images per second of one architecture, its share of the GPU's peak, and its peak memory."""
     import torch
 
     scale, experiment = context.scale, experiments.get(name)
@@ -183,15 +185,15 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     if gpu:
         torch.cuda.empty_cache()
     step = step_of(context, experiment, scale.batch, MODES[mode])
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
-    _wait(context.device)
-    first = time.perf_counter() - began
+    synchronize(context.device)
+    first = time.perf_counter() - start
     if gpu:
-        torch.cuda.reset_peak_memory_stats()  # the first step tries kernels out
+        torch.cuda.reset_peak_memory_stats()  # cuDNN benchmarks kernels in the first step
     seconds = timed(step, scale.steps, scale.rounds, context.device)
     rate = spread([scale.batch / each for each in seconds])
-    found: dict[str, Any] = {
+    finding: dict[str, Any] = {
         "batch": scale.batch,
         "precision": "fp32" if context.rehearse else "bf16",
         "macs": experiment.macs,
@@ -201,17 +203,16 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     }
     if peak is not None and experiment.macs:
         flops = peak["bf16_flops"]["median"]
-        found["limit_images_per_second"] = flops / (FLOPS_PER_MAC * experiment.macs)
-        found["utilisation"] = rate["median"] / found["limit_images_per_second"]
-    return found
+        limit = flops / (FLOPS_PER_MAC * experiment.macs)
+        finding |= {"limit_images_per_second": limit, "utilisation": rate["median"] / limit}
+    return finding
 
 
 def script(context: Context, name: str) -> dict[str, Any]:
-    """One of the other benchmarks, which starts processes of its own; its ratios."""
+    """Runs another benchmark, which starts its own processes; returns its ratios and goals."""
     out = context.out / f"{name}.json"
-    words = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
+    argv = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":
-        words += ["--device", "cuda", "--experiment", FIRST, "--batch", context.scale.batch, "--steps", 200]
-    context.command(*words)
-    measured = read_json(out)
-    return {key: value for key, value in measured.items() if key.startswith("ratio")} | {"goals": measured["goals"]}
+        argv += ["--device", "cuda", "--experiment", FIRST, "--batch", context.scale.batch, "--steps", 200]
+    context.command(*argv)
+    return {key: value for key, value in read(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"}

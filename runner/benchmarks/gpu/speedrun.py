@@ -1,4 +1,4 @@
-"""Part 5: seconds from the first weights to a scored model, over many seeds, beside another project's script."""
+"""Part 5: seconds to train a model from scratch to its final accuracy, over many seeds, against a peer's script."""
 
 import gc
 import re
@@ -6,129 +6,157 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
-from data_prep.console import track
 from runner import experiments
-from runner.benchmarks import measure as measured
-from runner.benchmarks.gpu.part import Context, Ledger, MissingError, OutOfTimeError
-from runner.recipe import to_json
-from runner.runs import Run, write_json
+from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
+from runner.benchmarks.gpu.ledger import Ledger
+from runner.benchmarks.measure import ratio, synchronize
+from runner.common.console import track
+from runner.common.files import write
+from runner.config.train_config import TrainConfig
+from runner.run.folder import Run
 
 NAME = "speedrun"
-BLOCKS = 2  # into which the seeds are cut, so that we and the peer take turns
-# A row of airbench's table: its last columns are the accuracy with test-time augmentation and the seconds.
+WARMUP_SEED = 2**31
+BLOCKS = 2  # of seeds, so that the runner and the peer take turns
+# A row of airbench's table; its last columns are the accuracy with test-time augmentation and the seconds.
 AIRBENCH_ROW = r"eval\s*\|[^|]*\|[^|]*\|\s*(?P<accuracy>[\d.]+)\s*\|\s*(?P<seconds>[\d.]+)"
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Ours eager and compiled, and the peer, in turn."""
+    """Trains eager, compiled, and by the peer's script, in turn."""
     size = -(-context.scale.seeds // BLOCKS)
     for block in range(BLOCKS):
         seeds = range(block * size, (block + 1) * size)
         for mode in context.scale.modes[:2]:
-            ledger.once(f"ours/{mode}/{block}", lambda seeds=seeds, mode=mode: ours(context, seeds, mode))
-        ledger.once(f"peer/{block}", lambda seeds=seeds: peer(context, len(seeds)))
-    ledger.once("together", lambda: together(ledger), derived=True)
+            ledger.once(f"ours/{mode}/{block}", partial(run_seeds, context, seeds, mode))
+        ledger.once(f"peer/{block}", partial(run_peer, context, size))
+    ledger.once("together", lambda: compare(ledger), derived=True)
 
 
-def ours(context: Context, seeds: range, mode: str) -> dict[str, Any]:
-    """Trains by the runner's own loop, once to warm up and once for each seed.
+class SpeedRun:
+    """Trains by the runner's own loop, with the data on the device.
 
-    The data lies on the device. A clock runs from before the model is built until it has been scored with test-time
-    augmentation. Building it, scoring it without augmentation, and writing the checkpoint belong to our time, and
-    not to airbench's.
+    The clock runs from before the model is built until it has been scored with test-time augmentation. Unlike
+    airbench's, the time includes building the model, scoring it without augmentation, and writing the checkpoint.
     """
-    import torch
-    from accelerate import Accelerator
 
-    from runner import cpu, cuda
-    from runner.batches.protocol import Place, open_split
-    from runner.build import build
-    from runner.train import Control, Data, train
+    def __init__(self, context: Context, mode: str) -> None:
+        import torch
+        from accelerate import Accelerator
 
-    experiment = experiments.get(NAME)
-    recipe = replace(experiment.recipe, compile=mode == "compiled", **dict(context.scale.speedrun))
-    device = torch.device(context.device)
-    if context.rehearse:
-        cpu.prepare()
-    cuda.prepare(device, False, {})
-    accelerator = Accelerator(cpu=context.rehearse, mixed_precision="no" if context.rehearse else "bf16")
-    train_split, test_split = (
-        open_split(context.data, context.manifest, split, recipe, Place(device)) for split in ("train", "test")
-    )
-    data = Data(train_split, test_split, None, len(context.manifest.classes))
-    run = Run(context.out / "runs" / NAME / "clocked")
-    dataset = {"name": context.manifest.name}
-    write_json(run.record, {"architecture": to_json(experiment.architecture), "dataset": dataset})
-    control = Control(evaluate_every=recipe.epochs)
+        from runner.data.open import RankInfo, open_split
+        from runner.system import cpu, cuda
+        from runner.training.loop import Data
+        from runner.training.record import run_config
 
-    def once(seed: int) -> tuple[float, float]:
-        train_split.seed = seed
-        if not context.rehearse:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        model = build(experiment.architecture, recipe, seed, train_split.first, None)
-        outcome = train(model, recipe, data, accelerator, run, seed, control=control)
-        seconds = time.perf_counter() - began  # the scores are on the host
-        # Not free_memory, which gives the GPU's memory back, for the next training to ask for it again.
-        accelerator._models.clear()
-        accelerator._optimizers.clear()
+        self.context = context
+        self.experiment = experiments.get(NAME)
+        self.recipe = replace(self.experiment.recipe, compile=mode == "compiled", **dict(context.scale.speedrun))
+        rank_info = RankInfo(torch.device(context.device))
+        if context.rehearse:
+            cpu.prepare()
+        cuda.prepare(rank_info.device, False, {})
+        self.accelerator = Accelerator(cpu=context.rehearse, mixed_precision="no" if context.rehearse else "bf16")
+        self.train_split, test_split = (
+            open_split(context.data, context.manifest, split, self.recipe, rank_info) for split in ("train", "test")
+        )
+        self.data = Data(self.train_split, test_split, None, len(context.manifest.classes))
+        self.run = Run(context.out / "runs" / NAME / "clocked")
+        config = TrainConfig(NAME, context.data, self.experiment.architecture, self.recipe)
+        record = run_config(
+            config, self.experiment, context.manifest, self.accelerator, rank_info, self.run, seed=0,
+            model=self.experiment.architecture.build(),
+            wandb_id="", group="",
+        )  # fmt: skip
+        write(self.run.record, record)  # which checkpoints read
+
+    def __call__(self, seed: int) -> tuple[float, float]:
+        """Trains one seed; returns the seconds and the accuracy."""
+        from runner.training.loop import LoopHooks, train
+        from runner.training.model import build_model
+
+        train_split = self.train_split.with_seed(seed)
+        hooks = LoopHooks(evaluate_every=self.recipe.epochs)
+        synchronize(self.context.device)
+        start = time.perf_counter()
+        model = build_model(self.experiment.architecture, self.recipe, seed, train_split.first_images, None)
+        result = train(
+            model, self.recipe, replace(self.data, train=train_split), self.accelerator, self.run, seed, hooks=hooks
+        )
+        seconds = time.perf_counter() - start  # without synchronizing, as the scores are on the host
+        # Not free_memory, which returns the GPU's memory, so that the next training would have to allocate it again.
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
         gc.collect()
-        return seconds, (outcome.augmented or outcome.test).accuracy
+        return seconds, (result.augmented or result.test).accuracy
 
-    once(2**31)
+
+def run_seeds(context: Context, seeds: range, mode: str) -> dict[str, Any]:
+    """Trains once to warm up and once for each seed; returns the seconds and accuracies.
+
+    Raises:
+        OutOfTimeError: the time was up first.
+    """
+    speed_run = SpeedRun(context, mode)
+    speed_run(WARMUP_SEED)
     results = []
     for seed in track(seeds, "speed run", len(seeds)):
         if context.left() < 0:
             raise OutOfTimeError
-        results.append(once(seed))
+        results.append(speed_run(seed))
     return {
         "seeds": list(seeds),
-        "epochs": recipe.epochs,
+        "epochs": speed_run.recipe.epochs,
         "seconds": [seconds for seconds, _ in results],
         "accuracy": [accuracy for _, accuracy in results],
     }
 
 
-def peer(context: Context, trainings: int) -> dict[str, Any]:
-    """The other project's script, for as many trainings; its own clock, as it prints it.
+def run_peer(context: Context, trainings: int) -> dict[str, Any]:
+    """Runs the peer's script for a number of trainings; returns the seconds and accuracies that it prints.
 
-    It is run in a folder that holds the same images where airbench's scripts look for them: `cifar10/train.pt` and
-    `test.pt`, dictionaries of images (N, 32, 32, 3) uint8, labels (N,) and classes. Its first training warms up and
-    does not count.
+    It runs in a folder with the same images where airbench's scripts expect them: `cifar10/train.pt` and `test.pt`,
+    dictionaries of images (N, 32, 32, 3) uint8, labels (N,) and classes. Its first training warms up and does not
+    count.
+
+    Raises:
+        MissingError: there is no peer, or the time was up.
+        RuntimeError: it printed fewer results.
     """
     if context.peer is None:
         raise MissingError("no --peer")
     folder = context.out / "peer"
-    give_images(context, folder)
+    write_images(context, folder)
     row = re.compile(context.peer_row or AIRBENCH_ROW)
     results: list[tuple[float, float]] = []
-    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop it
-        process = context.begin("-u", context.peer.absolute(), cwd=folder, errors=errors)
+    with tempfile.TemporaryFile("w+") as stderr:  # an unread pipe would block the script
+        process = context.start("-u", context.peer.absolute(), cwd=folder, stderr=stderr)
         timer = threading.Timer(max(0.0, context.left()), process.kill)
         timer.start()
+        assert process.stdout is not None
         try:
             for line in process.stdout:
-                if found := row.search(line):
-                    results.append((float(found["seconds"]), float(found["accuracy"])))
+                if match := row.search(line):
+                    results.append((float(match["seconds"]), float(match["accuracy"])))
                 if len(results) == trainings + 1:
                     break
         finally:
             timer.cancel()
             process.kill()
             process.communicate()
-        errors.seek(0)
-        told = errors.read()
+        stderr.seek(0)
+        messages = stderr.read().strip().splitlines() or ["nothing on standard error"]
     if context.left() <= 0:
         raise OutOfTimeError
     if len(results) < trainings + 1:
-        reason = (told.strip().splitlines() or ["nothing on standard error"])[-1]
-        raise RuntimeError(f"{context.peer} gave {len(results)} of {trainings + 1} rows: {reason}")
+        raise RuntimeError(f"{context.peer} gave {len(results)} of {trainings + 1} rows: {messages[-1]}")
     return {
         "script": context.peer.name,
         "seconds": [seconds for seconds, _ in results[1:]],
@@ -136,11 +164,11 @@ def peer(context: Context, trainings: int) -> dict[str, Any]:
     }
 
 
-def give_images(context: Context, folder: Path) -> None:
-    """Writes the dataset where airbench's scripts look for it."""
+def write_images(context: Context, folder: Path) -> None:
+    """Writes the dataset where airbench's scripts expect it."""
     import torch
 
-    from runner.batches import beton
+    from runner.data import beton
 
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in context.manifest.splits.items():
@@ -153,27 +181,30 @@ def give_images(context: Context, folder: Path) -> None:
         torch.save(content, folder / "cifar10" / f"{name}.pt")
 
 
-def together(ledger: Ledger) -> dict[str, Any]:
-    """Seconds and accuracy of each over all blocks, and ours divided by the peer's seconds, block by block."""
-    found: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {}
-    for who in ("ours/eager", "ours/compiled", "peer"):
-        blocks = [ledger.found[name] for name in (f"{who}/{k}" for k in range(BLOCKS)) if name in ledger.found]
+def compare(ledger: Ledger) -> dict[str, Any]:
+    """Returns the seconds and accuracy of each series, and the ratios to the peer's seconds, block by block.
+
+    Raises:
+        MissingError: no series is complete.
+    """
+    results: dict[str, Any] = {}
+    block_seconds: dict[str, list[float]] = {}
+    for series in ("ours/eager", "ours/compiled", "peer"):
+        blocks = [ledger.measured[name] for k in range(BLOCKS) if (name := f"{series}/{k}") in ledger.measured]
         if len(blocks) < BLOCKS:
             continue
-        every = [each for block in blocks for each in block["seconds"]]
-        accuracies = [each for block in blocks for each in block["accuracy"]]
-        found[who] = {
-            "trainings": len(every),
+        seconds = [value for block in blocks for value in block["seconds"]]
+        accuracies = [value for block in blocks for value in block["accuracy"]]
+        results[series] = {
+            "trainings": len(seconds),
             "accuracy": mean(accuracies),
             "accuracy_std": stdev(accuracies),
-            "seconds": mean(every),
-            "seconds_std": stdev(every),
+            "seconds": mean(seconds),
+            "seconds_std": stdev(seconds),
         }
-        seconds[who] = [mean(block["seconds"]) for block in blocks]
-    if not found:
-        raise MissingError("no whole series of trainings")
-    for who in found:
-        if "peer" in found and who != "peer":
-            found[who]["ratio_to_peer"] = vars(measured.ratio(seconds[who], seconds["peer"]))
-    return found
+        block_seconds[series] = [mean(block["seconds"]) for block in blocks]
+    if not results:
+        raise MissingError("no complete series of trainings")
+    for series in results.keys() - {"peer"} if "peer" in results else ():
+        results[series]["ratio_to_peer"] = ratio(block_seconds[series], block_seconds["peer"])
+    return results

@@ -1,0 +1,67 @@
+"""Reads tar and zip archives through one interface; nothing is extracted to disk."""
+
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from runner.common.errors import UserError
+
+LARGEST_MEMBER = 64 * 2**20  # bytes; no image or batch file is larger
+# A name, and a function that reads the file; None for links and other members that are no files.
+Member = tuple[str, Callable[[], bytes] | None]
+
+
+class Archive:
+    """A tar or zip archive, as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.zip: Any = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        self.tar: Any = None if self.zip else tarfile.open(path)  # noqa: SIM115 - closed in __exit__
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.zip or self.tar).close()
+
+    def names(self) -> list[str]:
+        """The names of all members."""
+        return [_normalize(name) for name in (self.zip.namelist() if self.zip else self.tar.getnames())]
+
+    def read(self, name: str) -> bytes:
+        """The content of a member. Raises UserError if it is missing or too large."""
+        for member, read in self.members():
+            if member == name and read:
+                return read()
+        raise UserError(f"{name}: expected in the archive, found none")
+
+    def members(self) -> Iterator[Member]:
+        """Yields all members but folders, in the archive's order, so that gzip is decompressed once."""
+        if self.zip:
+            for info in self.zip.infolist():
+                if not info.is_dir():
+                    yield _normalize(info.filename), partial(_read, info.filename, info.file_size, self.zip.read, info)
+            return
+        for member in self.tar.getmembers():
+            if member.isfile():
+                yield _normalize(member.name), partial(_read, member.name, member.size, self._read_tar, member)
+            elif not member.isdir():
+                yield _normalize(member.name), None
+
+    def _read_tar(self, member: tarfile.TarInfo) -> bytes:
+        return self.tar.extractfile(member).read()
+
+
+def _normalize(name: str) -> str:
+    """Removes a leading `./` from the name of a member."""
+    return name.removeprefix("./")
+
+
+def _read(name: str, size: int, read: Callable[[Any], bytes], member: Any) -> bytes:
+    """Reads a member unless it is too large."""
+    if size > LARGEST_MEMBER:
+        raise UserError(f"{name}: {size} bytes; expected an image or batch file of at most {LARGEST_MEMBER}")
+    return read(member)

@@ -1,0 +1,47 @@
+"""A dataset in memory."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images (N, H, W, 3) uint8 RGB and labels (N,) int64 of a split."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset in memory.
+
+    Attributes:
+        name: labels all results.
+        classes: names; the position is the label.
+        train, test: the splits.
+        provenance: where the images come from, for `dataset.json`.
+        notes: lines for the user, such as files that are not used.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    provenance: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def limited(split: Split, per_class: int) -> Split:
+    """The first `per_class` images of each class, in their order."""
+    selected = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]
+    rows = np.sort(np.concatenate(selected))
+    return Split(split.images[rows], split.labels[rows])
+
+
+def limit(source: Source, per_class: int) -> Source:
+    """The first images of each class in both splits."""
+    train, test = limited(source.train, per_class), limited(source.test, per_class)
+    return replace(source, train=train, test=test, provenance={**source.provenance, "limit_per_class": per_class})

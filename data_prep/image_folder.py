@@ -1,0 +1,138 @@
+"""Reads image folders, and archives of them: train/<class>/ and test/<class>/, with images at any depth below."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data_prep import images
+from data_prep.archive import Member
+from data_prep.dataset import Source, Split
+from data_prep.official import CIFAR10
+from runner.common.console import list_some, track
+from runner.common.errors import UserError
+
+EXPECTED = "train/<class>/ and test/<class>/ with images (" + ", ".join(s[1:] for s in images.SUFFIXES) + ")"
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "val")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, and what its path says.
+
+    Attributes:
+        root: folders above that of the split, "" or one folder.
+        split: train, test or val.
+        class_name: name of the folder below that of the split.
+        path: in the folder or archive.
+        content: of the file.
+    """
+
+    root: str
+    split: str
+    class_name: str
+    path: str
+    content: bytes
+
+
+def load(
+    path: Path, members: Iterable[Member], provenance: dict[str, Any], size: int | None, fit: images.Fit | None
+) -> Source:
+    """Decodes the images among the files of a folder or archive; labels follow the alphabetic order of classes.
+
+    Where there is no `test`, `val` is the test split. All files that are not used are counted in the notes.
+
+    Args:
+        path: of the folder or archive.
+        members: its files.
+        provenance: for `dataset.json`.
+        size: fit all images to this many pixels a side; None requires that they have one size.
+        fit: how, by default "crop".
+
+    Raises:
+        UserError: no images, several datasets, images of several sizes, or a split that lacks a class.
+    """
+    files, unused = _find(members)
+    _check_root(path, files)
+    found = {file.split for file in files}
+    test_folder = "test" if "test" in found else "val"
+    unused += [file.path for file in files if file.split not in ("train", test_folder)]
+    files = [file for file in files if file.split in ("train", test_folder)]
+    if not files:
+        raise UserError(f"--source {path}: contains no image; expected {EXPECTED}")
+    classes = tuple(sorted({file.class_name for file in files}))
+    files.sort(key=lambda file: (file.class_name, PurePosixPath(file.path).name, file.path))
+    for split in ("train", test_folder):
+        missing = sorted(set(classes) - {file.class_name for file in files if file.split == split})
+        if missing:
+            raise UserError(f"--source {path}: {split} contains no image of {missing[0]!r}; expected {EXPECTED}")
+    pixels = _decode(files, size, fit or "crop")
+
+    def split_of(name: str) -> Split:
+        rows = [i for i, file in enumerate(files) if file.split == name]
+        labels = np.array([classes.index(files[i].class_name) for i in rows], dtype=np.int64)
+        return Split(np.stack([pixels[i] for i in rows]), labels)
+
+    train, test = split_of("train"), split_of(test_folder)
+    notes = ["val/ is used as the test split, since there is no test/"] if test_folder == "val" else []
+    if unused:
+        notes.append(f"not used: {list_some(unused)}")
+    if size is not None:
+        provenance = {**provenance, "size": size, "fit": fit or "crop"}
+    suffixes = {PurePosixPath(file.path).suffix.lower() for file in files}
+    return Source(_name(path, classes, train, test, suffixes), classes, train, test, provenance, tuple(notes))
+
+
+def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
+    """The images in the expected folders, and the paths of all other files."""
+    files, unused = [], []
+    for name, read in members:
+        parts = PurePosixPath(name).parts
+        depth = 0 if parts[0].lower() in SPLITS else 1
+        in_place = len(parts) >= depth + 3 and parts[depth].lower() in SPLITS and ".." not in parts
+        if read is None or not in_place or PurePosixPath(name).suffix.lower() not in images.SUFFIXES:
+            unused.append(name)
+        else:
+            split = SPLITS[parts[depth].lower()]
+            files.append(ImageFile("/".join(parts[:depth]), split, parts[depth + 1], name, read()))
+    return files, unused
+
+
+def _check_root(path: Path, files: list[ImageFile]) -> None:
+    """Raises UserError if there are several datasets side by side, which would be merged."""
+    roots = sorted({file.root for file in files})
+    if len(roots) > 1:
+        names = list_some([root or "train/ and test/ themselves" for root in roots])
+        raise UserError(f"--source {path}: contains several datasets ({names}); give the folder of one")
+
+
+def _decode(files: list[ImageFile], size: int | None, fit: images.Fit) -> list[np.ndarray]:
+    """The pixels of each file, (H, W, 3) uint8, all of one size."""
+
+    def pixels_of(file: ImageFile) -> np.ndarray:
+        image = images.decode(file.path, file.content)
+        return np.asarray(image if size is None else images.fit(image, size, size, fit))
+
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
+        decoded = pool.map(pixels_of, files, chunksize=64)
+        pixels = list(track(decoded, "decode images", len(files)))
+    shape = pixels[0].shape
+    for file, image in zip(files, pixels, strict=True):
+        if image.shape != shape:
+            height, width, _ = shape
+            raise UserError(
+                f"{file.path}: expected {height}×{width} pixels as in {files[0].path}, found "
+                f"{image.shape[0]}×{image.shape[1]}; bring all images to one size with --size {min(height, width)}"
+            )
+    return pixels
+
+
+def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
+    """The name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all images of CIFAR-10."""
+    complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)
+    if not complete or train.images.shape[1:] != (32, 32, 3):
+        return path.resolve().name.split(".")[0]
+    return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"

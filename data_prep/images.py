@@ -1,0 +1,74 @@
+"""Decodes image files to RGB, and fits them to one size: the same for `data_prep prepare` and `runner predict`."""
+
+import io
+from typing import TYPE_CHECKING, Literal
+
+from runner.common.errors import UserError
+
+if TYPE_CHECKING:  # imported late, because option parsers import this module
+    from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LARGEST_IMAGE = 64_000_000  # pixels; a larger image is refused before it is decoded
+Fit = Literal["crop", "pad", "stretch"]
+
+
+def decode(name: str, content: bytes) -> "Image.Image":
+    """Decodes an image file to 8-bit RGB, upright as its EXIF orientation says.
+
+    Palettes, gray and CMYK are converted, 16-bit gray is scaled to 8 bits, and an alpha channel is dropped, as
+    torchvision's ImageFolder does.
+
+    Args:
+        name: for messages.
+        content: of the file.
+
+    Raises:
+        UserError: not an image of one of FORMATS, too large, or animated.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.MAX_IMAGE_PIXELS = None  # Pillow warns above its own limit; ours is checked below
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > LARGEST_IMAGE:
+                raise UserError(f"{name}: {width}×{height} pixels; expected at most {LARGEST_IMAGE:,}; scale it down")
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{name}: expected one image, found an animation or several pages; save one of them")
+            return _to_rgb(name, ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise errors of many types
+        reason = f"expected {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        reason = reason if content else "the file is empty"
+        raise UserError(f"{name}: not a readable image ({reason}); replace or remove it") from None
+
+
+def _to_rgb(name: str, image: "Image.Image") -> "Image.Image":
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "F":
+        raise UserError(f"{name}: expected 8 or 16 bits per channel, found floating-point pixels; convert it")
+    if image.mode.startswith("I"):  # Pillow's conversion would set all values above 255 to white
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise UserError(f"{name}: expected 8 or 16 bits per channel, found values up to {gray.max()}; convert it")
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image":
+    """Scales an image to a size, bilinear: `crop` the center, `pad` with black, or `stretch`."""
+    from PIL import Image, ImageOps
+
+    size = (width, height)
+    if image.size == size:
+        return image
+    if how == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    if how == "pad":
+        return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color="black")
+    return image.resize(size, Image.Resampling.BILINEAR)

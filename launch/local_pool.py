@@ -1,0 +1,229 @@
+"""Trains trials on this machine, several at a time, each in its own process; if one fails, the others continue."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from launch.plan import ROOT, training_command
+from launch.request import with_stop_file
+from launch.trials import Trial
+from runner.common.console import new_table
+from runner.common.errors import UserError
+from runner.run.metrics import read_metrics
+from runner.system import launcher
+
+GRACE = 120.0  # seconds that a trial has to write its checkpoint
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How this machine is divided among concurrent trials.
+
+    Attributes:
+        count: number of trials that run at the same time.
+        gpus: number of GPUs, of which each slot uses one; 0 for the CPU.
+        threads: CPU threads per slot.
+        launcher: arguments of `accelerate launch`.
+    """
+
+    count: int
+    gpus: int
+    threads: int
+    launcher: tuple[str, ...]
+
+
+@dataclass
+class RunningTrial:
+    """A trial that occupies a slot, with its process, log and stop file."""
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    stop_file: Path
+    start: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """Schedules trials on slots and records their outcomes.
+
+    Attributes:
+        waiting: trials that have not started.
+        running: the trials that are running, by slot number.
+        outcomes: result of each trial that is done, by id.
+    """
+
+    def __init__(self, trials: list[Trial], slots: Slots, logs: Path, environ: Mapping[str, str]) -> None:
+        self.trials, self.slots, self.logs, self.environ = trials, slots, logs, environ
+        self.waiting = list(trials)
+        self.running: dict[int, RunningTrial] = {}
+        self.outcomes: dict[str, str] = {}
+
+    def update(self) -> None:
+        """Collects the jobs that have ended, and starts waiting trials in free slots."""
+        for slot, job in list(self.running.items()):
+            if job.process.poll() is not None:
+                del self.running[slot]
+                self._collect(job)
+        for slot in range(self.slots.count):
+            if slot not in self.running and self.waiting:
+                self.running[slot] = self._start(slot, self.waiting.pop(0))
+
+    def stop(self) -> None:
+        """Asks every job to write a checkpoint and exit, and starts no more."""
+        self.waiting.clear()
+        for job in self.running.values():
+            job.stop_file.touch()
+
+    def kill(self) -> None:
+        """Kills every job; its ranks die with it."""
+        for job in self.running.values():
+            job.process.kill()
+
+    def _start(self, slot: int, trial: Trial) -> RunningTrial:
+        trial.run.folder.mkdir(parents=True, exist_ok=True)
+        stop_file = trial.run.folder / f".stop-{os.getpid()}"
+        stop_file.unlink(missing_ok=True)
+        log = (self.logs / f"{trial.id.replace('/', '-')}.log").open("ab")
+        command = training_command(self.slots.launcher, self.slots.threads)
+        process = subprocess.Popen(
+            [sys.executable, *command, *with_stop_file(trial.words, stop_file)],
+            cwd=ROOT,
+            env={**self.environ, **self._visible_gpu(slot)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # only this process receives Ctrl-C
+            preexec_fn=launcher.end_with_parent,
+        )
+        return RunningTrial(trial, process, log, stop_file)
+
+    def _visible_gpu(self, slot: int) -> dict[str, str]:
+        if not self.slots.gpus:
+            return {}
+        visible = self.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.slots.gpus)))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % self.slots.gpus]}
+
+    def _collect(self, job: RunningTrial) -> None:
+        """Records and prints the outcome of a job that has ended."""
+        job.log.close()
+        job.stop_file.unlink(missing_ok=True)
+        outcome = _outcome(job.trial, Path(job.log.name))
+        self.outcomes[job.trial.id] = outcome
+        _print(f"{job.trial.id}: {outcome}")
+
+
+def train_trials(trials: list[Trial], slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:
+    """Trains all trials. Returns True if it was interrupted.
+
+    On the first Ctrl-C or SIGTERM every trial writes a checkpoint and exits; a second one, or 120 seconds, kills the
+    trials that remain. In both cases the same command resumes them. If this process is killed, its trials die with it.
+
+    Args:
+        trials: trials to train; each resumes from its newest checkpoint.
+        slots: how many trials run at the same time, and on what.
+        logs: folder for the output of each trial.
+        environ: environment of the trials.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    pool = Pool(trials, slots, logs, environ)
+    with _interrupts() as interrupts, _table(pool) as show:
+        stopped_at = None
+        while pool.waiting or pool.running:
+            if interrupts and stopped_at is None:
+                stopped_at = time.monotonic()
+                _print("stopping: each trial writes a checkpoint; press Ctrl-C again to kill them")
+                pool.stop()
+            pool.update()
+            if len(interrupts) > 1 or (stopped_at is not None and time.monotonic() - stopped_at > GRACE):
+                pool.kill()
+            show()
+            time.sleep(0.2)
+    return bool(interrupts)
+
+
+def _outcome(trial: Trial, log: Path) -> str:
+    """Returns the test accuracy of a complete run, or why it is not complete."""
+    state = trial.state()
+    if state == "complete" and (summary := trial.run.read_summary()):
+        return f"{summary.test_accuracy:.2%}"
+    if state in ("failed", "stopped") and (ending := trial.run.read_ending()):
+        return f"{state}: {ending.reason}"
+    lines = log.read_text(errors="replace").split("\n")
+    messages = [line.removeprefix("runner: ") for line in lines if line.startswith("runner: ")] or ["no message"]
+    return f"failed: {messages[-1]} (log: {log})"
+
+
+def _print(line: str) -> None:
+    """Prints a line to stdout where no live table is shown, that is if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list, in place of their default actions."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _table(pool: Pool) -> Iterator[Callable[[], None]]:
+    """Yields a function that redraws a live table at most once a second; without a terminal it does nothing."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    with Live(console=console, auto_refresh=False) as live:
+        drawn_at = 0.0
+
+        def show() -> None:
+            nonlocal drawn_at
+            if time.monotonic() - drawn_at >= 1:
+                drawn_at = time.monotonic()
+                live.update(_draw(pool, console.height - 4), refresh=True)
+
+        yield show
+        live.update(_draw(pool, len(pool.trials) + 2), refresh=True)
+
+
+def _draw(pool: Pool, height: int) -> Any:
+    """Returns a table of the running trials, then the finished ones from the newest, then the number that wait."""
+    table = new_table("trial", "epoch", "loss", "accuracy", "outcome")
+    for job in pool.running.values():
+        table.add_row(job.trial.id, *_progress(job.trial), f"running for {int(time.monotonic() - job.start)} s")
+    for name, outcome in list(reversed(pool.outcomes.items()))[: max(1, height - len(pool.running) - 1)]:
+        table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else None)
+    waiting = len(pool.trials) - len(pool.outcomes) - len(pool.running)
+    table.add_row(f"{len(pool.outcomes)} of {len(pool.trials)} done, {waiting} waiting", style="dim")
+    return table
+
+
+def _progress(trial: Trial) -> tuple[str, str, str]:
+    """Returns the newest epoch, training loss and test accuracy of a trial."""
+    try:
+        rows = read_metrics(trial.run)
+    except UserError:  # damaged; the trial itself reports it
+        return "unreadable", "", ""
+    losses = [row.train_loss for row in rows if row.train_loss is not None]
+    accuracies = [row.test_accuracy for row in rows if row.test_accuracy is not None]
+    return (
+        f"{rows[-1].epoch:.1f} of {trial.config.recipe.epochs}" if rows else "starting",
+        f"{losses[-1]:.3f}" if losses else "",
+        f"{accuracies[-1]:.2%}" if accuracies else "",
+    )

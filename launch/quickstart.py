@@ -1,0 +1,227 @@
+"""The quickstart: from images to one page that compares trained, exported and measured architectures.
+
+Every stage is a command that a user could type. This script runs them in order, skips those whose results exist and
+are complete, and prints where everything is.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep import beton, sources
+from data_prep.manifest import SPLITS, Manifest
+from launch.plan import ROOT, Job, Resources, quick_job, training_command
+from runner import experiments
+from runner.common.command_line import read_command
+from runner.common.console import run_command
+from runner.common.errors import UserError
+from runner.config.recipe import Count
+from runner.run.folder import Run, find_runs
+from runner.system import environment
+
+DEFAULT_EXPERIMENTS = ("podeti-alexnet", "podeti-mobilenetv2", "merabishvili")
+DOWNLOADS = Path("~/.cache/training-runner/downloads")
+BANNER = (
+    "THE OFFICIAL DATA CANNOT BE REACHED FROM HERE. EVERYTHING BELOW IS MEASURED ON THE BUILT-IN SYNTHETIC SET "
+    "(synthetic-10), AND SAYS NOTHING ABOUT CIFAR-10. GIVE REAL IMAGES WITH --source."
+)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Prepare data, train three architectures, export, build engines, measure latency, and compare on one page."""
+
+    source: str = "official"
+    """`official` (downloads CIFAR-10; if that fails, uses the built-in synthetic set, with a clear warning),
+    `synthetic`, or the PATH of an archive or folder of images (see `python -m data_prep
+    prepare --help`)."""
+    experiments: tuple[str, ...] = DEFAULT_EXPERIMENTS
+    """Names from `runner list`."""
+    epochs: Count | None = None
+    """Epochs of each; by default the whole recipe on GPUs, and a part of one epoch that takes about a minute and a half
+    on the CPU."""
+    out: Path = Path("quickstart-out")
+    """Folder for everything; a second call in the same folder continues and reuses what is complete."""
+
+    def __call__(self) -> None:
+        Pipeline(self).run()
+
+
+class Pipeline:
+    """One run of all stages, which are counted and timed."""
+
+    def __init__(self, options: Quickstart) -> None:
+        self.options = options
+        self.experiments = {name: experiments.get(name) for name in options.experiments}
+        if not self.experiments:
+            raise UserError("--experiments: expected at least one name (see runner list)")
+        if len(self.experiments) < len(options.experiments):
+            raise UserError(f"--experiments {' '.join(options.experiments)}: expected each name once")
+        self.resources = Resources(environment.count_gpus(), len(os.sched_getaffinity(0)), environment.cpu_has_bf16())
+        self.measures = not self.resources.gpus and options.epochs is None
+        self.stage, self.stages = 0, 2 + self.measures + 5 * len(self.experiments)
+        self.start = time.monotonic()
+
+    def run(self) -> None:
+        """Runs all stages in order."""
+        out = self.options.out
+        say(f"on {environment.find_hardware()}, {self.resources.gpus} GPUs; output in {out}")
+        manifest, data = self.prepare()
+        runs = out / "runs" / data.name
+        speeds = self.measure() if self.measures else {}
+        train, test = (manifest.splits[split].images for split in SPLITS)
+        for name, experiment in self.experiments.items():
+            job = quick_job(experiment, self.resources, self.options.epochs, train, test, speeds.get(name, {}))
+            self.train_and_deploy(name, job, data, runs, manifest)
+        page = out / "report.html"
+        self.run_stage("report", False, ["-m", "runner", "report", str(runs), "--out", str(page)])
+        say(f"done in {(time.monotonic() - self.start) / 60:.1f} minutes, on {manifest.name}")
+        say(f"  data    {data}")
+        for run in find_runs([runs]):
+            say(f"  run     {run.folder}  (metrics, weights, figures, ONNX, engine, W&B files)")
+        say(f"  page    {page.absolute()}")
+        if manifest.name == "synthetic-10" and self.options.source == "official":
+            say(BANNER)
+
+    def prepare(self) -> tuple[Manifest, Path]:
+        """Prepares and checks the dataset; falls back to the synthetic set where the official one is unreachable."""
+        self.announce(f"prepare {self.options.source}")
+        try:
+            source = sources.load(self.options.source, downloads=DOWNLOADS.expanduser())
+            slug = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.options.source).name.split(".")[0])
+        except sources.SourceUnreachableError as error:
+            say(str(error))
+            say(BANNER)
+            source, slug = sources.load("synthetic"), "synthetic"
+        for note in source.notes:
+            say(f"  {note}")
+        data = self.options.out / "data" / slug
+        manifest = beton.write(source, data)
+        counts = " and ".join(f"{manifest.splits[split].images:,} {split}" for split in SPLITS)
+        say(f"  {manifest.name}: {counts} images, fingerprint {manifest.fingerprint}")
+        return manifest, data
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Images per second in training, by experiment and precision; kept, so that a second call has the same plan."""
+        file = self.options.out / "speed.json"
+        speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+        missing = [name for name in self.experiments if name not in speeds]
+        precisions = "fp32,bf16" if self.resources.bf16 else "fp32"
+        title = f"measure the training speed in {precisions.replace(',', ' and ')}"
+        self.announce(title if missing else f"{title} (already done)")
+        if missing:
+            done = subprocess.run(
+                [sys.executable, "-m", "launch.speed", precisions, *missing],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+            speeds |= json.loads(done.stdout)
+            file.write_text(json.dumps(speeds))
+        for name in self.experiments:
+            measured = ", ".join(f"{speed:,.0f} images/s in {p}" for p, speed in speeds[name].items())
+            say(f"  {name}: {measured}")
+        return speeds
+
+    def train_and_deploy(self, name: str, job: Job, data: Path, runs: Path, manifest: Manifest) -> None:
+        """Trains, exports, builds and measures one experiment; skips the stages that are done.
+
+        Whether a stage is done is checked right before it, because earlier stages may change its files.
+        """
+        run = Run(runs / name / job.name)
+        trained = run.summary.is_file() and run.config().dataset.fingerprint == manifest.fingerprint
+        train = [*training_command(job.launcher, self.resources.cores), name, "--data", str(data)]
+        train += ["--runs", str(runs), "--name", job.name, "--overwrite", *job.options]
+        self.run_stage(f"train {name}: {job.description}", trained, train)
+        folder = str(run.folder)
+        self.run_stage(f"export {name}", trained and bool(_scored(run)), ["-m", "runner", "export", folder])
+        # The engine comes before the gate, which scores the engine too where a GPU can run it.
+        self.run_stage(f"engine {name}", trained and _has_engine(run), ["-m", "runner", "engine", folder])
+        gpu = self.resources.gpus > 0
+        passed = trained and ("engine" if gpu else "onnxruntime") in _scored(run)
+        device = () if gpu else ("--device", "cpu")
+        self.run_stage(f"parity {name}", passed, ["-m", "runner", "parity", folder, *device])
+        bench = ["-m", "runner", "bench", folder, "--batch", "1", "--seconds", "1"]
+        self.run_stage(f"bench {name}", trained and _has_latency(run), bench)
+
+    def run_stage(self, title: str, done: bool, argv: list[str]) -> None:
+        """Runs one stage in its own process, unless it is done.
+
+        Raises:
+            SystemExit: code 1, where the stage fails.
+        """
+        self.announce(title + (" (already done)" if done else ""))
+        if done:
+            return
+        result = subprocess.run([sys.executable, *argv], check=False)
+        if result.returncode != 0:
+            say(f"{title}: failed with exit code {result.returncode}, see above; rerun the same command to resume here")
+            raise SystemExit(1)
+
+    def announce(self, title: str) -> None:
+        """Prints the stage's number, the elapsed time and its title."""
+        self.stage += 1
+        elapsed = int(time.monotonic() - self.start)
+        say(f"[{self.stage}/{self.stages}] {elapsed // 60}:{elapsed % 60:02d} {title}")
+
+
+def say(line: str) -> None:
+    """Prints a line and flushes, so that it shows up at once even through a pipe."""
+    print(line, flush=True)
+
+
+def _sha256_of_onnx(run: Run) -> str | None:
+    """Returns the hash of the run's ONNX file; None where it is missing, damaged or outdated."""
+    from runner.deploy import onnx
+
+    try:
+        return onnx.exported(run).sha256
+    except UserError:
+        return None
+
+
+def _scored(run: Run) -> set[str]:
+    """Returns the backends of which parity.json has scores for the current ONNX file."""
+    try:
+        report, sha256 = run.read_parity(), _sha256_of_onnx(run)
+    except UserError:
+        return set()
+    return {row.backend for row in report.rows if row.onnx_sha256 == sha256} if report and sha256 else set()
+
+
+def _has_latency(run: Run) -> bool:
+    """Whether latency.json has rows of the current ONNX file."""
+    try:
+        report, sha256 = run.read_latency(), _sha256_of_onnx(run)
+    except UserError:
+        return False
+    return sha256 is not None and report is not None and any(row.onnx_sha256 == sha256 for row in report.rows)
+
+
+def _has_engine(run: Run) -> bool:
+    """Whether there is an engine of the current ONNX file."""
+    from runner.deploy import engine, onnx
+
+    try:
+        return bool(engine.built(run, onnx.exported(run)))
+    except UserError:
+        return False
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of launch/quickstart."""
+
+    def parse() -> Callable[[], None]:
+        return read_command(Quickstart, argv, "launch/quickstart")
+
+    run_command(parse, "quickstart")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,147 @@
+"""The training that a job, a trial or an agent requests: the words of `runner train`, and what is checked of them.
+
+The words are made and checked here and run as they are. Only `--stop-file FILE` is appended when training starts, by
+slurm/train.sbatch or by the local pool, because the file's name contains the number of the job or process.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, get_args, get_type_hints
+
+from data_prep.manifest import Manifest
+from runner import cli
+from runner.common.command_line import CommandLine, ParsedOption, options_of, parse_words
+from runner.common.errors import UserError
+from runner.config.train_config import TrainConfig
+from runner.run.folder import Run
+
+SET_BY_JOBS = {
+    "--resume": "jobs and sweeps set --resume auto, which continues an interrupted run; leave it out",
+    "--stop-file": "jobs and sweeps set their own, and stop with a checkpoint on scancel or Ctrl-C; leave it out",
+}
+PATHS = [
+    f"--{name.replace('_', '-')}"
+    for name, hint in get_type_hints(TrainConfig).items()
+    if hint is Path or Path in get_args(hint)
+]
+
+
+def job_options(data: Path, runs: Path, options: Sequence[str]) -> list[str]:
+    """Returns the options of `runner train` of a job or sweep, the user's included.
+
+    Raises:
+        UserError: the user's options contain one that jobs set.
+    """
+    refuse(options, SET_BY_JOBS)
+    return [*_path_options(data, runs), "--resume", "auto", *absolute_paths(options)]
+
+
+def agent_options(data: Path, runs: Path, options: Sequence[str]) -> list[str]:
+    """As `job_options`, for the agents of a W&B sweep: each of their runs starts only once."""
+    refuse(options, SET_BY_JOBS)
+    return [*_path_options(data, runs), *absolute_paths(options)]
+
+
+def with_stop_file(words: Iterable[str], stop_file: Path) -> list[str]:
+    """Appends the stop file to the words of a job, as slurm/train.sbatch does."""
+    return [*words, "--stop-file", str(stop_file.absolute())]
+
+
+def parse_job(words: Sequence[str]) -> TrainConfig:
+    """Parses and checks the words of a job, in the form in which they will run.
+
+    Raises:
+        UserError: they are invalid.
+    """
+    config = cli.parse_train(with_stop_file(words, Path("stop")))
+    config.check()
+    return config
+
+
+def refuse(options: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Raises UserError if the user's options contain one of `reasons`, which are by option."""
+    for name, option in _parse(options).options.items():
+        if name in reasons:
+            raise UserError(f"{' '.join([name, *option.values])}: expected no {name}; {reasons[name]}")
+
+
+def absolute_paths(options: Sequence[str]) -> list[str]:
+    """Makes the paths in options of `runner train` absolute, because a job starts in another folder."""
+    line = _parse(options)
+    for name in line.options.keys() & PATHS:
+        line.options[name].values = [str(Path(value).absolute()) for value in line.options[name].values]
+    return line.words()
+
+
+def with_device(options: Sequence[str], gpus: int) -> list[str]:
+    """Returns options of `runner train` for a machine with so many GPUs: without one, `--device auto` is the CPU.
+
+    Raises:
+        UserError: they require a GPU, and there is none.
+    """
+    line = _parse(options)
+    device = line.options.get("--device", ParsedOption("--device", ["auto"]))
+    if device.values == ["cuda"] and not gpus:
+        raise UserError("--device cuda: expected a GPU, found none on this machine; use --device cpu")
+    if device.values != ["auto"] or gpus:
+        return list(options)
+    line.options["--device"] = ParsedOption("--device", ["cpu"])
+    return line.words()
+
+
+def check_batches(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
+    """Checks the batches of a request, by the functions that `runner train` calls, and that its folders exist.
+
+    Raises:
+        UserError: the dataset and the ranks do not fit the batches, or a folder does not exist.
+    """
+    from runner.data.open import check_training, records_of  # late, because it imports torch
+
+    images = manifest.splits["train"].images
+    records = records_of("train", images, config.recipe.validation)
+    check_training(manifest, config.recipe, images if records is None else len(records), ranks)
+    for option, folder in (("--teacher", config.teacher), ("--start-from", config.start_from)):
+        if folder and not Run(folder).record.is_file():
+            raise UserError(f"{option} {folder}: expected the folder of a finished run, found none; train it first")
+
+
+def check_models(config: TrainConfig, manifest: Manifest) -> None:
+    """Checks that model, teacher and initial weights fit the classes and images, by the functions of `runner train`.
+
+    With one thread, because this may be a login node, and because a process with threads of OpenMP cannot fork.
+
+    Raises:
+        UserError: they do not.
+    """
+    import torch  # late, because it is slow, as are these
+
+    from runner.data.open import model_input
+    from runner.training.model import build_for, build_model
+    from runner.training.session import load_teacher
+
+    channels, height, width = model_input(manifest, config.recipe).shape
+    classes, shape = len(manifest.classes), (channels, height, width)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if config.start_from:
+            start = Run(config.start_from)
+            build_model(config.architecture, config.recipe, 0, _no_images, start, classes, shape)
+        else:
+            build_for(config.architecture, classes, shape)
+        if config.teacher:
+            load_teacher(config.teacher, manifest, config.recipe)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _no_images(count: int) -> NoReturn:
+    raise AssertionError("weights of another run are not initialized from images")
+
+
+def _path_options(data: Path, runs: Path) -> list[str]:
+    return ["--data", str(data.absolute()), "--runs", str(runs.absolute())]
+
+
+def _parse(options: Sequence[str]) -> CommandLine:
+    return parse_words(options, options_of(TrainConfig))

@@ -1,0 +1,208 @@
+"""What every part of the GPU benchmark receives: its data, scale and time, and how it runs commands."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.manifest import Manifest
+from runner.benchmarks.measure import accelerate_launch
+from runner.common.console import EXIT_BAD_INPUT
+from runner.config.recipe import Experiment
+from runner.run.folder import Run
+from runner.system import environment, launcher
+
+ROOT = Path(__file__).parents[3]
+GRACE = 45.0  # seconds that a command has to exit by itself, with a checkpoint, when its time is up
+
+
+class MissingError(RuntimeError):
+    """Something that a measurement needs is missing: a package, a second GPU, time."""
+
+
+class RefusedError(RuntimeError):
+    """A command refused its arguments (exit code 2)."""
+
+
+class OutOfTimeError(MissingError):
+    """The part's share of the time is used up."""
+
+    def __init__(self) -> None:
+        super().__init__("out of time")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        rounds: turns of each candidate that is compared.
+        steps: optimizer steps in a turn.
+        batch: images of a training step.
+        losses: optimizer steps over which precisions and ranks are compared.
+        trained_in: precisions of training; fp16 needs a GPU.
+        killed: optimizer steps of the run that is killed.
+        product: side of the square matrices whose product measures the peak.
+        architectures: experiments whose steps are measured; empty for one of every architecture.
+        modes: modes of torch.compile, see `speed.MODES`.
+        scripts: other benchmarks to run; their own tests cover them.
+        seeds: trainings of the speed run.
+        speedrun: changes of its recipe.
+        reproduced: experiments that are trained; empty for all.
+        training: options of their training.
+        deployed: experiments that are exported and measured.
+        brief: optimizer steps to train those that have not been trained.
+        precisions, batches: precisions and batch sizes of exported models.
+        seconds: minimum time of each latency measurement.
+    """
+
+    rounds: int = 7
+    steps: int = 20
+    batch: int = 512
+    losses: int = 200
+    trained_in: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    killed: int = 2000
+    product: int = 8192
+    architectures: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("eager", "compiled", "graphs")
+    scripts: tuple[str, ...] = ("overhead", "scaling")
+    seeds: int = 20
+    speedrun: tuple[tuple[str, Any], ...] = ()
+    reproduced: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    deployed: tuple[str, ...] = (
+        "podeti-resnet18",
+        "podeti-mobilenetv2",
+        "merabishvili",
+        "vit-tiny-4",
+        "podeti-alexnet",
+    )
+    brief: int = 200
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256, 512)
+    seconds: float = 3.0
+
+
+MINIATURE = Scale(
+    rounds=2,
+    steps=2,
+    batch=8,
+    losses=2,
+    trained_in=("fp32", "bf16"),
+    killed=40,
+    product=128,
+    architectures=("soni-2", "efficientnet-b0"),
+    modes=("eager",),
+    scripts=(),
+    seeds=2,
+    speedrun=(("epochs", 1), ("batch_size", 100)),
+    reproduced=("soni-2",),
+    training=("--max-steps", "1", "--recipe.batch-size", "50"),
+    deployed=("soni-2",),
+    brief=1,
+    precisions=("fp32", "fp16"),
+    batches=(1, 2),
+    seconds=0.05,
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The inputs of a part.
+
+    Attributes:
+        data, manifest: the prepared dataset.
+        out: folder of the results and of the runs that are trained for them.
+        rehearse: whether everything runs in miniature on the CPU.
+        deadline: when the part's time is up, on the monotonic clock.
+        peer: a script of another project to compare the speed run with.
+        peer_row: regular expression of its result lines, with the groups `accuracy` and `seconds`.
+    """
+
+    data: Path
+    manifest: Manifest
+    out: Path
+    rehearse: bool
+    deadline: float
+    peer: Path | None = None
+    peer_row: str = ""
+
+    @property
+    def scale(self) -> Scale:
+        """How much is measured."""
+        return MINIATURE if self.rehearse else Scale()
+
+    @property
+    def device(self) -> str:
+        """ "cuda", or "cpu" in a rehearsal."""
+        return "cpu" if self.rehearse else "cuda"
+
+    @property
+    def gpus(self) -> int:
+        """Number of ranks that training can use: one per GPU, or two on the CPU."""
+        return 2 if self.rehearse else environment.count_gpus()
+
+    def left(self) -> float:
+        """Returns the seconds that are left."""
+        return self.deadline - time.monotonic()
+
+    def command(self, *argv: object, cwd: Path | None = None) -> str:
+        """Runs `python ARGV` with W&B disabled, and returns its standard output.
+
+        Raises:
+            OutOfTimeError: the time was up, and the command was stopped; training has written a checkpoint.
+            RefusedError: the command refused its arguments.
+            RuntimeError: the command failed; the message is the end of its output.
+        """
+        process = self.start(*argv, cwd=cwd)
+        try:
+            out, err = process.communicate(timeout=max(0.1, self.left()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.communicate(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            raise OutOfTimeError from None
+        if process.returncode != 0:
+            kind = RefusedError if process.returncode == EXIT_BAD_INPUT else RuntimeError
+            raise kind(" ".join((err or out).split())[-600:])
+        return out
+
+    def start(
+        self, *argv: object, cwd: Path | None = None, stderr: IO[str] | int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
+        """Starts `python ARGV` with W&B disabled; it dies with this process."""
+        variables = ["env", "WANDB_MODE=disabled", f"PYTHONPATH={':'.join([str(ROOT), *sys.path[1:]])}"]
+        variables += ["ACCELERATE_USE_CPU=true"] if self.rehearse else []
+        return subprocess.Popen(
+            [*variables, sys.executable, *map(str, argv)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=cwd,
+            preexec_fn=launcher.end_with_parent,
+        )
+
+    def training(self, name: str, run: str, *options: object, processes: int = 1) -> tuple[Run, list[object]]:
+        """Returns a run folder, and Python's arguments that train it, or resume it if it exists."""
+        runs = self.out / "runs"
+        argv = ["-m", "runner", "train", name, "--data", self.data, "--runs", runs, "--name", run]
+        argv += ["--resume", "auto", "--device", self.device, *options]
+        if processes > 1:
+            argv = [*accelerate_launch(processes, "no"), *argv]
+        return Run(runs / name / run), argv
+
+    def train(self, name: str, run: str, *options: object, processes: int = 1) -> Run:
+        """Trains, and returns the finished run. Raises as `command` does."""
+        trained, argv = self.training(name, run, *options, processes=processes)
+        self.command(*argv)
+        return trained
+
+
+def validation_options(experiment: Experiment, images: int) -> list[str]:
+    """Returns the options that hold out fewer images if the training split of `images` images is small."""
+    return ["--recipe.validation", str(images // 10)] if experiment.recipe.validation * 2 > images else []

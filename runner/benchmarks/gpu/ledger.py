@@ -1,0 +1,158 @@
+"""The results of one part of the GPU benchmark, rewritten as valid JSON after every finding."""
+
+import functools
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
+from runner.common import files
+from runner.common.errors import UserError
+from runner.config.recipe import to_json
+from runner.run.schema import Hardware
+from runner.system import environment
+
+Finding = dict[str, Any]  # a measurement; or {"missing": reason} or {"failed": reason}
+
+
+class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
+    """NAME-gpu.json: where and on what a part was measured, and its findings by name.
+
+    Attributes:
+        ended: True once the part has run to its end.
+        experiments: outcomes of the experiments; only the part `papers` has them.
+    """
+
+    part: str
+    rehearsal: bool
+    hardware: Hardware
+    driver: str | None
+    versions: dict[str, str]
+    commit: str | None
+    dataset: str
+    fingerprint: str
+    findings: dict[str, Finding] = {}
+    ended: bool | UnsetType = UNSET
+    experiments: Any = UNSET
+
+
+SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")  # within one file
+
+
+class Ledger:
+    """Measures each finding of a part once, and writes the file after each.
+
+    Args:
+        context: the part's context.
+        name: the part's name.
+
+    Raises:
+        UserError: the file holds findings of another machine, dataset or version of the code.
+    """
+
+    def __init__(self, context: Context, name: str) -> None:
+        self.context = context
+        self.path = path_of(context, name)
+        self.file = PartFile(
+            part=name,
+            rehearsal=context.rehearse,
+            hardware=environment.find_hardware(),
+            driver=driver(),
+            versions=environment.find_versions("triton", "tensorrt", "tensorrt-rtx"),
+            commit=environment.find_git().commit,
+            dataset=context.manifest.name,
+            fingerprint=context.manifest.fingerprint,
+        )
+        if not self.path.is_file():
+            return
+        previous = files.read(self.path, PartFile)
+        for key in SAME:
+            old, new = (_comparable(getattr(file, key)) for file in (previous, self.file))
+            if old != new:
+                difference = f"holds findings of {key} {old}, this is {new}"
+                raise UserError(f"{self.path}: {difference}; expected an --out of its own for each")
+        self.file.findings, self.file.ended = previous.findings, previous.ended
+        self.file.experiments = previous.experiments
+
+    @property
+    def complete(self) -> bool:
+        """Whether the part has run to its end and everything was measured."""
+        return self.file.ended is True and len(self.measured) == len(self.file.findings)
+
+    @property
+    def measured(self) -> dict[str, Finding]:
+        """The findings without those that are missing or failed."""
+        return {name: finding for name, finding in self.file.findings.items() if was_measured(finding)}
+
+    def once(self, name: str, measure: Callable[[], Finding], derived: bool = False) -> Finding | None:
+        """Returns a finding from the file, or measures it now.
+
+        An exception is recorded in place of the finding; the next start tries again.
+
+        Args:
+            name: name of the finding.
+            measure: measures it.
+            derived: computed from other findings; it is computed again, because there may be more of them.
+
+        Returns:
+            The finding; None if it is missing or failed.
+        """
+        previous = self.measured.get(name)
+        if previous is not None and not derived:
+            return previous
+        start = time.monotonic()
+        try:
+            if self.context.left() <= 0 and not derived:
+                raise OutOfTimeError
+            finding = to_json(measure())
+        except (MissingError, ModuleNotFoundError) as error:
+            finding = {"missing": str(error)}
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            finding = {"failed": f"{type(error).__name__}: {first_line}"}
+        if derived and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
+            return previous
+        finding["took_seconds"] = round(time.monotonic() - start, 2)
+        finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.file.findings[name] = finding
+        self.write()
+        print(f"  {name}: {finding.get('missing') or finding.get('failed') or 'done'}", flush=True)
+        if "CUDA error" in finding.get("failed", ""):
+            raise SystemExit(f"  {name}: this process can no longer use the GPU; the same command continues")
+        return finding if was_measured(finding) else None
+
+    def write(self) -> None:
+        """Writes the file."""
+        files.write(self.path, self.file)
+
+
+def _comparable(value: Any) -> Any:
+    """Returns a value without memory_gib, which may change under a virtual machine."""
+    return msgspec.structs.replace(value, memory_gib=0.0) if isinstance(value, Hardware) else value
+
+
+def was_measured(finding: Finding) -> bool:
+    """Whether a finding is a measurement, rather than the reason why there is none."""
+    return not finding.keys() & {"missing", "failed"}
+
+
+def path_of(context: Context, name: str) -> Path:
+    """Returns the path of a part's file; the README's tables read only those of a GPU."""
+    return context.out / f"{name}-{'rehearsal' if context.rehearse else 'gpu'}.json"
+
+
+@functools.cache
+def driver() -> str | None:
+    """Returns the version of the NVIDIA driver, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    versions = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return versions[0] if versions else None

@@ -1,0 +1,1 @@
+"""The commands of `runner`: each module has the flags, the help and the call of one."""

@@ -1,0 +1,293 @@
+"""`runner doctor`: checks what works on this machine, and says how to fix what does not.
+
+Each check tries the operation itself on a small scale. A warning is something that is unavailable here, such as a
+GPU; a fault is something that is required and does not work.
+"""
+
+import json as json_format
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from msgspec import Meta
+
+from runner.commands.options import Flag
+from runner.common.console import new_table, print_table, track
+from runner.common.errors import UserError
+from runner.system import environment
+from runner.tracking import tracker
+
+ENOUGH_SPACE = 10 * 2**30  # bytes; the runs of a sweep can take as much
+ALL_REDUCE_SECONDS = 180
+WANDB_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: name of the check.
+        state: well, warning or fault.
+        found: a short description.
+        remedy: what to do about it; empty if all is well.
+    """
+
+    check: str
+    state: Literal["well", "warning", "fault"]
+    found: str
+    remedy: str = ""
+
+
+def examine(data: Path | None, runs: Path, ranks: int | None, environ: Mapping[str, str]) -> list[Finding]:
+    """Runs all checks.
+
+    Args:
+        data: prepared dataset; None to skip it.
+        runs: folder of runs.
+        ranks: number of processes of the all-reduce; None for one per GPU, or two on the CPU.
+        environ: the process environment.
+    """
+    checks: dict[str, Callable[[], Finding | Iterator[Finding]]] = {
+        "versions": versions,
+        "data": lambda: dataset(data),
+        "disk": lambda: disk(runs),
+        "GPUs": gpus,
+        "all-reduce": lambda: all_reduce(ranks, environ),
+        "rendezvous": rendezvous,
+        "SLURM": slurm,
+        "W&B": lambda: wandb(environ),
+        "onnxruntime": onnxruntime,
+        "TensorRT": tensorrt,
+    }
+    return [finding for name in track(checks, "examine", len(checks)) for finding in _run(name, checks[name])]
+
+
+def _run(name: str, check: Callable[[], Finding | Iterator[Finding]]) -> list[Finding]:
+    """Runs a check; an exception becomes a fault, so that the other checks still run."""
+    try:
+        result = check()
+        return [result] if isinstance(result, Finding) else list(result)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0][:200]
+        return [Finding(name, "fault", f"{type(error).__name__}: {line}", "see the message")]
+
+
+def versions() -> Finding:
+    """Checks that torch is new enough to load checkpoints safely."""
+    import torch
+
+    found = environment.find_versions("tensorrt", "tensorrt-rtx")
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        return Finding("versions", "fault", listed, "torch 2.10 or later; before, weights_only=True could be bypassed")
+    return Finding("versions", "well", listed)
+
+
+def dataset(folder: Path | None) -> Finding:
+    """Checks every file of a prepared dataset against its hash."""
+    if folder is None:
+        return Finding("data", "warning", "not checked", "--data DIR checks a prepared dataset")
+    from runner.data.open import open_manifest
+
+    try:
+        manifest = open_manifest(folder)
+    except UserError as error:
+        return Finding("data", "fault", str(error), "python -m data_prep prepare")
+    images = sum(split.images for split in manifest.splits.values())
+    return Finding("data", "well", f"{manifest.name}, {images:,} images, every file has its hash")
+
+
+def disk(runs: Path) -> Finding:
+    """Writes, syncs and renames a file where runs will be, as checkpoints do, and checks the free space."""
+    existing = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".doctor-") as folder:
+            start = time.perf_counter()
+            with (Path(folder) / "new").open("wb") as file:
+                file.write(bytes(8 << 20))
+                file.flush()
+                os.fsync(file.fileno())
+            (Path(folder) / "new").rename(Path(folder) / "renamed")
+            seconds = time.perf_counter() - start
+    except OSError as error:
+        return Finding("disk", "fault", f"{existing}: {error.strerror}", "another folder for --runs")
+    free = shutil.disk_usage(existing).free
+    found = f"{existing}: {free / 2**30:,.0f} GiB free, 8 MiB synced and renamed in {seconds * 1e3:.0f} ms"
+    if free < ENOUGH_SPACE:
+        return Finding("disk", "warning", found, "free some: a full disk ends runs at their next checkpoint")
+    return Finding("disk", "well", found)
+
+
+def gpus() -> Iterator[Finding]:
+    """Multiplies a matrix in bf16 on every GPU."""
+    import torch
+
+    count = environment.count_gpus()
+    if count == 0:
+        yield Finding("GPUs", "warning", "none", "train with --device cpu, or check the driver with nvidia-smi")
+        return
+    if not torch.cuda.is_available():
+        found = f"{count} by the driver, none by torch {torch.__version__} (CUDA {torch.version.cuda})"
+        yield Finding("GPUs", "fault", found, "a torch for the driver's CUDA version, or a newer driver")
+        return
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        found = f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB, compute capability {major}.{minor}"
+        ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.bfloat16)
+        if not ((ones @ ones) == 64).all():
+            yield Finding(f"GPU {index}", "fault", f"{found}; a bf16 product is wrong", "check the driver and the GPU")
+        elif major < 8:
+            yield Finding(f"GPU {index}", "warning", found, "bf16 is slow before Ampere: --precision fp16")
+        else:
+            yield Finding(f"GPU {index}", "well", found)
+
+
+def all_reduce(ranks: int | None, environ: Mapping[str, str]) -> Finding:
+    """Sums the ranks of processes under `accelerate launch`, by NCCL with GPUs and by gloo without."""
+    count = environment.count_gpus()
+    ranks = ranks or max(2, count)
+    on_gpus = count >= ranks
+    backend = "NCCL" if on_gpus else "gloo"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(ranks), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "runner.system.all_reduce"]
+    more = {} if on_gpus else {"ACCELERATE_USE_CPU": "true"}
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**environ, **more},
+            timeout=ALL_REDUCE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        found = f"{ranks} ranks by {backend}: no answer in {ALL_REDUCE_SECONDS} s"
+        return Finding("all-reduce", "fault", found, "NCCL_DEBUG=INFO, or NCCL_P2P_DISABLE=1 to rule out the links")
+    expected = f"sum {sum(range(ranks))}"
+    if result.returncode != 0 or expected not in result.stdout:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        return Finding("all-reduce", "fault", f"{ranks} ranks by {backend}: {last}", "NCCL_DEBUG=INFO shows more")
+    return Finding("all-reduce", "well", f"{ranks} ranks by {backend} agree")
+
+
+def rendezvous() -> Finding:
+    """Checks that the host name resolves to an address outside the loopback and accepts a TCP connection from here."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        remedy = "an address for --main_process_ip instead of a name"
+        return Finding("rendezvous", "warning", f"{name}: does not resolve", remedy)
+    with socket.create_server(("", 0)) as server, socket.create_connection((address, server.getsockname()[1]), 5):
+        pass
+    if address.startswith("127."):
+        found = f"{name} is {address}, which other nodes cannot reach"
+        return Finding("rendezvous", "warning", found, "give --main_process_ip the address of its network")
+    return Finding("rendezvous", "well", f"{name} is {address}, and accepts connections")
+
+
+def slurm() -> Finding:
+    """Checks whether jobs can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        return Finding("SLURM", "warning", "no sbatch", "run accelerate launch on each node; see launch/README.md")
+    result = subprocess.run(["sinfo", "--noheader", "--format=%P %D %G"], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        return Finding(
+            "SLURM",
+            "warning",
+            "sbatch is installed, but no controller answers",
+            "SLURM_CONF, or a login node of the cluster",
+        )
+    return Finding("SLURM", "well", "partition, nodes, GPUs: " + "; ".join(result.stdout.split("\n")[:4]).strip("; "))
+
+
+def wandb(environ: Mapping[str, str]) -> Finding:
+    """Checks that the W&B server answers, and that an API key is known."""
+    mode = environ.get("WANDB_MODE")
+    if mode in ("offline", "disabled"):
+        return Finding("W&B", "warning", f"WANDB_MODE={mode}", "unset it to go online")
+    url = environ.get("WANDB_BASE_URL", tracker.DEFAULT_BASE_URL)
+    host = urlsplit(url)
+    port = host.port or (443 if host.scheme == "https" else 80)
+    try:
+        with socket.create_connection((host.hostname or "", port), WANDB_SECONDS) as plain:
+            if host.scheme == "https":
+                ssl.create_default_context().wrap_socket(plain, server_hostname=host.hostname).close()
+    except OSError as error:
+        return Finding("W&B", "warning", f"{url}: {error}", "WANDB_MODE=offline avoids the wait; sync later")
+    if not tracker.has_key(environ):
+        return Finding("W&B", "warning", f"{url} answers, no key", "wandb login; without, runs are offline")
+    return Finding("W&B", "well", f"{url} answers, a key is known")
+
+
+def onnxruntime() -> Finding:
+    """Checks which providers work in a session; the package lists more than that."""
+    from runner.deploy import session
+
+    providers = session.usable_providers()
+    if environment.count_gpus() and "CUDAExecutionProvider" not in providers:
+        remedy = "CUDA and cuDNN of the versions that onnxruntime-gpu requires"
+        return Finding("onnxruntime", "fault", ", ".join(providers), remedy)
+    return Finding("onnxruntime", "well", ", ".join(providers))
+
+
+def tensorrt() -> Iterator[Finding]:
+    """Builds an engine of one layer with each TensorRT library that loads."""
+    from runner.deploy import engine
+
+    built = False
+    for backend in engine.MODULES:
+        try:
+            size = engine.smallest(backend)
+        except UserError as error:
+            yield Finding(backend, "warning", str(error), "see runner/deploy/README.md")
+        else:
+            built = True
+            yield Finding(backend, "well", f"builds an engine ({size:,} bytes)")
+    if not built:
+        yield Finding("engines", "fault", "no library here builds engines", "pip install tensorrt-rtx")
+
+
+def show(findings: list[Finding]) -> None:
+    """Prints the findings as a table."""
+    signs = {"well": "[green]well[/]", "warning": "[yellow]warning[/]", "fault": "[red]fault[/]"}
+    table = new_table("check", "state", "found", "what to do")
+    for finding in findings:
+        table.add_row(finding.check, signs[finding.state], finding.found, finding.remedy)
+    print_table(table)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: data, disk, GPUs, all-reduce, rendezvous, W&B, onnxruntime, TensorRT; say what to do."""
+
+    data: Path | None = None
+    """Prepared dataset to check, file by file."""
+    runs: Path = Path("runs")
+    """Folder of runs, whose disk is checked."""
+    ranks: Annotated[int, Meta(ge=2)] | None = None
+    """Ranks of the all-reduce; by default one per GPU, or two on the CPU."""
+    json: Flag = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self, environ: MutableMapping[str, str]) -> None:
+        findings = examine(self.data, self.runs, self.ranks, environ)
+        if self.json:
+            print(json_format.dumps([asdict(finding) for finding in findings]))
+        else:
+            show(findings)
+        if any(finding.state == "fault" for finding in findings):
+            raise SystemExit(1)

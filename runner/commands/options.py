@@ -1,0 +1,15 @@
+"""Options shared by several commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from runner.common.command_line import Flag
+from runner.config.train_config import Device
+from runner.run.schema import Calibration, Precision
+
+__all__ = ["Calibration", "Device", "Flag", "Precision", "RunFolder", "RunFolders"]
+
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]

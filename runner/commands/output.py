@@ -1,0 +1,31 @@
+"""The output of `runner train` and `runner eval`."""
+
+import statistics
+from typing import Any
+
+import msgspec
+
+from runner.run.schema import Summary
+
+
+def print_result(result: dict[str, Any], json: bool) -> None:
+    """Prints one evaluation as a line, or completely as JSON."""
+    line = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
+    print(msgspec.json.encode(result).decode() if json else line.format(**result))
+
+
+def print_summaries(summaries: list[Summary], json: bool) -> None:
+    """Prints the summary of one seed, or of several with their mean and standard deviation."""
+    results = [msgspec.to_builtins(summary) for summary in summaries]
+    if len(results) == 1:
+        print_result(results[0], json)
+        return
+    accuracies = [summary.test_accuracy for summary in summaries]
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+    if json:
+        combined = {"runs": results, "test_accuracy_mean": mean, "test_accuracy_std": std}
+        print(msgspec.json.encode(combined).decode())
+        return
+    for result in results:
+        print_result(result, json=False)
+    print(f"{len(results)} seeds: {mean:.2%} ± {std:.2%}")

@@ -1,0 +1,41 @@
+"""`runner predict`: classifies images with an exported model."""
+
+import dataclasses
+import json as json_format
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from runner.commands.options import Flag
+from runner.config.recipe import Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify images with an exported model."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """ONNX file of `runner export`; a RUN, for its file that passed the gate; or an engine with its sidecar (on a
+    GPU)."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """Image files, or folders of them."""
+    batch: Count = 32
+    """Number of images in a batch."""
+    sheet: Path | None = None
+    """PNG file for a contact sheet: the images with their predictions."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where onnxruntime computes."""
+    json: Flag = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self, environ: MutableMapping[str, str]) -> None:
+        from runner.deploy import predict
+
+        predictions = predict.predict(self.model, list(self.images), self.batch, self.device, self.sheet)
+        if self.json:
+            print(json_format.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
+            return
+        for prediction in predictions:
+            print(f"{prediction.image}: {prediction.label} {prediction.probability:.1%}")

@@ -1,0 +1,92 @@
+"""`runner report`: the page, Markdown and W&B report that compare runs."""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from runner.commands.options import Flag, RunFolders
+from runner.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare runs on one HTML page that opens offline, as Markdown, or as a W&B report."""
+
+    runs: RunFolders
+    """Run folders, or folders that hold some at any depth."""
+    out: Path = Path("report.html")
+    """HTML file to write the page to."""
+    markdown: Path | None = None
+    """Also write the tables as Markdown to this file."""
+    wandb: str | None = None
+    """Also create or update the report in W&B, as ENTITY/PROJECT; its runs must have been logged there by training or
+    `runner sync`."""
+    wandb_spec: Path | None = None
+    """Also write that report's specification to this file; needs no network."""
+    json: Flag = False
+    """Print the compared rows as JSON, and nothing else, on standard output."""
+
+    def __call__(self, environ: MutableMapping[str, str]) -> None:
+        import msgspec
+
+        from runner.common.files import write_atomically
+        from runner.report import collect, markdown, page
+        from runner.run.folder import find_runs
+
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder or folder of runs")
+        if self.wandb is not None and self.wandb.count("/") != 1:
+            raise UserError(f"--wandb {self.wandb}: expected ENTITY/PROJECT")
+        outputs = {"--out": self.out, "--markdown": self.markdown, "--wandb-spec": self.wandb_spec}
+        check_outputs({option: path for option, path in outputs.items() if path is not None})
+        records, unreadable = collect.read_all(find_runs(list(self.runs)))
+        if not records and len(unreadable) == 1:
+            raise UserError(f"{unreadable[0].folder}: {unreadable[0].reason}")
+        for entry in unreadable:
+            print(f"runner: not read: {entry.folder}: {entry.reason}", file=sys.stderr)
+        if not records:
+            raise UserError("RUNS: expected a run that can be read, found none")
+        page.write(records, self.out, unreadable)
+        if self.markdown is not None:
+            write_atomically(self.markdown, markdown.render(records, unreadable).encode())
+        if self.wandb_spec is not None or self.wandb is not None:
+            from runner.report import wandb_report
+
+            if self.wandb_spec is not None:
+                write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb).encode())
+            if self.wandb is not None:
+                print(f"W&B report: {wandb_report.save(records, self.wandb)}", file=sys.stderr)
+        if self.json:
+            rows = [collect.row(record) for record in records]
+            compared = {"runs": rows, "experiments": collect.outcomes(records), "unreadable": unreadable}
+            print(msgspec.json.encode(compared).decode())
+        else:
+            print(f"{collect.printable(self.out)}: {collect.counts(records, unreadable)}")
+
+
+def check_outputs(outputs: dict[str, Path]) -> None:
+    """Checks that every file can be written, before any is.
+
+    Args:
+        outputs: the files by option.
+
+    Raises:
+        UserError: two options name one file, or a file cannot be written.
+    """
+    options: dict[Path, str] = {}
+    for option, path in outputs.items():
+        other = options.setdefault(path.resolve(), option)
+        if other != option:
+            raise UserError(f"{option} {path}: expected another file than that of {other}")
+        try:
+            if path.is_dir() or (path.exists() and not path.is_file()):
+                raise UserError(f"{option} {path}: expected a file, found a folder or device; choose another name")
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(f".{path.name}.part").stat()  # raises another error if the name is too long
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot write there ({error.strerror}); choose another file") from None

@@ -1,0 +1,68 @@
+"""`runner show`: what a run is, how far it is, and where its files are."""
+
+import dataclasses
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import tyro
+
+from runner.commands.options import Flag
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show what a run is, how far it is, and where its files are."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, RUNS/NAME/RUN."""
+    json: Flag = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self, environ: MutableMapping[str, str]) -> None:
+        lines = facts(Run(self.run))
+        if self.json:
+            sys.stdout.write(msgspec.json.encode(lines).decode() + "\n")
+            return
+        width = max(map(len, lines))
+        for name, value in lines.items():
+            for line in value if isinstance(value, list) else [value]:
+                print(f"{name:{width}}  {line}")
+                name = ""
+
+
+def facts(run: Run) -> dict[str, str | list[str]]:
+    """What is known of a run, by name; a list has a line for each entry."""
+    config, rows, summary, ending = run.config(), read_metrics(run), run.read_summary(), run.read_ending()
+    state = run.state()
+    ranks = f"{config.world_size} ranks" if config.world_size > 1 else "1 rank"
+    shown: dict[str, str | list[str]] = {
+        "experiment": f"{config.experiment} ({config.paper}), seed {config.seed}",
+        "state": f"{state}: {ending.reason}" if ending and state in ("stopped", "failed") else state,
+        "progress": f"epoch {rows[-1].epoch:.4g} of {config.recipe.epochs}, step {rows[-1].global_step}"
+        if rows
+        else "no step yet",
+        "dataset": f"{config.dataset.name}, {len(config.dataset.classes)} classes, {config.dataset.folder}",
+        "trained on": f"{config.hardware}, {ranks}, {config.precision}",
+        "changed": [f"{name}: {old} → {new}" for name, (old, new) in config.overrides.items()] or "nothing",
+    }
+    evaluated = [row for row in rows if row.test_accuracy is not None]
+    if summary:
+        shown["test accuracy"] = f"{summary.test_accuracy:.2%} of {summary.test_images:,} images"
+    elif evaluated:
+        shown["test accuracy"] = f"{evaluated[-1].test_accuracy:.2%} so far"
+    parity, latency = run.read_parity(), run.read_latency()
+    if parity and parity.rows:
+        shown["gate"] = [f"{row.onnx} on {row.provider}: {'passed' if row.passed else 'failed'}" for row in parity.rows]
+    if latency and (measured := [row for row in latency.rows if row.measured]):
+        shown["latency"] = [
+            f"{row.provider or row.backend}, {row.precision}, batch {row.batch}: p50 {row.p50_ms:.3g} ms"
+            for row in measured
+        ]
+    shown["checkpoints"] = sorted(path.name for path in run.checkpoints.glob("step-*")) or "none"
+    shown["files"] = sorted(str(path) for path in [*run.folder.glob("*.*"), *run.deploy.glob("model.*")])
+    return shown

@@ -1,0 +1,36 @@
+"""`runner sync`: uploads run folders to W&B."""
+
+import dataclasses
+from collections.abc import MutableMapping
+
+from runner.commands.options import Flag, RunFolders
+from runner.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """Upload what W&B lacks of run folders: rows, tables, summary, artifacts; each once, however often called."""
+
+    runs: RunFolders
+    """Run folders, or folders that hold some at any depth."""
+    json: Flag = False
+    """Print JSON, and nothing else, on standard output."""
+
+    def __call__(self, environ: MutableMapping[str, str]) -> None:
+        import msgspec
+
+        from runner.run.folder import find_runs
+        from runner.tracking import wandb_sync
+        from runner.tracking.tracker import has_key
+
+        if not self.runs:
+            raise UserError("RUNS: expected at least one run folder or folder of runs")
+        runs = find_runs(list(self.runs))
+        if not has_key(environ):
+            raise UserError("W&B: no key in WANDB_API_KEY or ~/.netrc; expected one, from: wandb login")
+        synced = wandb_sync.sync(runs, environ)
+        if self.json:
+            print(msgspec.json.encode(synced).decode())
+            return
+        for one in synced:
+            print(f"{one.run}: {one.rows} new rows" if one.new else f"{one.run}: nothing new")

@@ -1,0 +1,1 @@
+"""Utilities of the whole project; they import only the standard library, tyro and msgspec."""

@@ -1,0 +1,394 @@
+"""Command lines with options in any order and form, converted to the form that tyro parses.
+
+The types that declare options define their names and numbers of values, so every word is an option, a value of one,
+or positional, independent of its position. Repeated lists are concatenated; repeating any other option is an error.
+"""
+
+import math
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from runner.common.console import call_parser
+from runner.common.errors import UserError
+
+NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan).*")  # a negative number, which is no option
+NUMBER_OR_BOOL = re.compile(r"[-+.\d].*|True|False")
+NUMBERS = {"int": "an integer", "float": "a number"}
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+def any_word(word: str) -> bool:
+    """Accepts every word: the values of an option that holds text or paths."""
+    return True
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of one option.
+
+    Attributes:
+        name: as in the help, `--recipe.optimizer.lr`.
+        nargs: number of values: 0 for a flag, None for one or more.
+        has_negative: a flag with a `--no-` form; it also takes `=true` and `=false`, as W&B's sweeps write it.
+        accepts: whether a word can be one of its values.
+        expected: its values, for messages.
+        is_prefix: the name is followed by a key of a dict, as in `--architecture.arguments.dropout`.
+        path: dotted path of the field that it sets, `recipe.optimizer.lr`.
+    """
+
+    name: str
+    nargs: int | None
+    has_negative: bool = False
+    accepts: Callable[[str], bool] = any_word
+    expected: str = "a value"
+    is_prefix: bool = False
+    path: str = ""
+
+
+@dataclass
+class ParsedOption:
+    """An option and its values on a command line.
+
+    Attributes:
+        spelling: how the command line spells it.
+        values: all values.
+        ambiguous: indices of the values that could be the positional word instead.
+        is_flag: whether it was written without a value.
+    """
+
+    spelling: str
+    values: list[str]
+    ambiguous: list[int] = field(default_factory=list)
+    is_flag: bool = False
+
+
+@dataclass
+class CommandLine:
+    """A parsed command line.
+
+    Attributes:
+        positional: words that belong to no option.
+        options: by name, in the order of first use.
+    """
+
+    positional: list[str] = field(default_factory=list)
+    options: dict[str, ParsedOption] = field(default_factory=dict)
+
+    def for_tyro(self, words: list[str]) -> list[str]:
+        """All words in tyro's form: the positional ones, and `words` of the options."""
+        if any(word.startswith("-") for word in self.positional):  # after `--`, so that none becomes an option
+            return [*words, "--", *self.positional]
+        return [*self.positional, *words]
+
+    def words(self, of: Mapping[str, Option] | None = None, without: Mapping[str, Option] | None = None) -> list[str]:
+        """The words of the options in tyro's form: only options in `of`, without options in `without`."""
+        words = []
+        for name, option in self.options.items():
+            if (of is not None and name not in of) or (without is not None and name in without):
+                continue
+            match option.values:
+                case []:
+                    words += [option.spelling]
+                case [value]:
+                    words += [f"{name}={value}"]
+                case values:
+                    words += [name, *values]
+        return words
+
+
+def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]:
+    """The options that a dataclass or struct declares, by every spelling, aliases and `--no-` forms included.
+
+    Args:
+        kind: the dataclass or struct.
+        prefix: prefix of the option names, `recipe.`.
+        path: of the fields, `recipe.`.
+    """
+    options: dict[str, Option] = {}
+    for field_name, annotation in get_type_hints(kind, include_extras=True).items():
+        hint, metadata = _split_annotated(annotation)
+        if _is_positional(annotation):
+            continue
+        field_path = f"{path}{field_name}"
+        name = next((item.name for item in metadata if getattr(item, "name", None) is not None), field_name)
+        dotted = f"{prefix}{name}".replace("_", "-")
+        nested = _nested_types(hint)
+        for nested_kind in nested:
+            options |= options_of(nested_kind, f"{dotted}." if name else prefix, f"{field_path}.")
+        if not nested:
+            option = replace(_option(hint, f"--{dotted}"), path=field_path)
+            option = replace(option, has_negative=hint is bool and tyro.conf.FlagCreatePairsOff not in metadata)
+            aliases = [alias for item in metadata for alias in getattr(item, "aliases", None) or ()]
+            options |= dict.fromkeys([option.name, *aliases], option)
+            if option.has_negative:
+                owner, _, last = dotted.rpartition(".")
+                options[f"--{owner}.no-{last}" if owner else f"--no-{last}"] = option
+    return options
+
+
+def _split_annotated(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type without `Annotated`, and the metadata of `Annotated`."""
+    return (annotation.__origin__, annotation.__metadata__) if get_origin(annotation) is Annotated else (annotation, ())
+
+
+def _nested_types(hint: Any) -> list[Any]:
+    """The dataclasses or structs that a field may hold; empty for a plain value."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [k for k in kinds if isinstance(k, type) and (is_dataclass(k) or issubclass(k, msgspec.Struct))]
+
+
+def _option(hint: Any, name: str) -> Option:
+    """The option of a field that holds a plain value, list or dict."""
+    if hint is bool:
+        return Option(name, 0)
+    if get_origin(hint) is dict:
+        return Option(f"{name}.", 1, is_prefix=True)
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        accepts, expected = _accepts(kinds[0])
+        return Option(name, None if kinds[-1] is Ellipsis else len(kinds), accepts=accepts, expected=expected)
+    return Option(name, 1)
+
+
+def _accepts(hint: Any) -> tuple[Callable[[str], bool], str]:
+    """A predicate for words that can be values of this type, by which the parser finds the end of a list, and a name
+    for such words."""
+    hint, _ = _split_annotated(hint)
+    if get_origin(hint) is Literal:
+        return lambda word: word in get_args(hint), " or ".join(get_args(hint))
+    if hint not in (int, float):
+        return any_word, "a value"
+
+    def is_number(word: str) -> bool:
+        try:
+            hint(word)
+        except ValueError:
+            return False
+        return True
+
+    return is_number, NUMBERS[hint.__name__]
+
+
+def parse_words(
+    words: Sequence[str],
+    options: Mapping[str, Option],
+    required: bool = False,
+    is_known: Callable[[str], bool] = lambda word: False,
+) -> CommandLine:
+    """Parses the words of a command line into positional words and options.
+
+    A list takes all following words that can be its values. If the required positional word is then missing, it is
+    the last word that a list, or an option of a dict, took: `--experiments-from mine NAME`.
+
+    Args:
+        words: after the name of the command.
+        options: by spelling.
+        required: whether exactly one positional word is required.
+        is_known: whether a word is certainly the positional one, if it can be.
+
+    Raises:
+        UserError: an option does not exist, lacks a value, or is repeated.
+    """
+    line, remaining = CommandLine(), list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if word == "--":
+            line.positional += remaining
+            break
+        if not _is_option(word):
+            line.positional.append(word)
+            continue
+        spelling, equals, value = word.partition("=")
+        spelling = spelling.replace("_", "-")
+        option = _find(spelling, options)
+        values = [value] if equals else []
+        negative = option.is_prefix and spelling.rpartition(".")[2].startswith("no-")
+        if not negative and not (equals and option.nargs is None):
+            values += _take_values(remaining, option, len(values))
+        _check_values(option, spelling, values, equals, remaining)
+        _add(line, option, spelling, values, bool(equals))
+    if required and not line.positional:
+        _take_positional(line, is_known)
+    return line
+
+
+def _take_positional(line: CommandLine, is_known: Callable[[str], bool]) -> None:
+    """Moves the ambiguous value that is most likely the positional word: a known one, or else the last of a list."""
+    candidates = [(option, index) for option in line.options.values() for index in option.ambiguous]
+    if not candidates:
+        return
+    known = [(option, index) for option, index in candidates if is_known(option.values[index])]
+    option, index = max(reversed(known or candidates), key=lambda candidate: len(candidate[0].values) > 1)
+    line.positional.append(option.values.pop(index))
+    if not option.values:  # an option of a dict
+        option.values, option.is_flag = ["True"], True
+
+
+def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
+    """Removes the values of an option, which already has `count`, from the front of the remaining words."""
+    values: list[str] = []
+    while remaining and remaining[0] != "--" and not _is_option(remaining[0]) and option.accepts(remaining[0]):
+        if option.nargs is not None and count + len(values) >= option.nargs:
+            break
+        values.append(remaining.pop(0))
+    return values
+
+
+def _find(spelling: str, options: Mapping[str, Option]) -> Option:
+    """The option of a spelling. Raises UserError with similar options if there is none."""
+    if spelling in options:
+        return options[spelling]
+    for option in options.values():
+        if option.is_prefix and spelling.startswith(option.name):
+            return option
+    near = get_close_matches(spelling, options, n=3) or [name for name in options if spelling.strip("-") in name][:3]
+    raise UserError(f"{spelling}: no such option" + (f"; expected {' or '.join(near)}" if near else "; see --help"))
+
+
+def _check_values(option: Option, spelling: str, values: list[str], equals: str, remaining: list[str]) -> None:
+    """Raises UserError if an option has values that it cannot have, or too few."""
+    if "None" in values:
+        raise UserError(f"{spelling} None: expected a value; leave the option out to have none")
+    if "" in values and not option.is_prefix:
+        raise UserError(f"{spelling} '': expected a value, found an empty one; leave the option out to have none")
+    if option.nargs == 0 and equals and not (option.has_negative and values[0].lower() in ("true", "false")):
+        raise UserError(f"{spelling}={values[0]}: expected no value; it is a flag")
+    if option.nargs != 1 and option.nargs != 0:
+        for value in values:
+            if value.startswith("-") and not NEGATIVE.fullmatch(value):
+                raise UserError(f"{spelling} {value}: expected {option.expected}, which does not begin with '-'")
+            if not option.accepts(value):
+                raise UserError(f"{spelling}={value}: expected {option.expected}")
+    if len(values) < (1 if option.nargs is None else option.nargs) and not option.is_prefix:
+        count = "one or more values" if option.nargs is None else "a value"
+        count = f"{option.nargs} values" if (option.nargs or 0) > 1 else count
+        found = [*values, *([] if not remaining or _is_option(remaining[0]) else remaining[:1])]
+        kind = f" ({option.expected})" if option.expected != "a value" else ""
+        raise UserError(f"{spelling}: expected {count}{kind}, found {' '.join(found) or 'none'}")
+
+
+def _add(line: CommandLine, option: Option, spelling: str, values: list[str], equals: bool) -> None:
+    """Adds an option with its checked values to a command line; raises UserError if it is repeated."""
+    name, added = option.name, ParsedOption(spelling, values)
+    if option.nargs == 0 and values:  # =true or =false
+        owner, _, last = spelling.removeprefix("--").rpartition(".")
+        negative = f"--{owner}.no-{last}" if owner else f"--no-{last}"
+        added = ParsedOption(spelling if values[0].lower() == "true" else negative, [])
+    elif option.is_prefix:
+        name = spelling
+        if not values:  # a boolean, written as a flag
+            owner, _, key = spelling.rpartition(".")
+            name = f"{owner}.{key.removeprefix('no-')}"
+            added = ParsedOption(spelling, [str(not key.startswith("no-"))], is_flag=True)
+        elif not equals and not NUMBER_OR_BOOL.fullmatch(values[0]):
+            added.ambiguous = [0]
+    elif option.nargs is None and not equals and len(values) > 1 and option.accepts is any_word:
+        added.ambiguous = [len(values) - 1]
+    earlier = line.options.get(name)
+    if earlier is None:
+        line.options[name] = added
+    elif option.nargs is None:
+        earlier.ambiguous += [len(earlier.values) + index for index in added.ambiguous]
+        earlier.values += values
+    else:
+        both = " and ".join(" ".join(one) for one in (earlier.values, added.values) if one)
+        raise UserError(f"{spelling}: expected once, found twice" + (f": {both}" if both else ""))
+
+
+def _is_option(word: str) -> bool:
+    return word == "-h" or (word.startswith("--") and len(word) > 2)
+
+
+def check_limits(config: Any) -> None:
+    """Checks every number of a dataclass or struct, nested ones included, against the limits in its type.
+
+    Raises:
+        UserError: a number exceeds its limits; the message names its option.
+    """
+    builtins = msgspec.to_builtins(config, enc_hook=str)
+    try:
+        msgspec.convert(builtins, type(config), dec_hook=lambda kind, value: kind(value))
+    except msgspec.ValidationError as error:
+        expected, _, location = str(error).partition(" - at `$.")
+        value: Any = builtins
+        for key in re.findall(r"[^.\[\]`]+", location):
+            value = value[int(key) if isinstance(value, list | tuple) else key]
+        if isinstance(value, float) and not math.isfinite(value):
+            expected = "a finite number"
+        path = re.sub(r"\[.*|`", "", location)
+        names = [option.name for option in options_of(type(config)).values() if option.path == path]
+        expected = re.sub(r"`(\w+)`", lambda kind: NUMBERS.get(kind[1], kind[1]), expected.removeprefix("Expected "))
+        raise UserError(f"{names[0] if names else path} {value}: expected {expected}") from None
+
+
+HELP = dict.fromkeys(("-h", "--help"), Option("--help", 0))  # every command has it
+registry = ConstructorRegistry()  # customizes how tyro parses types
+
+
+@registry.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Parses `int | None` as `int`: an option is None if it is left out, and no word stands for None."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if get_origin(info.type) not in (Union, types.UnionType) or len(kinds) != 1:
+        return None
+    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+    if not isinstance(inner, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        inner,
+        is_instance=lambda value: value is None or inner.is_instance(value),
+        str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value),
+    )
+
+
+def read_command(kind: Any, words: Sequence[str], prog: str) -> Any:
+    """Parses words into a command of one type, and checks the limits of its numbers.
+
+    Raises:
+        UserError: the words are not a valid command line.
+        SystemExit: code 0 after --help.
+    """
+    return read_command_and_rest(kind, words, prog, {})[0]
+
+
+def read_command_and_rest(
+    kind: Any, words: Sequence[str], prog: str, others: Mapping[str, Option]
+) -> tuple[Any, list[str]]:
+    """As `read_command`, for a command that passes options on: returns it, and the words of the options in `others`."""
+    hints = get_type_hints(kind, include_extras=True).values()
+    positional = [hint for hint in hints if _is_positional(hint)]
+    required = len(positional) == 1 and not _is_list(positional[0])
+    own = options_of(kind) | HELP
+    line = parse_words(words, {**others, **own}, required)
+    if positional and not line.positional and "--help" not in line.options:
+        # Here and not by tyro, which would take the values of a list for positional words.
+        metavar = next(item.metavar for item in _split_annotated(positional[0])[1] if getattr(item, "metavar", None))
+        raise UserError(f"{metavar}: expected {'one' if required else 'at least one'}, found none; see {prog} --help")
+    if len(line.positional) > len(positional) and not any(_is_list(hint) for hint in positional):
+        raise UserError(f"{line.positional[len(positional)]}: expected no further word; see {prog} --help")
+    command = parse_with_tyro(kind, line.for_tyro(line.words(of=own)), prog)
+    check_limits(command)
+    return command, line.words(without=own)
+
+
+def parse_with_tyro(kind: Any, words: Sequence[str], prog: str, **more: Any) -> Any:
+    """Parses words that are in tyro's form; `more` is passed to tyro.cli. Raises as `read_command`."""
+    with registry:
+        config = (tyro.conf.AvoidSubcommands,)
+        return call_parser(lambda: tyro.cli(kind, args=words, prog=prog, config=config, **more))
+
+
+def _is_positional(hint: Any) -> bool:
+    return tyro.conf.Positional in _split_annotated(hint)[1]
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(_split_annotated(hint)[0]) is tuple

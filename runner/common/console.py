@@ -1,0 +1,148 @@
+"""One-line error messages for bad input, and progress bars on terminals."""
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from runner.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_errors: bool = True) -> Any:
+    """Parses a command line, runs the command, and returns its result.
+
+    Errors of the option parser, every `UserError`, and a full disk become one line on standard error and exit code 2;
+    Ctrl-C becomes one line and exit code 130.
+
+    Args:
+        parse: reads the command line and returns the command as a function of no arguments.
+        prog: name of the program, printed before the message.
+        report_errors: False on all ranks but the node's first, so that an error is printed once.
+    """
+    try:
+        command = call_parser(parse)
+    except UserError as error:
+        _exit(prog, error, report_errors)
+    try:
+        return command()
+    except UserError as error:
+        _exit(prog, error, report_errors)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        path = error.filename or "the disk"
+        _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_errors)
+    except KeyboardInterrupt:
+        _exit(prog, UserError("interrupted"), report_errors, EXIT_INTERRUPTED)
+
+
+def call_parser(parse: Callable[[], Any]) -> Any:
+    """Calls an argument parser, and turns tyro's error panel into a UserError without its frame.
+
+    Raises:
+        UserError: the parser rejects the command line.
+    """
+    panel = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(panel):
+            return parse()
+    except SystemExit as stop:
+        if stop.code != EXIT_BAD_INPUT:
+            raise  # --help
+        raise UserError(re.sub(r"[─━╭╮╰╯│┃]+|-{5,}", " ", panel.getvalue())) from None
+
+
+def _exit(prog: str, error: UserError, report: bool, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    if report:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+LONGEST_NAME = 60  # characters of a name that is not wrapped in a table
+
+_display: Any = None  # a terminal can show only one display of progress bars
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None, shown: bool = True) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error if that is a terminal. A nested bar is drawn below the outer one.
+
+    Args:
+        description: text before the bar.
+        total: sum of all `advance` calls; None if unknown.
+        shown: False on all ranks but the first, because they share the terminal.
+
+    Yields:
+        A function that advances the bar by an amount.
+    """
+    global _display
+    if not shown or not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    with contextlib.ExitStack() as stack:
+        if _display is None:
+            columns = (
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.TaskProgressColumn(),
+                bars.TimeRemainingColumn(),
+            )
+            _display = stack.enter_context(bars.Progress(*columns, console=Console(stderr=True)))
+            stack.callback(_forget_display)
+            task = _display.add_task(description, total=total)
+        else:
+            task = _display.add_task(description, total=total)
+            stack.callback(_display.remove_task, task)
+        display = _display
+        yield lambda amount: display.update(task, advance=amount)
+
+
+def _forget_display() -> None:
+    global _display
+    _display = None
+
+
+def new_table(*titles: str, title: str | None = None) -> "Table":
+    """A table whose cells are wrapped where they do not fit, and never cut."""
+    from rich.table import Column, Table
+
+    columns = [Column(name, overflow="fold") for name in titles]
+    return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+
+
+def print_table(table: "Table") -> None:
+    """Prints a table as wide as the terminal, or through a pipe with each row in one line.
+
+    The first column, which names the row, is not wrapped unless it would fill the terminal, so that it can be copied.
+    """
+    from rich.console import Console
+
+    name = table.columns[0]
+    name.no_wrap = all(len(str(cell)) <= LONGEST_NAME for cell in name.cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def list_some(names: Sequence[str], most: int = 3) -> str:
+    """The first names and the number of the others: `a, b, c and 4 more`."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    """Yields `items`, advancing a progress bar by one for each."""
+    with progress(description, total) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -1,0 +1,1 @@
+"""The types of experiments and recipes, and the options of `runner train`."""

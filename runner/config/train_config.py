@@ -1,0 +1,126 @@
+"""The options of `runner train` and the checks that need no torch."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from msgspec import Meta
+
+from runner import experiments
+from runner.common.command_line import Flag, check_limits
+from runner.common.errors import UserError
+from runner.config.recipe import Architecture, Count, Experiment, Recipe, check_recipe
+
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+Device = Literal["auto", "cuda", "cpu"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train one experiment, on all ranks of `accelerate launch`."""
+
+    experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of the experiment (see `runner list`), whose recipe sets the defaults below."""
+    data: Path
+    """Folder made by `python -m data_prep prepare`."""
+    architecture: Annotated[Architecture, tyro.conf.FlagConversionOff]
+    """Model to train."""
+    recipe: Recipe
+    """Settings of the training."""
+    runs: Path = Path("runs")
+    """Folder of all runs; this one is written to RUNS/NAME/RUN."""
+    name: str | None = None
+    """Name of the run; by default seed-N."""
+    seed: Seed | None = None
+    """Seed of weights, order, augmentation and dropout; by default 0."""
+    seeds: tuple[Seed, ...] = ()
+    """Several seeds: one run each, in sequence. The report shows their mean and standard deviation."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, then evaluate and write the summary."""
+    device: Device = "auto"
+    """auto selects a GPU if there is one and reports its choice; a launch with a GPU configuration requires cuda."""
+    precision: Literal["launch", "fp32", "bf16", "fp16"] = "launch"
+    """Precision of training; `launch` follows the accelerate configuration, or fp32 without one. On GPUs, fp32 uses
+    TF32 in convolutions, torch's default."""
+    loader: Literal["auto", "resident", "streaming"] = "auto"
+    """resident keeps the split on the device as uint8; streaming reads the same batches from disk with FFCV; auto
+    selects resident if the split is small compared with the device's memory, and reports its choice."""
+    workers: Count = 1
+    """Decoding threads of the streaming loader; batches do not depend on them."""
+    overwrite: Flag = False
+    """Replace an existing run of the same name."""
+    json: Flag = False
+    """Print only the summary, as JSON, on standard output."""
+    experiments_from: tuple[str, ...] = ()
+    """Importable modules outside this package that define further EXPERIMENTS."""
+    teacher: Path | None = None
+    """Finished run to distill: its predictions are learned together with the labels (see --recipe.teacher-weight and
+    --recipe.teacher-temperature)."""
+    start_from: Path | None = None
+    """Finished run of the same architecture whose weights are the initial weights, for fine-tuning and pruning (see
+    --recipe.prune)."""
+    checkpoint_every: Count | None = None
+    """Optimizer steps between checkpoints within an epoch, in addition to those with each evaluation."""
+    resume: str = "never"
+    """`auto` resumes from the newest intact checkpoint of the run, or starts if it has none; a PATH resumes from
+    that checkpoint; `never` starts, and refuses a folder that contains a run. A run that is resumed has its own recipe
+    as the default of all options below --recipe. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder stop a
+    run with a checkpoint and exit code 75."""
+    resume_anyway: Flag = False
+    """Resume even if the recipe, data or anything else has changed; the changes are recorded in run.json."""
+    stop_file: Path | None = None
+    """File whose creation stops the run with a checkpoint, after which it is removed; by default `stop` in the run
+    folder."""
+    hang_timeout: Annotated[float, Meta(ge=1, le=1e9)] = 600.0
+    """Seconds without a step after which a rank prints its stacks and exits with code 70, which ends all ranks; three
+    times as long before the first step."""
+    evaluate_every: Count = 1
+    """Epochs between evaluations, each with a checkpoint; the last epoch is always evaluated."""
+    deterministic: Flag = False
+    """Use deterministic kernels, so that two runs on one GPU are bit-identical; an operation without one is an error.
+    CPU kernels are always deterministic."""
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seed of each run."""
+        return self.seeds or (self.seed or 0,)
+
+    def run_names(self) -> dict[int, str]:
+        """The name of each run, by seed."""
+        if self.name is None:
+            return {seed: f"seed-{seed}" for seed in self.all_seeds}
+        if len(self.all_seeds) == 1:
+            return {self.all_seeds[0]: self.name}
+        return {seed: f"{self.name}-seed-{seed}" for seed in self.all_seeds}
+
+    def check(self) -> Experiment:
+        """Checks all options and returns the experiment as registered, without overrides.
+
+        Raises:
+            UserError: an option is invalid.
+        """
+        if self.seed is not None and self.seeds:
+            raise UserError(f"--seed {self.seed} and --seeds: expected one of them")
+        check_limits(self)
+        if self.resume not in ("auto", "never") and len(self.all_seeds) > 1:
+            raise UserError(f"--resume {self.resume}: expected auto or never with several seeds")
+        if self.overwrite and self.resume != "never":
+            raise UserError(
+                "--overwrite: expected no --resume, which jobs and sweeps always set, because a resumed run would "
+                "erase itself; choose another --name"
+            )
+        if len(set(self.all_seeds)) < len(self.all_seeds):
+            raise UserError(f"--seeds {' '.join(map(str, self.all_seeds))}: expected each seed once")
+        for name in self.run_names().values():
+            check_name(name)
+        check_recipe(self.recipe)
+        return experiments.get(self.experiment, self.experiments_from)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError if a run cannot have this name."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")

@@ -1,0 +1,111 @@
+"""Gather, crop, flip and normalize in one pass: a compiled loop on the CPU, one kernel on a GPU."""
+
+import functools
+import threading
+from typing import NamedTuple
+
+import torch
+
+
+def prepare(device: torch.device) -> None:
+    """Loads what `make` needs on a device in a background thread.
+
+    Importing numba and loading the compiled loop takes as long as reading the images, and can overlap with it.
+    """
+    if device.type == "cpu":
+        threading.Thread(target=load_loop, name="load kernel", daemon=True).start()
+
+
+@functools.cache
+def load_loop() -> None:
+    """Compiles the CPU loop for both output types, or loads it from the cache; once in a process.
+
+    Must run before FFCV creates a Loader, which marks numba's type of byte arrays as read-only in the whole process.
+    """
+    import numba
+
+    from runner.data.kernels import cpu as kernel
+    from runner.system import cpu
+
+    cpu.choose_openmp()
+    pixels, index = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    for out in (pixels.float(), pixels):
+        example = (pixels, index, index, index, index.bool(), False, *[torch.zeros(3)] * 2, 1, out)
+        kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))
+
+
+class Crops(NamedTuple):
+    """The images of a batch, and the crop of each.
+
+    Attributes:
+        samples: (n,) int64, positions in the split.
+        row, column: (n,) int64, the corner of each crop relative to the image's corner.
+        flip: (n,) bool, mirror left to right.
+    """
+
+    samples: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    flip: torch.Tensor
+
+
+class Output(NamedTuple):
+    """How cropped pixels are filled, normalized and stored.
+
+    Attributes:
+        reflect: mirror the image at its edges; otherwise pixels outside are 0 before normalization.
+        scale, shift: (3,) float32; a pixel becomes pixel × scale + shift.
+        dtype: float32, or uint8 for unchanged pixels; on a GPU also a lower float precision.
+    """
+
+    reflect: bool
+    scale: torch.Tensor
+    shift: torch.Tensor
+    dtype: torch.dtype = torch.float32
+
+
+def make(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """Gathers, crops, flips and normalizes: images (M, H, W, 3) uint8 to a batch (n, H, W, 3) of `output.dtype`."""
+    implementation = {"cpu": in_numba, "cuda": in_triton}.get(images.device.type, in_torch)
+    return implementation(images, crops, output)
+
+
+def in_torch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make` in torch operations, on any device: the reference implementation."""
+    _, height, width, _ = images.shape
+    index, row, column, flip = crops
+    y = torch.arange(height, device=images.device) + row[:, None]
+    x = torch.arange(width, device=images.device)
+    x = torch.where(flip[:, None], width - 1 - x, x) + column[:, None]
+    if output.reflect:
+        y = (height - 1) - ((height - 1) - y.abs()).abs()
+        x = (width - 1) - ((width - 1) - x.abs()).abs()
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    pixels = images[index[:, None, None], y[:, :, None], x[:, None, :]] * inside[..., None]
+    return (pixels.float() * output.scale + output.shift).to(output.dtype)
+
+
+def in_numba(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make` as a compiled loop on the CPU, with as many threads as torch uses."""
+    from runner.data.kernels import cpu as kernel
+    from runner.system import cpu
+
+    load_loop()
+    dtype = torch.uint8 if output.dtype == torch.uint8 else torch.float32
+    batch = torch.empty((len(crops.samples), *images.shape[1:]), dtype=dtype)
+    samples, row, column, flip = (tensor.numpy() for tensor in crops)
+    scale, shift = output.scale.numpy(), output.shift.numpy()
+    with cpu.torch_threads_kept():
+        threads = cpu.give_numba_torchs_threads()
+        kernel.make(images.numpy(), samples, row, column, flip, output.reflect, scale, shift, threads, batch.numpy())
+    return batch.to(output.dtype)
+
+
+def in_triton(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make` as one Triton kernel on a GPU."""
+    from runner.data.kernels import gpu
+
+    batch = torch.empty((len(crops.samples), *images.shape[1:]), dtype=output.dtype, device=images.device)
+    gpu.make(images, *crops, output.reflect, output.scale, output.shift, batch)
+    return batch

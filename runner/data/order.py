@@ -1,0 +1,62 @@
+"""The order of samples, and the random numbers of augmentation, as stateless functions.
+
+The order depends on (seed, epoch), the augmentation of an image on (seed, epoch, sample), that of a batch on
+(seed, epoch, step). One process with 512 images and eight with 64 therefore see the same images with the same crops,
+and a resumed run sees what the uninterrupted one would have seen.
+"""
+
+from typing import Any
+
+import numpy as np
+
+RANK = 13  # the stream of random numbers of `rank_seed`; runner.data.augment has the others
+BATCH = 1  # in the high word of Philox's counter, far from the numbers used by `epoch_order`
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..samples-1, (N,) int64, as a function of (seed, epoch)."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(samples)
+
+
+def batch_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """A generator for a whole batch, as a function of (seed, epoch, step)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, step, BATCH]))
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """The seed of a rank's own generator, different for every (seed, rank)."""
+    return int(random_bits(np.array([rank]), seed, 0, RANK)[0] >> np.uint64(1))
+
+
+def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """64 random bits for each sample, (N,) uint64: a hash of (seed, epoch, stream, sample).
+
+    The hash applies the finalizer of splitmix64 (Steele, Lea, Flood 2014) once per input.
+    """
+    with np.errstate(over="ignore"):
+        state: Any = np.uint64(0)
+        for value in (seed, epoch, stream):
+            state = _splitmix64(state ^ _splitmix64(np.uint64(value) + _GOLDEN))
+        return _splitmix64(state ^ _splitmix64(samples.astype(np.uint64) + _GOLDEN))
+
+
+def random_below(bound: int, samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A uniform integer in 0..bound-1 for each sample, (N,) int64: the high 32 bits, scaled."""
+    high = random_bits(samples, seed, epoch, stream) >> np.uint64(32)
+    return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def random_between(low: float, high: float, samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A uniform number in low..high for each sample, (N,) float32."""
+    fraction = (random_bits(samples, seed, epoch, stream) >> np.uint64(11)).astype(np.float64) / 2**53
+    return (low + (high - low) * fraction).astype(np.float32)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix64(x: Any) -> Any:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,177 @@
+"""The stream of batches that all loaders share: selects, orders and augments the images for each rank."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from runner.config.recipe import Augment
+from runner.data import augment, mixing, order
+from runner.data.augment import AugmentParams
+from runner.data.kernels import crop
+from runner.data.kernels.crop import Crops, Output
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How the batches of a split are made.
+
+    Attributes:
+        mean, std: mean and standard deviation per channel, in 0..255.
+        batch_size: global batch size, summed over ranks.
+        rank, world_size: select this rank's slice of each global batch.
+        device: device on which batches are returned.
+        training: shuffle and augment; otherwise file order without augmentation.
+        drop_last: drop the last partial batch of an epoch.
+        augment: random augmentation of training images.
+        resize: side in pixels of the images in a batch, bilinear; 0 keeps their size.
+        side: height and width in pixels of the images in the split.
+        classes: number of classes in the split.
+        seed: random seed of order and augmentation.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+    training: bool = False
+    drop_last: bool = False
+    augment: Augment | None = None
+    resize: int = 0
+    side: tuple[int, int] = (32, 32)
+    classes: int = 10
+    seed: int = 0
+
+
+class BatchStream(ABC):
+    """Batches of one split for one rank. Implements `runner.data.Batches`; subclasses read the pixels.
+
+    Args:
+        labels: (N,) int64.
+        options: how the batches are made.
+    """
+
+    def __init__(self, labels: np.ndarray, options: StreamOptions) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.labels = torch.from_numpy(labels).to(self.device)
+        self.augment = options.augment if options.training else None
+        self.mixes = self.augment is not None and bool(self.augment.mixup or self.augment.cutmix)
+        reflect = self.augment is not None and self.augment.crop_fill == "reflect"
+        # (x - mean) / std as one multiplication and one addition for each channel.
+        scale = torch.tensor([1 / s for s in options.std], dtype=torch.float32, device=self.device)
+        shift = [-m / s for m, s in zip(options.mean, options.std, strict=True)]
+        self.normalized = Output(reflect, scale, torch.tensor(shift, dtype=torch.float32, device=self.device))
+        ones, zeros = torch.ones(3, device=self.device), torch.zeros(3, device=self.device)
+        self.unchanged = Output(reflect, ones, zeros, torch.uint8)
+
+    def with_seed(self, seed: int) -> Self:
+        """A stream over the same split with the order and augmentation of another seed."""
+        other = copy.copy(self)
+        other.options = replace(self.options, seed=seed)
+        return other
+
+    @property
+    def samples(self) -> int:
+        """The number of images in the split."""
+        return len(self.labels)
+
+    def __len__(self) -> int:
+        full, remainder = divmod(self.samples, self.options.batch_size)
+        return full if self.options.drop_last or remainder == 0 else full + 1
+
+    def size_of(self, step: int) -> int:
+        """The number of images in global batch `step`, over all ranks."""
+        return min(self.options.batch_size, self.samples - step * self.options.batch_size)
+
+    def slice_of(self, step: int) -> slice:
+        """The positions of this rank's part of global batch `step` in the epoch's order."""
+        start, size = step * self.options.batch_size, self.size_of(step)
+        rank, world_size = self.options.rank, self.options.world_size
+        return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """The order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
+        if self.options.training:
+            return order.epoch_order(self.samples, self.options.seed, epoch)
+        return np.arange(self.samples)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields this rank's images (n, 3, H, W) float32 and targets of each global batch; see Batches."""
+        options, steps = self.options, range(start_step, len(self))
+        epoch_order = self.order_of(epoch)
+        local_samples = [epoch_order[self._positions(step)] for step in steps]
+        sizes = [len(samples) for samples in local_samples]
+        samples = np.concatenate([epoch_order[:0], *local_samples])
+        # Augmentation is sampled and copied to the device once an epoch; a batch only takes slices.
+        params = augment.sample_params(self.augment, samples, options.side, options.seed, epoch).to(self.device)
+        labels = self.labels[torch.from_numpy(samples).to(self.device)]
+        stop = 0
+        for step, size, (images, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
+            batch, stop = slice(stop, stop + size), stop + size
+            images, targets = self._transform(images, index, params[batch]), labels[batch]
+            if self.mixes and self.augment:
+                mix_params = mixing.sample_params(self.augment, options.side, options.seed, epoch, step)
+                images, targets = mixing.mix(images, targets, mix_params, options.classes)
+            yield self._to_model_input(images), targets
+
+    def first_images(self, count: int) -> torch.Tensor:
+        """The first `count` images of the split as in evaluation, (count, 3, H, W) float32."""
+        return self.clean_images(np.arange(min(count, self.samples)))
+
+    def clean_images(self, samples: np.ndarray) -> torch.Tensor:
+        """The images of `samples` (n,) as in evaluation, without augmentation: (n, 3, H, W) float32, normalized."""
+        params = augment.sample_params(None, samples, self.options.side, self.options.seed, 0).to(self.device)
+        ((images, index),) = self.read(samples, [len(samples)])
+        return self._to_model_input(self._transform(images, index, params))
+
+    def _positions(self, step: int) -> slice | np.ndarray:
+        """The positions in the epoch's order that this rank reads for global batch `step`.
+
+        Mixing also needs the predecessor of the rank's first image. The batch is circular: its first
+        image is mixed with its last.
+        """
+        local_slice = self.slice_of(step)
+        if not self.mixes:
+            return local_slice
+        start, size = step * self.options.batch_size, self.size_of(step)
+        return start + np.arange(local_slice.start - start - 1, local_slice.stop - start) % size
+
+    def _transform(self, images: torch.Tensor, index: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+        """Gathers images[index], augments them as `params` say, and normalizes: (n, H, W, 3) float32."""
+        crops = Crops(index, params.row, params.column, params.flip)
+        if params.changes_pixels:
+            images = augment.augment_pixels(crop.make(images, crops, self.unchanged), params)
+            images = images * self.normalized.scale + self.normalized.shift
+        else:
+            images = crop.make(images, crops, self.normalized)
+        return augment.augment_normalized(images, params, self.augment)
+
+    def _to_model_input(self, images: torch.Tensor) -> torch.Tensor:
+        """Permutes (n, H, W, 3) to (n, 3, H, W) in channels_last memory, and resizes."""
+        images = images.permute(0, 3, 1, 2)
+        if self.options.resize:
+            images = F.interpolate(
+                images, size=(self.options.resize, self.options.resize), mode="bilinear", antialias=True
+            )
+        return images
+
+    @abstractmethod
+    def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Reads the pixels of consecutive batches.
+
+        Args:
+            samples: (M,) int64, of all batches, concatenated.
+            sizes: of the batches; they sum to M.
+
+        Yields:
+            For each batch: images (K, H, W, 3) uint8, and the indices (n,) int64 of the batch's images among them,
+            both on the device.
+        """

@@ -1,0 +1,135 @@
+"""Streams a split from disk through FFCV's Loader during training, for splits that do not fit on the device.
+
+FFCV reads ahead and decodes. Order, augmentation and ranks come from BatchStream, so the batches are bit-identical to
+those of the resident loader: FFCV's own order pads and depends on the ranks, its augmentation on the workers.
+"""
+
+import queue
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.common.errors import UserError
+from runner.data.kernels import crop
+from runner.data.stream import BatchStream, StreamOptions
+from runner.system import cpu
+
+BATCH_TIMEOUT = 60.0  # seconds for a batch; a reader that takes longer has hung
+
+
+class ReaderError(RuntimeError):
+    """FFCV's reader died, or produced no batch within BATCH_TIMEOUT."""
+
+
+class StreamingBatches(BatchStream):
+    """A stream over a .beton file that stays on disk.
+
+    Args:
+        path: the file, whose hash and layout the caller has checked.
+        labels: (N,) int64, of the records of the split.
+        options: of the stream.
+        records: (N,) int64, the records of the file that form the split; None for all.
+        workers: decoding threads.
+
+    Raises:
+        UserError: more workers than cores; FFCV decodes in numba's threads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        labels: np.ndarray,
+        options: StreamOptions,
+        records: np.ndarray | None = None,
+        workers: int = 1,
+    ) -> None:
+        import numba
+
+        cpu.choose_openmp()
+        config: Any = numba.config  # its attributes are set at runtime
+        cores = config.NUMBA_NUM_THREADS
+        if not 1 <= workers <= cores:
+            raise UserError(f"--workers {workers}: expected 1 to {cores}, the usable cores")
+        super().__init__(labels, options)
+        if self.device.type == "cpu":
+            crop.load_loop()
+        self.path, self.workers, self.records = path, workers, records
+        self.loader: Any = None  # compiled at the first epoch
+
+    def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Reads the samples in order and splits them into batches."""
+        if not sizes:
+            return
+        with cpu.torch_threads_kept():
+            loader = self._ffcv_loader()
+            loader.traversal_order.samples = samples if self.records is None else self.records[samples]
+            chunks = _iterate_with_timeout(iter(loader), self.path)
+        buffered: list[torch.Tensor] = []
+        for size in sizes:
+            while sum(map(len, buffered)) < size:
+                buffered.append(next(chunks).clone())  # FFCV reuses its buffers
+            images = torch.cat(buffered) if len(buffered) != 1 else buffered[0]
+            buffered = [images[size:]] if len(images) > size else []
+            yield images[:size].to(self.device), torch.arange(size, device=self.device)
+
+    def _ffcv_loader(self) -> Any:
+        """FFCV's Loader, created and compiled once."""
+        if self.loader is not None:
+            return self.loader
+        import ffcv.loader.loader as ffcv_loader
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.traversal_order.base import TraversalOrder
+
+        class FixedOrder(TraversalOrder):
+            """Reads `samples`, which is set before each epoch."""
+
+            def __init__(self, loader: Any) -> None:
+                super().__init__(loader)
+                self.samples = self.indices
+
+            def sample_order(self, epoch: int) -> np.ndarray:
+                return self.samples
+
+        # FFCV 1.0.2 is meant to accept such a class, but its check rejects any that is missing from this table.
+        ffcv_loader.ORDER_MAP[FixedOrder] = FixedOrder
+        self.loader = ffcv_loader.Loader(
+            str(self.path),
+            batch_size=max(1, self.options.batch_size // self.options.world_size),
+            num_workers=self.workers,
+            os_cache=True,
+            order=FixedOrder,
+            drop_last=False,
+            pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
+        )
+        return self.loader
+
+
+def _iterate_with_timeout(iterator: Any, path: Path) -> Iterator[torch.Tensor]:
+    """Yields the batches of FFCV's iterator, (n, H, W, 3) uint8 in its buffers, each within BATCH_TIMEOUT.
+
+    FFCV's `next` waits forever on a queue that a dead thread never fills; this waits on the same queue with a limit.
+    """
+    try:
+        while True:
+            deadline = time.monotonic() + BATCH_TIMEOUT
+            while True:
+                try:
+                    item = iterator.output_queue.get(timeout=0.5)
+                    break
+                except queue.Empty:
+                    if not iterator.is_alive():
+                        raise ReaderError(f"{path}: FFCV's reader died; see its message above") from None
+                    if time.monotonic() > deadline:
+                        raise ReaderError(
+                            f"{path}: no batch within {BATCH_TIMEOUT:.0f} s; is the disk available?"
+                        ) from None
+            if item is None:
+                return
+            _, (images,) = item
+            yield torch.from_numpy(np.asarray(images))
+    finally:
+        iterator.close()

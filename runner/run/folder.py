@@ -1,0 +1,300 @@
+"""The run folder: `runs/<experiment>/<run>/`, its files, and how they are read.
+
+run.json         what was run: resolved config, versions, git commit, dataset, hardware
+metrics.jsonl    every metric, one JSON object per line: the source of truth that W&B mirrors
+summary.json     the outcome; its presence means that the run is finished
+ended.json       why the last attempt ended early, if it did
+predictions.npz  logits (N, classes) and labels (N,) on the test images at the end
+checkpoints/     step-N/: weights, and a manifest with their hash
+figures/         pictures of this run
+deploy/          ONNX, engines, parity, latencies
+wandb/           W&B's own files
+lock             held by the process that trains
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, TypeVar
+
+from msgspec.structs import replace
+
+from runner.common.errors import UserError
+from runner.config.train_config import check_name
+from runner.run.schema import (
+    FORMAT,
+    Ending,
+    EngineSidecar,
+    Export,
+    LatencyReport,
+    Mistake,
+    Mistakes,
+    ParityReport,
+    RunConfig,
+    Summary,
+    Version,
+    decode,
+)
+
+T = TypeVar("T")
+CLAIM_TIMEOUT = 60.0  # seconds to wait for the previous process to exit, possibly on another node
+State = Literal["complete", "running", "stopped", "failed", "crashed", "missing"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: the path of every file in it, and readers for them. Creating this value does not touch the disk."""
+
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """run.json."""
+        return self.folder / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """summary.json."""
+        return self.folder / "summary.json"
+
+    @property
+    def ended(self) -> Path:
+        """ended.json."""
+        return self.folder / "ended.json"
+
+    @property
+    def lock(self) -> Path:
+        """lock."""
+        return self.folder / "lock"
+
+    @property
+    def predictions(self) -> Path:
+        """predictions.npz."""
+        return self.folder / "predictions.npz"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of pictures."""
+        return self.folder / "figures"
+
+    @property
+    def mistakes(self) -> Path:
+        """figures/mistakes.json."""
+        return self.figures / "mistakes.json"
+
+    @property
+    def deploy(self) -> Path:
+        """Folder of ONNX files, engines and what was measured of them."""
+        return self.folder / "deploy"
+
+    @property
+    def exports(self) -> Path:
+        """deploy/exports.json."""
+        return self.deploy / "exports.json"
+
+    @property
+    def parity(self) -> Path:
+        """deploy/parity.json."""
+        return self.deploy / "parity.json"
+
+    @property
+    def latency(self) -> Path:
+        """deploy/latency.json."""
+        return self.deploy / "latency.json"
+
+    def check_links(self) -> None:
+        """Raises UserError if a symbolic link leads out of the folder: what reads it could publish private files.
+
+        W&B's own files, which nothing reads, may have links to its logs elsewhere.
+        """
+        root = self.folder.resolve()
+        for path in self.folder.rglob("*"):
+            if path.relative_to(self.folder).parts[0] == "wandb":
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{path}: a link that leads out of the run folder; replace it by the file, or remove it"
+                )
+
+    def state(self) -> State:
+        """State: `stopped`: on request, with a checkpoint; `failed`: with a recorded reason; `crashed`: without one,
+        for example killed; `missing`: never started."""
+        if self.summary.is_file():
+            return "complete"
+        if is_claimed(self):
+            return "running"
+        if ending := self.read_ending():
+            return "stopped" if ending.stopped else "failed"
+        return "crashed" if self.record.is_file() else "missing"
+
+    def config(self) -> RunConfig:
+        """Reads run.json. Raises UserError if it is missing, damaged, or of a later version."""
+        if not self.record.is_file():
+            raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
+        version = _read(self.record, Version).format
+        if version != FORMAT:
+            raise UserError(f"{self.record}: expected format {FORMAT}, found {version}; use the version that wrote it")
+        return _read(self.record, RunConfig)
+
+    def read_summary(self) -> Summary | None:
+        """What summary.json holds; None if the run is unfinished."""
+        return _read(self.summary, Summary) if self.summary.is_file() else None
+
+    def read_ending(self) -> Ending | None:
+        """What ended.json holds, if the last attempt ended early."""
+        return _read(self.ended, Ending) if self.ended.is_file() else None
+
+    def read_mistakes(self) -> list[Mistake]:
+        """What mistakes.json lists."""
+        return _read(self.mistakes, Mistakes).mistakes if self.mistakes.is_file() else []
+
+    def read_exports(self) -> dict[str, Export]:
+        """What was exported, by file name."""
+        return _read(self.exports, dict[str, Export]) if self.exports.is_file() else {}
+
+    def read_parity(self) -> ParityReport | None:
+        """Reads parity.json; None if there is none."""
+        return _read(self.parity, ParityReport) if self.parity.is_file() else None
+
+    def read_latency(self) -> LatencyReport | None:
+        """Reads latency.json; None if there is none. Earlier versions kept the gate's figures in parity.json alone."""
+        if not self.latency.is_file():
+            return None
+        report = _read(self.latency, LatencyReport)
+        if all(row.gate or not row.onnx_sha256 for row in report.rows):
+            return report
+        parity = self.read_parity()
+        gates = {(row.onnx_sha256, row.engine_sha256, row.provider): row.gate for row in parity.rows} if parity else {}
+        rows = [
+            replace(row, gate=row.gate or gates.get((row.onnx_sha256 or "", row.engine_sha256, row.provider or "")))
+            for row in report.rows
+        ]
+        return replace(report, rows=rows)
+
+    def sidecars(self) -> list[Path]:
+        """The paths of the JSON files that describe the engines."""
+        return sorted(self.deploy.glob("model.*.engine.json"))
+
+    def read_engines(self) -> list[EngineSidecar]:
+        """Reads the description of every engine."""
+        return [_read(path, EngineSidecar) for path in self.sidecars()]
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    """Reads a JSON file. Raises UserError if it is damaged or does not match the type; the message names the key."""
+    try:
+        return decode(path.read_bytes(), kind)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error}); restore or remove it") from None
+
+
+@contextlib.contextmanager
+def claimed_runs(
+    runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False
+) -> Iterator[list[Run]]:
+    """Creates and locks run folders until the end of the context.
+
+    With `resuming`, a folder may contain a run already; with `overwrite`, its contents are deleted, but only after all
+    folders are locked.
+
+    Raises:
+        UserError: a name is invalid, or a folder contains a run, is locked by another process, or cannot be written.
+    """
+    claimed = [Run(runs / experiment / name) for name in names]
+    for name, run in zip(names, claimed, strict=True):
+        check_name(name)
+        if run.record.exists() and not resuming and not overwrite:
+            state = "a finished" if run.summary.exists() else "an unfinished"
+            raise UserError(f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite it")
+    with contextlib.ExitStack() as stack:
+        try:
+            for run in claimed:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_claim(run, CLAIM_TIMEOUT if resuming else 1))
+            for run in claimed:
+                if overwrite:
+                    _delete_contents(run)
+        except OSError as error:
+            raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
+        yield claimed
+
+
+def _claim(run: Run, timeout: float) -> IO[str]:
+    """Locks a run, waiting up to `timeout` seconds. Closing the file that it returns releases the lock.
+
+    On file systems that have no locks, it returns without one.
+    """
+    lock = run.lock.open("a+")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise UserError(
+                    f"{run.folder}: {lock.read().strip() or 'another process'} trains it; wait for it, or choose "
+                    "another --name"
+                ) from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def is_claimed(run: Run) -> bool:
+    """Whether a process trains it now."""
+    try:
+        with run.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _delete_contents(run: Run) -> None:
+    """Deletes everything in a run folder except its lock."""
+    for path in run.folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != run.lock:
+            path.unlink()
+
+
+def find_runs(paths: list[Path]) -> list[Run]:
+    """Every run folder at or under the paths, without duplicates, sorted within each path.
+
+    Raises:
+        UserError: a path does not exist, or there is no run under it.
+    """
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: expected a run folder or a folder of runs, there is none")
+        records = sorted(path.rglob("run.json"))
+        if not records:
+            raise UserError(f"{path}: expected a run folder or a folder of runs, found none; make one: runner train")
+        runs |= {record.parent.resolve(): Run(record.parent) for record in records}
+    return list(runs.values())

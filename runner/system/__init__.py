@@ -1,0 +1,1 @@
+"""The machine: launch environment, CPU, GPU, watchdog."""

@@ -1,0 +1,70 @@
+"""CPU settings: numbers of threads, and freed memory that stays with the process."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from typing import Any
+
+# glibc's mallopt parameters (malloc.h).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Restores torch's number of threads on exit.
+
+    Importing ffcv sets it to one. Also, numba's OpenMP layer shares it with torch, so that every call of
+    numba.set_num_threads, such as FFCV's at the start of each epoch, changes torch's.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def choose_openmp() -> None:
+    """Selects OpenMP for numba's parallel loops, unless numba has already started its threads.
+
+    By default numba prefers TBB, whose threads sleep between loops: waking them takes as long as half a batch.
+    """
+    import numba
+
+    config: Any = numba.config  # its attributes are set at runtime
+    config.THREADING_LAYER = "omp"
+
+
+def give_numba_torchs_threads() -> int:
+    """Sets the number of threads of numba's parallel loops to torch's, and returns it."""
+    import numba
+    import torch
+
+    choose_openmp()
+    config: Any = numba.config
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    return threads
+
+
+def prepare(processes: int = 1) -> None:
+    """Sets torch's threads to this process's share of the usable cores, and keeps freed memory for reuse.
+
+    The launcher gives a process one thread or all of them. By default, glibc maps fresh zeroed pages for every
+    activation of more than a few MiB and unmaps them right after, which makes memory-bound networks such as
+    MobileNetV2 much slower.
+
+    Args:
+        processes: processes of this launch on this node.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 << 20)

@@ -1,0 +1,98 @@
+"""The launcher's settings, read from the environment variables that it sets, and the choice of the device."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner.common.errors import UserError
+from runner.config.train_config import Device
+
+PR_SET_PDEATHSIG = 1  # prctl.h
+LIBC = ctypes.CDLL(None)  # loaded at import, because it is called between fork and exec
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started.
+
+    Attributes:
+        by_accelerate: whether `accelerate launch` started it.
+        cpu: whether the launcher's configuration selects the CPU.
+        rank, local_rank: rank of this process over all nodes, and on this node.
+        world_size, local_world_size: number of processes over all nodes, and on this node.
+    """
+
+    by_accelerate: bool
+    cpu: bool
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def read(environ: Mapping[str, str]) -> Launch:
+    """Reads the variables that `accelerate launch` sets; without it, the launch is a single process.
+
+    Raises:
+        UserError: the launcher was asked for several processes and started one.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ
+    # With --cpu, or a config of type NO, accelerate's launcher ignores the number of processes and starts one. It
+    # then sets the rendezvous address without a world size.
+    if by_accelerate and "MASTER_PORT" in environ and "WORLD_SIZE" not in environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
+            "for ranks on the CPU: accelerate launch --config_file launch/cpu.yaml --num_processes N "
+            "-m runner train NAME --device cpu"
+        )
+    return Launch(
+        by_accelerate=by_accelerate,
+        cpu=environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
+        rank=int(environ.get("RANK", 0)),
+        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        world_size=int(environ.get("WORLD_SIZE", 1)),
+        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+
+
+def end_with_parent() -> None:
+    """Makes the kernel kill this process when its parent dies; exits if the parent is dead already.
+
+    Otherwise the ranks of a launcher that is killed would keep training into the same folder.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Process 1 adopts orphans; in a container it may be the launcher itself.
+    if os.getppid() == 1 and b"accelerate" not in Path("/proc/1/cmdline").read_bytes():
+        os._exit(1)
+
+
+def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda", "cpu"], str]:
+    """Chooses the device, and returns a message that explains the choice.
+
+    Args:
+        requested: the user's --device.
+        launch: how the process was started.
+        gpus: number of GPUs of this node.
+
+    Returns:
+        The device, and one line with the device and the reason.
+
+    Raises:
+        UserError: --device or the launch requires more GPUs than there are.
+    """
+    if requested == "cpu" or (requested == "auto" and launch.cpu):
+        reason = "--device cpu" if requested == "cpu" else "the launch configuration says so"
+        return "cpu", f"device: cpu ({reason})"
+    if requested == "auto" and not launch.by_accelerate and gpus == 0:
+        return "cpu", "device: cpu (auto: this machine has no CUDA GPU)"
+    required_by = "--device cuda" if requested == "cuda" else "this launch configuration"
+    if gpus < launch.local_world_size:
+        raise UserError(
+            f"{required_by} means {launch.local_world_size} CUDA GPU(s) on this node, found {gpus}; "
+            "add --device cpu to train on the CPU, or lower --num_processes"
+        )
+    return "cuda", f"device: cuda ({launch.world_size} process(es))"

@@ -1,0 +1,53 @@
+"""Exits a process that makes no progress, with the stacks of its threads, so that its peers end too."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
+STARTUP_FACTOR = 3  # the limit is this much longer until the first step, because compiling a model takes time
+
+
+@contextlib.contextmanager
+def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
+    """Watches this process until the block exits.
+
+    A rank that hangs or is suspended blocks its peers in their next collective. The peers notice and exit with code
+    70, and then the launcher ends the rank that hangs.
+
+    Args:
+        seconds: time without progress after which the process exits.
+        who: for the message, e.g. "rank 1 of 4".
+
+    Yields:
+        A function to call at every step, which resets the timer.
+    """
+    state = {"last": time.monotonic(), "limit": STARTUP_FACTOR * seconds}
+    finished = threading.Event()
+
+    def alive() -> None:
+        state["last"], state["limit"] = time.monotonic(), seconds
+
+    def watch() -> None:
+        while not finished.wait(min(1.0, seconds / 4)):
+            idle = time.monotonic() - state["last"]
+            if idle > state["limit"]:
+                sys.stderr.write(
+                    f"runner: {who} made no step for {idle:.0f} s (--hang-timeout {seconds:g}): it hangs, or "
+                    "waits for a rank that does; its stacks follow, and it exits\n"
+                )
+                sys.stderr.flush()
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_HUNG)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield alive
+    finally:
+        finished.set()
+        thread.join()

@@ -1,0 +1,142 @@
+"""Logs metrics to metrics.jsonl first and to W&B second. Training never waits for W&B, and never fails with it."""
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, cast
+
+from runner.run.folder import Run
+from runner.run.metrics import line_of, read_metrics
+from runner.run.schema import MetricRow, RunConfig
+from runner.tracking import wandb_run
+
+DEFAULT_BASE_URL = "https://api.wandb.ai"
+FINISH_TIMEOUT = 45.0  # seconds at the end for W&B to connect and to upload what is queued
+UPLOAD_RATE = 1e6  # bytes per second; the weights extend the timeout at this rate
+ONLINE_MODES = ("online", "shared")
+Action = Callable[[Any], Any]  # takes W&B's run
+
+
+class Tracker:
+    """Writes rows to metrics.jsonl and logs them to W&B. Created on rank 0 only.
+
+    W&B is online if there is a key (WANDB_API_KEY, or a login in ~/.netrc) and offline otherwise; WANDB_MODE and its
+    other variables take precedence. W&B runs in a separate thread that starts with the first row, since its import
+    and its connection take seconds. If W&B fails, one message is printed and the thread ends.
+    """
+
+    def __init__(self, run: Run, config: RunConfig, environ: MutableMapping[str, str]) -> None:
+        self.run, self.config, self.environ = run, config, environ
+        self.earlier_rows = len(read_metrics(run))  # of a resumed run; W&B may lack some of them
+        self.next_index = self.earlier_rows
+        self.metrics = run.metrics.open("a", buffering=1)
+        self.mode = cast(wandb_run.Mode, environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline"))
+        self.actions: SimpleQueue[Action | None] = SimpleQueue()  # None ends the thread
+        self.thread = threading.Thread(target=self._run_actions, name="wandb", daemon=True)
+        self.hung = False
+        """W&B did not finish in time; its exit handler would wait forever, so the process must end by os._exit."""
+
+    @property
+    def status(self) -> str:
+        """Where it logs to, for the user."""
+        if self.mode == "offline":
+            return f"W&B: offline; upload with: runner sync {self.run.folder}"
+        return f"W&B: {self.mode}"
+
+    def log(self, row: MetricRow) -> None:
+        """Writes a row to metrics.jsonl and queues it for W&B."""
+        self.metrics.write(line_of(row).decode())
+        index, self.next_index = self.next_index, self.next_index + 1
+        self._enqueue(lambda remote: wandb_run.log(remote, row, index))
+
+    def log_results(self) -> None:
+        """Logs the results of the finished run: figures, tables, summary, weights."""
+        self._enqueue(lambda remote: wandb_run.conclude(remote, self.run, remote.settings.mode in ONLINE_MODES))
+
+    def finish(self) -> None:
+        """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `hung`."""
+        self.metrics.close()
+        if not self.thread.ident:
+            return
+        self._enqueue(lambda remote: remote.finish())
+        self.actions.put(None)
+        weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob("model.safetensors"))
+        self.thread.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE_MODES else 0))
+        self.hung = self.thread.is_alive()
+        if self.hung:
+            _warn(f"did not finish uploading in time; upload the rest with: runner sync {self.run.folder}")
+
+    def _enqueue(self, action: Action) -> None:
+        """Queues an action; starts the W&B thread on first use."""
+        if self.mode == "disabled":
+            return
+        if not self.thread.ident:
+            self.actions.put(self._catch_up)
+            self.thread.start()
+        self.actions.put(action)
+
+    def _catch_up(self, remote: Any) -> None:
+        """Logs rows from before a resume that W&B lacks."""
+        if self.earlier_rows and remote.settings.mode in ONLINE_MODES:
+            wandb_run.catch_up(remote, self.run, self.earlier_rows)
+
+    def _run_actions(self) -> None:
+        """Starts W&B and runs the queued actions; ends after the last one, or when one fails."""
+        remote = self._start()
+        while remote is not None and (action := self.actions.get()) is not None:
+            try:
+                action(remote)
+            except Exception as error:  # no failure of W&B may stop training
+                _warn(f"failed ({type(error).__name__}: {_first_line(error)}); metrics.jsonl is still written")
+                return
+
+    def _start(self) -> Any:
+        """Starts a W&B run in the requested mode, or else offline; None if neither starts. Changes `environ`."""
+        wandb_run.keep_inside(self.run, self.environ)
+        try:
+            return wandb_run.start(self.run, self.config, self.environ, self.mode)
+        except Exception as error:
+            _warn(f"cannot start {self.mode} ({type(error).__name__}: {_first_line(error)}); continuing offline")
+        try:
+            return wandb_run.start(self.run, self.config, self.environ, "offline")
+        except Exception as error:
+            _warn(f"cannot run offline either ({_first_line(error)}); metrics.jsonl has everything")
+            return None
+
+
+def _warn(message: str) -> None:
+    print(f"W&B {message}", file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def base_url(environ: Mapping[str, str]) -> str:
+    """The address of W&B's server: WANDB_BASE_URL, or that of its settings."""
+    import configparser
+
+    folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(folder / "settings")
+        configured = parser.get("default", "base_url", fallback=DEFAULT_BASE_URL)
+    except (configparser.Error, OSError, UnicodeDecodeError):
+        configured = DEFAULT_BASE_URL  # W&B itself reports damaged settings
+    return environ.get("WANDB_BASE_URL") or configured
+
+
+def has_key(environ: Mapping[str, str]) -> bool:
+    """Whether W&B's key is in the environment or in ~/.netrc."""
+    if environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+    from urllib.parse import urlsplit
+
+    host = urlsplit(base_url(environ)).netloc  # with its port, as W&B stores it
+    try:
+        return netrc.netrc(environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,208 @@
+"""A run folder as a W&B run: rows, figures, tables, summary, and artifacts with their lineage.
+
+Training logs it live (tracker.py); `runner sync` replays it from files (wandb_sync.py). A row's step in W&B is its
+index in metrics.jsonl. W&B accepts each step once and in increasing order only, and a resumed run writes the same
+row at the same index again; so a resumed run, an outage or a second sync neither repeats nor loses a row. Charts use
+`global_step` as the x-axis.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from runner.common.files import read
+from runner.config.recipe import to_json
+from runner.run.folder import Run
+from runner.run.metrics import read_metrics
+from runner.run.schema import LatencyRow, MetricRow, RunConfig, Summary
+
+PROJECT = "training-runner"
+STEP = "global_step"
+INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
+Mode = Literal["online", "offline", "shared", "disabled"]
+OWN_FOLDER = "/."  # suffix of the folders that this module sets, by which it knows them; it does not change the path
+
+
+def keep_inside(run: Run, environ: MutableMapping[str, str]) -> None:
+    """Sets W&B's variables so that it keeps its files in the run folder and not in the home folder.
+
+    The folder of its settings stays: they may name the user's own server.
+    """
+    for name in [name for name, value in environ.items() if name.startswith("WANDB_") and not value]:
+        del environ[name]  # W&B refuses empty values
+    for name in ("CACHE", "DATA", "ARTIFACT"):
+        if environ.get(f"WANDB_{name}_DIR", OWN_FOLDER).endswith(OWN_FOLDER):  # unset, or set for an earlier run
+            environ[f"WANDB_{name}_DIR"] = f"{run.folder.absolute() / 'wandb' / f'.{name.lower()}'}{OWN_FOLDER}"
+
+
+def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, job: str = "train") -> Any:
+    """Starts or resumes the W&B run of a run folder; every `job` other than training has its own W&B run."""
+    import wandb
+
+    training = job == "train"
+    remote = wandb.init(
+        project=environ.get("WANDB_PROJECT", PROJECT),
+        entity=environ.get("WANDB_ENTITY"),
+        id=config.wandb_id if training else f"{config.wandb_id}-{job}",
+        name=environ.get("WANDB_NAME", config.name) if training else f"{config.name} {job}",
+        group=environ.get("WANDB_RUN_GROUP", config.group or config.paper),
+        job_type=environ.get("WANDB_JOB_TYPE", job),
+        tags=[*tags(config), *filter(None, environ.get("WANDB_TAGS", "").split(","))],
+        config=msgspec.to_builtins(config, enc_hook=str),
+        dir=run.folder,
+        mode=mode,
+        resume="allow",
+        settings=wandb.Settings(init_timeout=float(environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)), silent=True),
+    )
+    remote.define_metric(STEP)
+    remote.define_metric("*", step_metric=STEP)
+    return remote
+
+
+def tags(config: RunConfig) -> list[str]:
+    """Architecture, dataset, precision."""
+    return [config.architecture.factory.rpartition(":")[2], config.dataset.name, config.precision]
+
+
+def log(remote: Any, row: MetricRow, index: int) -> None:
+    """Logs one row, which is at `index` in metrics.jsonl."""
+    remote.log(msgspec.to_builtins(row), step=index)
+
+
+def catch_up(remote: Any, run: Run, stop: int) -> int:
+    """Logs the rows before index `stop` that W&B lacks; returns how many."""
+    first = remote.starting_step
+    for index, row in list(enumerate(read_metrics(run)))[first:stop]:
+        log(remote, row, index)
+    return max(0, stop - first)
+
+
+def conclude(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
+    """Logs the results of a finished run: figures, tables, summary, and the weights as an artifact.
+
+    W&B cannot record offline that a run used an artifact; `runner sync` does so later.
+
+    Args:
+        remote: W&B's run.
+        run: is finished.
+        online: whether W&B is online.
+        best: give the weights the alias `best`.
+
+    Returns:
+        The artifact of the weights.
+    """
+    import wandb
+
+    config, summary = run.config(), read(run.summary, Summary)
+    # A separate step, after that of the last row: after an outage W&B may have all rows but not the figures.
+    last = max(summary.steps + 1, len(read_metrics(run)))
+    if remote.starting_step <= last:
+        media = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(run.figures.glob("*.png"))}
+        media["confusion"] = _confusion_chart(config.dataset.classes, summary.confusion)
+        if (run.figures / "mistakes.png").is_file():
+            media["mistakes"] = _mistakes_table(run, config)
+        remote.log({STEP: summary.steps} | media, step=last)
+    remote.summary.update(_summary(run, config, summary))
+    if online:
+        remote.use_artifact(_dataset_artifact(config))
+    weights = _weights_artifact(run, config, summary)
+    remote.log_artifact(weights, aliases=["latest", "best"] if best else ["latest"])
+    return weights
+
+
+def log_latencies(remote: Any, rows: list[LatencyRow]) -> None:
+    """Logs the measured latencies as a table, once, and in the summary."""
+    import wandb
+
+    columns = ("backend", "provider", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
+    if remote.starting_step == 0:
+        data = [[getattr(row, column) for column in columns] for row in rows if row.measured]
+        table = wandb.Table(columns=list(columns), data=data)
+        remote.log({STEP: 0, "latency": table}, step=0)
+    remote.summary.update(latency_summary(rows))
+
+
+def latency_summary(rows: Iterable[LatencyRow]) -> dict[str, float]:
+    """Median latencies in milliseconds under their names in W&B's summary."""
+    return {
+        f"latency_p50_ms/{row.backend}_{row.precision}_batch{row.batch}": row.p50_ms
+        for row in rows
+        if row.p50_ms is not None
+    }
+
+
+def _summary(run: Run, config: RunConfig, summary: Summary) -> dict[str, Any]:
+    """The scalars of summary.json, and what architectures are compared by: size, speed, reported accuracy."""
+    values = {key: value for key, value in to_json(summary).items() if not isinstance(value, list | dict)}
+    values |= {"parameters": config.parameters, "macs": config.macs}
+    speeds = [row.images_per_second for row in read_metrics(run) if row.images_per_second is not None]
+    if speeds:
+        values["images_per_second"] = statistics.median(speeds)
+    if config.reported:
+        values["reported_accuracy"] = config.reported.accuracy
+    latency = run.read_latency()
+    return values | latency_summary(latency.rows) if latency else values
+
+
+def _confusion_chart(classes: list[str], counts: list[list[int]]) -> Any:
+    """W&B's chart of a confusion matrix; counts by [label][predicted]."""
+    import wandb
+
+    rows = [[label, predicted, counts[i][j]] for i, label in enumerate(classes) for j, predicted in enumerate(classes)]
+    fields = {name: name for name in ("Actual", "Predicted", "nPredictions")}
+    table = wandb.Table(columns=list(fields), data=rows)
+    return wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "confusion, test images"})
+
+
+def _mistakes_table(run: Run, config: RunConfig) -> Any:
+    """The most confident mistakes, each with its image cut out of mistakes.png."""
+    import wandb
+    from PIL import Image
+
+    classes, width = config.dataset.classes, config.dataset.image_shape[1]
+    table = wandb.Table(columns=["image", "sample", "label", "predicted", "probability"])
+    with Image.open(run.figures / "mistakes.png") as sheet:
+        for index, mistake in enumerate(run.read_mistakes()):
+            image = wandb.Image(sheet.crop((index * width, 0, (index + 1) * width, sheet.height)))
+            label, predicted = classes[mistake.label], classes[mistake.predicted]
+            table.add_data(image, mistake.sample, label, predicted, mistake.probability)
+    return table
+
+
+def _dataset_artifact(config: RunConfig) -> Any:
+    """The dataset as run.json describes it; the images are not uploaded."""
+    import wandb
+
+    dataset = to_json(config.dataset)
+    dataset.pop("folder", None)
+    artifact = wandb.Artifact(_artifact_name(config.dataset.name), "dataset", metadata=dataset)
+    with artifact.new_file("dataset.json", mode="w", encoding="utf-8") as file:
+        json.dump(dataset, file, indent=2, sort_keys=True)
+    return artifact
+
+
+def _weights_artifact(run: Run, config: RunConfig, summary: Summary) -> Any:
+    """The last checkpoint's weights, and the manifest with their hash."""
+    last = max(run.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    files = [last / name for name in ("model.safetensors", "manifest.json")]
+    metadata = {"run": config.name, "test_accuracy": summary.test_accuracy}
+    return artifact(f"{config.experiment}-weights", "model", files, metadata)
+
+
+def artifact(name: str, kind: str, files: list[Path], metadata: Mapping[str, Any]) -> Any:
+    """An artifact of files, which is not uploaded yet."""
+    import wandb
+
+    draft = wandb.Artifact(_artifact_name(name), kind, metadata=dict(metadata))
+    for file in files:
+        draft.add_file(str(file), policy="immutable", skip_cache=True)
+    return draft
+
+
+def _artifact_name(name: str) -> str:
+    """The name with the characters replaced that W&B does not allow in an artifact's name."""
+    return "".join(character if character.isalnum() or character in "._-" else "-" for character in name).strip("-")

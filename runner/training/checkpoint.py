@@ -1,0 +1,260 @@
+"""Checkpoints: weights as safetensors with a manifest of hashes, in a folder that is written atomically."""
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import nn
+
+from runner.common.errors import UserError
+from runner.common.files import read, sha256_of
+from runner.run.folder import Run
+from runner.run.schema import Manifest
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d+)")
+REPLACED = re.compile(r"\.(step-\d+)\.replaced")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. The previous one is intact."""
+
+
+class Writer:
+    """Writes checkpoints in a background thread, one at a time, during training.
+
+    The tensors to save must be copies, because the next training step changes the originals.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the last checkpoint, even after a failure of training, so that its progress is kept."""
+        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.wait()
+
+    def save(self, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> None:
+        """Waits for the previous checkpoint, then starts `save` in the background.
+
+        Raises:
+            CheckpointError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        self.pending = self.thread.submit(save, self.run, weights, step, state)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            reason = "no space left on the disk" if full else str(error)
+            folders = _folders(self.run)
+            previous = f"{folders[-1].name} stays" if folders else "there is no earlier one"
+            remedy = "make room, then resume" if full else "resume"
+            message = f"{self.run.checkpoints}: cannot write a checkpoint ({reason}); {previous}; {remedy}"
+            raise CheckpointError(f"{message} with --resume auto") from error
+
+
+def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None = None) -> Path:
+    """Writes `checkpoints/step-N/`, then removes all others except the previous one. Returns the new folder.
+
+    All files are written and synced in a temporary folder, which is then renamed; a process killed at any point
+    leaves an intact checkpoint, if there was one. The previous checkpoint is a fallback for damage to the newest.
+
+    Args:
+        run: the run folder.
+        weights: state dict of the model.
+        step: number of completed optimizer steps.
+        state: training state for resuming (runner.training.state); None to save only the weights.
+    """
+    folder = run.checkpoints / f"step-{step}"
+    staging = run.checkpoints / f".step-{step}.writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    # safetensors stores no memory formats, so tensors must be contiguous.
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    dataset = run.config().dataset.name  # also stored in the file, which may be copied elsewhere
+    _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))
+    if state is not None:
+        buffer = io.BytesIO()  # torch.save to a file reports a full disk as an unexpected position
+        torch.save(state, buffer)
+        _write(staging / STATE, buffer.getbuffer())
+    hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
+    manifest = Manifest(step=step, dataset=dataset, sha256=hashes)
+    _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    _sync(staging)
+    if folder.exists():  # in a run that was resumed from an earlier step
+        folder.rename(run.checkpoints / f".{folder.name}.replaced")
+    staging.rename(folder)
+    _sync(run.checkpoints)
+    keep_last(run, folder, *[other for other in _folders(run) if _step_of(other) < step][-1:])
+    return folder
+
+
+def keep_last(run: Run, *keep: Path) -> None:
+    """Removes all checkpoints except `keep`, by default except the last one."""
+    keep = keep or (latest(run),)
+    for folder in run.checkpoints.iterdir():
+        if folder not in keep and re.match(r"\.?step-", folder.name):
+            shutil.rmtree(folder)
+
+
+def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
+    """Finds the newest checkpoint, by step, that can be resumed from and whose files match its manifest.
+
+    Returns:
+        Its folder, or None if no checkpoint is intact; and a message about each damaged one.
+    """
+    for replaced in run.checkpoints.glob(".step-*.replaced"):  # a save was killed between its two renames
+        name = REPLACED.fullmatch(replaced.name)
+        if name and not (run.checkpoints / name[1]).exists():
+            replaced.rename(run.checkpoints / name[1])
+    damaged: list[str] = []
+    for folder in reversed(_folders(run)):
+        try:
+            check_resumable(folder)
+            return folder, damaged
+        except (UserError, OSError) as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def check_resumable(folder: Path) -> str:
+    """Checks all files of a checkpoint against its manifest; returns the SHA-256 of the manifest. Raises UserError."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: expected a checkpoint with {MANIFEST}, found none")
+    _check(folder)
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder}: expected {STATE} to resume from, found only weights")
+    return sha256_of(folder / MANIFEST)
+
+
+def read_state_as_chosen(folder: Path, manifest_sha256: str, seconds: float) -> dict[str, Any]:
+    """Reads the checkpoint that rank 0 chose; on a shared file system it may become visible here only later.
+
+    Args:
+        folder: of the checkpoint.
+        manifest_sha256: of its manifest, as rank 0 read it.
+        seconds: how long to try.
+
+    Raises:
+        UserError: it could not be read in time, or is another one.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            found = check_resumable(folder)
+            problem = f"{folder / MANIFEST}: expected SHA-256 {manifest_sha256}, as on rank 0, found {found}"
+            if found == manifest_sha256:
+                break
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if time.monotonic() > end:
+            raise UserError(f"rank 0 resumes from a checkpoint that cannot be read here after {seconds:g} s: {problem}")
+        time.sleep(0.2)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads the training state of a checkpoint folder.
+
+    Raises:
+        UserError: the checkpoint is damaged or contains only weights.
+    """
+    check_resumable(folder)
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
+
+
+def latest(run: Run) -> Path:
+    """The folder of the checkpoint with the highest step, by name.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    folders = _folders(run)
+    if not folders:
+        raise UserError(f"{run.folder}: expected a checkpoint, found none; has its training finished?")
+    return folders[-1]
+
+
+def load_model(run: Run) -> nn.Module:
+    """Builds the model of a run with its latest weights, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the run has no checkpoint, or the weights do not match the manifest.
+    """
+    folder = latest(run)
+    _check(folder, (WEIGHTS,))
+    config = run.config()
+    _, height, width = config.input.shape
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
+        model = config.architecture.build(len(config.dataset.classes), (height, width))
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def _folders(run: Run) -> list[Path]:
+    """The checkpoint folders of a run, ordered by step."""
+    folders = [folder for folder in run.checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _check(folder: Path, names: Iterable[str] = ()) -> None:
+    """Raises UserError if a file, or one of `names`, does not match the hash in the manifest."""
+    hashes = read(folder / MANIFEST, Manifest).sha256
+    if not hashes or not set(names) <= hashes.keys():
+        raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")
+    for name in names or hashes:
+        expected = hashes[name]
+        actual = sha256_of(folder / name) if (folder / name).is_file() else "no such file"
+        if actual != expected:
+            raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {actual}; train again")
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

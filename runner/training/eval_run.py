@@ -1,0 +1,70 @@
+"""Evaluates the weights of a finished run on the test images."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from runner.common.console import progress
+from runner.config.train_config import Device
+from runner.data.open import open_test_of_run
+from runner.run.folder import Run
+from runner.system import cpu, launcher
+from runner.training import checkpoint
+from runner.training.evaluate import Evaluation, Views, evaluate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate_run(
+    run: Run,
+    data: Path | None,
+    device: Device,
+    precision: str,
+    views: Views | Literal["run"],
+    environ: Mapping[str, str],
+) -> dict[str, Any]:
+    """Evaluates the latest checkpoint of a run on all test images, in this process.
+
+    Args:
+        run: the run folder.
+        data: the prepared dataset; None for the one of the run.
+        device: of the computation.
+        precision: of autocast; "run" for that of training.
+        views: of test-time augmentation; "run" for those of the recipe.
+        environ: the process environment.
+
+    Returns:
+        The metrics by name, as printed and as JSON; with test-time augmentation they end in `_augmented`.
+    """
+    config = run.config()
+    selected, message = launcher.device(device, launcher.read(environ), torch.cuda.device_count())
+    print(message, file=sys.stderr)
+    if selected == "cpu":
+        cpu.prepare()
+    model = checkpoint.load_model(run).to(selected)
+    precision = config.precision if precision == "run" else precision
+    tta: Views = config.recipe.test_augmentation if views == "run" else views
+    batches = open_test_of_run(config, data, torch.device(selected))
+
+    def evaluate_views(views: Views) -> Evaluation:
+        autocast = torch.autocast(selected, DTYPES[precision], enabled=precision != "fp32")
+        with autocast, progress("evaluate", batches.samples) as advance:
+            return evaluate(model, batches, len(config.dataset.classes), advance=advance, views=views)
+
+    test = evaluate_views("none")
+    metrics = {f"test_{name}": value for name, value in test.metrics().items()}
+    if tta != "none":
+        metrics |= {f"test_{name}_augmented": value for name, value in evaluate_views(tta).metrics().items()}
+    return {
+        "run": str(run.folder),
+        "experiment": config.experiment,
+        "dataset": config.dataset.name,
+        "precision": precision,
+        "test_augmentation": tta,
+        "test_images": test.images,
+        **metrics,
+        "confusion": test.confusion,
+    }

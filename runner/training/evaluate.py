@@ -1,0 +1,154 @@
+"""Evaluates a model on every image of a split exactly once, on any number of ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runner.data import Batches
+
+Views = Literal["none", "flip", "flip-shift"]  # of an image, averaged by test-time augmentation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The logits of a model and the labels for every image of a split, in file order, on the CPU.
+
+    Attributes:
+        logits: (N, classes) float32.
+        labels: (N,) int64.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The predicted class of each image, (N,) int64."""
+        return self.logits.argmax(1)
+
+    @property
+    def classes_predicted(self) -> int:
+        """Number of classes that are predicted for at least one image."""
+        return len(self.predicted.unique())
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy, in 0..1."""
+        return (self.predicted == self.labels).sum().item() / self.images
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy without label smoothing, in nats."""
+        return F.cross_entropy(self.logits.double(), self.labels).item()
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy, in 0..1."""
+        hits = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.labels[:, None]
+        return hits.any(1).double().mean().item()
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Top-1 accuracy of each class; None for a class without images."""
+        return [row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: the mean difference of confidence and accuracy, over 15 bins of confidence.
+
+        Guo et al. 2017, arXiv:1706.04599.
+        """
+        confidence = self.logits.double().softmax(1).amax(1)
+        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # of (0, 1/15], (1/15, 2/15], …
+        hits = (self.predicted == self.labels).double()
+        distance = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, confidence - hits)
+        return distance.abs().sum().item() / self.images
+
+    @property
+    def confusion(self) -> list[list[int]]:
+        """Number of images by [label][predicted class]."""
+        classes = self.logits.shape[1]
+        counts = torch.bincount(self.labels * classes + self.predicted, minlength=classes**2)
+        return counts.reshape(classes, classes).tolist()
+
+    def metrics(self) -> dict[str, float | list[float | None]]:
+        """All metrics by name, for `summary.json`."""
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "top5": self.top5,
+            "calibration_error": self.calibration_error,
+            "class_accuracy": self.class_accuracy,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of `predictions.npz`."""
+        return {"logits": self.logits.numpy(), "labels": self.labels.numpy()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    classes: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    advance: Callable[[float], None] = lambda amount: None,
+    views: Views = "none",
+) -> Evaluation:
+    """Evaluates `model` in evaluation mode, then restores its mode.
+
+    Every rank writes the logits of its slices into its rows of a table of zeros; the sum over ranks is the complete
+    table. A column of counts verifies that every image was evaluated exactly once.
+
+    Args:
+        model: maps (N, 3, H, W) to logits (N, classes); on the device of the batches.
+        batches: of the split, in file order.
+        classes: number of classes.
+        sum_over_ranks: the all-reduce; the identity for one rank.
+        advance: called with the number of images of each batch.
+        views: average the logits over several views of each image (test-time augmentation).
+    """
+    was_training = model.training
+    model.eval()
+    table = torch.zeros(batches.samples, classes + 2, dtype=torch.float32, device=_device_of(model))
+    for step, (images, labels) in enumerate(batches.epoch(0)):
+        rows = batches.slice_of(step)
+        if len(labels) == 0:  # a last batch with fewer images than ranks
+            continue
+        logits = [model(view).float() for view in views_of(images, views)]
+        table[rows, :classes] = torch.stack(logits).mean(0)
+        table[rows, classes] = labels.float()
+        table[rows, classes + 1] += 1
+        advance(len(labels))
+    model.train(was_training)
+    table = sum_over_ranks(table).cpu()
+    assert (table[:, -1] == 1).all(), "an image was evaluated twice or not at all"
+    return Evaluation(table[:, :classes].clone(), table[:, classes].long())
+
+
+def views_of(images: torch.Tensor, kind: Views) -> list[torch.Tensor]:
+    """The views of images (n, 3, H, W) for test-time augmentation.
+
+    "none" is only the image, "flip" adds its mirror image, "flip-shift" adds both shifted by one pixel, up and left
+    as well as down and right, with reflected edges.
+    """
+    shifted = [images]
+    if kind == "flip-shift":
+        _, _, height, width = images.shape
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        shifted += [padded[:, :, k : k + height, k : k + width] for k in (0, 2)]
+    return shifted if kind == "none" else [view for image in shifted for view in (image, image.flip(3))]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

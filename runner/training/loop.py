@@ -1,0 +1,288 @@
+"""The training loop: read `train`, then `train_step`.
+
+Ranks and precision live in the Accelerator and in the batches, which give every rank its slice of the same global
+batches.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from msgspec.structs import replace
+from torch import nn
+
+from runner.common.console import progress
+from runner.config.recipe import Recipe
+from runner.data import Batches
+from runner.data.order import rank_seed
+from runner.run.folder import Run
+from runner.run.metrics import sync_metrics
+from runner.run.schema import MetricRow
+from runner.training import checkpoint, optim
+from runner.training.evaluate import Evaluation, Views, evaluate
+from runner.training.loss import Loss, make_loss
+from runner.training.meter import LOG_EVERY, Meter, require_finite
+from runner.training.model import masked_state_dict
+from runner.training.state import TrainState, settle_buckets, to_cpu
+
+
+class StoppedError(RuntimeError):
+    """Training was asked to stop and can be resumed. Raised on all ranks at the same step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """This rank's slices of the images that a model is trained and evaluated on."""
+
+    train: Batches
+    test: Batches
+    validation: Batches | None
+    classes: int
+
+    @property
+    def evaluated(self) -> dict[str, Batches]:
+        """The splits that are evaluated after an epoch."""
+        return ({"validation": self.validation} if self.validation else {}) | {"test": self.test}
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """How a run is checkpointed, stopped and resumed.
+
+    Attributes:
+        checkpoint_every: optimizer steps between checkpoints within an epoch; each evaluation has one as well.
+        evaluate_every: epochs between evaluations; the last epoch always has one.
+        resume: the state of a checkpoint, to resume from.
+        should_stop: whether this rank was asked to stop.
+        heartbeat: called after every step and every evaluated batch.
+    """
+
+    checkpoint_every: int | None = None
+    evaluate_every: int = 1
+    resume: dict[str, Any] | None = None
+    should_stop: Callable[[], bool] = lambda: False
+    heartbeat: Callable[[], None] = lambda: None
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint was asked for after this many steps."""
+        return self.checkpoint_every is not None and step % self.checkpoint_every == 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The evaluations after the last epoch, and the best epoch.
+
+    Attributes:
+        test: on the test images.
+        augmented: the same with test-time augmentation, where the recipe asks for it.
+        validation: on the validation images, where the recipe holds some out.
+        steps, epochs: how long training was.
+        best: the metrics of the epoch with the best accuracy, on the validation images where there are any.
+    """
+
+    test: Evaluation
+    augmented: Evaluation | None
+    validation: Evaluation | None
+    steps: int
+    epochs: float
+    best: MetricRow
+
+
+def train(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Data,
+    accelerator: Accelerator,
+    run: Run,
+    seed: int,
+    max_steps: int | None = None,
+    teacher: nn.Module | None = None,
+    log: Callable[[MetricRow], None] = lambda row: None,
+    hooks: LoopHooks = LoopHooks(),
+) -> TrainResult:
+    """Trains a model, evaluates it between epochs, and leaves a checkpoint of the last.
+
+    Args:
+        model: with its first weights (see runner.training.model), the same on every rank.
+        recipe: how to train it.
+        data: this rank's slices.
+        accelerator: device, ranks and precision.
+        run: where checkpoints go.
+        seed: of dropout; order and augmentation have it already.
+        max_steps: stop after this many optimizer steps; the learning rate is scheduled for the whole recipe.
+        teacher: a model on the device to learn from beside the labels.
+        log: receives the rows of metrics, the same on every rank.
+        hooks: how the run is checkpointed, stopped and resumed.
+
+    Raises:
+        DivergedError: a loss or a weight is not finite.
+        StoppedError: a rank was asked to stop; all stopped at the same step, and the checkpoint is written.
+        CheckpointError: a checkpoint could not be written; the previous one stays.
+    """
+    state = TrainState(model, recipe, accelerator)
+    loss_fn = make_loss(recipe, teacher, accelerator.autocast)
+    torch.manual_seed(rank_seed(seed, accelerator.process_index))  # each rank has its own dropout
+    steps_per_epoch = len(data.train)
+    total_steps = recipe.epochs * steps_per_epoch
+    last_step = min(total_steps, max_steps or total_steps)
+    if hooks.resume is not None:
+        settle_buckets(state, loss_fn, data.train, recipe)
+        state.load_state_dict(hooks.resume)
+
+    def evaluate_splits(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
+        found = {name: score(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
+                 for name, split in splits.items()}  # fmt: skip
+        for name, evaluation in found.items():
+            require_finite(evaluation.loss, f"the {name} loss", f"at step {state.step}")
+        return found
+
+    def save_or_stop(evaluated: bool = False) -> None:
+        stopping = state.step < last_step and any_rank(hooks.should_stop, state.step, accelerator)
+        if evaluated or stopping or hooks.checkpoint_due(state.step):
+            save(state, writer)
+        if stopping:
+            writer.wait()
+            raise StoppedError(state.step)
+
+    evaluations: dict[str, Evaluation] = {}
+    writer = checkpoint.Writer(run)
+    with writer, progress("train", last_step, shown=accelerator.is_main_process) as advance:
+        advance(state.step)
+        while state.step < last_step:
+            epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
+            if step_of_epoch == 0:
+                state.meter = Meter(accelerator)
+            state.ddp.train()
+            for images, targets in data.train.epoch(epoch, step_of_epoch):
+                lr = optim.set_lr(state.optimizer, recipe.schedule, state.step, total_steps)
+                train_step(state, images, targets, data.train.size_of(state.step % steps_per_epoch), loss_fn, recipe)
+                advance(1)
+                hooks.heartbeat()
+                row = MetricRow(global_step=state.step, epoch=state.step / steps_per_epoch)
+                epoch_ends = state.step == last_step or state.step % steps_per_epoch == 0
+                if epoch_ends or state.step % LOG_EVERY == 0:
+                    log(replace(row, lr=lr, **state.meter.window(state.step)))
+                if epoch_ends:
+                    break
+                save_or_stop()
+            average_buffers(state.eval_model, accelerator)
+            evaluate_now = state.step == last_step or (epoch + 1) % hooks.evaluate_every == 0
+            evaluations = evaluate_splits(data.evaluated) if evaluate_now else {}
+            row = replace(row, **state.meter.epoch(), **metrics_of(evaluations))
+            log(row)
+            if evaluate_now:
+                state.best = max(state.best or row, row, key=accuracy_to_choose_by)
+            save_or_stop(evaluate_now)
+    evaluations = evaluations or evaluate_splits(data.evaluated)  # none yet where a finished run is resumed
+    views = recipe.test_augmentation
+    augmented = evaluate_splits({"test": data.test}, views) if views != "none" else {}
+    assert state.best is not None, "the last epoch is always evaluated"
+    return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
+                       state.step / steps_per_epoch, state.best)  # fmt: skip
+
+
+def train_step(
+    state: TrainState, images: torch.Tensor, targets: torch.Tensor, batch_size: int, loss_fn: Loss, recipe: Recipe
+) -> None:
+    """One optimizer step on this rank's slice of a global batch: images (n, 3, H, W), targets (n,) or (n, classes)."""
+    accelerator = state.accelerator
+    ranks = accelerator.num_processes
+    micro_batches = min(recipe.accumulate, batch_size // ranks)  # the same on all ranks
+    for micro_images, micro_targets, is_last in split(images, targets, micro_batches):
+        with nullcontext() if is_last else accelerator.no_sync(state.ddp):
+            logits = state.ddp(micro_images)
+            loss = loss_fn(logits, micro_targets, micro_images)
+            # DDP averages over ranks as if all had the same number of images; those of a last batch may not.
+            accelerator.backward(loss * len(micro_targets) * (ranks / batch_size))
+        state.meter.add(loss, logits, micro_targets)
+    if recipe.clip_gradient:
+        accelerator.clip_grad_norm_(state.model.parameters(), recipe.clip_gradient)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    if state.ema:
+        state.ema.update(state.model, state.step)
+
+
+def split(images: torch.Tensor, targets: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Cuts a batch into `count` micro-batches; yields images, targets, and whether it is the last."""
+    pairs = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
+    for number, (micro_images, micro_targets) in enumerate(pairs, 1):
+        yield micro_images, micro_targets, number == count
+
+
+def save(state: TrainState, writer: checkpoint.Writer) -> None:
+    """Has a checkpoint written in the background; a collective call. Raises DivergedError."""
+    state.meter.check(state.step, state.eval_model)
+    everything = state.state_dict()
+    if state.accelerator.is_main_process:
+        everything["metrics"] = dict(sync_metrics(writer.run))  # on the disk before the checkpoint is
+        writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)
+
+
+def any_rank(asks: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
+    """Whether any rank asks for something; the same answer on all of them.
+
+    On the CPU ranks are asked after every step. On several GPUs only where metrics wait for the device anyway.
+    """
+    if accelerator.num_processes == 1:
+        return asks()
+    if accelerator.device.type != "cpu" and step % LOG_EVERY:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(asks()), device=accelerator.device), "sum"))
+
+
+def score(
+    model: nn.Module,
+    batches: Batches,
+    classes: int,
+    accelerator: Accelerator,
+    views: Views = "none",
+    heartbeat: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluates on all ranks together, in the precision of training.
+
+    The model itself is called: DDP's forward would wait for ranks that have no images left.
+    """
+    images = batches.samples / accelerator.num_processes
+    with progress("evaluate", images, shown=accelerator.is_main_process) as advance, accelerator.autocast():
+
+        def evaluated(count: float) -> None:
+            advance(count)
+            heartbeat()
+
+        return evaluate(model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), evaluated, views)
+
+
+def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """Loss and accuracy by split, by their names in MetricRow."""
+    return {
+        f"{split}_{name}": value
+        for split, evaluation in evaluations.items()
+        for name, value in (("loss", evaluation.loss), ("accuracy", evaluation.accuracy))
+    }
+
+
+def accuracy_to_choose_by(row: MetricRow) -> float:
+    """The accuracy by which the best epoch is chosen: on the validation images, or else on the test images."""
+    accuracy = row.test_accuracy if row.validation_accuracy is None else row.validation_accuracy
+    assert accuracy is not None, "only rows of evaluations are compared"
+    return accuracy
+
+
+def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Averages batch-norm statistics over ranks.
+
+    DDP would broadcast those of the first rank before every forward; averaging once before they are used is enough,
+    and covers all images.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, "mean"))

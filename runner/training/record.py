@@ -1,0 +1,190 @@
+"""run.json and summary.json, and whether a run may be resumed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from data_prep.manifest import Manifest
+from runner.common.errors import UserError
+from runner.common.files import read
+from runner.config.recipe import Experiment, differences
+from runner.config.train_config import TrainConfig
+from runner.data.open import RankInfo, model_input
+from runner.run import schema
+from runner.run.folder import Run
+from runner.run.schema import Autocast, Dataset, Origin, Resumed, RunConfig, Summary
+from runner.system import environment
+from runner.training import checkpoint
+from runner.training.loop import TrainResult
+from runner.training.model import count_parameters_and_macs
+
+MIXED_PRECISION: dict[Autocast, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names
+
+
+def run_config(
+    config: TrainConfig,
+    registered: Experiment,
+    manifest: Manifest,
+    accelerator: Accelerator,
+    rank_info: RankInfo,
+    run: Run,
+    seed: int,
+    model: nn.Module,
+    wandb_id: str,
+    group: str,
+) -> RunConfig:
+    """What run.json says of a run that starts.
+
+    Args:
+        config: the options of `runner train`.
+        registered: the experiment without overrides.
+        manifest: of the dataset.
+        accelerator: device, ranks and precision.
+        rank_info: which loader was selected.
+        run: the run folder.
+        seed: of this run.
+        model: for its parameters and MACs, where the experiment does not state them.
+        wandb_id, group: of W&B's run.
+    """
+    before = Experiment(registered.architecture, registered.recipe, registered.paper)
+    after = Experiment(config.architecture, config.recipe, registered.paper)
+    shape = model_input(manifest, config.recipe)
+    parameters, macs = registered.parameters, registered.macs
+    channels, height, width = shape.shape
+    stated_for = config.architecture == registered.architecture and len(manifest.classes) == 10
+    stated_side = registered.recipe.resize or 32
+    if not stated_for or [height, width] != [stated_side] * 2 or parameters is None or macs is None:
+        parameters, macs = count_parameters_and_macs(model, (channels, height, width))
+    return RunConfig(
+        experiment=config.experiment,
+        run=run.folder.name,
+        paper=registered.paper,
+        seed=seed,
+        max_steps=config.max_steps,
+        architecture=config.architecture,
+        recipe=config.recipe,
+        overrides=differences(before, after),
+        reported=registered.reported,
+        parameters=parameters,
+        macs=macs,
+        teacher=origin(config.teacher) if config.teacher else None,
+        started_from=origin(config.start_from) if config.start_from else None,
+        dataset=Dataset(
+            name=manifest.name,
+            folder=str(config.data.absolute()),
+            fingerprint=manifest.fingerprint,
+            classes=list(manifest.classes),
+            image_shape=list(manifest.image_shape),
+            mean=list(manifest.mean),
+            std=list(manifest.std),
+            source=manifest.source,
+        ),
+        input=shape,
+        precision=next(ours for ours, name in MIXED_PRECISION.items() if name == accelerator.mixed_precision),
+        device=accelerator.device.type,
+        world_size=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        deterministic=config.deterministic,
+        loader=rank_info.loader_for(manifest.splits["train"])[0],
+        hardware=environment.find_hardware(),
+        versions=environment.find_versions(),
+        git=environment.find_git(),
+        wandb_id=wandb_id,
+        group=group,
+        options=config,
+    )
+
+
+def origin(folder: Path) -> Origin:
+    """The weights of another run that this one uses."""
+    run = Run(folder)
+    weights = checkpoint.latest(run)
+    sha256 = read(weights / checkpoint.MANIFEST, schema.Manifest).sha256[checkpoint.WEIGHTS]
+    return Origin(
+        experiment=run.config().experiment, folder=str(folder.absolute()), checkpoint=weights.name, sha256=sha256
+    )
+
+
+def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result: TrainResult) -> Summary:
+    """What summary.json says of a finished run."""
+    test, best, validation = result.test, result.best, result.validation
+    held_out: dict[str, Any] = {}
+    if validation is not None:
+        held_out = {
+            "validation_accuracy": validation.accuracy,
+            "validation_loss": validation.loss,
+            "validation_images": validation.images,
+            "best_validation_accuracy": best.validation_accuracy,
+            "test_accuracy_of_best_validation": best.test_accuracy,
+        }
+    return Summary(
+        experiment=config.experiment,
+        run=str(run.folder),
+        dataset=manifest.name,
+        seed=seed,
+        epochs=result.epochs,
+        steps=result.steps,
+        test_accuracy=test.accuracy,
+        test_loss=test.loss,
+        test_top5=test.top5,
+        test_calibration_error=test.calibration_error,
+        test_images=test.images,
+        best_epoch=best.epoch,
+        best_test_accuracy=best.test_accuracy if validation is None else None,
+        test_accuracy_augmented=result.augmented.accuracy if result.augmented else None,
+        class_accuracy=test.class_accuracy,
+        confusion=test.confusion,
+        **held_out,
+    )
+
+
+# What has to be the same for a run to be resumed; and what a checkpoint fits only as it is.
+SAME = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
+FIXED = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
+
+
+def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dict[str, Any] | None) -> RunConfig:
+    """run.json of a run that is resumed: its own, with where it was resumed; at step 0 without a checkpoint.
+
+    Raises:
+        UserError: this is another training than the one that was started, and --resume-anyway was not given or cannot
+            help.
+    """
+    step, ranks = (state["step"], state["world_size"]) if state else (0, current.world_size)
+    before = run.config()
+    changed = differences({key: getattr(before, key) for key in SAME}, {key: getattr(current, key) for key in SAME})
+    if before.dataset.fingerprint != current.dataset.fingerprint:
+        changed["dataset"] = (before.dataset.fingerprint, current.dataset.fingerprint)
+    if changed and not config.resume_anyway:
+        lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
+        raise UserError(f"{run.folder}: expected the training that was started, found {lines}; or --resume-anyway")
+    if fixed := [name for name in changed if state and name.startswith(FIXED)]:
+        raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
+    same_code = before.git.commit == current.git.commit
+    bitwise = same_code and not changed and ranks == current.world_size and adds_alike(before, current)
+    if not bitwise:
+        print(f"runner: {run.folder}: resumed from step {step}, not bit-identical", file=sys.stderr)
+    resumption = Resumed(
+        step=step,
+        world_size=current.world_size,
+        bitwise=bitwise,
+        changed=changed,
+        commit=None if same_code else current.git.commit,
+    )
+    return msgspec.structs.replace(
+        current if changed else before,
+        max_steps=current.max_steps,
+        wandb_id=before.wandb_id,
+        resumed=[*before.resumed, resumption],
+    )
+
+
+def adds_alike(before: RunConfig, now: RunConfig) -> bool:
+    """Whether sums are computed in the same order: it follows from ranks, threads, and the kernels of the machine."""
+    keys = ("world_size", "device", "threads", "deterministic", "hardware", "versions")
+    return all(getattr(before, key) == getattr(now, key) for key in keys)

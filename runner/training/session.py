@@ -1,0 +1,494 @@
+"""Runs `runner train`: setup, one training run per seed, and what happens when training fails.
+
+Options, data, weights and device are checked before any folder is created.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from torch import nn
+
+from data_prep.manifest import Manifest
+from runner.common.errors import UserError
+from runner.common.files import write
+from runner.config.recipe import Experiment, Recipe
+from runner.config.train_config import TrainConfig
+from runner.data import beton
+from runner.data.kernels import crop
+from runner.data.open import RankInfo, Split, model_input, open_manifest, open_split
+from runner.data.stream import BatchStream
+from runner.run.folder import Run, claimed_runs
+from runner.run.metrics import keep_metrics
+from runner.run.schema import Ending, MetricRow, RunConfig, Summary
+from runner.system import cpu, cuda, launcher, watchdog
+from runner.training import checkpoint, record
+from runner.training.evaluate import Evaluation
+from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, train
+from runner.training.meter import DivergedError
+from runner.training.model import build_model
+from runner.training.progress import EpochLines
+
+STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SAME_INTERRUPT = 1.0  # seconds within which a second SIGINT is the first one, handed on
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+VISIBLE_WITHIN = 60.0  # seconds for a checkpoint to become visible on the other nodes
+COLLECTIVE_GRACE = 60  # seconds that a collective has beyond --hang-timeout, so that our watchdog reports first
+
+
+class RunTracker(Protocol):
+    """The tracker interface that training uses (see runner.tracking). Only rank 0 has one."""
+
+    hung: bool  # did not finish in time; its exit handler would wait forever
+
+    @property
+    def status(self) -> str:
+        """A line that says where it logs to."""
+
+    def log(self, row: MetricRow) -> None:
+        """Logs one row of metrics."""
+
+    def log_results(self) -> None:
+        """Logs the figures, tables and summary of the finished run."""
+
+    def finish(self) -> None:
+        """Closes the tracker, within a time limit."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Callbacks for logging and plotting, passed in by the command, so that training does not import them.
+
+    Attributes:
+        tracker: makes the tracker of a run.
+        draw: draws the figures of a finished run, given its evaluation and a function that reads test images by index.
+    """
+
+    tracker: Callable[[Run, RunConfig, MutableMapping[str, str]], RunTracker]
+    draw: Callable[[Run, RunConfig, Evaluation, Callable[[np.ndarray], np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """Summaries of the trained seeds, and how the process must exit.
+
+    Attributes:
+        summaries: one for each seed on rank 0; empty on the other ranks.
+        exit_at_once: skip the interpreter's exit handlers. After a process group was used, thread pools of torch's
+            libraries sometimes abort the process in their static destructors, and the launcher would report a failed
+            run; and W&B's handler waits forever for a server that does not answer.
+    """
+
+    summaries: list[Summary]
+    exit_at_once: bool
+
+
+def run_training(
+    config: TrainConfig, registered: Experiment, environ: MutableMapping[str, str], tracking: Tracking
+) -> TrainingOutcome:
+    """Trains as the options say, once for each seed.
+
+    Raises:
+        UserError: data, name, weights or device cannot be used (before any folder is created); or the ranks or the
+            checkpoint cannot (after the run folders are claimed).
+        SystemExit: with the exit code of a failed or stopped run.
+    """
+    launch = launcher.read(environ)
+    device, message = launcher.device(config.device, launch, torch.cuda.device_count())
+    rank_info = RankInfo(
+        device=torch.device(device, launch.local_rank) if device == "cuda" else torch.device("cpu"),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        loader=config.loader,
+        workers=config.workers,
+    )
+    prepare_device(config, launch, rank_info.device, environ)
+    manifest = open_manifest(config.data)
+    streams = open_streams(config, manifest, rank_info)
+    teacher = load_teacher(config.teacher, manifest, config.recipe) if config.teacher else None
+    # The first model now, so that weights that cannot be used are refused before anything is written.
+    first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
+    refuse_to_overwrite_sources(config)
+    with contextlib.ExitStack() as stack:
+        if launch.rank == 0:
+            names = list(config.run_names().values())
+            resuming = config.resume != "never"
+            stack.enter_context(claimed_runs(config.runs, config.experiment, names, resuming, config.overwrite))
+        accelerator = create_accelerator(config, launch, device)
+        stack.callback(destroy_process_group, accelerator)
+        if accelerator.is_main_process:
+            print(message, rank_info.loader_for(manifest.splits["train"])[1], sep="\n", file=sys.stderr)
+        session = Session(
+            config, registered, environ, tracking, manifest, rank_info, streams, teacher, accelerator,
+            scaler_state=accelerator.scaler and accelerator.scaler.state_dict(),
+        )  # fmt: skip
+        return session.train_seeds(first_model)
+
+
+@dataclass(frozen=True)
+class Session:
+    """State shared by all seeds of one `runner train` on this rank. All ranks have joined; run folders are claimed."""
+
+    config: TrainConfig
+    registered: Experiment
+    environ: MutableMapping[str, str]
+    tracking: Tracking
+    manifest: Manifest
+    rank_info: RankInfo
+    streams: dict[Split, BatchStream]
+    teacher: nn.Module | None
+    accelerator: Accelerator
+    scaler_state: dict[str, Any] | None
+
+    def train_seeds(self, first_model: nn.Module) -> TrainingOutcome:
+        """Trains every seed in turn; `first_model` is that of the first seed."""
+        config = self.config
+        runs = {seed: Run(config.runs / config.experiment / name) for seed, name in config.run_names().items()}
+        states = {seed: resume_state(config, run, self.accelerator) for seed, run in runs.items()}
+        models = {config.all_seeds[0]: first_model}
+        summaries, hung = [], False
+        for seed, run in runs.items():
+            if self.scaler_state:  # fp16: every seed starts with the same loss scale
+                self.accelerator.scaler.load_state_dict(self.scaler_state)
+            model = models.pop(seed, None) or initial_model(config, seed, self.manifest, self.streams["train"])
+            seed_run = SeedRun(self, run, seed, self.make_run_config(run, seed, model, states[seed]), states[seed])
+            seed_run.train(model)
+            if seed_run.tracker:
+                summaries.append(seed_run.write_results())
+                hung = hung or seed_run.tracker.hung
+            self.accelerator.free_memory()
+        return TrainingOutcome(summaries, exit_at_once=self.accelerator.num_processes > 1 or hung)
+
+    def make_run_config(self, run: Run, seed: int, model: nn.Module, state: dict[str, Any] | None) -> RunConfig:
+        """Builds the contents of run.json, from the existing file when resuming. All ranks must call it."""
+        reserved = self.environ.get("WANDB_RUN_ID") if len(self.config.all_seeds) == 1 else None  # by W&B's agent
+        wandb_id = broadcast_object_list([reserved or secrets.token_hex(4)])[0]
+        group = self.environ.get("WANDB_RUN_GROUP", self.registered.paper)
+        new = record.run_config(
+            self.config, self.registered, self.manifest, self.accelerator, self.rank_info, run, seed, model,
+            wandb_id, group,
+        )  # fmt: skip
+        # Rank 0 decides, because it overwrites the file as soon as all have read it.
+        if not broadcast_object_list([self.config.resume != "never" and run.record.exists()])[0]:
+            return new
+        resumed = record.resumed_config(self.config, run, new, state)
+        self.accelerator.wait_for_everyone()
+        return resumed
+
+
+class SeedRun:
+    """The run of one seed, from run.json to summary.json.
+
+    Attributes:
+        tracker: on rank 0; None on the other ranks.
+    """
+
+    def __init__(
+        self, session: Session, run: Run, seed: int, run_config: RunConfig, state: dict[str, Any] | None
+    ) -> None:
+        self.session, self.run, self.seed, self.run_config, self.state = session, run, seed, run_config, state
+        total_steps = session.config.recipe.epochs * len(session.streams["train"])
+        self.last_step = min(total_steps, session.config.max_steps or total_steps)
+        self.stop_file = session.config.stop_file or run.folder / STOP_FILE
+        self.tracker: RunTracker | None = None
+        self.result: TrainResult | None = None
+
+    def train(self, model: nn.Module) -> None:
+        """Writes run.json and trains.
+
+        Raises:
+            SystemExit: training failed for a known reason, or was stopped; the reason is in ended.json.
+        """
+        session, config, accelerator = self.session, self.session.config, self.session.accelerator
+        if accelerator.is_main_process:
+            self.tracker = self.start_run()
+        if session.teacher is not None:
+            session.teacher.to(accelerator.device)
+        streams = session.streams
+        train_stream = streams["train"].with_seed(self.seed)
+        data = Data(train_stream, streams["test"], streams.get("validation"), len(session.manifest.classes))
+        log = self.log_to(self.tracker) if self.tracker else lambda row: None
+        name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+        try:
+            with (
+                stop_requests(self.stop_file if accelerator.is_local_main_process else None) as should_stop,
+                watchdog.watching(config.hang_timeout, name) as alive,
+            ):
+                hooks = LoopHooks(config.checkpoint_every, config.evaluate_every, self.state, should_stop, alive)
+                self.result = train(
+                    model, config.recipe, data, accelerator, self.run, self.seed, config.max_steps, session.teacher,
+                    log, hooks,
+                )  # fmt: skip
+        except Exception as error:
+            self.handle_failure(error)
+            raise
+
+    def start_run(self) -> RunTracker:
+        """Writes run.json, discards metrics logged after the last checkpoint, and returns the tracker.
+
+        Raises:
+            UserError: metrics from before the checkpoint are missing, and --resume-anyway was not given.
+        """
+        step = self.state["step"] if self.state else 0
+        mark = self.state.get("metrics") if self.state else None
+        keep_metrics(self.run, step, mark, anyway=self.session.config.resume_anyway)
+        write(self.run.record, self.run_config)
+        self.run.ended.unlink(missing_ok=True)
+        if step < self.last_step:
+            self.run.summary.unlink(missing_ok=True)  # of a run that goes on with a larger --max-steps
+        return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
+
+    def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
+        """Says where the run is; returns a function that logs a row, and prints it if it is that of an epoch."""
+        print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
+        start_step = self.state["step"] if self.state else 0
+        lines = EpochLines(self.session.config.recipe.epochs, start_step, self.last_step)
+
+        def log(row: MetricRow) -> None:
+            tracker.log(row)
+            lines.log(row)
+
+        return log
+
+    def handle_failure(self, error: Exception) -> None:
+        """Records the failure in ended.json and exits if its cause is known; returns if it is unexpected."""
+        accelerator, stopped = self.session.accelerator, isinstance(error, StoppedError)
+        failure = diagnose_failure(error, self.session.config.recipe, accelerator.num_processes)
+        if self.tracker:
+            first_line = (str(error).splitlines() or [""])[0]
+            reason = failure.reason if failure else f"{type(error).__name__}: {first_line}"
+            with contextlib.suppress(OSError):
+                write(self.run.ended, Ending(stopped=stopped, reason=reason))
+        if failure is None:
+            return
+        if self.tracker:
+            print(f"runner: {self.run.folder}: {failure.reason}", file=sys.stderr)
+            if stopped:
+                self.stop_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # rows may be left that do not fit on a full disk
+                self.tracker.finish()
+        if isinstance(error, StoppedError | DivergedError):  # on all ranks
+            # As soon as one rank exits, the launcher ends the others: rank 0 may still be writing.
+            with contextlib.suppress(RuntimeError):
+                accelerator.wait_for_everyone()
+        if self.tracker and self.tracker.hung:
+            os._exit(failure.exit_code)
+        raise SystemExit(failure.exit_code) from None
+
+    def write_results(self) -> Summary:
+        """Writes predictions, figures and summary.json, keeps only the last checkpoint, and finishes the tracker."""
+        assert self.tracker
+        assert self.result
+        session, run = self.session, self.run
+        with run.predictions.open("wb") as file:
+            arrays: dict[str, Any] = self.result.test.arrays()
+            np.savez_compressed(file, **arrays)
+        test = session.manifest.splits["test"]
+
+        def read_images(samples: np.ndarray) -> np.ndarray:
+            return beton.read_some(session.config.data / test.file, test, session.manifest, samples)
+
+        session.tracking.draw(run, self.run_config, self.result.test, read_images)
+        summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
+        write(run.summary, summary)
+        checkpoint.keep_last(run)
+        self.tracker.log_results()
+        self.tracker.finish()
+        return summary
+
+
+def prepare_device(
+    config: TrainConfig, launch: launcher.Launch, device: torch.device, environ: MutableMapping[str, str]
+) -> None:
+    """Configures threads, kernels and memory. Raises UserError for fp16 on the CPU."""
+    if device.type == "cpu":
+        cpu.prepare(launch.local_world_size)
+        if "fp16" in (config.precision, environ.get("ACCELERATE_MIXED_PRECISION")):
+            raise UserError("--precision fp16: expected a GPU; on the CPU it would be fp32, or choose bf16")
+    cuda.prepare(device, config.deterministic, environ)
+    crop.prepare(device)
+
+
+def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -> dict[Split, BatchStream]:
+    """The splits that the recipe uses. Raises UserError as `open_split` does."""
+    splits: list[Split] = ["train", "test"]
+    if config.recipe.validation:
+        splits.append("validation")
+    return {split: open_split(config.data, manifest, split, config.recipe, rank_info) for split in splits}
+
+
+def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream) -> nn.Module:
+    """The model that a seed starts with. Raises UserError as `build_model` does."""
+    start = Run(config.start_from) if config.start_from else None
+    channels, height, width = model_input(manifest, config.recipe).shape
+    return build_model(
+        config.architecture, config.recipe, seed, train_stream.first_images, start, len(manifest.classes),
+        (channels, height, width),
+    )  # fmt: skip
+
+
+def refuse_to_overwrite_sources(config: TrainConfig) -> None:
+    """Raises UserError where --overwrite would delete the run that this one learns from."""
+    sources = {folder.resolve() for folder in (config.start_from, config.teacher) if folder}
+    for name in config.run_names().values():
+        folder = config.runs / config.experiment / name
+        if config.overwrite and folder.resolve() in sources:
+            raise UserError(f"--overwrite: {folder} is a source of this run; choose another --name")
+
+
+def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str) -> Accelerator:
+    """Creates the Accelerator with its precision and DDP options, and waits for all ranks to join.
+
+    Raises:
+        UserError: fewer ranks joined than were launched.
+    """
+    # torch 2.15 renames broadcast_buffers; accelerate does not know the new name yet.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=None if config.precision == "launch" else record.MIXED_PRECISION[config.precision],
+        # Gradients are views of the all-reduce's buckets; the graph is the same every step, except with micro-batches,
+        # of which only the last is reduced; and batch-norm statistics are averaged once before they are used
+        # (loop.average_buffers) instead of being sent every step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                static_graph=config.recipe.accumulate == 1,
+                broadcast_buffers=False,
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_timeout + COLLECTIVE_GRACE)),
+        ],
+    )
+    if accelerator.num_processes != launch.world_size:
+        joined = accelerator.num_processes
+        raise UserError(f"{launch.world_size} ranks were launched, {joined} joined; relaunch all ranks")
+    return accelerator
+
+
+def destroy_process_group(accelerator: Accelerator) -> None:
+    """Destroys the process group, if one was created."""
+    if accelerator.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why training ended early, in one line with what to do, and the exit code."""
+
+    exit_code: int
+    reason: str
+
+
+def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | None:
+    """Describes a known failure and what to do about it; None for an unexpected exception."""
+    if isinstance(error, StoppedError):
+        return Failure(EXIT_STOPPED, f"{error}; resume with --resume auto")
+    if isinstance(error, DivergedError):
+        return Failure(1, f"{error}; lower the learning rate or use --precision fp32")
+    if isinstance(error, checkpoint.CheckpointError):
+        return Failure(1, str(error))
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        file = error.filename or "metrics"
+        return Failure(1, f"no space left on the disk for {file}; make room and resume with --resume auto")
+    if "does not have a deterministic implementation" in str(error):
+        operator = str(error).split(" does not")[0]
+        return Failure(1, f"--deterministic: {operator} has no deterministic kernel; train without it")
+    refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if refused:
+        images = recipe.batch_size // (ranks * recipe.accumulate)
+        return Failure(
+            1,
+            f"out of memory with {images} images at a time (batch {recipe.batch_size} over {ranks} ranks); "
+            f"to use less memory with the same result, use --recipe.accumulate {2 * recipe.accumulate} or more ranks; "
+            "or use --precision bf16",
+        )
+    return None
+
+
+@contextlib.contextmanager
+def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGUSR1, SIGTERM or Ctrl-C was received, or the stop file exists.
+
+    Errors of the file system count as no stop file. A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+    received: list[float] = []
+
+    def stop(number: int, frame: object) -> None:
+        # The launcher hands the first Ctrl-C on to ranks that have it from the terminal as well.
+        if number == signal.SIGINT and received and time.monotonic() - received[0] > SAME_INTERRUPT:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and not received:
+            print("runner: stopping with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+        received.append(time.monotonic())
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(received) or (file is not None and os.path.exists(file))  # noqa: PTH110 - Path.exists raises
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_state(config: TrainConfig, run: Run, accelerator: Accelerator) -> dict[str, Any] | None:
+    """The state that a run is resumed from, the same on all ranks; None for a new run. A collective call.
+
+    Rank 0 chooses the checkpoint, because ranks on other nodes may see other files.
+
+    Raises:
+        UserError: the given checkpoint is damaged, no checkpoint of the run is intact, or a rank cannot read it.
+    """
+    if config.resume == "never":
+        return None
+    chosen: list[tuple[Path, str] | str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            chosen = [choose_checkpoint(config, run)]
+        except UserError as error:
+            chosen = [str(error)]
+    (choice,) = broadcast_object_list(chosen)
+    if isinstance(choice, str):
+        raise UserError(choice)
+    return choice and checkpoint.read_state_as_chosen(choice[0], choice[1], VISIBLE_WITHIN)
+
+
+def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
+    """The folder of the checkpoint to resume from and the SHA-256 of its manifest; None for a new run."""
+    if config.resume != "auto":
+        return Path(config.resume), checkpoint.check_resumable(Path(config.resume))
+    folder, damaged = checkpoint.newest_intact(run)
+    for line in damaged:
+        print(f"runner: {line}", file=sys.stderr)
+    if folder is None and damaged:
+        raise UserError(f"{run.folder}: expected an intact checkpoint, found none; start over with --overwrite")
+    return None if folder is None else (folder, checkpoint.check_resumable(folder))
+
+
+def load_teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
+    """Loads the model of a finished run as the teacher for distillation.
+
+    Raises:
+        UserError: it was trained on other classes, or on images of another size or normalization.
+    """
+    run = Run(folder)
+    teacher = run.config()
+    if teacher.dataset.classes != list(manifest.classes):
+        raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}")
+    expected = model_input(manifest, recipe)
+    if teacher.input != expected:
+        raise UserError(f"--teacher {folder}: expected a run on images like {expected}, found {teacher.input}")
+    return checkpoint.load_model(run).requires_grad_(False)

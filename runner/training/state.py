@@ -1,0 +1,174 @@
+"""Everything that changes while a model trains, and what a checkpoint needs so that resuming is bit-identical."""
+
+import random
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from runner.config.recipe import Recipe
+from runner.data import Batches
+from runner.models import norm
+from runner.run.schema import MetricRow
+from runner.training.loss import Loss
+from runner.training.meter import Meter
+from runner.training.optim import EMA, build_optimizer
+
+
+class TrainState:
+    """Model, optimizer, averaged weights, and how far training is. `load_state_dict` takes weights_only=True files.
+
+    Args:
+        model: with its first weights, on the CPU; moved to the device.
+        recipe: how it is trained.
+        accelerator: device, ranks and precision.
+
+    Attributes:
+        model: the module itself.
+        ddp: what training calls: the model compiled, where the recipe says so, and wrapped by DDP on several ranks.
+        optimizer: as accelerate prepared it.
+        ema: averaged weights, or None.
+        step: optimizer steps done.
+        best: the metrics of the best epoch so far.
+        meter: sums behind the next row of metrics.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> None:
+        model = model.to(accelerator.device)
+        self.model = norm.convert_sync_batch_norm(model) if recipe.sync_batch_norm else model
+        self.ema = EMA(self.model, recipe.ema) if recipe.ema else None
+        optimizer = build_optimizer(recipe.optimizer, self.model)
+        compiled = torch.compile(self.model) if recipe.compile else self.model
+        self.ddp, self.optimizer = accelerator.prepare(compiled, optimizer)
+        self.accelerator = accelerator
+        self.meter = Meter(accelerator)
+        self.step = 0
+        self.best: MetricRow | None = None
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated and exported: the averaged weights where there are any."""
+        return self.ema.module if self.ema else self.model
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything on the CPU, complete on every rank; a collective call."""
+        scaler = self.accelerator.scaler
+        # Until the epoch ends, each rank has batch-norm statistics of its own.
+        local = to_cpu({"meter": self.meter.state_dict(), "buffers": dict(statistics_of(self.model))})
+        ranks = gather_object([local | {"generators": generators(self.accelerator.device)}])
+        return to_cpu(
+            {
+                "step": self.step,
+                "world_size": self.accelerator.num_processes,
+                "best": msgspec.to_builtins(self.best) if self.best else {},
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.ema.module.state_dict() if self.ema else None,
+                "scaler": scaler.state_dict() if scaler else None,
+                "ranks": ranks,
+            }
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores everything; generators last, because all else may draw from them.
+
+        With another number of ranks than before, those that exist take over the generators; dropout then differs.
+        """
+        self.step = state["step"]
+        self.best = msgspec.convert(state["best"], MetricRow) if state["best"] else None
+        self.model.load_state_dict(state["model"])
+        self._load_optimizer(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["average"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rank, ranks = self.accelerator.process_index, state["ranks"]
+        source = ranks[rank % len(ranks)]
+        for name, buffer in statistics_of(self.model):
+            buffer.copy_(source["buffers"][name])
+        if state["world_size"] == self.accelerator.num_processes:
+            sums = ranks[rank]["meter"]
+        else:  # the sums since the last row, over all ranks, go to the first
+            sums = _sum_meters([entry["meter"] for entry in ranks]) if rank == 0 else {}
+        self.meter = Meter(self.accelerator, sums)
+        set_generators(source["generators"], self.accelerator.device)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Restores the optimizer, but keeps this run's settings: with --resume-anyway they may have changed."""
+        groups = self.optimizer.param_groups
+        current = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.optimizer.load_state_dict(state)
+        for group, settings in zip(self.optimizer.param_groups, current, strict=True):
+            group.update(settings | {"lr": group["lr"], "peak_lr": settings["lr"]})
+
+
+def settle_buckets(state: TrainState, loss_fn: Loss, batches: Batches, recipe: Recipe) -> None:
+    """Brings DDP's gradient buckets to where they are after its first steps, before a state is loaded.
+
+    DDP rebuilds its buckets after the first backward pass. The first step of a resumed run would still reduce in the
+    first layout, in another order than the run that never stopped, and differ in the last bits.
+    """
+    if state.accelerator.num_processes < 2:
+        return
+    state.ddp.train()
+    for _ in range(2):
+        # One micro-batch, as memory may not have room for more: buckets do not depend on the batch.
+        images, targets = (part.tensor_split(recipe.accumulate)[0] for part in next(batches.epoch(0)))
+        state.accelerator.backward(loss_fn(state.ddp(images), targets, images))
+    state.ddp.zero_grad()
+
+
+def statistics_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that training changes: batch-norm statistics, but not the masks of a pruned model."""
+    masks = {f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters() if name.endswith("_orig")}
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in masks]
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's random generators, as tensors and integers."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = legacy
+    assert gauss is None
+    return {
+        "python": [version, torch.tensor(words, dtype=torch.int64)],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_generators(state: dict[str, Any], device: torch.device) -> None:
+    """Restores the states of `generators`."""
+    version, words = state["python"]
+    random.setstate((version, tuple(words.tolist()), None))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def to_cpu(value: Any) -> Any:
+    """A deep copy of nested dicts and lists with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_cpu(item) for item in value)
+    return value
+
+
+def _sum_meters(meters: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "sums": torch.stack([meter["sums"] for meter in meters]).sum(0),
+        "images": sum(meter["images"] for meter in meters),
+        "epoch_sums": meters[0]["epoch_sums"],
+    }

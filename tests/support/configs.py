@@ -1,0 +1,38 @@
+"""A run.json for run folders that tests make themselves."""
+
+from typing import Any
+
+import msgspec
+
+from runner.config.recipe import SGD, Architecture, Recipe
+from runner.run.schema import Dataset, Git, Hardware, ModelInput, RunConfig
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CONFIG = RunConfig(
+    experiment="tiny",
+    run="seed-0",
+    paper="tests",
+    seed=0,
+    architecture=Architecture("tests.support.models.tiny:Tiny"),
+    recipe=Recipe(1, 50, SGD(0.1)),
+    parameters=10**6,
+    macs=10**8,
+    dataset=Dataset(
+        name="synthetic-10", fingerprint="0123456789abcdef", classes=CLASSES, image_shape=[32, 32, 3],
+        mean=[120.0] * 3, std=[60.0] * 3, folder="/nowhere",
+    ),
+    input=ModelInput(shape=[3, 32, 32], mean=[120.0] * 3, std=[60.0] * 3),
+    precision="fp32",
+    hardware=Hardware(cpu="No Processor", cores=2, memory_gib=1.0),
+    versions={"torch": "0"},
+    git=Git(),
+    wandb_id="abc",
+    group="tests",
+)  # fmt: skip
+
+
+def config_of(**changes: Any) -> RunConfig:
+    """A whole run.json with some of it changed; `dataset` may be a name."""
+    if isinstance(changes.get("dataset"), str):
+        changes["dataset"] = msgspec.structs.replace(CONFIG.dataset, name=changes["dataset"])
+    return msgspec.structs.replace(CONFIG, **changes)

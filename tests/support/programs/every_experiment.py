@@ -1,0 +1,80 @@
+"""Started by test_experiments.py under `accelerate launch`: trains experiments two steps and evaluates them.
+
+python -m tests.support.programs.every_experiment DATA FOLDER {fp32,bf16} NAME...
+
+Batches of four images keep it short; architecture, optimizer, schedule and everything else are the experiment's.
+The files with ImageNet weights stand in as random ones: this is about training, not about the download.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torchvision import models
+
+from runner import experiments
+from runner.common.files import write
+from runner.data.open import RankInfo, open_manifest, open_split
+from runner.models import transfer
+from runner.run.folder import Run
+from runner.system import cpu
+from runner.training import checkpoint
+from runner.training.evaluate import evaluate
+from runner.training.loop import Data, train
+from runner.training.model import build_model
+from runner.training.record import MIXED_PRECISION
+from tests.support.configs import config_of
+
+
+def main(data: str, out: str, precision: str, *names: str) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision=MIXED_PRECISION[precision])
+    cpu.prepare(accelerator.num_processes)
+    folder, prepared, manifest = Path(out), Path(data), open_manifest(Path(data))
+    rank_info = RankInfo(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
+    transfer.weight_file = lambda name, given: random_weights(folder, name)
+    if accelerator.is_main_process:
+        for name in transfer.WEIGHTS:
+            random_weights(folder, name)
+    accelerator.wait_for_everyone()
+    found = {}
+    for name in names:
+        experiment = experiments.get(name)
+        recipe = dataclasses.replace(experiment.recipe, batch_size=4, validation=min(4, experiment.recipe.validation))
+        splits = {split: open_split(prepared, manifest, split, recipe, rank_info) for split in ("train", "test")}
+        if recipe.validation:
+            splits["validation"] = open_split(prepared, manifest, "validation", recipe, rank_info)
+        model = build_model(experiment.architecture, recipe, 0, splits["train"].first_images, None)
+        run = Run(folder / name)
+        if accelerator.is_main_process:
+            write(run.record, config_of(architecture=experiment.architecture, dataset=manifest.name))
+        whole = Data(splits["train"], splits["test"], splits.get("validation"), 10)
+        outcome = train(model, recipe, whole, accelerator, run, seed=0, max_steps=2)
+        found[name] = {"images": outcome.test.images, "loss": outcome.test.loss, "steps": outcome.steps}
+        if accelerator.num_processes == 1 and precision == "fp32":
+            again = evaluate(checkpoint.load_model(run), splits["test"], 10)
+            found[name]["change"] = (again.logits - outcome.test.logits).abs().max().item()
+        if accelerator.is_main_process:
+            shutil.rmtree(run.folder)  # all of them are gigabytes
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        (folder / "found.json").write_text(json.dumps(found))
+    accelerator.wait_for_everyone()
+
+
+def random_weights(folder: Path, name: str) -> Path:
+    """A file of the layout of torchvision's ImageNet weights."""
+    path = folder / f"{name}.pth"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.save(getattr(models, name)().state_dict(), path)
+    return path
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # see runner.training.session.TrainingOutcome

@@ -1,0 +1,263 @@
+"""Image folders of any classes and sizes, from `prepare` to `predict`."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep import images, sources
+from runner import experiments
+from runner.common.errors import UserError
+from runner.config.recipe import Architecture
+from runner.run.folder import Run
+from runner.training.model import build_for
+from tests.support import archives
+from tests.support.processes import module, runner
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
+ALL = experiments.load()
+BY_FACTORY = {experiment.architecture.factory: experiment for experiment in ALL.values()}
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def drawn(seed: int, width: int = 32, height: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def folder_of(path: Path, per_class: int = 4, size: tuple[int, int] | None = (32, 32)) -> Path:
+    """An image folder of five classes; images of many sizes and formats where `size` is None."""
+    files = {}
+    for split in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            for k in range(per_class):
+                image = drawn(k, *(size or (20 + 7 * k, 50 - 3 * label)))
+                form = "PNG" if size else ("PNG", "JPEG", "WEBP", "BMP")[k % 4]
+                files[f"{split}/{name}/{'' if size else 'below/'}{k}.{form.lower()}"] = encoded(image, form)
+    return archives.folder(path, files)
+
+
+# --- decoding -------------------------------------------------------------------------------------------
+
+
+def test_sixteen_bits_of_gray_are_scaled() -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    decoded = np.asarray(images.decode("x", encoded(Image.fromarray(values))))
+    expected = np.round(values / 257).astype(np.uint8)
+    np.testing.assert_array_equal(decoded, np.stack([expected] * 3, axis=2))
+
+
+def test_images_are_upright() -> None:
+    image = drawn(0, 8, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    decoded = images.decode("x", encoded(image, "PNG", exif=exif))
+    np.testing.assert_array_equal(np.asarray(decoded), np.rot90(np.asarray(image), 3))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_color_modes_are_converted(mode: str) -> None:
+    """To what Pillow's conversion of the file gives; alpha is dropped."""
+    image = drawn(1).convert(mode)
+    content = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(images.decode("x", content)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x: not a readable image (the file is empty)"),
+        (b"garbage", "x: not a readable image (expected PNG, JPEG"),
+        (encoded(drawn(0))[:200], "x: not a readable image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x: not a readable image (expected PNG"),
+        (encoded(Image.new("1", (20_000, 20_000))), "x: 20000×20000 pixels; expected at most 64,000,000"),
+        (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point pixels"),
+        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found values up to 70000"),
+        (encoded(drawn(0), "GIF", save_all=True, append_images=[drawn(1)]), "found an animation"),
+    ],
+)
+def test_what_is_no_image_is_reported(content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=r"^x: ") as error:
+        images.decode("x", content)
+    assert message in str(error.value)
+    assert "BytesIO" not in str(error.value)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_damaged_images_are_reported(data: st.DataObject) -> None:
+    """A decoded image, or a UserError; nothing else."""
+    content = bytearray(encoded(drawn(2, 16, 16), data.draw(st.sampled_from(images.FORMATS))))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UserError):
+        assert images.decode("x", bytes(content[: data.draw(st.integers(0, len(content)))])).mode == "RGB"
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_images_are_fit_to_a_size(fit: images.Fit) -> None:
+    """A wide image: its ends are cut, or black bars are added above and below, or it is squeezed."""
+    wide = Image.new("RGB", (64, 32), "white")
+    wide.paste("red", (0, 0, 16, 32))
+    pixels = np.asarray(images.fit(wide, 32, 32, fit))
+    assert pixels.shape == (32, 32, 3)
+    red, black = (pixels[16, :, 1] < 128).sum(), (pixels == 0).all(2).sum()
+    assert (int(red), int(black)) == {"crop": (0, 0), "pad": (8, 512), "stretch": (8, 0)}[fit]
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+
+def load(path: Path, **options: object) -> sources.Source:
+    return sources.load(str(path), **options)
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
+    path = folder_of(tmp_path, size=None)
+    with pytest.raises(UserError, match=r"expected \d+×\d+ pixels as in .*; bring all images to one size with --size"):
+        load(path)
+    source = load(path, size=24)
+    assert source.classes == CLASSES
+    assert source.train.images.shape == source.test.images.shape == (20, 24, 24, 3)
+    assert (source.provenance["size"], source.provenance["fit"]) == (24, "crop")
+    assert source.notes == ()
+
+
+def test_every_file_is_used_or_counted(tmp_path: Path) -> None:
+    path = folder_of(tmp_path)
+    extra = {"README.txt": b"", "train/x.png": encoded(drawn(0)), "train/ant/notes.csv": b"", "val/ant/0.png": b"",
+             "other/place/0.png": b""}  # fmt: skip
+    archives.folder(path, extra)
+    source = load(path)
+    assert len(source.train.labels) == len(source.test.labels) == 20
+    (note,) = source.notes
+    assert note.startswith("not used: README.txt, ")
+    assert note.endswith(" and 2 more")
+
+
+def test_val_is_the_test_split_where_there_is_none(tmp_path: Path) -> None:
+    path = folder_of(tmp_path)
+    (path / "test").rename(path / "val")
+    source = load(path)
+    assert len(source.test.labels) == 20
+    assert "val/ is used as the test split" in source.notes[0]
+
+
+def test_datasets_side_by_side_are_not_merged(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder_of(tmp_path / name)
+    with pytest.raises(UserError, match=r"contains several datasets \(one, two\); give the folder of one"):
+        load(tmp_path)
+    assert len(load(tmp_path / "one").train.labels) == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "synthetic", "--sha256", "0"], "--sha256: expected with an archive"),
+        (["--source", "FOLDER", "--sha256", "0"], "--sha256: expected with an archive"),
+        (["--source", "synthetic", "--size", "32"], "--size 32: expected with an image folder"),
+        (["--source", "FOLDER", "--fit", "pad"], "--fit pad: expected with --size"),
+        (["--source", "FOLDER", "--name", ""], "--name '': expected a value"),
+        (["--source", "FOLDER", "--size", "0"], "--size 0: expected"),
+    ],
+)
+def test_options_that_a_source_does_not_use_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "folder")
+    words = [str(path) if word == "FOLDER" else word for word in words]
+    done = module("data_prep", "prepare", *words, "--out", tmp_path / "data")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "data").exists()
+
+
+# --- architectures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factory", BY_FACTORY)
+def test_every_architecture_is_built_for_classes_and_sizes(factory: str) -> None:
+    """Or refuses the size in one line, with one that it takes."""
+    architecture = BY_FACTORY[factory].architecture
+    for shape in ((3, 32, 32), (3, 48, 40), (3, 33, 35), (3, 9, 9)):
+        try:
+            model, side = build_for(architecture, 5, shape), None
+        except UserError as error:
+            side = int(re.search(r"cannot take images of .* use --recipe.resize (\d+)$", str(error))[1])
+        if side is not None:
+            shape = (3, side, side)
+            model = build_for(architecture, 5, shape)
+        with torch.no_grad():
+            assert model.eval()(torch.zeros(2, *shape)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("runner.models.none:Net", "--architecture.factory runner.models.none:Net: expected module:callable"),
+        ("runner.models.alexnet:None", "expected module:callable"),
+        ("nonsense", "expected module:callable"),
+        ("torch:pi", "expected module:callable"),
+        ("tests.support.models.tiny:Tiny", "expected logits (1, 5) for an image, found (1, 10)"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_reported(factory: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_for(Architecture(factory), 5, (3, 32, 32))
+    assert message in str(error.value)
+
+
+def test_a_size_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "folder", size=(48, 40))
+    done = module("data_prep", "prepare", "--source", path, "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    words = ["vit-tiny-4", "--data", tmp_path / "data", "--runs", tmp_path / "runs", "--batch-size", 10]
+    done = runner("train", *words, "--device", "cpu")
+    assert done.returncode == 2
+    assert "cannot take images of 40×48" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+ONE_OF_EACH = ["podeti-alexnet", "podeti-mobilenetv2", "soni-2", "merabishvili", "ghasemi-net", "vit-tiny-4"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "podeti-alexnet" else pytest.mark.every) for name in ONE_OF_EACH]
+)
+def test_own_images_from_prepare_to_predict(name: str, tmp_path: Path) -> None:
+    """A folder of five classes, sizes and formats: trained, exported, gated, reported, and predicted by the RUN."""
+    path, data, run = folder_of(tmp_path / "mine", size=None), tmp_path / "data", tmp_path / "runs" / name / "seed-0"
+    done = module("data_prep", "prepare", "--source", path, "--out", data, "--size", 32, "--fit", "pad")
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "page.html"
+    for words in (
+        ["train", name, "--data", data, "--runs", tmp_path / "runs", "--batch-size", 10, "--recipe.validation", 0,
+         "--max-steps", 1, "--device", "cpu"],
+        ["export", run], ["parity", run, "--device", "cpu"], ["report", tmp_path / "runs", "--out", page],
+    ):  # fmt: skip
+        done = runner(*words)
+        assert done.returncode == 0, done.stderr
+    assert [*Run(run).config().dataset.classes] == [*CLASSES]
+    assert "elk" in page.read_text()
+    done = runner("predict", run, path / "test", "--json", "--sheet", tmp_path / "sheet.png")
+    assert done.returncode == 0, done.stderr
+    predicted = json.loads(done.stdout)
+    assert len(predicted) == 20
+    assert {one["label"] for one in predicted} <= set(CLASSES)
+    # The images that predict fits are those that prepare wrote.
+    stored = np.load(Run(run).predictions)["logits"].argmax(1)
+    order = sorted(range(20), key=lambda k: (CLASSES[k // 4], f"{k % 4}"))
+    assert [one["label"] for one in predicted] == [CLASSES[stored[k]] for k in order]
