@@ -31,7 +31,7 @@ from runner.commands.show import Show
 from runner.commands.sync import Sync
 from runner.commands.train import Train
 from runner.common.command_line import HELP, options_of, parse_with_tyro, parse_words, read_command
-from runner.common.console import run_command
+from runner.common.console import OTHER_RANKS_WAIT, run_command
 from runner.common.errors import UserError
 from runner.config.recipe import SGD, Architecture, Recipe
 from runner.config.train_config import TrainConfig
@@ -128,5 +128,5 @@ def started_run(config: TrainConfig) -> RunConfig | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    run_command(lambda: functools.partial(parse(words), os.environ), "runner", report_errors=is_first_rank)
+    report_after = 0 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else OTHER_RANKS_WAIT
+    run_command(lambda: functools.partial(parse(words), os.environ), "runner", report_after)

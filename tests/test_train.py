@@ -12,7 +12,7 @@ from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from tests.conftest import Train
 from tests.support.compare import weights
-from tests.support.processes import ROOT, TINY, module, python, runner
+from tests.support.processes import ROOT, TINY, launch, module, python, runner
 
 
 def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
@@ -111,6 +111,13 @@ def test_a_batch_that_does_not_divide_is_an_error(train: Train) -> None:
     refused = train("tiny", "--recipe.batch-size", 61, ranks=2, expect=1)  # the launcher's code, for the runner's 2
     assert "expected a multiple of the 2 ranks" in refused.stderr
     assert not refused.run.folder.parent.exists()
+
+
+@pytest.mark.processes
+def test_an_error_of_all_ranks_is_printed_though_the_first_is_last(small_data: Path, tmp_path: Path) -> None:
+    words = ["late", "--experiments-from", "tests.support.models.late", "--recipe.batch-size", 61]
+    refused = launch(2, "train", *words, "--data", small_data, "--runs", tmp_path)
+    assert refused.stderr.count("expected a multiple of the 2 ranks") == 1
 
 
 def test_a_diverged_run_stops_with_one_line(train: Train) -> None:

@@ -5,6 +5,7 @@ import errno
 import io
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+OTHER_RANKS_WAIT = 30.0
+"""Seconds before a rank other than its node's first prints an error of its own."""
 
 
-def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_errors: bool = True) -> Any:
+def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after: float = 0) -> Any:
     """Parses a command line, runs the command, and returns its result.
 
     Errors of the option parser, every `UserError`, and a full disk become one line on standard error and exit code 2;
@@ -26,23 +29,25 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_errors
     Args:
         parse: reads the command line and returns the command as a function of no arguments.
         prog: name of the program, printed before the message.
-        report_errors: False on all ranks but the node's first, so that an error is printed once.
+        report_after: seconds before an error is printed. An error that all ranks share is printed by the node's first
+            rank at once; the launcher then ends the others while they wait. If the others exited first, the launcher
+            would end the first rank before it has printed anything.
     """
     try:
         command = call_parser(parse)
     except UserError as error:
-        _exit(prog, error, report_errors)
+        _exit(prog, error, report_after)
     try:
         return command()
     except UserError as error:
-        _exit(prog, error, report_errors)
+        _exit(prog, error, report_after)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         path = error.filename or "the disk"
-        _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_errors)
+        _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_after)
     except KeyboardInterrupt:
-        _exit(prog, UserError("interrupted"), report_errors, EXIT_INTERRUPTED)
+        _exit(prog, UserError("interrupted"), 0 if report_after == 0 else None, EXIT_INTERRUPTED)
 
 
 def call_parser(parse: Callable[[], Any]) -> Any:
@@ -61,8 +66,10 @@ def call_parser(parse: Callable[[], Any]) -> Any:
         raise UserError(re.sub(r"[─━╭╮╰╯│┃]+|-{5,}", " ", panel.getvalue())) from None
 
 
-def _exit(prog: str, error: UserError, report: bool, code: int = EXIT_BAD_INPUT) -> NoReturn:
-    if report:
+def _exit(prog: str, error: UserError, report_after: float | None, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    if report_after is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(report_after)
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code) from None
 
