@@ -40,8 +40,8 @@ class Prepare:
     """With --size: crop the center (by default), pad with black, or stretch."""
     name: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     """Label of all results on this dataset; by default the name of the source."""
-    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Seed of the synthetic dataset."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
+    """Seed of the synthetic dataset, by default 0."""
     downloads: Path = DOWNLOADS
     """Folder of the downloaded official archive."""
     overwrite: Flag = False
@@ -51,6 +51,7 @@ class Prepare:
 
     def __call__(self) -> None:
         from data_prep import beton, sources
+        from data_prep.dataset import renamed
 
         source = sources.load(
             self.source,
@@ -64,7 +65,7 @@ class Prepare:
         for note in source.notes:
             print(f"data_prep: {note}", file=sys.stderr)
         if self.name is not None:
-            source = dataclasses.replace(source, name=self.name)
+            source = renamed(source, self.name)
         _print_manifest(beton.write(source, self.out, self.overwrite), self.out, "prepared", self.json)
 
 
@@ -96,7 +97,7 @@ class Verify:
                 self.source,
                 sha256=self.sha256,
                 limit_per_class=manifest.source.get("limit_per_class"),
-                seed=manifest.source.get("seed", 0),
+                seed=manifest.source.get("seed"),
                 downloads=self.downloads.expanduser(),
                 size=manifest.source.get("size"),
                 fit=manifest.source.get("fit"),

@@ -5,6 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from runner.common.errors import UserError
+
+RESERVED = "CIFAR-10"  # also of CIFAR-100: names that start so are only for these datasets, with their papers' figures
+
 
 @dataclass(frozen=True)
 class Split:
@@ -32,6 +36,13 @@ class Source:
     test: Split
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+
+def renamed(source: Source, name: str) -> Source:
+    """The dataset under another name. Raises UserError for a name of CIFAR-10 or CIFAR-100 that it does not have."""
+    if name.upper().startswith(RESERVED) and not name.startswith(source.name):
+        raise UserError(f"--name {name}: expected another name for {source.name}; results on CIFAR-10 are called so")
+    return replace(source, name=name)
 
 
 def limited(split: Split, per_class: int) -> Split:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep import images
 from data_prep.archive import Member
-from data_prep.dataset import Source, Split
+from data_prep.dataset import RESERVED, Source, Split
 from data_prep.official import CIFAR10
 from runner.common.console import list_some, track
 from runner.common.errors import UserError
@@ -26,6 +26,7 @@ class ImageFile:
     Attributes:
         root: folders above that of the split, "" or one folder.
         split: train, test or val.
+        split_folder: name of the split's folder, such as `valid`.
         class_name: name of the folder below that of the split.
         path: in the folder or archive.
         content: of the file.
@@ -33,6 +34,7 @@ class ImageFile:
 
     root: str
     split: str
+    split_folder: str
     class_name: str
     path: str
     content: bytes
@@ -92,21 +94,26 @@ def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
     for name, read in members:
         parts = PurePosixPath(name).parts
         depth = 0 if parts[0].lower() in SPLITS else 1
-        in_place = len(parts) >= depth + 3 and parts[depth].lower() in SPLITS and ".." not in parts
-        if read is None or not in_place or PurePosixPath(name).suffix.lower() not in images.SUFFIXES:
+        in_place = len(parts) >= depth + 3 and parts[depth].lower() in SPLITS
+        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)  # copies that other programs make
+        if read is None or hidden or not in_place or PurePosixPath(name).suffix.lower() not in images.SUFFIXES:
             unused.append(name)
         else:
             split = SPLITS[parts[depth].lower()]
-            files.append(ImageFile("/".join(parts[:depth]), split, parts[depth + 1], name, read()))
+            files.append(ImageFile("/".join(parts[:depth]), split, parts[depth], parts[depth + 1], name, read()))
     return files, unused
 
 
 def _check_root(path: Path, files: list[ImageFile]) -> None:
-    """Raises UserError if there are several datasets side by side, which would be merged."""
+    """Raises UserError if there are several datasets, or several folders of one split, which would be merged."""
     roots = sorted({file.root for file in files})
     if len(roots) > 1:
         names = list_some([root or "train/ and test/ themselves" for root in roots])
         raise UserError(f"--source {path}: contains several datasets ({names}); give the folder of one")
+    for split in ("train", "test", "val"):
+        folders = sorted({file.split_folder for file in files if file.split == split})
+        if len(folders) > 1:
+            raise UserError(f"--source {path}: expected one folder for {split}, found {list_some(folders)}; remove one")
 
 
 def _decode(files: list[ImageFile], size: int | None, fit: images.Fit) -> list[np.ndarray]:
@@ -134,5 +141,6 @@ def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffi
     """The name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all images of CIFAR-10."""
     complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)
     if not complete or train.images.shape[1:] != (32, 32, 3):
-        return path.resolve().name.split(".")[0]
+        name = path.resolve().name.split(".")[0]
+        return f"images of {name}" if name.upper().startswith(RESERVED) else name
     return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"

@@ -1,4 +1,4 @@
-"""Decodes image files to RGB, and fits them to one size: the same for `data_prep prepare` and `runner predict`."""
+"""Decodes image files to RGB, and resizes them to one size: the same for `data_prep prepare` and `runner predict`."""
 
 import io
 from typing import TYPE_CHECKING, Literal
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # imported late, because option parsers import this module
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LARGEST_IMAGE = 64_000_000  # pixels; a larger image is refused before it is decoded
+MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 Fit = Literal["crop", "pad", "stretch"]
 
 
@@ -33,9 +33,10 @@ def decode(name: str, content: bytes) -> "Image.Image":
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > LARGEST_IMAGE:
-                raise UserError(f"{name}: {width}×{height} pixels; expected at most {LARGEST_IMAGE:,}; scale it down")
-            if getattr(image, "n_frames", 1) > 1:
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{name}: {width}×{height} pixels; expected at most {MAX_PIXELS:,}; scale it down")
+            # Cameras store previews as further pictures of a JPEG (MPO); the first is the photograph.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise UserError(f"{name}: expected one image, found an animation or several pages; save one of them")
             return _to_rgb(name, ImageOps.exif_transpose(image))
     except UserError:
@@ -54,14 +55,19 @@ def _to_rgb(name: str, image: "Image.Image") -> "Image.Image":
         raise UserError(f"{name}: expected 8 or 16 bits per channel, found floating-point pixels; convert it")
     if image.mode.startswith("I"):  # Pillow's conversion would set all values above 255 to white
         gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise UserError(f"{name}: expected 8 or 16 bits per channel, found values up to {gray.max()}; convert it")
+        low, high = gray.min(), gray.max()
+        if low < 0 or high > 65535:
+            raise UserError(f"{name}: expected 8 or 16 bits per channel, found values from {low} to {high}; convert it")
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     return image.convert("RGB")
 
 
 def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image":
-    """Scales an image to a size, bilinear: `crop` the center, `pad` with black, or `stretch`."""
+    """Returns an RGB image resized to a size, bilinear and antialiased; the same object if it has that size.
+
+    `crop` resizes the shorter side, then crops the center; `pad` resizes the longer side, then pads with black;
+    `stretch` ignores the aspect ratio.
+    """
     from PIL import Image, ImageOps
 
     size = (width, height)
@@ -70,5 +76,11 @@ def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image
     if how == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     if how == "pad":
-        return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color="black")
+        scale = min(width / image.width, height / image.height)  # ImageOps.pad fails on an image of one pixel's width
+        inner = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
+        )
+        padded = Image.new("RGB", size)
+        padded.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+        return padded
     return image.resize(size, Image.Resampling.BILINEAR)

@@ -20,7 +20,7 @@ from data_prep.images import Fit
 from data_prep.official import BY_SOURCE, CIFAR10, DATASETS, Official, load_splits
 from runner.common.console import progress
 from runner.common.errors import UserError
-from runner.common.files import sha256_of
+from runner.common.files import files_below, sha256_of
 
 CONNECT_TIMEOUT = 20.0  # seconds
 CIFAR10_CLASSES = CIFAR10.classes
@@ -36,7 +36,7 @@ def load(
     *,
     sha256: str | None = None,
     limit_per_class: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     downloads: Path = Path("downloads"),
     size: int | None = None,
     fit: Fit | None = None,
@@ -48,7 +48,7 @@ def load(
         sha256: expected SHA-256 of an archive. An archive in an official layout is parsed only if it has this hash
             or an official one.
         limit_per_class: use only the first images of each class in each split, up to this number.
-        seed: of the synthetic dataset.
+        seed: of the synthetic dataset, by default 0.
         downloads: folder of the downloaded official archive.
         size: fit the images of a folder, or of an archive of one, to this many pixels a side.
         fit: how to fit them, by default "crop".
@@ -63,7 +63,9 @@ def load(
         raise UserError(f"--fit {fit}: expected with --size, the pixels a side")
     if source == "synthetic":
         _refuse(source, sha256=sha256, size=size)
-        return _synthetic(seed, limit_per_class)
+        return _synthetic(seed or 0, limit_per_class)
+    if seed is not None:
+        raise UserError(f"--seed {seed}: expected with --source synthetic, the only one that is drawn; leave it out")
     path = Path(source)
     if source in BY_SOURCE:
         url = BY_SOURCE[source].url
@@ -189,7 +191,7 @@ def _from_folder(path: Path, sha256: str | None, size: int | None, fit: Fit | No
         if root.is_dir():
             _refuse(dataset.name, size=size)
             return _from_torchvision_root(path, root, dataset)
-    files = (file for file in sorted(path.rglob("*")) if not file.is_dir())
+    files = files_below(path)
     members = ((file.relative_to(path).as_posix(), file.read_bytes if file.is_file() else None) for file in files)
     return image_folder.load(path, members, {"kind": "image folder", "path": path.resolve().name}, size, fit)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.plan import ROOT, training_command
-from launch.request import with_stop_file
+from launch.request import job_environment, with_stop_file
 from launch.trials import Trial
 from runner.common.console import new_table
 from runner.common.errors import UserError
@@ -95,7 +95,7 @@ class Pool:
         process = subprocess.Popen(
             [sys.executable, *command, *with_stop_file(trial.words, stop_file)],
             cwd=ROOT,
-            env={**self.environ, **self._visible_gpu(slot)},
+            env={**job_environment(self.environ), **self._visible_gpu(slot)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.config.recipe import Experiment
+from runner.config.recipe import Experiment, Recipe
 
 ROOT = Path(__file__).parent.parent
 QUICK_SECONDS = 90  # of training and evaluating one experiment on the CPU
@@ -58,13 +58,12 @@ def quick_job(
         training_images, test_images: number of images in the splits.
         speeds: measured images per second in training on the CPU, by precision; used for the rule above.
     """
-    recipe = experiment.recipe
-    validation, options = recipe.validation, _device_options(resources)
-    if 2 * validation > training_images:  # a dataset much smaller than CIFAR-10 cannot hold out as many images
-        validation = training_images // 10
-        options = ("--recipe.validation", str(validation), *options)
+    recipe, options, changes = _fit_to(training_images, experiment.recipe)
+    experiment, options = replace(experiment, recipe=recipe), (*options, *_device_options(resources))
+    validation = recipe.validation
     if epochs is not None or resources.gpus:
-        return _job_of_epochs(experiment, resources, epochs or recipe.epochs, options)
+        job = _job_of_epochs(experiment, resources, epochs or recipe.epochs, options)
+        return replace(job, description=job.description + changes)
     precision = max(speeds, key=lambda name: speeds[name])
     images = QUICK_SECONDS * speeds[precision] - (validation + test_images) / BACKWARD_COST
     batches = (training_images - validation) / recipe.batch_size
@@ -76,8 +75,30 @@ def quick_job(
         f"{steps}-steps",
         launcher_for(resources),
         ("--recipe.epochs", "1", "--max-steps", str(steps), *options),
-        f"{planned}; the recipe has {recipe.epochs} epochs",
+        f"{planned}; the recipe has {recipe.epochs} epochs{changes}",
     )
+
+
+def _fit_to(training_images: int, recipe: Recipe) -> tuple[Recipe, tuple[str, ...], str]:
+    """Fits the images held out and the batch to a dataset much smaller than CIFAR-10.
+
+    Returns:
+        The recipe, the options that change it, and a description of the changes.
+    """
+    options: tuple[str, ...] = ()
+    changes = ""
+    if 2 * recipe.validation > training_images:
+        validation = training_images // 10
+        options += ("--recipe.validation", str(validation))
+        changes += f"; holds out {validation} images, not {recipe.validation:,}"
+        recipe = replace(recipe, validation=validation)
+    rest = training_images - recipe.validation
+    if recipe.batch_size > rest:
+        batch = 2 ** (rest.bit_length() - 1)
+        options += ("--recipe.batch-size", str(batch))
+        changes += f"; batches of {batch} images, not {recipe.batch_size}"
+        recipe = replace(recipe, batch_size=batch)
+    return recipe, options, changes
 
 
 def _job_of_epochs(experiment: Experiment, resources: Resources, epochs: int, options: tuple[str, ...]) -> Job:

@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from data_prep import beton, sources
+from data_prep.images import Fit
 from data_prep.manifest import SPLITS, Manifest
 from launch.plan import ROOT, Job, Resources, quick_job, training_command
 from runner import experiments
@@ -39,8 +43,12 @@ class Quickstart:
 
     source: str = "official"
     """`official` (downloads CIFAR-10; if that fails, uses the built-in synthetic set, with a clear warning),
-    `synthetic`, or the PATH of an archive or folder of images (see `python -m data_prep
-    prepare --help`)."""
+    `cifar100`, `synthetic`, or the PATH of an archive or folder of images (see `python -m data_prep prepare
+    --help`)."""
+    size: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Fit the images of a folder to this many pixels a side; without it, all must have one size."""
+    fit: Fit | None = None
+    """With --size: crop the center (by default), pad with black, or stretch."""
     experiments: tuple[str, ...] = DEFAULT_EXPERIMENTS
     """Names from `runner list`."""
     epochs: Count | None = None
@@ -74,7 +82,7 @@ class Pipeline:
         say(f"on {environment.find_hardware()}, {self.resources.gpus} GPUs; output in {out}")
         manifest, data = self.prepare()
         runs = out / "runs" / data.name
-        speeds = self.measure() if self.measures else {}
+        speeds = self.measure(manifest, out / f"speed-{data.name}.json") if self.measures else {}
         train, test = (manifest.splits[split].images for split in SPLITS)
         for name, experiment in self.experiments.items():
             job = quick_job(experiment, self.resources, self.options.epochs, train, test, speeds.get(name, {}))
@@ -85,7 +93,7 @@ class Pipeline:
         say(f"  data    {data}")
         for run in find_runs([runs]):
             say(f"  run     {run.folder}  (metrics, weights, figures, ONNX, engine, W&B files)")
-        say(f"  page    {page.absolute()}")
+        say(f"  page    {page}")
         if manifest.name == "synthetic-10" and self.options.source == "official":
             say(BANNER)
 
@@ -93,9 +101,13 @@ class Pipeline:
         """Prepares and checks the dataset; falls back to the synthetic set where the official one is unreachable."""
         self.announce(f"prepare {self.options.source}")
         try:
-            source = sources.load(self.options.source, downloads=DOWNLOADS.expanduser())
-            slug = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.options.source).name.split(".")[0])
+            options = self.options
+            source = sources.load(options.source, downloads=DOWNLOADS.expanduser(), size=options.size, fit=options.fit)
+            slug = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(options.source).name.split(".")[0])
+            slug += f"-{options.size}-{options.fit or 'crop'}" if options.size else ""
         except sources.SourceUnreachableError as error:
+            if self.options.source != "official":
+                raise
             say(str(error))
             say(BANNER)
             source, slug = sources.load("synthetic"), "synthetic"
@@ -107,21 +119,21 @@ class Pipeline:
         say(f"  {manifest.name}: {counts} images, fingerprint {manifest.fingerprint}")
         return manifest, data
 
-    def measure(self) -> dict[str, dict[str, float]]:
+    def measure(self, manifest: Manifest, file: Path) -> dict[str, dict[str, float]]:
         """Images per second in training, by experiment and precision; kept, so that a second call has the same plan."""
-        file = self.options.out / "speed.json"
         speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
         missing = [name for name in self.experiments if name not in speeds]
         precisions = "fp32,bf16" if self.resources.bf16 else "fp32"
         title = f"measure the training speed in {precisions.replace(',', ' and ')}"
         self.announce(title if missing else f"{title} (already done)")
         if missing:
+            height, width, _ = manifest.image_shape
+            argv = [precisions, len(manifest.classes), height, width, *missing]
             done = subprocess.run(
-                [sys.executable, "-m", "launch.speed", precisions, *missing],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                check=True,
+                [sys.executable, "-m", "launch.speed", *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, check=False
             )
+            if done.returncode != 0:
+                raise SystemExit(done.returncode)
             speeds |= json.loads(done.stdout)
             file.write_text(json.dumps(speeds))
         for name in self.experiments:

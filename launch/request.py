@@ -4,6 +4,7 @@ The words are made and checked here and run as they are. Only `--stop-file FILE`
 slurm/train.sbatch or by the local pool, because the file's name contains the number of the job or process.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args, get_type_hints
@@ -13,7 +14,7 @@ from runner import cli
 from runner.common.command_line import CommandLine, ParsedOption, options_of, parse_words
 from runner.common.errors import UserError
 from runner.config.train_config import TrainConfig
-from runner.run.folder import Run
+from runner.run.folder import Run, finished_run
 
 SET_BY_JOBS = {
     "--resume": "jobs and sweeps set --resume auto, which continues an interrupted run; leave it out",
@@ -45,6 +46,12 @@ def agent_options(data: Path, runs: Path, options: Sequence[str]) -> list[str]:
 def with_stop_file(words: Iterable[str], stop_file: Path) -> list[str]:
     """Appends the stop file to the words of a job, as slurm/train.sbatch does."""
     return [*words, "--stop-file", str(stop_file.absolute())]
+
+
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a job, which starts in the checkout: it can import what can be imported from here."""
+    paths = [str(Path.cwd()), *filter(None, [environ.get("PYTHONPATH")])]
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def parse_job(words: Sequence[str]) -> TrainConfig:
@@ -101,8 +108,8 @@ def check_batches(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
     records = records_of("train", images, config.recipe.validation)
     check_training(manifest, config.recipe, images if records is None else len(records), ranks)
     for option, folder in (("--teacher", config.teacher), ("--start-from", config.start_from)):
-        if folder and not Run(folder).record.is_file():
-            raise UserError(f"{option} {folder}: expected the folder of a finished run, found none; train it first")
+        if folder:
+            finished_run(option, folder)
 
 
 def check_models(config: TrainConfig, manifest: Manifest) -> None:

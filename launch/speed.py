@@ -1,4 +1,7 @@
-"""Measures how fast experiments train on the CPU: `python -m launch.speed PRECISIONS NAME...` prints JSON."""
+"""Measures how fast experiments train on the CPU, and prints JSON.
+
+python -m launch.speed PRECISIONS CLASSES HEIGHT WIDTH NAME...
+"""
 
 import json
 import sys
@@ -9,21 +12,23 @@ import torch
 import torch.nn.functional as F
 
 from runner import experiments
+from runner.common.console import run_command
 from runner.config.recipe import Experiment
 from runner.training import optim
+from runner.training.model import build_for
 
 BATCH = 32
 SECONDS = 1.0  # of measured steps, after one that is not measured
 
 
-def images_per_second(experiment: Experiment, precision: str) -> float:
-    """Training steps on random images of the recipe's size, with the experiment's optimizer."""
+def images_per_second(experiment: Experiment, precision: str, classes: int, size: tuple[int, int]) -> float:
+    """Training steps on random images of the dataset's classes and (height, width), with the experiment's optimizer."""
     torch.manual_seed(0)
-    model = experiment.architecture.build().to(memory_format=torch.channels_last).train()
+    size = (experiment.recipe.resize, experiment.recipe.resize) if experiment.recipe.resize else size
+    model = build_for(experiment.architecture, classes, (3, *size)).to(memory_format=torch.channels_last)
     optimizer = optim.build_optimizer(experiment.recipe.optimizer, model)
-    side = experiment.recipe.resize or 32
-    images = torch.randn(BATCH, 3, side, side).to(memory_format=torch.channels_last)
-    labels = torch.arange(BATCH) % 10
+    images = torch.randn(BATCH, 3, *size).to(memory_format=torch.channels_last)
+    labels = torch.arange(BATCH) % classes
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def step() -> None:
@@ -41,13 +46,20 @@ def images_per_second(experiment: Experiment, precision: str) -> float:
     return BATCH * steps / seconds
 
 
-def main(precisions: str, *names: str) -> None:
+def main(precisions: str, classes: str, height: str, width: str, *names: str) -> None:
     """Prints images per second, by experiment and precision."""
-    speeds = {
-        name: {precision: images_per_second(experiments.get(name), precision) for precision in precisions.split(",")}
-        for name in names
-    }
-    print(json.dumps(speeds))
+    size = (int(height), int(width))
+
+    def measure() -> dict[str, dict[str, float]]:
+        return {
+            name: {
+                precision: images_per_second(experiments.get(name), precision, int(classes), size)
+                for precision in precisions.split(",")
+            }
+            for name in names
+        }
+
+    print(json.dumps(run_command(lambda: measure, "quickstart")))
 
 
 if __name__ == "__main__":

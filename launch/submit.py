@@ -14,10 +14,12 @@ import tyro
 
 from data_prep import manifest as manifests
 from launch.plan import ROOT
-from launch.request import check_batches, check_models, job_options, parse_job
+from launch.request import check_batches, check_models, job_environment, job_options, parse_job
+from launch.trials import check_same
 from runner.common.command_line import Flag
 from runner.common.errors import UserError
 from runner.config.recipe import Count
+from runner.run.folder import Run
 
 SECRETS = ("WANDB_API_KEY",)  # SLURM stores a job's environment in files
 
@@ -109,6 +111,8 @@ class Submit:
         words = [self.experiment, *job_options(self.data, self.runs, options)]
         config, manifest = parse_job(words), manifests.read(self.data)
         command = self.command(words)
+        for seed, name in config.run_names().items() if not config.resume_anyway else ():
+            check_same(Run(self.runs / self.experiment / name), seed, config, manifest.fingerprint)
         if not self.dry_run:
             require_sbatch(environ)  # before the checks that take seconds
         check_batches(config, manifest, self.slurm.ranks)
@@ -171,7 +175,7 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
         (runs / "slurm").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    public = {name: value for name, value in environ.items() if name not in SECRETS}
+    public = {name: value for name, value in job_environment(environ).items() if name not in SECRETS}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=public, check=False)
     if result.returncode != 0:
         raise UserError(f"sbatch refused: {result.stderr.strip()}")

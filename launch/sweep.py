@@ -116,7 +116,7 @@ class Sweep:
             wandb_sweep.write(self.as_wandb_sweep, definition, len(trials))
             return
         for trial in trials:
-            check_same(trial, manifest.fingerprint)
+            check_same(trial.run, trial.config.all_seeds[0], trial.config, manifest.fingerprint)
         states = self.states(trials)
         missing = [trial for trial in trials if states[trial.id] not in NOT_TO_TRAIN]
         if self.on == "slurm" and missing and not self.dry_run:

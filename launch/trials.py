@@ -120,22 +120,24 @@ def _matching(name: str, modules: tuple[str, ...]) -> list[str]:
     return [name]
 
 
-def check_same(trial: Trial, fingerprint: str) -> None:
-    """Checks that a run.json in the trial's folder is of the same training.
+def check_same(run: Run, seed: int, config: TrainConfig, fingerprint: str) -> None:
+    """Checks that a run.json in the run's folder is of the same training.
 
     Args:
-        trial: the trial.
+        run: of the job or trial.
+        seed: of this run.
+        config: the training that is requested.
         fingerprint: of the dataset to train on.
 
     Raises:
         UserError: the folder holds a different training.
     """
-    if not trial.run.record.is_file():
+    if not run.record.is_file():
         return
-    recorded, config = trial.run.config(), trial.config
+    recorded = run.config()
     options = _other_options(config)
     pairs = {
-        "seed": (config.all_seeds[0], recorded.seed),
+        "seed": (seed, recorded.seed),
         "recipe": (config.recipe, recorded.recipe),
         "architecture": (config.architecture, recorded.architecture),
         "max-steps": (config.max_steps, recorded.max_steps),
@@ -148,7 +150,7 @@ def check_same(trial: Trial, fingerprint: str) -> None:
     if options["deterministic"]:
         pairs["deterministic"] = (True, recorded.deterministic)
     if different := [key for key, (expected, actual) in pairs.items() if _json(expected) != _json(actual)]:
-        raise UserError(f"{trial.run.folder}: holds a training with another {', '.join(different)}; choose a --name")
+        raise UserError(f"{run.folder}: holds a training with another {', '.join(different)}; choose a --name")
 
 
 def _json(value: Any) -> bytes:

@@ -161,7 +161,7 @@ def test_validation_images_are_held_out_of_training(small_data: Path, loader: st
     everything = torch.from_numpy(opened(small_data).images.numpy())
     validation = opened(small_data, split="validation", recipe=recipe, loader=loader)
     training = opened(small_data, recipe=recipe, loader=loader)
-    assert (validation.samples, training.samples) == (100, 400)
+    assert (validation.num_images, training.num_images) == (100, 400)
     seen = torch.cat([images for images, _ in validation.epoch(0)])
     mean, std = (torch.tensor(values) for values in normalization(open_manifest(small_data), recipe))
     expected = (everything[held_out].float() - mean) / std
@@ -413,7 +413,7 @@ def test_evaluation_sees_every_image_once(small_data: Path, world: int) -> None:
     seen = []
     for rank in range(world):
         batches = opened(small_data, rank, world, "test")
-        seen += [i for step in range(len(batches)) for i in range(*batches.slice_of(step).indices(batches.samples))]
+        seen += [i for step in range(len(batches)) for i in range(*batches.slice_of(step).indices(batches.num_images))]
     assert sorted(seen) == list(range(200))
 
 
@@ -438,7 +438,7 @@ def test_a_dataset_other_than_the_runs_is_refused(small_data: Path, data: Path) 
     prepared = manifest.read(small_data)
     dataset = replace(CONFIG.dataset, name=prepared.name, fingerprint=prepared.fingerprint, folder=str(small_data))
     config = config_of(recipe=RECIPE, dataset=dataset)
-    assert open_test_of_run(config, None, CPU).samples == 200
+    assert open_test_of_run(config, None, CPU).num_images == 200
     with pytest.raises(UserError, match="expected the dataset of the run"):
         open_test_of_run(config, data, CPU)
 

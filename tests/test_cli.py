@@ -173,6 +173,11 @@ BAD = {
     "no run": ("runner export {empty}", "run.json"),
     "no runs": ("runner report {empty} --out {new}", "found none"),
     "no gpu": ("runner eval {run} --device cuda", "found 0"),
+    "fp16 on the CPU": (
+        "runner train tiny --data {data} --runs {new} --precision fp16 --device cpu",
+        "--precision fp16: expected a GPU, found --device cpu",
+    ),
+    "fp16 without a GPU": ("runner train tiny --data {data} --runs {new} --precision fp16", "expected a GPU"),
     "not exported": ("runner bench {run}", "runner export"),
     "too many threads": ("runner bench {run} --threads 100000", "usable cores"),
     "too long a wait": ("runner train tiny --data {data} --runs {new} --hang-timeout 1e300", "--hang-timeout"),

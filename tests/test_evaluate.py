@@ -4,19 +4,23 @@ import pytest
 import torch
 
 from runner.config.recipe import SGD, Recipe
-from runner.data.open import RankInfo, open_manifest, open_split
+from runner.data.open import EVALUATION_BATCH, RankInfo, open_manifest, open_split
 from runner.training.evaluate import Evaluation, evaluate
 from tests.support.models.tiny import Tiny
 
 RECIPE = Recipe(1, 50, SGD(0.1))
 
 
-def batches(data: Path, rank: int = 0, world: int = 1):
-    return open_split(data, open_manifest(data), "test", RECIPE, RankInfo(torch.device("cpu"), rank, world))
+def batches(data: Path, rank: int = 0, world: int = 1, loader: str = "resident"):
+    return open_split(data, open_manifest(data), "test", RECIPE, RankInfo(torch.device("cpu"), rank, world, loader))
 
 
-@pytest.mark.parametrize("world", [3, 7])
-def test_the_sum_over_ranks_matches_a_single_process(small_data: Path, world: int) -> None:
+@pytest.mark.parametrize("loader", ["resident", "streaming"])
+@pytest.mark.parametrize(("world", "batch"), [(3, 50), (7, 50), (3, 199)], ids=["3", "7", "a last batch of 1"])
+def test_the_sum_over_ranks_matches_a_single_process(
+    small_data: Path, world: int, batch: int, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVALUATION_BATCH, "cpu", batch)
     torch.manual_seed(0)
     model = Tiny(norm=True)
     tables = []
@@ -26,11 +30,25 @@ def test_the_sum_over_ranks_matches_a_single_process(small_data: Path, world: in
         return sum(tables) if len(tables) == world else torch.ones_like(table)
 
     for rank in range(world):
-        result = evaluate(model, batches(small_data, rank, world), 10, all_reduce)
+        result = evaluate(model, batches(small_data, rank, world, loader), 10, all_reduce)
     single = evaluate(model, batches(small_data), 10)
     assert torch.allclose(result.logits, single.logits, atol=1e-5)
     assert torch.equal(result.labels, single.labels)
-    assert single.images == 200
+    assert single.num_images == 200
+    assert model.training
+
+
+def test_an_empty_slice_has_no_images(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last batch of one image on three ranks: two of them have none."""
+    monkeypatch.setitem(EVALUATION_BATCH, "cpu", 199)
+    streams = [batches(small_data, rank, 3, "streaming") for rank in range(3)]
+    assert [[len(labels) for _, labels in stream.epoch(0)][-1] for stream in streams] == [0, 0, 1]
+
+
+def test_the_mode_is_restored_after_an_error(small_data: Path) -> None:
+    model = Tiny()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, batches(small_data), 10, advance=lambda amount: 1 / 0)
     assert model.training
 
 

@@ -59,6 +59,13 @@ def test_sixteen_bits_of_gray_are_scaled() -> None:
     np.testing.assert_array_equal(decoded, np.stack([expected] * 3, axis=2))
 
 
+def test_a_photograph_with_a_preview_is_the_photograph() -> None:
+    """Cameras append previews to a JPEG file (MPO)."""
+    content = encoded(drawn(1, 16, 16), "MPO", save_all=True, append_images=[drawn(0, 16, 16)])
+    decoded, alone = images.decode("x", content), images.decode("x", encoded(drawn(1, 16, 16), "JPEG"))
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(alone))
+
+
 def test_images_are_upright() -> None:
     image = drawn(0, 8, 4)
     exif = Image.Exif()
@@ -85,7 +92,7 @@ def test_color_modes_are_converted(mode: str) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x: not a readable image (expected PNG"),
         (encoded(Image.new("1", (20_000, 20_000))), "x: 20000×20000 pixels; expected at most 64,000,000"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point pixels"),
-        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found values up to 70000"),
+        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found values from 70000 to 70000"),
         (encoded(drawn(0), "GIF", save_all=True, append_images=[drawn(1)]), "found an animation"),
     ],
 )
@@ -116,6 +123,12 @@ def test_images_are_fit_to_a_size(fit: images.Fit) -> None:
     assert pixels.shape == (32, 32, 3)
     red, black = (pixels[16, :, 1] < 128).sum(), (pixels == 0).all(2).sum()
     assert (int(red), int(black)) == {"crop": (0, 0), "pad": (8, 512), "stretch": (8, 0)}[fit]
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.sampled_from(["crop", "pad", "stretch"]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_size_is_fit_to_any_other(width: int, height: int, side: int, fit: images.Fit) -> None:
+    assert images.fit(Image.new("RGB", (width, height), "white"), side, side, fit).getextrema() != ((0, 0),) * 3
 
 
 # --- folders --------------------------------------------------------------------------------------------

@@ -40,6 +40,16 @@ def test_the_cpu_trains_as_many_steps_as_the_measured_speed_allows_up_to_an_epoc
     assert cpu_job("merabishvili", images=130, fp32=1e6).name == "1-steps"
 
 
+def test_a_small_dataset_changes_what_is_held_out_and_the_batch_and_says_so() -> None:
+    job = cpu_job("podeti-resnet18", images=100, fp32=1e6)
+    changes = ("--recipe.validation", "10", "--recipe.batch-size", "64")
+    assert job.options[4:8] == changes
+    assert job.description.endswith("; holds out 10 images, not 5,000; batches of 64 images, not 128")
+    whole = quick_job(ALL["podeti-resnet18"], Resources(1, 8), 2, 100, 10, {})
+    assert whole.options[2:6] == changes
+    assert whole.description.endswith("not 128")
+
+
 def test_requested_epochs_override_the_plan() -> None:
     job = quick_job(ALL["merabishvili"], Resources(0, 2, bf16=True), 3, 50_000, 10_000, {})
     assert job.options == ("--recipe.epochs", "3", "--device", "cpu", "--precision", "bf16")

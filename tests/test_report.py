@@ -291,7 +291,8 @@ def test_outputs_that_cannot_be_written_are_refused_first(
 )
 def test_reproduced_is_of_the_reported_split_and_epoch(runs: Path, on: str, epoch: str, expected: float) -> None:
     record = collect.read(Run(runs / "tiny" / "seed-0"))
-    config = msgspec.structs.replace(record.config, reported=Reported(0.5, on, epoch, "x"))
+    cifar10 = msgspec.structs.replace(record.config.dataset, name="CIFAR-10 (JPEG copy)")
+    config = msgspec.structs.replace(record.config, reported=Reported(0.5, on, epoch, "x"), dataset=cifar10)
     summary = msgspec.structs.replace(
         record.summary,
         test_accuracy=0.5,
@@ -301,6 +302,9 @@ def test_reproduced_is_of_the_reported_split_and_epoch(runs: Path, on: str, epoc
     )
     assert collect.reproduced(replace(record, config=config, summary=summary)) == expected
     assert collect.reproduced(replace(record, config=config, summary=None)) is None
+    for changes in ({"name": "CIFAR-100"}, {"name": "synthetic-10"}, {"source": {"limit_per_class": 100}}):
+        other = msgspec.structs.replace(config, dataset=msgspec.structs.replace(cifar10, **changes))
+        assert collect.reproduced(replace(record, config=other, summary=summary)) is None
 
 
 def test_a_report_imports_no_torch(runs: Path, tmp_path: Path) -> None:

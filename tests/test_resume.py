@@ -15,10 +15,21 @@ from runner.common.files import sha256_of
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Resumed
-from runner.training import checkpoint, session
+from runner.training import checkpoint
 from tests.support import wandb_file
 from tests.support.compare import assert_same_run, weights
-from tests.support.processes import ENDING, TINY, launch, runner, start_ranks, wait_for_step
+from tests.support.processes import (
+    ENDING,
+    ROOT,
+    TINY,
+    launch,
+    python,
+    runner,
+    start,
+    start_ranks,
+    wait_for_step,
+    wait_until,
+)
 
 LIVES = (  # how each but the last ends; "last" is the last rank
     "train 12 last SIGKILL",  # in the middle of an epoch
@@ -87,16 +98,28 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
     assert "stopped at step 5" in interrupted.stderr
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not the first one, handed on by the launcher."""
-    with session.stop_requests(tmp_path / "stop") as should_stop:
-        assert not should_stop()
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        assert should_stop()
-        monkeypatch.setattr(session, "SAME_INTERRUPT", -1.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+SECOND_CTRL_C = """
+import signal
+from pathlib import Path
+from runner.training import session
+
+with session.stop_requests(Path("stop")) as should_stop:
+    assert not should_stop()
+    for name in ("SIGTERM", "SIGINT", "SIGINT"):  # the launcher hands the first Ctrl-C on
+        signal.raise_signal(getattr(signal, name))
+    print(should_stop(), flush=True)
+    session.SAME_INTERRUPT = -1.0
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        print("goes on", flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    done = python("-c", SECOND_CTRL_C, PYTHONPATH=str(ROOT), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "True\n")
+    assert done.stderr.splitlines()[-1] == "runner: interrupted"
 
 
 @pytest.mark.processes
@@ -109,6 +132,20 @@ def test_ctrl_c_stops_all_ranks_with_a_checkpoint(small_data: Path, tmp_path: Pa
         _, stderr = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "stopped at step" in stderr
+
+
+@pytest.mark.processes
+def test_ctrl_c_stops_one_process_with_a_checkpoint(small_data: Path, tmp_path: Path) -> None:
+    """Although accelerate's launcher of one process does not wait for it."""
+    launcher = ["accelerate.commands.launch", "--config_file", ROOT / "launch/one_process.yaml", "-m", "runner"]
+    words = arguments(small_data, tmp_path, "--device", "cpu", "--precision", "fp32")
+    run = Run(tmp_path / "ending" / "seed-0")
+    with start(*launcher, *words, END="train 4 0 SLEEP1") as process:
+        wait_for_step(run.folder, 3)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(240)
+        wait_until(lambda: run.state() != "running")
+    assert run.state() == "stopped"
 
 
 @pytest.mark.processes

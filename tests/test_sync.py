@@ -1,5 +1,6 @@
 """`runner sync` and online training against a mock of W&B's server: each row arrives once, also after failures."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from runner.common.errors import UserError
 from runner.common.files import write
 from runner.run.folder import Run
 from runner.run.metrics import line_of, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
+from runner.tracking.wandb_sync import best_run
 from tests.support.processes import ENDING, Running, runner, start, wait_for_step
 from tests.support.wandb_server import Server, end_clients
 
@@ -122,6 +125,44 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
     shutil.rmtree(run.folder / "wandb")
     assert sync(server, run.folder).returncode == 0
     assert len(server.artifacts) == count
+
+
+def sibling(run: Run, name: str, accuracy: float, **changes: object) -> Run:
+    """A copy of a run beside it with another test accuracy; `changes` are of its summary."""
+    other = Run(shutil.copytree(run.folder, run.folder.with_name(name)))
+    write(other.summary, msgspec.structs.replace(other.read_summary(), test_accuracy=accuracy, **changes))
+    return other
+
+
+def test_the_best_run_is_that_of_all_runs_beside_it(run: Run) -> None:
+    assert best_run(run) == run.folder
+    better, worse = sibling(run, "better", 1.0), sibling(run, "worse", 0.0)
+    assert {best_run(one) for one in (run, better, worse)} == {better.folder}
+    damaged = sibling(run, "damaged", 1.0)
+    damaged.summary.write_text("{}")
+    assert best_run(run) == better.folder
+    with pytest.raises(UserError, match=r"summary\.json"):
+        best_run(damaged)
+    sibling(run, "held-out", 0.0, validation_images=10, best_validation_accuracy=1.0)
+    assert best_run(run) is None, "test and validation accuracy were compared"
+
+
+def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) -> None:
+    (damaged, training) = (sibling(run, name, 0.0) for name in ("damaged", "training"))
+    damaged.record.write_text("[1]")
+    training.summary.unlink()
+    shutil.rmtree(sibling(run, "no-weights", 0.0).checkpoints)
+    with training.lock.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = sync(server, run.folder.parent)
+    assert done.returncode == 2
+    outcomes = {Path(one["run"]).name: one.get("reason", "") for one in json.loads(done.stdout)}
+    assert outcomes.pop("seed-0") == ""
+    assert "run.json" in outcomes["damaged"]
+    assert "still training" in outcomes["training"]
+    assert "expected the weights" in outcomes["no-weights"]
+    assert all(f"{name}: not uploaded: " in done.stderr for name in outcomes)
+    assert list(server.runs) == [run.config().wandb_id]
 
 
 def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None:

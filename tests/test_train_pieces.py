@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import MetricRow
 from runner.training import checkpoint
-from runner.training.evaluate import Evaluation, views_of
+from runner.training.evaluate import Evaluation, augmented_views
 from runner.training.loop import Data, TrainResult, split, train
 from runner.training.loss import make_loss
 from runner.training.model import build_model, prunable
@@ -147,12 +148,13 @@ def test_test_time_augmentation_is_reported_apart(trained) -> None:
 
 def test_views() -> None:
     images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
-    assert len(views_of(images, "none")) == 1
-    same, mirrored = views_of(images, "flip")
+    assert len(augmented_views(images, "none")) == 1
+    (half, same), (_, mirrored) = augmented_views(images, "flip")
+    assert half == 0.5
     assert torch.equal(same, images)
     assert torch.equal(mirrored[..., 0], images[..., 3])
-    views = views_of(images, "flip-shift")
-    assert len(views) == 6
+    weights, views = zip(*augmented_views(images, "flip-shift"), strict=True)
+    assert weights == (0.25, 0.25, *[0.125] * 4)
     assert torch.equal(views[2][:, :, 1:, 1:], images[:, :, :-1, :-1])
     assert torch.equal(views[4][:, :, :-1, :-1], images[:, :, 1:, 1:])
 
@@ -321,7 +323,11 @@ def test_a_run_names_its_teacher_and_its_start(train, tiny_run: Path, tmp_path: 
     config = train("tiny", *words).run.config()
     for origin in (config.teacher, config.started_from):
         assert (origin.experiment, origin.checkpoint, len(origin.sha256)) == ("tiny", "step-16", 64)
-    train("tiny", "--teacher", tmp_path / "nowhere", runs=tmp_path / "x", expect=2)
+    half = shutil.copytree(tiny_run, tmp_path / "half", ignore=shutil.ignore_patterns("summary.json", "lock"))
+    for option in ("--teacher", "--start-from"):
+        for folder, found in ((tmp_path / "nowhere", "none"), (half, "one that is crashed")):
+            refused = train("tiny", option, folder, runs=tmp_path / "x", expect=2)
+            assert f"expected the folder of a finished run, found {found}" in refused.stderr
     assert not (tmp_path / "x").exists()
 
 

@@ -1,6 +1,7 @@
 """`runner sync`: uploads run folders to W&B."""
 
 import dataclasses
+import sys
 from collections.abc import MutableMapping
 
 from runner.commands.options import Flag, RunFolders
@@ -19,6 +20,7 @@ class Sync:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         import msgspec
 
+        from runner.common.console import EXIT_BAD_INPUT
         from runner.run.folder import find_runs
         from runner.tracking import wandb_sync
         from runner.tracking.tracker import has_key
@@ -29,8 +31,12 @@ class Sync:
         if not has_key(environ):
             raise UserError("W&B: no key in WANDB_API_KEY or ~/.netrc; expected one, from: wandb login")
         synced = wandb_sync.sync(runs, environ)
+        for one in synced:
+            if one.reason:
+                print(f"runner: {one.run}: not uploaded: {one.reason}", file=sys.stderr)
+            elif not self.json:
+                print(f"{one.run}: uploaded, {one.rows} new rows" if one.new else f"{one.run}: nothing new")
         if self.json:
             print(msgspec.json.encode(synced).decode())
-            return
-        for one in synced:
-            print(f"{one.run}: {one.rows} new rows" if one.new else f"{one.run}: nothing new")
+        if any(one.reason for one in synced):
+            raise SystemExit(EXIT_BAD_INPUT)

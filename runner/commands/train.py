@@ -48,4 +48,4 @@ def draw_figures(
 
     arrays = test.arrays()
     figures.write_mistakes(run, read_images(figures.mistakes_of(arrays["logits"], arrays["labels"])))
-    figures.draw(run, config, test.confusion, read_images(figures.samples_of(test.images)))
+    figures.draw(run, config, test.confusion, read_images(figures.samples_of(test.num_images)))

@@ -21,6 +21,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Returns all files below a folder, sorted, also those in symbolic links to folders, if these are not above it."""
+    found = []
+    for root, names, files in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in files]
+        here = Path(root).resolve()
+        names[:] = [name for name in names if not here.is_relative_to(Path(root, name).resolve())]
+    return sorted(found)
+
+
 def read(path: Path, kind: type[T]) -> T:
     """Reads a JSON file into a struct or dataclass.
 

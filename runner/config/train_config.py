@@ -105,6 +105,7 @@ class TrainConfig:
         if self.seed is not None and self.seeds:
             raise UserError(f"--seed {self.seed} and --seeds: expected one of them")
         check_limits(self)
+        check_precision(self.precision, self.device)
         if self.resume not in ("auto", "never") and len(self.all_seeds) > 1:
             raise UserError(f"--resume {self.resume}: expected auto or never with several seeds")
         if self.overwrite and self.resume != "never":
@@ -118,6 +119,12 @@ class TrainConfig:
             check_name(name)
         check_recipe(self.recipe)
         return experiments.get(self.experiment, self.experiments_from)
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raises UserError for fp16 on the CPU, which accelerate would train in fp32."""
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16: expected a GPU, found --device cpu; choose bf16 or fp32")
 
 
 def check_name(name: str) -> None:

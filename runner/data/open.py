@@ -24,7 +24,7 @@ class Batches(Protocol):
     """This rank's slices of the global batches of a split. Their union does not depend on the number of ranks."""
 
     @property
-    def samples(self) -> int:
+    def num_images(self) -> int:
         """Images in the split."""
         ...
 

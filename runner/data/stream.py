@@ -79,17 +79,17 @@ class BatchStream(ABC):
         return other
 
     @property
-    def samples(self) -> int:
+    def num_images(self) -> int:
         """The number of images in the split."""
         return len(self.labels)
 
     def __len__(self) -> int:
-        full, remainder = divmod(self.samples, self.options.batch_size)
+        full, remainder = divmod(self.num_images, self.options.batch_size)
         return full if self.options.drop_last or remainder == 0 else full + 1
 
     def size_of(self, step: int) -> int:
         """The number of images in global batch `step`, over all ranks."""
-        return min(self.options.batch_size, self.samples - step * self.options.batch_size)
+        return min(self.options.batch_size, self.num_images - step * self.options.batch_size)
 
     def slice_of(self, step: int) -> slice:
         """The positions of this rank's part of global batch `step` in the epoch's order."""
@@ -100,8 +100,8 @@ class BatchStream(ABC):
     def order_of(self, epoch: int) -> np.ndarray:
         """The order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
         if self.options.training:
-            return order.epoch_order(self.samples, self.options.seed, epoch)
-        return np.arange(self.samples)
+            return order.epoch_order(self.num_images, self.options.seed, epoch)
+        return np.arange(self.num_images)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields this rank's images (n, 3, H, W) float32 and targets of each global batch; see Batches."""
@@ -124,7 +124,7 @@ class BatchStream(ABC):
 
     def first_images(self, count: int) -> torch.Tensor:
         """The first `count` images of the split as in evaluation, (count, 3, H, W) float32."""
-        return self.clean_images(np.arange(min(count, self.samples)))
+        return self.clean_images(np.arange(min(count, self.num_images)))
 
     def clean_images(self, samples: np.ndarray) -> torch.Tensor:
         """The images of `samples` (n,) as in evaluation, without augmentation: (n, 3, H, W) float32, normalized."""

@@ -1,7 +1,8 @@
 """Streams a split from disk through FFCV's Loader during training, for splits that do not fit on the device.
 
-FFCV reads ahead and decodes. Order, augmentation and ranks come from BatchStream, so the batches are bit-identical to
-those of the resident loader: FFCV's own order pads and depends on the ranks, its augmentation on the workers.
+FFCV reads ahead and decodes. Order, augmentation and ranks come from BatchStream, so that the batches are bit-identical
+to those of the resident loader. FFCV's own order pads the epoch and depends on the number of ranks, and its
+augmentation depends on the number of workers, so neither is used.
 """
 
 import queue
@@ -56,25 +57,31 @@ class StreamingBatches(BatchStream):
             raise UserError(f"--workers {workers}: expected 1 to {cores}, the usable cores")
         super().__init__(labels, options)
         if self.device.type == "cpu":
-            crop.load_loop()
+            crop.load_loop()  # must be compiled before FFCV starts threads
         self.path, self.workers, self.records = path, workers, records
-        self.loader: Any = None  # compiled at the first epoch
+        self.loader: Any = None  # compiled at the first read
 
     def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Reads the samples in order and splits them into batches."""
-        if not sizes:
+        """Yields the images (n, H, W, 3) uint8 of each batch and arange(n), both on the device."""
+        if len(samples) == 0:  # FFCV cannot read an empty epoch
+            empty = torch.empty((0, *self.options.side, 3), dtype=torch.uint8, device=self.device)
+            yield from ((empty, torch.arange(0, device=self.device)) for _ in sizes)
             return
         with cpu.torch_threads_kept():
             loader = self._ffcv_loader()
             loader.traversal_order.samples = samples if self.records is None else self.records[samples]
             chunks = _iterate_with_timeout(iter(loader), self.path)
-        buffered: list[torch.Tensor] = []
+        images = torch.empty((0, *self.options.side, 3), dtype=torch.uint8)
         for size in sizes:
+            buffered = [images]
             while sum(map(len, buffered)) < size:
-                buffered.append(next(chunks).clone())  # FFCV reuses its buffers
-            images = torch.cat(buffered) if len(buffered) != 1 else buffered[0]
-            buffered = [images[size:]] if len(images) > size else []
+                chunk = next(chunks, None)
+                if chunk is None:
+                    raise ReaderError(f"{self.path}: FFCV's reader ended before the last batch")
+                buffered.append(chunk.clone())  # FFCV reuses its buffers
+            images = torch.cat(buffered) if len(buffered) > 1 else images
             yield images[:size].to(self.device), torch.arange(size, device=self.device)
+            images = images[size:]
 
     def _ffcv_loader(self) -> Any:
         """FFCV's Loader, created and compiled once."""
@@ -108,20 +115,24 @@ class StreamingBatches(BatchStream):
         return self.loader
 
 
-def _iterate_with_timeout(iterator: Any, path: Path) -> Iterator[torch.Tensor]:
-    """Yields the batches of FFCV's iterator, (n, H, W, 3) uint8 in its buffers, each within BATCH_TIMEOUT.
+def _iterate_with_timeout(epoch_iterator: Any, path: Path) -> Iterator[torch.Tensor]:
+    """Yields FFCV's batches, (n, H, W, 3) uint8, as views of its reused buffers: copy one before the next is read.
 
     FFCV's `next` waits forever on a queue that a dead thread never fills; this waits on the same queue with a limit.
+
+    Raises:
+        ReaderError: the reader died, or a batch takes longer than BATCH_TIMEOUT.
     """
     try:
         while True:
             deadline = time.monotonic() + BATCH_TIMEOUT
             while True:
+                alive = epoch_iterator.is_alive()  # asked first, because its last batch may come before it ends
                 try:
-                    item = iterator.output_queue.get(timeout=0.5)
+                    item = epoch_iterator.output_queue.get(timeout=0.5)
                     break
                 except queue.Empty:
-                    if not iterator.is_alive():
+                    if not alive:
                         raise ReaderError(f"{path}: FFCV's reader died; see its message above") from None
                     if time.monotonic() > deadline:
                         raise ReaderError(
@@ -132,4 +143,4 @@ def _iterate_with_timeout(iterator: Any, path: Path) -> Iterator[torch.Tensor]:
             _, (images,) = item
             yield torch.from_numpy(np.asarray(images))
     finally:
-        iterator.close()
+        epoch_iterator.close()

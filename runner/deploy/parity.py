@@ -104,7 +104,7 @@ def compare(
             f"and are built by: runner engine {run.folder}"
         )
         raise UserError("; ".join(entry.reason for entry in not_scored) or message)
-    with progress("score model and exports", (1 + len(candidates)) * batches.samples) as advance:
+    with progress("score model and exports", (1 + len(candidates)) * batches.num_images) as advance:
         model = checkpoint.load_model(run).to(device)
         baseline = evaluate(model, batches, classes, advance=advance)
         images = next(iter(batches.epoch(0)))[0][:CULPRIT_IMAGES]
@@ -124,7 +124,7 @@ def compare(
     report = ParityReport(
         run=str(run.folder),
         dataset=config.dataset.name,
-        images=baseline.images,
+        images=baseline.num_images,
         eager_accuracy=baseline.accuracy,
         hardware=environment.find_hardware(),
         versions=environment.find_versions("tensorrt", "tensorrt-rtx"),
@@ -233,7 +233,7 @@ def _row(
         precision=file.precision,
         front_end=file.front_end,
         provider=candidate.provider,
-        classes_predicted=measured.classes_predicted,
+        classes_predicted=measured.num_predicted_classes,
         culprit=None if scores.passed else find_culprit(run, candidate, images, device),
         place=this_machine(),
     )
@@ -253,7 +253,7 @@ def _compare_scores(precision: Precision, baseline: Evaluation, measured: Evalua
     difference = (baseline.logits - measured.logits).abs().max().item()
     finite = bool(measured.logits.isfinite().all())
     return Scores(
-        images=measured.images,
+        images=measured.num_images,
         accuracy=measured.accuracy,
         accuracy_change=change,
         agreement=agreement,
@@ -345,8 +345,8 @@ class _RawBatches(Batches):
         self.stream = stream
 
     @property
-    def samples(self) -> int:
-        return self.stream.samples
+    def num_images(self) -> int:
+        return self.stream.num_images
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -358,7 +358,7 @@ class _RawBatches(Batches):
         return self.stream.slice_of(step)
 
     def first_images(self, count: int) -> torch.Tensor:
-        return next(self._read([np.arange(min(count, self.samples))]))[0]
+        return next(self._read([np.arange(min(count, self.num_images))]))[0]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = self.stream.order_of(epoch)

@@ -176,7 +176,7 @@ def calibration_images(run: Run, data: Path | None, count: int) -> np.ndarray:
     from runner.data.open import open_train_of_run
 
     stream = open_train_of_run(run.config(), data, torch.device("cpu"))
-    if not 1 <= count <= stream.samples:
-        raise UserError(f"--calibration {count}: expected 1 to {stream.samples:,}, the number of training images")
-    samples = order.epoch_order(stream.samples, 0, 0)[:count]  # shuffled, because a file may be sorted by class
+    if not 1 <= count <= stream.num_images:
+        raise UserError(f"--calibration {count}: expected 1 to {stream.num_images:,}, the number of training images")
+    samples = order.epoch_order(stream.num_images, 0, 0)[:count]  # shuffled, because a file may be sorted by class
     return stream.clean_images(samples).contiguous().numpy()

@@ -88,7 +88,7 @@ def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
     paths, unused = [], []
     for path in images:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if not file.is_dir())
+            found = files.files_below(path)
             paths += [file for file in found if file.suffix.lower() in SUFFIXES]
             unused += [str(file) for file in found if file.suffix.lower() not in SUFFIXES]
         elif path.is_file():

@@ -355,18 +355,14 @@ def row(record: RunRecord) -> Row:
     )
 
 
-def is_cifar10(dataset: str) -> bool:
-    """Whether a dataset of this name is CIFAR-10 or a copy of it, such as "CIFAR-10 (JPEG copy)"."""
-    return dataset == "CIFAR-10" or dataset.startswith("CIFAR-10 ")
-
-
 def reproduced(record: RunRecord) -> float | None:
     """The accuracy that corresponds to the paper's: on the same split, of the same epoch, in 0..1.
 
-    None if the paper reports none, the run is unfinished, or it held out no validation images.
+    None if the paper reports none, the dataset is not all of CIFAR-10, the run is unfinished, or it held out no
+    validation images.
     """
     reported, summary = record.config.reported, record.summary
-    if reported is None or summary is None:
+    if reported is None or summary is None or not record.config.dataset.is_cifar10:
         return None
     best = "best" in reported.epoch
     if reported.on == "validation":
@@ -436,7 +432,7 @@ def outcome(group: list[RunRecord]) -> Outcome:
     mean = statistics.mean(reproductions) if reproductions else None
     unchanged = not (first.teacher or first.started_from or first.overrides)
     difference = None
-    if first.reported and mean is not None and not group[0].incomplete and unchanged and is_cifar10(first.dataset):
+    if first.reported and mean is not None and not group[0].incomplete and unchanged:
         difference = mean - first.reported.accuracy
     seeds = sorted({row.seed for row in rows})
     several = len(seeds) > 1  # runs of one seed have no deviation over seeds

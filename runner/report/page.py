@@ -50,7 +50,7 @@ class PageRun:
     def comparable(self) -> bool:
         """Whether its accuracy may be compared with the paper's."""
         changed = self.record.incomplete or self.row.overrides or self.row.teacher or self.row.started_from
-        return not changed and collect.is_cifar10(self.row.dataset)
+        return not changed and self.record.config.dataset.is_cifar10
 
     @property
     def confusion(self) -> figures.Chart | None:

@@ -262,6 +262,15 @@ def _claim(run: Run, timeout: float) -> IO[str]:
     return lock
 
 
+def finished_run(option: str, folder: Path) -> Run:
+    """Returns the run that an option names. Raises UserError if it has not finished."""
+    run = Run(folder)
+    if (state := run.state()) != "complete":
+        found = "none" if state == "missing" else f"one that is {state}"
+        raise UserError(f"{option} {folder}: expected the folder of a finished run, found {found}; train it first")
+    return run
+
+
 def is_claimed(run: Run) -> bool:
     """Whether a process trains it now."""
     try:

@@ -87,6 +87,11 @@ class Dataset(Record, frozen=True, kw_only=True):
     folder: str = ""
     source: dict[str, Any] = {}
 
+    @property
+    def is_cifar10(self) -> bool:
+        """Whether it is all of CIFAR-10, or of a copy such as "CIFAR-10 (JPEG copy)"; `prepare` reserves the name."""
+        return (self.name + " ").startswith("CIFAR-10 ") and "limit_per_class" not in self.source
+
 
 class ModelInput(Record, frozen=True, kw_only=True):
     """What a model is given: shape (3, H, W); mean and std per channel, in 0..255, subtracted and divided by."""

@@ -35,14 +35,16 @@ def find_versions(*more: str) -> dict[str, str]:
 
 
 def find_git() -> Git:
-    """Returns the commit of the running code, and whether files differ from it; empty outside a checkout."""
-    root = Path(__file__).parent
+    """Returns the commit of the running code, and whether its checkout has changed or new files; empty outside one."""
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # installed in a folder of another repository
+            return Git()
         return Git(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--", ":/")))
     except (OSError, subprocess.CalledProcessError):
         return Git()

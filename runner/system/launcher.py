@@ -70,6 +70,14 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
+def outlive_parent() -> None:
+    """Undoes `end_with_parent`, for a process that still has to write a checkpoint when Ctrl-C has ended its launcher.
+
+    accelerate's launcher of a single process does not wait for it.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, 0)
+
+
 def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda", "cpu"], str]:
     """Chooses the device, and returns a message that explains the choice.
 

@@ -1,4 +1,4 @@
-"""`runner sync`: replays run folders to W&B."""
+"""`runner sync`: uploads run folders to W&B."""
 
 import contextlib
 import hashlib
@@ -18,71 +18,91 @@ from runner.run.metrics import read_metrics
 from runner.run.schema import RunConfig
 from runner.tracking import wandb_run
 
-MARKER = "wandb/synced.json"  # in the run folder: what has been sent, and to which project
+MARKER = "wandb/synced.json"
 
 
-class Marker(msgspec.Struct):
-    """The marker of a synced run folder: a hash of its files and of the W&B project."""
+class SyncMarker(msgspec.Struct):
+    """A hash of the records of a run that were uploaded last, and of the W&B project that they went to."""
 
     digest: str
 
 
-class Synced(msgspec.Struct):
-    """What a sync did with a run: its folder, the number of rows that it sent, and whether anything was new."""
+class Synced(msgspec.Struct, omit_defaults=True):
+    """The outcome of one run: its folder, the number of rows and whether anything was uploaded, or why not."""
 
     run: str
     rows: int
     new: bool
+    reason: str | None = None
 
 
 def sync(runs: list[Run], environ: MutableMapping[str, str]) -> list[Synced]:
-    """Sends to W&B what it lacks of the run folders.
+    """Uploads to W&B what it lacks of the run folders; skips those that did not change since they were uploaded.
 
-    For each experiment, the weights of the finished run with the highest accuracy get the alias `best`: accuracy on
-    the validation images if the recipe holds some out, else on the test images.
+    The weights of an experiment's best run get the alias `best`: see `best_run`. A run that is damaged, or that trains
+    now, is not uploaded; the reason is in the outcome.
 
     Raises:
-        UserError: a run folder links to a file outside; or W&B cannot be reached, or refuses. What has been sent stays,
-            and another call sends the rest.
+        UserError: W&B cannot be reached, or refuses. What has been uploaded stays, and another call uploads the rest.
     """
-    for run in runs:
+    return [_sync_one(run, environ) for run in track(runs, "sync", len(runs))]
+
+
+def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
+    try:
         run.check_links()
-    best = _best_runs(runs)
-    results = []
-    for run in track(runs, "sync", len(runs)):
-        marker = run.folder / MARKER
-        digest = _digest(run, run.folder in best, environ)
-        if marker.is_file() and read(marker, Marker).digest == digest:
-            results.append(Synced(str(run.folder), 0, False))
-            continue
+        best = best_run(run) == run.folder.resolve()
+        if run.state() == "running":
+            raise UserError("it is still training; sync it when it has finished")
+        if run.summary.is_file() and not any(run.checkpoints.glob("step-*/model.safetensors")):
+            raise UserError(f"{run.checkpoints}: expected the weights of a finished run, found none")
+        digest, marker = _digest(run, best, environ), run.folder / MARKER
+        if marker.is_file() and read(marker, SyncMarker).digest == digest:
+            return Synced(str(run.folder), 0, new=False)
+    except UserError as error:
+        return Synced(str(run.folder), 0, new=False, reason=str(error))
+    try:
+        rows = _upload(run, best, environ)
+    except UserError:
+        raise
+    except Exception as error:  # W&B raises errors of many types
+        message = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{run.folder}: W&B did not accept it ({type(error).__name__}: {message}); sync again later"
+        ) from None
+    write(marker, SyncMarker(digest))
+    return Synced(str(run.folder), rows, new=True)
+
+
+def best_run(run: Run) -> Path | None:
+    """Returns the folder of the best finished run of an experiment, among the runs beside `run`.
+
+    It is the run with the highest accuracy on the validation images if the recipe holds some out, else on the test
+    images; None if the runs cannot be compared because they differ in their dataset or in the images held out.
+
+    Raises:
+        UserError: `run` is damaged. Damaged runs beside it are left out.
+    """
+    experiment, scores, measured_on = run.config().experiment, [], set()
+    for folder in run.folder.resolve().parent.iterdir():
+        sibling = Run(folder)
         try:
-            rows = _replay(run, run.folder in best, environ)
+            if not sibling.record.is_file() or sibling.config().experiment != experiment:
+                continue
+            summary = sibling.read_summary()
         except UserError:
-            raise
-        except Exception as error:  # W&B documents no common base class
-            message = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"{run.folder}: W&B did not accept it ({type(error).__name__}: {message}); sync again later"
-            ) from None
-        write(marker, Marker(digest))
-        results.append(Synced(str(run.folder), rows, True))
-    return results
-
-
-def _best_runs(runs: list[Run]) -> set[Path]:
-    """For each experiment, the folder of the finished run with the highest accuracy."""
-    best: dict[str, tuple[float, Path]] = {}
-    for run in runs:
-        if summary := run.read_summary():
+            if folder == run.folder.resolve():
+                raise
+            continue
+        if summary is not None:
             validation = summary.best_validation_accuracy
-            accuracy = summary.test_accuracy if validation is None else validation
-            experiment = run.config().experiment
-            best[experiment] = max(best.get(experiment, (-1.0, run.folder)), (accuracy, run.folder))
-    return {folder for _, folder in best.values()}
+            scores.append((summary.test_accuracy if validation is None else validation, folder))
+            measured_on.add((sibling.config().dataset.fingerprint, summary.validation_images))
+    return max(scores)[1] if len(measured_on) == 1 else None
 
 
 def _digest(run: Run, best: bool, environ: Mapping[str, str]) -> str:
-    """A hash of everything that a sync would send, and of the project it would go to."""
+    """Returns a hash of the run's records, its exported files' sizes and times, and the project it would go to."""
     project = [environ.get(f"WANDB_{name}", "") for name in ("BASE_URL", "ENTITY", "PROJECT")]
     digest = hashlib.sha256(json.dumps([project, best]).encode())
     for path in (run.record, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
@@ -96,21 +116,21 @@ def _onnx_files(run: Run) -> list[Path]:
     return sorted(run.deploy.glob("*.onnx"))
 
 
-def _replay(run: Run, best: bool, environ: MutableMapping[str, str]) -> int:
-    """Sends one run folder; returns how many rows W&B lacked."""
+def _upload(run: Run, best: bool, environ: MutableMapping[str, str]) -> int:
+    """Uploads one run folder; returns how many rows W&B lacked."""
     config = run.config()
     weights = None
     with _online(run, config, environ, "train") as remote:
-        sent = wandb_run.catch_up(remote, run, len(read_metrics(run)))
+        rows = wandb_run.catch_up(remote, run, len(read_metrics(run)))
         if run.summary.is_file():
             weights = wandb_run.conclude(remote, run, online=True, best=best).wait()
     if weights and _onnx_files(run):
-        _replay_deployment(run, config, weights, environ)
-    return sent
+        _upload_deployment(run, config, weights, environ)
+    return rows
 
 
-def _replay_deployment(run: Run, config: RunConfig, weights: Any, environ: MutableMapping[str, str]) -> None:
-    """Sends ONNX files, engines and latencies, each as a W&B run that uses the artifacts it was made from."""
+def _upload_deployment(run: Run, config: RunConfig, weights: Any, environ: MutableMapping[str, str]) -> None:
+    """Uploads ONNX files, engines and latencies, each as a W&B run that uses the artifacts it was made from."""
     onnx = _deploy_artifact(run, config, "onnx", _onnx_files(run))
     with _online(run, config, environ, "export") as remote:
         remote.use_artifact(weights)

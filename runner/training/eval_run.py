@@ -51,7 +51,7 @@ def evaluate_run(
 
     def evaluate_views(views: Views) -> Evaluation:
         autocast = torch.autocast(selected, DTYPES[precision], enabled=precision != "fp32")
-        with autocast, progress("evaluate", batches.samples) as advance:
+        with autocast, progress("evaluate", batches.num_images) as advance:
             return evaluate(model, batches, len(config.dataset.classes), advance=advance, views=views)
 
     test = evaluate_views("none")
@@ -64,7 +64,7 @@ def evaluate_run(
         "dataset": config.dataset.name,
         "precision": precision,
         "test_augmentation": tta,
-        "test_images": test.images,
+        "test_images": test.num_images,
         **metrics,
         "confusion": test.confusion,
     }

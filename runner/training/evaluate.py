@@ -11,7 +11,8 @@ from torch import nn
 
 from runner.data import Batches
 
-Views = Literal["none", "flip", "flip-shift"]  # of an image, averaged by test-time augmentation
+Views = Literal["none", "flip", "flip-shift"]
+"""The views of an image whose logits test-time augmentation averages; see `augmented_views`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Evaluation:
     labels: torch.Tensor
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images."""
         return len(self.labels)
 
@@ -37,14 +38,14 @@ class Evaluation:
         return self.logits.argmax(1)
 
     @property
-    def classes_predicted(self) -> int:
+    def num_predicted_classes(self) -> int:
         """Number of classes that are predicted for at least one image."""
         return len(self.predicted.unique())
 
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy, in 0..1."""
-        return (self.predicted == self.labels).sum().item() / self.images
+        return (self.predicted == self.labels).sum().item() / self.num_images
 
     @property
     def loss(self) -> float:
@@ -53,7 +54,7 @@ class Evaluation:
 
     @property
     def top5(self) -> float:
-        """Top-5 accuracy, in 0..1."""
+        """Top-5 accuracy, in 0..1; 1 with up to five classes."""
         hits = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.labels[:, None]
         return hits.any(1).double().mean().item()
 
@@ -64,7 +65,9 @@ class Evaluation:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: the mean difference of confidence and accuracy, over 15 bins of confidence.
+        """Expected calibration error with 15 bins of equal width, in 0..1.
+
+        The difference between mean confidence and accuracy of each bin, weighted by the number of images in it.
 
         Guo et al. 2017, arXiv:1706.04599.
         """
@@ -72,7 +75,7 @@ class Evaluation:
         bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # of (0, 1/15], (1/15, 2/15], …
         hits = (self.predicted == self.labels).double()
         distance = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, confidence - hits)
-        return distance.abs().sum().item() / self.images
+        return distance.abs().sum().item() / self.num_images
 
     @property
     def confusion(self) -> list[list[int]]:
@@ -82,7 +85,7 @@ class Evaluation:
         return counts.reshape(classes, classes).tolist()
 
     def metrics(self) -> dict[str, float | list[float | None]]:
-        """All metrics by name, for `summary.json`."""
+        """Returns all metrics by name but the confusion matrix."""
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
@@ -100,54 +103,62 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    classes: int,
+    num_classes: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,
     views: Views = "none",
 ) -> Evaluation:
-    """Evaluates `model` in evaluation mode, then restores its mode.
+    """Evaluates `model` in evaluation mode on the batches of all ranks, then restores its mode.
 
     Every rank writes the logits of its slices into its rows of a table of zeros; the sum over ranks is the complete
     table. A column of counts verifies that every image was evaluated exactly once.
 
     Args:
-        model: maps (N, 3, H, W) to logits (N, classes); on the device of the batches.
+        model: maps (N, 3, H, W) to logits (N, num_classes); on the device of the batches.
         batches: of the split, in file order.
-        classes: number of classes.
+        num_classes: number of classes.
         sum_over_ranks: the all-reduce; the identity for one rank.
-        advance: called with the number of images of each batch.
+        advance: called after each batch with the number of images that this rank evaluated.
         views: average the logits over several views of each image (test-time augmentation).
+
+    Returns:
+        The logits and labels of the whole split, on every rank.
     """
     was_training = model.training
     model.eval()
-    table = torch.zeros(batches.samples, classes + 2, dtype=torch.float32, device=_device_of(model))
-    for step, (images, labels) in enumerate(batches.epoch(0)):
-        rows = batches.slice_of(step)
-        if len(labels) == 0:  # a last batch with fewer images than ranks
-            continue
-        logits = [model(view).float() for view in views_of(images, views)]
-        table[rows, :classes] = torch.stack(logits).mean(0)
-        table[rows, classes] = labels.float()
-        table[rows, classes + 1] += 1
-        advance(len(labels))
-    model.train(was_training)
+    table = torch.zeros(batches.num_images, num_classes + 2, dtype=torch.float32, device=_device_of(model))
+    try:
+        for step, (images, labels) in enumerate(batches.epoch(0)):
+            rows = batches.slice_of(step)
+            if len(labels) == 0:  # a last batch with fewer images than ranks
+                continue
+            logits = [weight * model(view).float() for weight, view in augmented_views(images, views)]
+            table[rows, :num_classes] = torch.stack(logits).sum(0)
+            table[rows, num_classes] = labels.float()
+            table[rows, num_classes + 1] += 1
+            advance(len(labels))
+    finally:
+        model.train(was_training)
     table = sum_over_ranks(table).cpu()
     assert (table[:, -1] == 1).all(), "an image was evaluated twice or not at all"
-    return Evaluation(table[:, :classes].clone(), table[:, classes].long())
+    return Evaluation(table[:, :num_classes].clone(), table[:, num_classes].long())
 
 
-def views_of(images: torch.Tensor, kind: Views) -> list[torch.Tensor]:
-    """The views of images (n, 3, H, W) for test-time augmentation.
+def augmented_views(images: torch.Tensor, kind: Views) -> list[tuple[float, torch.Tensor]]:
+    """Returns the views of images (n, 3, H, W) for test-time augmentation, each with its weight; weights sum to 1.
 
-    "none" is only the image, "flip" adds its mirror image, "flip-shift" adds both shifted by one pixel, up and left
-    as well as down and right, with reflected edges.
+    "none" is only the image. "flip" adds its mirror image. "flip-shift" also adds both shifted by one pixel up and
+    left, and by one pixel down and right, with reflected edges: the unshifted views together have half of the weight,
+    as in airbench's `infer_mirror_translate`.
     """
-    shifted = [images]
+    if kind == "none":
+        return [(1.0, images)]
+    shifted = [(1.0, images)]
     if kind == "flip-shift":
         _, _, height, width = images.shape
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        shifted += [padded[:, :, k : k + height, k : k + width] for k in (0, 2)]
-    return shifted if kind == "none" else [view for image in shifted for view in (image, image.flip(3))]
+        shifted = [(0.5, images), *((0.25, padded[:, :, k : k + height, k : k + width]) for k in (0, 2))]
+    return [(weight / 2, view) for weight, image in shifted for view in (image, image.flip(3))]
 
 
 def _device_of(model: nn.Module) -> torch.device:

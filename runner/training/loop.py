@@ -250,7 +250,7 @@ def score(
 
     The model itself is called: DDP's forward would wait for ranks that have no images left.
     """
-    images = batches.samples / accelerator.num_processes
+    images = batches.num_images / accelerator.num_processes
     with progress("evaluate", images, shown=accelerator.is_main_process) as advance, accelerator.autocast():
 
         def evaluated(count: float) -> None:

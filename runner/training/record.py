@@ -118,7 +118,7 @@ def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result
         held_out = {
             "validation_accuracy": validation.accuracy,
             "validation_loss": validation.loss,
-            "validation_images": validation.images,
+            "validation_images": validation.num_images,
             "best_validation_accuracy": best.validation_accuracy,
             "test_accuracy_of_best_validation": best.test_accuracy,
         }
@@ -133,7 +133,7 @@ def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result
         test_loss=test.loss,
         test_top5=test.top5,
         test_calibration_error=test.calibration_error,
-        test_images=test.images,
+        test_images=test.num_images,
         best_epoch=best.epoch,
         best_test_accuracy=best.test_accuracy if validation is None else None,
         test_accuracy_augmented=result.augmented.accuracy if result.augmented else None,

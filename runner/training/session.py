@@ -24,15 +24,16 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from data_prep.manifest import Manifest
+from runner.common.console import EXIT_INTERRUPTED
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.recipe import Experiment, Recipe
-from runner.config.train_config import TrainConfig
+from runner.config.train_config import TrainConfig, check_precision
 from runner.data import beton
 from runner.data.kernels import crop
 from runner.data.open import RankInfo, Split, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
-from runner.run.folder import Run, claimed_runs
+from runner.run.folder import Run, claimed_runs, finished_run
 from runner.run.metrics import keep_metrics
 from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
@@ -318,8 +319,8 @@ def prepare_device(
     """Configures threads, kernels and memory. Raises UserError for fp16 on the CPU."""
     if device.type == "cpu":
         cpu.prepare(launch.local_world_size)
-        if "fp16" in (config.precision, environ.get("ACCELERATE_MIXED_PRECISION")):
-            raise UserError("--precision fp16: expected a GPU; on the CPU it would be fp32, or choose bf16")
+        of_launch = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        check_precision(of_launch if config.precision == "launch" else config.precision, device.type)
     cuda.prepare(device, config.deterministic, environ)
     crop.prepare(device)
 
@@ -334,7 +335,7 @@ def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -
 
 def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream) -> nn.Module:
     """The model that a seed starts with. Raises UserError as `build_model` does."""
-    start = Run(config.start_from) if config.start_from else None
+    start = finished_run("--start-from", config.start_from) if config.start_from else None
     channels, height, width = model_input(manifest, config.recipe).shape
     return build_model(
         config.architecture, config.recipe, seed, train_stream.first_images, start, len(manifest.classes),
@@ -424,17 +425,24 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
 def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGUSR1, SIGTERM or Ctrl-C was received, or the stop file exists.
 
-    Errors of the file system count as no stop file. A second Ctrl-C raises KeyboardInterrupt at once.
+    Errors of the file system count as no stop file. A second Ctrl-C ends the process at once, without a checkpoint.
     """
-    received: list[float] = []
+    received: list[int] = []
+    interrupted = 0.0
 
     def stop(number: int, frame: object) -> None:
-        # The launcher hands the first Ctrl-C on to ranks that have it from the terminal as well.
-        if number == signal.SIGINT and received and time.monotonic() - received[0] > SAME_INTERRUPT:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and not received:
-            print("runner: stopping with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
-        received.append(time.monotonic())
+        nonlocal interrupted
+        received.append(number)
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if not interrupted:
+            interrupted = now
+            launcher.outlive_parent()
+            os.write(2, b"runner: stopping with a checkpoint; Ctrl-C again ends at once\n")  # print is not reentrant
+        elif now - interrupted > SAME_INTERRUPT:  # otherwise it is the first, which the launcher hands on
+            os.write(2, b"runner: interrupted\n")
+            os._exit(EXIT_INTERRUPTED)
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
@@ -482,9 +490,10 @@ def load_teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
     """Loads the model of a finished run as the teacher for distillation.
 
     Raises:
-        UserError: it was trained on other classes, or on images of another size or normalization.
+        UserError: the run has not finished, or was trained on other classes, or on images of another size or
+            normalization.
     """
-    run = Run(folder)
+    run = finished_run("--teacher", folder)
     teacher = run.config()
     if teacher.dataset.classes != list(manifest.classes):
         raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}")
