@@ -133,7 +133,8 @@ def training_command(launcher: tuple[str, ...], threads: int) -> list[str]:
         threads: threads per process; accelerate warns if the number is not given.
     """
     absolute = [str(ROOT / word) if word.startswith("launch/") else word for word in launcher]
-    argv = ["-m", "accelerate.commands.launch", *absolute, "--num_cpu_threads_per_process", str(threads)]
+    # Quiet, because accelerate's traceback would follow the runner's line; with several ranks it comes all the same.
+    argv = ["-m", "accelerate.commands.launch", "--quiet", *absolute, "--num_cpu_threads_per_process", str(threads)]
     return [*argv, "-m", "runner", "train"]
 
 

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (List, Show, Eval, Export, Parity, Engine, Bench, Predict, Report, Sync, Doctor)
 }
+KEPT_BY_RESUME = ("precision", "deterministic", "evaluate_every", "checkpoint_every")
 ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."
 
 
@@ -106,12 +107,15 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
     if (started := started_run(config)) is not None:
+        kept = {name: getattr(started.options, name) for name in KEPT_BY_RESUME} if started.options else {}
         default = dataclasses.replace(
             default,
             architecture=started.architecture,
             recipe=started.recipe,
+            seed=None if config.seeds else started.seed,
             teacher=Path(started.teacher.folder) if started.teacher else None,
             start_from=Path(started.started_from.folder) if started.started_from else None,
+            **kept,
         )
         config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
     return config

@@ -290,7 +290,13 @@ def test_an_invalid_command_line_is_reported(line: str, message: str) -> None:
         cli.parse(line.split())
 
 
-@pytest.mark.parametrize("content", ["1/0", "def f(:", "raise SystemExit(0)", "EXPERIMENTS = [1]", "import nothing"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "1/0", "def f(:", "raise SystemExit(0)", "import nothing", "EXPERIMENTS = [1]", "EXPERIMENTS = {'x': 1}",
+        "EXPERIMENTS, GRIDS = {}, [1]", "EXPERIMENTS, GRIDS = {}, {'x': {'y': 1}}",
+    ],
+)  # fmt: skip
 def test_a_module_of_experiments_that_fails_is_reported(content: str, tmp_path: Path, monkeypatch) -> None:
     name = f"broken_{abs(hash(content))}"
     (tmp_path / f"{name}.py").write_text(content)

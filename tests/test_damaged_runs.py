@@ -15,13 +15,14 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from runner import cli
 from runner.common.errors import UserError
 from runner.report import collect, markdown, page
 from runner.run.folder import Run, find_runs
 from runner.run.metrics import read_metrics
-from tests.support.processes import runner
+from tests.support.processes import TINY, runner
 
 FILES = (
     "run.json", "summary.json", "metrics.jsonl", "ended.json", "figures/mistakes.json", "deploy/exports.json",
@@ -272,26 +273,31 @@ def test_a_folder_need_not_have_a_unicode_name(own: Run, tmp_path: Path) -> None
 
 
 COMMANDS = (
-    ("eval", "--device", "cpu"), ("export",), ("parity", "--device", "cpu"), ("engine",),
-    ("bench", "--device", "cpu", "--seconds", "0.01", "--repeats", "1"), ("sync",),
+    "show RUN", "sync RUN", "eval RUN --device cpu", "export RUN", "parity RUN --device cpu", "engine RUN",
+    "bench RUN --device cpu --seconds 0.01 --repeats 1", "predict RUN PICTURE",
+    f"train tiny {' '.join(TINY)} --data DATA --runs RUNS --device cpu --resume auto",
 )  # fmt: skip
 BEFORE_UPLOADS = ("run.json", "summary.json")  # what `runner sync` reads before it reaches for W&B
+QUICK = ("show", "sync")
 DAMAGED = [
-    pytest.param(command, name, id=f"{command[0]}-{name}", marks=[] if command[0] == "sync" else pytest.mark.every)
+    pytest.param(command, name, id=f"{command.split()[0]}-{name}", marks=[] if quick else pytest.mark.every)
     for command in COMMANDS
     for name in (*FILES, "checkpoints/step-16/manifest.json", "deploy/model.fp32.onnx")
-    if command[0] != "sync" or name in BEFORE_UPLOADS
+    if not command.startswith("sync") or name in BEFORE_UPLOADS
+    for quick in [command.startswith(QUICK) and name in ("run.json", "summary.json", "metrics.jsonl")]
 ]
 
 
 @pytest.mark.parametrize(("command", "name"), DAMAGED)
 def test_no_command_ends_in_a_traceback(
-    deployed_run: Path, tmp_path: Path, command: tuple[str, ...], name: str
+    deployed_run: Path, small_data: Path, tmp_path: Path, command: str, name: str
 ) -> None:
     """It succeeds where it does not need the file, or ends in one line that names it."""
-    run = Path(shutil.copytree(deployed_run, tmp_path / "run"))
+    run = Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0"))
     (run / name).write_text("[1]")
-    done = runner(command[0], run, *command[1:], WANDB_API_KEY="0" * 40)
+    places = {"RUN": run, "RUNS": tmp_path, "DATA": small_data, "PICTURE": tmp_path / "x.png"}
+    Image.new("RGB", (32, 32)).save(places["PICTURE"])
+    done = runner(*(places.get(word, word) for word in command.split()), WANDB_API_KEY="0" * 40)
     assert done.returncode in (0, 2), done.stderr
     if done.returncode == 2:
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("runner: ")]

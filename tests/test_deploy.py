@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from msgspec.structs import replace
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from data_prep import beton, manifest, sources
 from data_prep.sources import Source
@@ -22,7 +22,7 @@ from runner.common.errors import UserError
 from runner.common.files import read, sha256_of, write
 from runner.config.recipe import Experiment
 from runner.data.open import model_input, open_test_of_run
-from runner.deploy import engine, latency, parity, precision
+from runner.deploy import engine, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
 from runner.deploy.session import ProviderError, Session, usable_providers
 from runner.run.folder import Run
@@ -404,6 +404,46 @@ def bench_on_one_thread(run: Run, *options: object) -> LatencyReport:
     done = runner("bench", run.folder, "--json", *quick, *options)
     (report,) = msgspec.json.decode(done.stdout, type=list[LatencyReport])
     return report
+
+
+@pytest.mark.parametrize(("slow_calls", "warned"), [(0, False), (1, False), (3, True)])
+def test_bench_warns_of_a_wide_spread(slow_calls: int, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every ten calls some take four times as long, by a clock that only they advance."""
+    now, calls = [0.0], [0]
+
+    def compute() -> None:
+        calls[0] += 1
+        now[0] += 0.004 if calls[0] % 10 < slow_calls else 0.001
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    figures = latency.measure({"compute": compute}, 8, 1.0, 100, "cpu")
+    assert figures["p50_ms"] == pytest.approx(1.0)
+    assert figures["images_per_second"] == pytest.approx(8000)
+    assert figures.get("warning") == ("p90 is 4.0 times p50: something else ran" if warned else None)
+
+
+def test_a_contact_sheet_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, **options: drawn.append(text))
+    names = ["a.png", f"{'long-' * 20}1.png", f"{'long-' * 20}2.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    predict.draw([predict.Prediction(str(tmp_path / name), "cat", 0.5) for name in names], tmp_path / "sheet.png")
+    assert drawn[:3] == ["cat", "50.0%", "a.png"]
+    assert (drawn[5][0], drawn[5][-5:], drawn[8][-5:]) == ("…", "1.png", "2.png")
+
+
+def test_logits_that_are_not_finite_are_refused(confident: Run, tmp_path: Path) -> None:
+    """By export, and by predict of a file from elsewhere."""
+    run = Run(shutil.copytree(confident.folder, tmp_path / "run"))
+    model = onnx.load(run.deploy / "model.fp32.onnx")
+    bias = model.graph.initializer[0]
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(bias), np.nan), bias.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    with pytest.raises(UserError, match=r"nan\.onnx: returned logits that are not finite for .*x\.png"):
+        predict.predict(tmp_path / "nan.onnx", [picture], 1, "cpu", None)
 
 
 def test_bench_keeps_the_rows_of_current_files(confident: Run) -> None:

@@ -55,16 +55,25 @@ def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.processes
-def test_nan_on_one_rank_stops_all_and_is_never_kept(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moment", "message", "last"),
+    [
+        ("train 9 1 NAN", "the training loss is nan within the 20 steps before step 9", "step-8"),
+        pytest.param("eval 4 1 NAN", "the test loss is nan at step 7", "step-6", marks=pytest.mark.every),
+    ],
+)
+def test_nan_on_one_rank_stops_all_and_is_never_kept(
+    moment: str, message: str, last: str, small_data: Path, tmp_path: Path
+) -> None:
     words = ending(small_data, tmp_path, "--checkpoint-every", 1)
-    done = launch(3, *words, END="train 9 1 NAN")
+    done = launch(3, *words, END=moment)
     assert done.returncode == 1
-    assert done.stderr.count("the training loss is nan") == 1
-    assert "before step 9" in done.stderr
+    assert done.stderr.count(message) == 1, done.stderr
     assert "--precision fp32" in done.stderr
     run = Run(tmp_path / "ending" / "seed-0")
-    assert checkpoint.latest(run).name == "step-8"
+    assert checkpoint.latest(run).name == last
     assert not run.summary.exists()
+    assert "NaN" not in run.metrics.read_text()
 
 
 @pytest.mark.processes

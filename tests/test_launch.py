@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -158,6 +159,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_queue(
     (tmp_path / "other").mkdir()
     dataset = replace(config.dataset, classes=[*config.dataset.classes[1:], "zebra"])
     write(tmp_path / "other" / "run.json", replace(config, dataset=dataset))
+    shutil.copy(tiny_run / "summary.json", tmp_path / "other")
     words = ["launch", command, "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--dry-run"]
     done = module(*words, "--teacher", tmp_path / "other")
     assert done.returncode == 2

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import images, sources
+from data_prep import image_folder, images, sources
 from runner import experiments
 from runner.common.errors import UserError
 from runner.config.recipe import Architecture
@@ -161,6 +162,48 @@ def test_every_file_is_used_or_counted(tmp_path: Path) -> None:
     assert note.endswith(" and 2 more")
 
 
+PNG = encoded(drawn(0, 4, 4))
+PART = st.sampled_from(["train", "Test", "val", "valid", "ant", "bee", ".cache", "__MACOSX", "deep", "é"])
+FILE_NAME = st.sampled_from(["0.png", "1.PNG", "2.jpeg", "notes.txt", ".png", "._0.png", "no-suffix"])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sets(st.builds(lambda parts, name: "/".join([*parts, name]), st.lists(PART, max_size=4), FILE_NAME)))
+def test_of_any_layout_every_file_is_used_or_counted(extra: set[str]) -> None:
+    """Or the layout is refused in one line."""
+    names = {f"{split}/{name}/sound.png" for split in ("train", "test") for name in ("ant", "bee")} | extra
+    members = [(name, lambda: PNG) for name in sorted(names)]
+    try:
+        source = image_folder.load(Path("folder"), members, {}, None, None)
+    except UserError:
+        return
+    used = len(source.train.labels) + len(source.test.labels)
+    unused = 0
+    for note in source.notes:
+        listed, _, more = note.removeprefix("not used: ").partition(" and ")
+        unused += len(listed.split(", ")) + (int(more.removesuffix(" more")) if more else 0)
+    assert used + unused == len(names)
+
+
+def test_links_to_folders_are_read_and_a_circle_ends(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "mine")
+    (path / "train" / "ant").rename(tmp_path / "elsewhere")
+    (path / "train" / "ant").symlink_to(tmp_path / "elsewhere")
+    (path / "train" / "bee" / "up").symlink_to(path)
+    (path / "train" / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = load(path)
+    assert len(source.train.labels) == len(source.test.labels) == 20
+    assert source.notes == ("not used: train/gone.png",)
+
+
+def test_several_folders_of_a_split_are_refused(tmp_path: Path) -> None:
+    path = folder_of(tmp_path)
+    (path / "test").rename(path / "val")
+    shutil.copytree(path / "val", path / "valid")
+    with pytest.raises(UserError, match=r"expected one folder for val, found val, valid; remove one"):
+        load(path)
+
+
 def test_val_is_the_test_split_where_there_is_none(tmp_path: Path) -> None:
     path = folder_of(tmp_path)
     (path / "test").rename(path / "val")
@@ -186,6 +229,9 @@ def test_datasets_side_by_side_are_not_merged(tmp_path: Path) -> None:
         (["--source", "FOLDER", "--fit", "pad"], "--fit pad: expected with --size"),
         (["--source", "FOLDER", "--name", ""], "--name '': expected a value"),
         (["--source", "FOLDER", "--size", "0"], "--size 0: expected"),
+        (["--source", "FOLDER", "--seed", "0"], "--seed 0: expected with --source synthetic"),
+        (["--source", "FOLDER", "--name", "CIFAR-10 of mine"], "expected another name for folder"),
+        (["--source", "synthetic", "--limit-per-class", "1", "--name", "Cifar-100"], "expected another name for syn"),
     ],
 )
 def test_options_that_a_source_does_not_use_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
@@ -224,6 +270,8 @@ def test_every_architecture_is_built_for_classes_and_sizes(factory: str) -> None
         ("runner.models.alexnet:None", "expected module:callable"),
         ("nonsense", "expected module:callable"),
         ("torch:pi", "expected module:callable"),
+        ("tests.support.models.picky:Picky", "cannot take images of 32×32 (too small); expected 64 or 224 pixels"),
+        ("tests.support.models.broken:Net", "expected module:callable (division by zero)"),
         ("tests.support.models.tiny:Tiny", "expected logits (1, 5) for an image, found (1, 10)"),
     ],
 )

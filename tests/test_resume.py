@@ -204,6 +204,14 @@ def test_a_run_is_resumed_with_its_own_recipe(small_data: Path, tmp_path: Path) 
     config = Run(tmp_path / "tiny" / "seed-0").config()
     assert (config.recipe.epochs, config.recipe.optimizer.lr) == (1, 0.01)
     assert config.resumed == [Resumed(step=3, world_size=1, bitwise=True, changed={})]
+    named = [*words, "--name", "named"]
+    started = runner(*named, "--max-steps", 3, "--seed", 7, "--precision", "bf16", "--deterministic")
+    assert started.returncode == 0, started.stderr
+    done = runner(*named, "--resume", "auto", "--max-steps", 4)
+    assert done.returncode == 0, done.stderr
+    config = Run(tmp_path / "tiny" / "named").config()
+    assert (config.seed, config.precision, config.options.deterministic) == (7, "bf16", True)
+    assert [(entry.step, entry.changed) for entry in config.resumed] == [(3, {})]
 
 
 @pytest.mark.processes

@@ -1,11 +1,13 @@
 """`python -m launch submit`: the sbatch command, and what it rejects."""
 
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Done, module, python
+from tests.support.processes import ROOT, TINY, Done, module, python
 
 
 def submit(*words: object, **environ: str) -> Done:
@@ -61,6 +63,46 @@ def test_invalid_input_exits_2_with_one_line(words: list[str], message: str, sma
     assert message in done.stderr
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path) -> dict[str, str]:
+    """PATH of a stand-in for sbatch that writes PYTHONPATH and its arguments, line by line, to the file `job`."""
+    script = tmp_path / "bin" / "sbatch"
+    script.parent.mkdir()
+    script.write_text(f"""#!/bin/sh\nprintf '%s\\n' "$PYTHONPATH" "$@" > {tmp_path}/job\necho 7\n""")
+    script.chmod(0o755)
+    return {"PATH": f"{script.parent}:{os.environ['PATH']}"}
+
+
+def test_a_job_imports_what_could_be_imported_where_it_was_submitted(
+    sbatch: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    """A module beside the user's data, although the job starts in the checkout."""
+    (tmp_path / "mine.py").write_text(
+        "from tests.support.models import tiny\nEXPERIMENTS = {'own': tiny.EXPERIMENTS['tiny']}"
+    )
+    words = ["own", "--experiments-from", "mine", "--data", small_data, "--runs", tmp_path / "runs"]
+    done = module("launch", "submit", *words, cwd=tmp_path, PYTHONPATH=str(ROOT), **sbatch)
+    assert done.returncode == 0, done.stderr
+    path, *argv = (tmp_path / "job").read_text().splitlines()
+    program = "import sys; from runner import cli; print(cli.parse_train(sys.argv[1:]).experiment)"
+    parsed = python("-c", program, *argv[argv.index("slurm/train.sbatch") + 1 :], PYTHONPATH=path)
+    assert parsed.stdout == "own\n", parsed.stderr
+
+
+def test_a_run_of_another_training_is_refused_before_the_queue(
+    sbatch: dict[str, str], tiny_run: Path, small_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "runs" / "tiny" / "seed-0")
+    words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs"]
+    others = {"recipe": ["--lr", 0.5], "max-steps": ["--max-steps", 3], "precision": ["--precision", "bf16"]}
+    for other, options in others.items():
+        done = submit(*words, *options, **sbatch)
+        assert done.returncode == 2
+        assert f"holds a training with another {other}" in done.stderr
+    assert not (tmp_path / "job").exists()
+    assert submit(*words, "--lr", 0.5, "--resume-anyway", **sbatch).returncode == 0
 
 
 def test_a_missing_dataset_is_rejected(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def test_wandb_writes_only_into_the_run_folder(train, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     environ = {"HOME": str(home), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
-    run = train("tiny", "--max-steps", 1, WANDB_MODE="offline", **environ).run
+    trained = train("tiny", "--max-steps", 1, WANDB_MODE="offline", **environ)
+    run = trained.run
+    assert f"W&B: offline; upload with: runner sync {run.folder}" in trained.stderr
     assert list(run.folder.glob("wandb/offline-run-*/*.wandb")) != []
     assert [path for path in home.rglob("*") if "wandb" in path.name.lower()] == []
 

@@ -95,7 +95,7 @@ def test_more_ranks_than_the_launcher_starts_is_an_error(small_data: Path, tmp_p
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "config", [["one_process.yaml"], ["one_node.yaml", "--num_processes", "2"]], ids=["one_process", "one_node"]
+    "config", [["one_process.yaml", "-q"], ["one_node.yaml", "--num_processes", "2"]], ids=["one_process", "one_node"]
 )
 def test_gpu_configurations_refuse_a_machine_without(config: list[str], small_data: Path, tmp_path: Path) -> None:
     name, *more = config
@@ -103,6 +103,7 @@ def test_gpu_configurations_refuse_a_machine_without(config: list[str], small_da
     done = module(*launcher, "train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
     assert done.stderr.count("CUDA GPU(s) on this node, found 0") == 1
+    assert ("Traceback" in done.stderr) == (name == "one_node.yaml")  # accelerate's own, which -q leaves out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -129,7 +129,7 @@ def test_the_best_epoch_is_chosen_on_validation_images(trained) -> None:
     assert len(epochs) == 4
     best = max(epochs, key=lambda row: row.validation_accuracy)
     assert held.outcome.best.epoch == best.epoch
-    assert held.outcome.validation.images == 100
+    assert held.outcome.validation.num_images == 100
     assert [row.global_step for row in epochs] == [6, 12, 18, 24]  # 400 images are left
 
 

@@ -103,7 +103,7 @@ def dataset(folder: Path | None) -> Finding:
     try:
         manifest = open_manifest(folder)
     except UserError as error:
-        return Finding("data", "fault", str(error), "python -m data_prep prepare")
+        return Finding("data", "fault", str(error), f"python -m data_prep prepare --source official --out {folder}")
     images = sum(split.images for split in manifest.splits.values())
     return Finding("data", "well", f"{manifest.name}, {images:,} images, every file has its hash")
 

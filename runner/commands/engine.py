@@ -51,5 +51,5 @@ class Engine:
             print(msgspec.json.encode(sidecars).decode())
             return
         for sidecar in sidecars:
-            size = f"{sidecar.bytes:,} bytes"
-            print(f"{sidecar.engine}: {sidecar.provider}, {sidecar.precision}, {size}, target {sidecar.target}")
+            what = f"{sidecar.provider}, {sidecar.precision}, {sidecar.bytes:,} bytes, target {sidecar.target}"
+            print(f"{run.folder / sidecar.engine}: {what}")

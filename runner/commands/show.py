@@ -57,7 +57,11 @@ def facts(run: Run) -> dict[str, str | list[str]]:
         shown["test accuracy"] = f"{evaluated[-1].test_accuracy:.2%} so far"
     parity, latency = run.read_parity(), run.read_latency()
     if parity and parity.rows:
-        shown["gate"] = [f"{row.onnx} on {row.provider}: {'passed' if row.passed else 'failed'}" for row in parity.rows]
+        shown["gate"] = [
+            f"{row.onnx} on {row.provider}: {'passed' if row.passed else 'failed'}"
+            f"{', one class predicted for all images' if row.predicts_one_class else ''}"
+            for row in parity.rows
+        ]
     if latency and (measured := [row for row in latency.rows if row.measured]):
         shown["latency"] = [
             f"{row.provider or row.backend}, {row.precision}, batch {row.batch}: p50 {row.p50_ms:.3g} ms"

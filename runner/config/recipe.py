@@ -64,13 +64,13 @@ class Architecture:
             factory = getattr(importlib.import_module(module), name)
             of_dataset = {"classes": classes, "image_size": image_size}
             accepted = inspect.signature(factory).parameters.keys() & of_dataset.keys()
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+        except (Exception, SystemExit) as error:  # a module from outside may do anything when imported
             raise UserError(f"--architecture.factory {self.factory}: expected module:callable ({error})") from None
         try:
             return factory(**{name: of_dataset[name] for name in accepted} | self.arguments)
         except UserError:
             raise
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # also a check of torchvision, which raises AssertionError
             raise UserError(f"--architecture.arguments {self.arguments}: {error!r}") from None
 
 

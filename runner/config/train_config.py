@@ -66,8 +66,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints within an epoch, in addition to those with each evaluation."""
     resume: str = "never"
     """`auto` resumes from the newest intact checkpoint of the run, or starts if it has none; a PATH resumes from
-    that checkpoint; `never` starts, and refuses a folder that contains a run. A run that is resumed has its own recipe
-    as the default of all options below --recipe. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder stop a
+    that checkpoint; `never` starts, and refuses a folder that contains a run. A run that is resumed has its own
+    architecture, recipe, precision, seed, teacher and start as defaults; several seeds have those of the first that was
+    started. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder stop a
     run with a checkpoint and exit code 75."""
     resume_anyway: Flag = False
     """Resume even if the recipe, data or anything else has changed; the changes are recorded in run.json."""

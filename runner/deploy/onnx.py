@@ -97,6 +97,8 @@ def export(run: Run) -> OnnxFile:
         images = torch.randn(QUICK_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(images)
+        if not expected.isfinite().all():
+            raise UserError(f"{run.folder}: its weights give logits that are not finite; train it again")
         difference = (torch.from_numpy(Session(path)(images.numpy())) - expected).abs().max()
         if not difference <= QUICK_LIMIT * expected.abs().max():
             raise RuntimeError(f"{path}: logits differ from the model's by {difference:.3g} on {QUICK_IMAGES} images")

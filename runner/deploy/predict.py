@@ -72,6 +72,8 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
         logits = forward(inputs).astype(np.float64)
         if logits.shape != (len(batch_paths), len(metadata.classes)):
             raise UserError(f"{model}: has {len(metadata.classes)} classes, but returns logits {logits.shape}")
+        if not np.isfinite(logits).all():
+            raise UserError(f"{model}: returned logits that are not finite for {batch_paths[0]} or an image after it")
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
         for path, row in zip(batch_paths, probabilities, strict=True):

@@ -45,8 +45,9 @@ def _modules(extra: tuple[str, ...]) -> Iterator[ModuleType]:
     for name in [*inside, *extra]:
         try:
             module = importlib.import_module(name)
-            if not isinstance(module.EXPERIMENTS, dict):
-                raise TypeError("EXPERIMENTS is no dict")
+            for entries in (module.EXPERIMENTS, *getattr(module, "GRIDS", {}).values()):
+                if not all(isinstance(entry, Experiment) for entry in entries.values()):
+                    raise TypeError("expected EXPERIMENTS and GRIDS of Experiment")
         except (Exception, SystemExit) as error:  # a module from outside may do anything when imported
             if name in inside:
                 raise

@@ -48,6 +48,9 @@ def accuracies(records: list[RunRecord]) -> str:
         f"{collect.counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are of the last "
         "epoch on the test set, means over seeds ± deviation."
     )
+    if one_class := [_code(record.name) for record in records if record.predicts_one_class]:
+        names = ", ".join(one_class)
+        caption += f" One class is predicted for all images, so that passing the gate proves little: {names}."
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.common.errors import UserError
 from runner.report import markdown
-from runner.report.collect import RunRecord
+from runner.report.collect import RunRecord, counts
 
 TITLE = "Architectures compared"
 METHOD = """\
@@ -88,7 +88,7 @@ def _report(records: list[RunRecord], entity: str, project: str) -> Any:
         project=project,
         entity=entity,
         title=TITLE,
-        description=f"{len(records)} runs on {', '.join(datasets)}"[:250],
+        description=f"{counts(records)}, on {', '.join(datasets)}"[:250],
         blocks=blocks,
         width="fluid",
     )

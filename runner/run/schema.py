@@ -318,13 +318,18 @@ class ParityRow(Scores, frozen=True, kw_only=True):
         _name_engine(self)
 
     @property
+    def predicts_one_class(self) -> bool:
+        """Whether it predicts the same class for all images."""
+        return self.classes_predicted == 1
+
+    @property
     def gate(self) -> Gate:
         """What a latency needs of it."""
         return Gate(accuracy_change=self.accuracy_change, agreement=self.agreement, passed=self.passed)
 
     def __str__(self) -> str:
         scores = Scores.__str__(self)
-        if self.classes_predicted == 1:
+        if self.predicts_one_class:
             scores += ", but one class is predicted for all images, so agreement proves nothing"
         return scores if self.passed else f"{scores}, limit: {self.limit}; worst at {self.culprit}"
 

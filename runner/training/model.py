@@ -78,12 +78,12 @@ def build_for(architecture: Architecture, classes: int, shape: tuple[int, int, i
     def takes(side: int) -> bool:
         try:
             return build(side, side) is not None
-        except (RuntimeError, UserError):
+        except Exception:  # networks refuse a size in many ways
             return False
 
     try:
         model, found = build(height, width)
-    except (RuntimeError, UserError) as error:
+    except Exception as error:
         sides = [side for side in SIDES if takes(side)]
         if not sides:  # the size is not the reason
             raise

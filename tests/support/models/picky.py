@@ -1,0 +1,17 @@
+"""A network that asserts a size, as torchvision's do."""
+
+import torch
+
+from tests.support.models.tiny import Tiny
+
+
+class Picky(Tiny):
+    """Takes images of at least 64 pixels a side."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[-1] >= 64, "too small"
+        return super().forward(images)[:, : self.classes]
