@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.plan import Resources, launcher_for, training_command
-from launch.request import refuse, with_device
+from launch.train_arguments import reject_options, resolve_device
 from runner import cli
 from runner.config.train_config import Seed
 from runner.system import environment
@@ -35,11 +35,11 @@ class Agent:
         if "WANDB_RUN_ID" in environ:
             name = ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
             reasons["--name"] = "runs of a W&B sweep are called after its id and theirs; leave it out"
-        refuse(options, reasons)
+        reject_options(options, reasons)
         gpus = environment.count_gpus()
-        words = [self.experiment, "--seeds", str(self.seed), *name, *with_device(options, gpus)]
-        config = cli.parse_train(words)
+        arguments = [self.experiment, "--seeds", str(self.seed), *name, *resolve_device(options, gpus)]
+        config = cli.parse_train(arguments)
         config.check()
         resources = Resources(0 if config.device == "cpu" else gpus, 1)
-        command = training_command(launcher_for(resources), len(os.sched_getaffinity(0)))
-        os.execve(sys.executable, [sys.executable, *command, *words], dict(environ))
+        command = training_command(launcher_for(resources), environment.usable_cores())
+        os.execve(sys.executable, [sys.executable, *command, *arguments], dict(environ))

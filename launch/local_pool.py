@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.plan import ROOT, training_command
-from launch.request import job_environment, with_stop_file
+from launch.train_arguments import job_environment, with_stop_file
 from launch.trials import Trial
 from runner.common.console import new_table
 from runner.common.errors import UserError
@@ -93,7 +93,7 @@ class Pool:
         log = (self.logs / f"{trial.id.replace('/', '-')}.log").open("ab")
         command = training_command(self.slots.launcher, self.slots.threads)
         process = subprocess.Popen(
-            [sys.executable, *command, *with_stop_file(trial.words, stop_file)],
+            [sys.executable, *command, *with_stop_file(trial.arguments, stop_file)],
             cwd=ROOT,
             env={**job_environment(self.environ), **self._visible_gpu(slot)},
             stdin=subprocess.DEVNULL,

@@ -5,7 +5,6 @@ are complete, and prints where everything is.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -71,7 +70,8 @@ class Pipeline:
             raise UserError("--experiments: expected at least one name (see runner list)")
         if len(self.experiments) < len(options.experiments):
             raise UserError(f"--experiments {' '.join(options.experiments)}: expected each name once")
-        self.resources = Resources(environment.count_gpus(), len(os.sched_getaffinity(0)), environment.cpu_has_bf16())
+        gpus, cores = environment.count_gpus(), environment.usable_cores()
+        self.resources = Resources(gpus, cores, environment.cpu_supports_bf16())
         self.measures = not self.resources.gpus and options.epochs is None
         self.stage, self.stages = 0, 2 + self.measures + 5 * len(self.experiments)
         self.start = time.monotonic()
@@ -79,7 +79,7 @@ class Pipeline:
     def run(self) -> None:
         """Runs all stages in order."""
         out = self.options.out
-        say(f"on {environment.find_hardware()}, {self.resources.gpus} GPUs; output in {out}")
+        say(f"on {environment.describe_hardware()}, {self.resources.gpus} GPUs; output in {out}")
         manifest, data = self.prepare()
         runs = out / "runs" / data.name
         speeds = self.measure(manifest, out / f"speed-{data.name}.json") if self.measures else {}

@@ -14,7 +14,7 @@ import tyro
 
 from data_prep import manifest as manifests
 from launch.plan import ROOT
-from launch.request import check_batches, check_models, job_environment, job_options, parse_job
+from launch.train_arguments import check_dataset, check_models, job_environment, parse_job, train_options
 from launch.trials import check_same
 from runner.common.command_line import Flag
 from runner.common.errors import UserError
@@ -108,31 +108,31 @@ class Submit:
         Raises:
             UserError: the options are invalid or do not fit the dataset, or SLURM refuses the job.
         """
-        words = [self.experiment, *job_options(self.data, self.runs, options)]
-        config, manifest = parse_job(words), manifests.read(self.data)
-        command = self.command(words)
+        arguments = [self.experiment, *train_options(self.data, self.runs, options, resume=True)]
+        config, manifest = parse_job(arguments), manifests.read(self.data)
+        command = self.command(arguments)
         for seed, name in config.run_names().items() if not config.resume_anyway else ():
             check_same(Run(self.runs / self.experiment / name), seed, config, manifest.fingerprint)
         if not self.dry_run:
             require_sbatch(environ)  # before the checks that take seconds
-        check_batches(config, manifest, self.slurm.ranks)
+        check_dataset(config, manifest, self.slurm.ranks)
         check_models(config, manifest)
         if self.dry_run:
             print(shlex.join(command))
             return
         print(f"job {sbatch(command, self.runs, environ)}; its log: {self.runs / 'slurm'}")
 
-    def command(self, words: list[str]) -> list[str]:
+    def command(self, arguments: list[str]) -> list[str]:
         """Returns the sbatch command as a list of arguments, for use without a shell.
 
         Args:
-            words: those of `runner train` that the job runs.
+            arguments: those of `runner train` that the job runs.
 
         Raises:
             UserError: see `name_and_log`.
         """
         fixed = ["sbatch", "--parsable", *name_and_log(self.experiment, self.runs, "%j")]
-        return [*fixed, *self.slurm.options(), "slurm/train.sbatch", *words]
+        return [*fixed, *self.slurm.options(), "slurm/train.sbatch", *arguments]
 
 
 def name_and_log(name: str, runs: Path, number: str) -> list[str]:

@@ -3,7 +3,6 @@
 The run folders hold the state of every trial, so the same command trains what is missing and repeats nothing.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -20,8 +19,8 @@ from data_prep import manifest as manifests
 from data_prep.manifest import Manifest
 from launch import local_pool, wandb_sweep
 from launch.plan import Resources, launcher_for
-from launch.request import agent_options, check_batches, check_models, job_options, refuse, with_device
 from launch.submit import Allocation, name_and_log, require_sbatch, sbatch
+from launch.train_arguments import check_dataset, check_models, reject_options, resolve_device, train_options
 from launch.trials import Trial, check_same, expand
 from runner.common import files
 from runner.common.command_line import Flag
@@ -58,7 +57,7 @@ class SweepManifest(msgspec.Struct):
 
 @dataclass(frozen=True)
 class UnsubmittedJob:
-    """An array job of SLURM: its command, and the file from which each task takes the words of its trial."""
+    """An array job of SLURM: its command, and the file from which each task takes the arguments of its trial."""
 
     command: list[str]
     file: Path
@@ -162,13 +161,13 @@ class Sweep:
         Raises:
             UserError: names or options are invalid, or options belong to the sweep.
         """
-        refuse(options, SET_BY_SWEEPS)
+        reject_options(options, SET_BY_SWEEPS)
         modules = ["--experiments-from", *self.experiments_from] if self.experiments_from else []
-        for_all = agent_options if self.as_wandb_sweep else job_options
-        words = for_all(self.data, self.runs, [*modules, *options])
+        resume = self.as_wandb_sweep is None
+        arguments = train_options(self.data, self.runs, [*modules, *options], resume)
         if self.on == "local" and not self.as_wandb_sweep:
-            words = with_device(words, environment.count_gpus())
-        return expand(self.names, self.seeds, self.name, words, self.experiments_from)
+            arguments = resolve_device(arguments, environment.count_gpus())
+        return expand(self.names, self.seeds, self.name, arguments, self.experiments_from)
 
     def check_data(self, trials: list[Trial], manifest: Manifest) -> None:
         """Checks trials against the dataset.
@@ -182,7 +181,7 @@ class Sweep:
             recipe = trial.config.recipe
             model = msgspec.json.encode([trial.config.architecture, recipe.normalize, recipe.resize])
             try:
-                check_batches(trial.config, manifest, ranks)
+                check_dataset(trial.config, manifest, ranks)
                 if model not in built:
                     check_models(trial.config, manifest)
             except UserError as error:
@@ -234,7 +233,7 @@ class Sweep:
         Raises:
             SystemExit: see `__call__`.
         """
-        gpus, cores = environment.count_gpus(), len(os.sched_getaffinity(0))
+        gpus, cores = environment.count_gpus(), environment.usable_cores()
         if missing[0].config.device == "cpu":
             gpus = 0
         count = self.slots or gpus or 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from launch.request import parse_job
+from launch.train_arguments import parse_job
 from runner import experiments
 from runner.common.errors import UserError
 from runner.config.recipe import differences
@@ -24,8 +24,8 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        argv: the words of `runner train` that only this trial has.
-        options: the words that all trials of the sweep share.
+        argv: the arguments of `runner train` that only this trial has.
+        options: the arguments that all trials of the sweep share.
         config: the training that they describe.
         run: the run folder.
     """
@@ -41,8 +41,8 @@ class Trial:
         return f"{self.config.experiment}/{self.run.folder.name}"
 
     @property
-    def words(self) -> list[str]:
-        """The words of `runner train`."""
+    def arguments(self) -> list[str]:
+        """The arguments of `runner train`."""
         return [*self.argv, *self.options]
 
     def state(self) -> State:
@@ -67,7 +67,7 @@ def expand(
         names: experiments, grids, trials of grids, papers, or patterns of names (`podeti-grid/alexnet-*`).
         seeds: seeds of every experiment.
         name: prefix of the runs' names, or None.
-        options: the words of `runner train` that all trials share.
+        options: the arguments of `runner train` that all trials share.
         modules: values of `--experiments-from`.
 
     Raises:

@@ -139,7 +139,7 @@ def test_the_words_that_were_checked_are_those_that_run(
         local_pool.train_trials([trial], local_pool.Slots(1, gpus, 1, ()), logs, os.environ)
         (log,) = logs.glob("*.log")
         words = ast.literal_eval(log.read_text())
-        assert words[:-1] == [*trial.words, "--stop-file"]
+        assert words[:-1] == [*trial.arguments, "--stop-file"]
         config = cli.parse_train(words)
         config.check()
         assert dataclasses.replace(config, stop_file=None) == dataclasses.replace(trial.config, stop_file=None)

@@ -7,7 +7,6 @@ taken within each round. The time until the first batch is measured separately.
     python -m runner.benchmarks.loader --data data/cifar10 --json loader.json
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from runner.config.recipe import SGD, Augment, Count, Recipe
 from runner.data import beton
 from runner.data.open import LoaderChoice, RankInfo, open_manifest, open_split
 from runner.system import cpu
+from runner.system.environment import usable_cores
 
 GOALS = {"ratio_resident_to_torchvision": "≥ 50", "ratio_resident_to_ffcv": "≥ 8"}
 PADDING = 4
@@ -62,7 +62,7 @@ class LoaderBenchmark:
             "workers": self.workers,
             "threads": torch.get_num_threads(),
             "dataset": manifest.name,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
         }
         results = ratios(measured) | first_batch
         measure.conclude("images per second", results, GOALS, {"settings": settings}, self.json)

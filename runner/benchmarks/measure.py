@@ -140,7 +140,7 @@ def conclude(
         out: the JSON file; None for none.
         shown_only: figures for the table only, such as seconds, which do not compare across machines.
     """
-    hardware = environment.find_hardware()
+    hardware = environment.describe_hardware()
     table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {hardware}")
     for name, row in (ratios | (shown_only or {})).items():
         cells = [f"{value:.3g}" for value in (row.median, row.min, row.max)]
@@ -152,7 +152,7 @@ def conclude(
             "goals": {name: goal for name, goal in goals.items() if name in ratios},
             **more,
             "hardware": hardware,
-            "versions": environment.find_versions(),
+            "versions": environment.package_versions(),
         }
         write(result, out)
 

@@ -10,7 +10,6 @@ minus that of a process that only imports torch and torchvision.
 """
 
 import json as json_format
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from runner.common.console import EXIT_BAD_INPUT
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Recipe
 from runner.system import launcher
+from runner.system.environment import usable_cores
 
 GOALS = {
     "ratio_runner_to_shortest_loop": "≤ 1.02",
@@ -80,7 +80,7 @@ class OverheadBenchmark:
         }
         beyond_imports = [runner - imports for runner, imports in zip(first["runner"], first["imports"], strict=True)]
         seconds = {"seconds_to_first_step_beyond_imports": measure.spread(beyond_imports)}
-        settings = {"experiment": self.experiment, "steps": self.steps, "cores": len(os.sched_getaffinity(0))}
+        settings = {"experiment": self.experiment, "steps": self.steps, "cores": usable_cores()}
         settings |= {"batch": self.recipe().batch_size, "device": self.device}
         measure.conclude("overhead of the runner", ratios, GOALS, {"settings": settings}, self.json, seconds)
 
@@ -136,7 +136,7 @@ class OverheadBenchmark:
         from runner.data.open import open_manifest
 
         model, optimizer, _ = self.prepare()
-        workers = min(8, len(os.sched_getaffinity(0)))
+        workers = min(8, usable_cores())
         benchmark = LoaderBenchmark(self.data, self.recipe().batch_size, workers)
         epoch = torchvision_loader(benchmark, open_manifest(self.data))
         gpu = self.device == "cuda"

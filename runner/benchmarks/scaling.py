@@ -8,7 +8,6 @@ process measures the wrapper alone: the same loop on the same fixed batch, with 
     python -m runner.benchmarks.scaling --data data/cifar10 --json scaling.json
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,7 @@ class ScalingBenchmark:
             "ranks": ranks if gpus != 1 else 1,
             "backend": "nccl" if gpus else "gloo",
             "images": "as many for each rank" if gpus else "the same global batch",
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": environment.usable_cores(),
         }
         measure.conclude("price of ranks", ratios, GOALS, {"settings": settings}, self.json)
 

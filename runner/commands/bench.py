@@ -1,7 +1,6 @@
 """`runner bench`: measures latencies."""
 
 import dataclasses
-import os
 from collections.abc import MutableMapping
 from typing import Literal
 
@@ -11,6 +10,7 @@ from runner.commands.options import Device, Flag, Precision, RunFolders
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Positive
 from runner.run.folder import Run
+from runner.system.environment import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bench:
 
         if not self.runs:
             raise UserError("RUNS: expected at least one run folder")
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         if self.threads is not None and self.threads > cores:
             raise UserError(f"--threads {self.threads}: expected at most the {cores} usable cores")
         if len(set(self.batch)) < len(self.batch):

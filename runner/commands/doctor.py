@@ -87,7 +87,7 @@ def versions() -> Finding:
     """Checks that torch is new enough to load checkpoints safely."""
     import torch
 
-    found = environment.find_versions("tensorrt", "tensorrt-rtx")
+    found = environment.package_versions("tensorrt", "tensorrt-rtx")
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         return Finding("versions", "fault", listed, "torch 2.10 or later; before, weights_only=True could be bypassed")

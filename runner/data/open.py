@@ -1,6 +1,5 @@
 """The interface of batches, and how the splits of a prepared dataset are opened."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from runner.data.order import epoch_order
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 from runner.run.schema import ModelInput, RunConfig
+from runner.system.environment import total_memory
 
 
 class Batches(Protocol):
@@ -26,6 +26,11 @@ class Batches(Protocol):
     @property
     def num_images(self) -> int:
         """Images in the split."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the images and labels."""
         ...
 
     def __len__(self) -> int:
@@ -84,7 +89,7 @@ class RankInfo:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            memory = total_memory()
         share = split.bytes / memory
         selected: Literal["resident", "streaming"] = "resident" if share < RESIDENT_SHARE else "streaming"
         limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"

@@ -112,8 +112,8 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
         weights_bytes=weights_bytes(log.lines),
         optimization_level=config.builder_optimization_level,
         timing_cache=uses_timing_cache,
-        hardware=environment.find_hardware(),
-        versions=environment.find_versions("tensorrt", "tensorrt-rtx"),
+        hardware=environment.describe_hardware(),
+        versions=environment.package_versions("tensorrt", "tensorrt-rtx"),
         log=log.lines[-50:],
     )
     write(sidecar_of(engine), sidecar)

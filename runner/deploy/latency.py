@@ -130,7 +130,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
 
 def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
     """A report without rows."""
-    hardware = environment.find_hardware()
+    hardware = environment.describe_hardware()
     if device == "cpu":
         hardware = replace(hardware, gpus=None, cuda=None)  # not used
     return LatencyReport(
@@ -140,7 +140,7 @@ def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
         device=device,
         threads=torch.get_num_threads() if device == "cpu" else None,
         hardware=hardware,
-        versions=environment.find_versions("tensorrt", "tensorrt-rtx"),
+        versions=environment.package_versions("tensorrt", "tensorrt-rtx"),
         method=Method(warmup_seconds=WARMUP_SECONDS, seconds=options.seconds, repeats=options.repeats),
         load=round(os.getloadavg()[0], 2),
     )

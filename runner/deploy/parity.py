@@ -17,7 +17,7 @@ from msgspec.structs import asdict
 from runner.common.console import progress
 from runner.common.errors import UserError
 from runner.common.files import write
-from runner.data.open import Batches, open_test_of_run
+from runner.data.open import open_test_of_run
 from runner.data.stream import BatchStream
 from runner.deploy import engine, onnx
 from runner.deploy.onnx import OnnxFile
@@ -36,7 +36,7 @@ from runner.run.schema import (
 )
 from runner.system import cpu, cuda, environment
 from runner.training import checkpoint
-from runner.training.evaluate import Evaluation, evaluate
+from runner.training.evaluate import Evaluation, evaluate, evaluate_function
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -111,13 +111,13 @@ def compare(
         rows = []
         for candidate in candidates:
             inputs = _RawBatches(batches) if candidate.file.raw else batches
-            measured = evaluate(_AsModule(candidate.forward, device), inputs, classes, advance=advance)
+            measured = evaluate_function(candidate.forward, inputs, classes, advance=advance)
             rows.append(_row(run, candidate, baseline, measured, images, device))
         earlier = run.read_parity()
         torch_rows = earlier.torch if earlier else []
         if device == "cuda":
             half = model.half()
-            measured = evaluate(_AsModule(lambda images: half(images.half()).float(), device), batches, classes)
+            measured = evaluate_function(lambda images: half(images.half()), batches, classes)
             scores = asdict(_compare_scores("fp16", baseline, measured))
             weights = onnx.weights_sha256(run)
             torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, place=this_machine())]
@@ -126,8 +126,8 @@ def compare(
         dataset=config.dataset.name,
         images=baseline.num_images,
         eager_accuracy=baseline.accuracy,
-        hardware=environment.find_hardware(),
-        versions=environment.find_versions("tensorrt", "tensorrt-rtx"),
+        hardware=environment.describe_hardware(),
+        versions=environment.package_versions("tensorrt", "tensorrt-rtx"),
         rows=[*_other_rows(run, earlier.rows if earlier else [], rows), *rows],
         torch=torch_rows,
         not_scored=not_scored,
@@ -147,7 +147,7 @@ def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> li
 
 def this_machine() -> Machine:
     """The machine and library version for which a new row holds."""
-    hardware, versions = environment.find_hardware(), environment.find_versions()
+    hardware, versions = environment.describe_hardware(), environment.package_versions()
     return Machine(cpu=hardware.cpu, gpus=hardware.gpus, onnxruntime=versions.get("onnxruntime-gpu"))
 
 
@@ -326,45 +326,16 @@ def _relative_errors(
     return errors
 
 
-class _AsModule(torch.nn.Module):
-    """Wraps a function from images to logits as a module, for `evaluate`."""
-
-    def __init__(self, forward: Forward, device: str) -> None:
-        super().__init__()
-        self.function = forward
-        self.anchor = torch.nn.Parameter(torch.zeros(0, device=device))  # `evaluate` asks parameters for the device
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.function(images).to(self.anchor.device)
-
-
-class _RawBatches(Batches):
+class _RawBatches:
     """The batches of a stream for the raw front end: images (n, H, W, 3) uint8, as stored."""
 
     def __init__(self, stream: BatchStream) -> None:
-        self.stream = stream
+        self.stream, self.num_images, self.device = stream, stream.num_images, stream.device
+        self.slice_of = stream.slice_of
 
-    @property
-    def num_images(self) -> int:
-        return self.stream.num_images
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    def size_of(self, step: int) -> int:
-        return self.stream.size_of(step)
-
-    def slice_of(self, step: int) -> slice:
-        return self.stream.slice_of(step)
-
-    def first_images(self, count: int) -> torch.Tensor:
-        return next(self._read([np.arange(min(count, self.num_images))]))[0]
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = self.stream.order_of(epoch)
-        return self._read([order[self.slice_of(step)] for step in range(start_step, len(self))])
-
-    def _read(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches = [order[self.slice_of(step)] for step in range(len(self.stream))]
         sources = self.stream.read(np.concatenate(batches), [len(batch) for batch in batches])
         for (source, index), batch in zip(sources, batches, strict=True):
             yield source[index], self.stream.labels[torch.from_numpy(batch).to(source.device)]

@@ -48,7 +48,7 @@ class Session:
         spinning: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or environment.usable_cores()
         options.log_severity_level = 4  # fatal: other errors are raised
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if fp16:

@@ -2,9 +2,10 @@
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator
 from typing import Any
+
+from runner.system.environment import usable_cores
 
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -62,7 +63,7 @@ def prepare(processes: int = 1) -> None:
     """
     import torch
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(max(1, usable_cores() // processes))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)

@@ -23,7 +23,7 @@ PACKAGES = (
 )
 
 
-def find_versions(*more: str) -> dict[str, str]:
+def package_versions(*more: str) -> dict[str, str]:
     """Returns the versions of Python and of the installed packages; `more` adds packages."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
@@ -34,7 +34,7 @@ def find_versions(*more: str) -> dict[str, str]:
     return versions
 
 
-def find_git() -> Git:
+def git_revision() -> Git:
     """Returns the commit of the running code, and whether its checkout has changed or new files; empty outside one."""
     root = Path(__file__).resolve().parents[2]
 
@@ -50,23 +50,36 @@ def find_git() -> Git:
         return Git()
 
 
-def find_hardware() -> Hardware:
-    """Returns processor, usable cores, memory, and, if torch is imported, the GPUs that it sees."""
+def describe_hardware() -> Hardware:
+    """Returns processor, usable cores, memory, and the GPUs that torch sees; None without any, or without torch."""
     gpus, cuda = None, None
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         cuda = torch.version.cuda
     return Hardware(
         cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        cores=usable_cores(),
+        memory_gib=round(total_memory() / 2**30, 1),
         gpus=gpus,
         cuda=cuda,
     )
 
 
+def usable_cores() -> int:
+    """Returns the number of cores that this process may run on; a cgroup's quota of time is not considered."""
+    return len(os.sched_getaffinity(0))
+
+
+def total_memory() -> int:
+    """Returns the memory of the machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def count_gpus() -> int:
-    """Counts the CUDA GPUs by the driver's own library, which takes less time than importing torch."""
+    """Returns the number of CUDA devices that this process sees, by the driver's API, which is faster than torch.
+
+    It initializes CUDA: the process must not fork afterwards and use a GPU in the child.
+    """
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -77,8 +90,8 @@ def count_gpus() -> int:
     return count.value
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+def cpu_supports_bf16() -> bool:
+    """Returns whether the processor multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,15 +1,13 @@
 """Evaluates a model on every image of a split exactly once, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from runner.data import Batches
 
 Views = Literal["none", "flip", "flip-shift"]
 """The views of an image whose logits test-time augmentation averages; see `augmented_views`."""
@@ -99,22 +97,53 @@ class Evaluation:
         return {"logits": self.logits.numpy(), "labels": self.labels.numpy()}
 
 
-@torch.no_grad()
+class SplitBatches(Protocol):
+    """This rank's slices of the batches of a split, in file order; see `runner.data.Batches`."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def slice_of(self, step: int) -> slice: ...
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
+
+
 def evaluate(
     model: nn.Module,
-    batches: Batches,
+    batches: SplitBatches,
     num_classes: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,
     views: Views = "none",
 ) -> Evaluation:
-    """Evaluates `model` in evaluation mode on the batches of all ranks, then restores its mode.
+    """Evaluates `model` in evaluation mode, then restores its mode. See `evaluate_function`."""
+    was_training = model.training
+    model.eval()
+    try:
+        return evaluate_function(model, batches, num_classes, sum_over_ranks, advance, views)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def evaluate_function(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batches: SplitBatches,
+    num_classes: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    advance: Callable[[float], None] = lambda amount: None,
+    views: Views = "none",
+) -> Evaluation:
+    """Evaluates a function from images to logits on the batches of all ranks.
 
     Every rank writes the logits of its slices into its rows of a table of zeros; the sum over ranks is the complete
     table. A column of counts verifies that every image was evaluated exactly once.
 
     Args:
-        model: maps (N, 3, H, W) to logits (N, num_classes); on the device of the batches.
+        forward: maps images of `batches` to logits (N, num_classes), on any device.
         batches: of the split, in file order.
         num_classes: number of classes.
         sum_over_ranks: the all-reduce; the identity for one rank.
@@ -124,21 +153,16 @@ def evaluate(
     Returns:
         The logits and labels of the whole split, on every rank.
     """
-    was_training = model.training
-    model.eval()
-    table = torch.zeros(batches.num_images, num_classes + 2, dtype=torch.float32, device=_device_of(model))
-    try:
-        for step, (images, labels) in enumerate(batches.epoch(0)):
-            rows = batches.slice_of(step)
-            if len(labels) == 0:  # a last batch with fewer images than ranks
-                continue
-            logits = [weight * model(view).float() for weight, view in augmented_views(images, views)]
-            table[rows, :num_classes] = torch.stack(logits).sum(0)
-            table[rows, num_classes] = labels.float()
-            table[rows, num_classes + 1] += 1
-            advance(len(labels))
-    finally:
-        model.train(was_training)
+    table = torch.zeros(batches.num_images, num_classes + 2, dtype=torch.float32, device=batches.device)
+    for step, (images, labels) in enumerate(batches.epoch(0)):
+        rows = batches.slice_of(step)
+        if len(labels) == 0:  # a last batch with fewer images than ranks
+            continue
+        logits = [weight * forward(view).float() for weight, view in augmented_views(images, views)]
+        table[rows, :num_classes] = torch.stack(logits).sum(0)
+        table[rows, num_classes] = labels.float()
+        table[rows, num_classes + 1] += 1
+        advance(len(labels))
     table = sum_over_ranks(table).cpu()
     assert (table[:, -1] == 1).all(), "an image was evaluated twice or not at all"
     return Evaluation(table[:, :num_classes].clone(), table[:, num_classes].long())
@@ -159,7 +183,3 @@ def augmented_views(images: torch.Tensor, kind: Views) -> list[tuple[float, torc
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         shifted = [(0.5, images), *((0.25, padded[:, :, k : k + height, k : k + width]) for k in (0, 2))]
     return [(weight / 2, view) for weight, image in shifted for view in (image, image.flip(3))]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

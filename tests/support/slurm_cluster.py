@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from runner.system.environment import usable_cores
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")  # states of a job that has not ended
 NODES = 3  # two that train, and a spare for a lost one
@@ -28,7 +30,7 @@ class Cluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname().split(".")[0]
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         ports = free_ports(2 + NODES)
         for name in ("state", "log"):
             (folder / name).mkdir()

@@ -63,10 +63,10 @@ class Ledger:
         self.file = PartFile(
             part=name,
             rehearsal=context.rehearse,
-            hardware=environment.find_hardware(),
+            hardware=environment.describe_hardware(),
             driver=driver(),
-            versions=environment.find_versions("triton", "tensorrt", "tensorrt-rtx"),
-            commit=environment.find_git().commit,
+            versions=environment.package_versions("triton", "tensorrt", "tensorrt-rtx"),
+            commit=environment.git_revision().commit,
             dataset=context.manifest.name,
             fingerprint=context.manifest.fingerprint,
         )

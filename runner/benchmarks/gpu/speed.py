@@ -1,7 +1,6 @@
 """Part 3: the speed of loading, of training steps and of the runner, relative to the GPU's peak."""
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from runner.benchmarks.gpu.ledger import Ledger
 from runner.benchmarks.measure import in_turn, make_step, ratio, synchronize
 from runner.common.files import read
 from runner.config.recipe import Experiment
+from runner.system.environment import usable_cores
 
 FLOPS_PER_MAC = 6  # of training: two each for the forward pass, and the gradients of inputs and of weights
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # of torch.compile; CUDA graphs
@@ -99,7 +99,7 @@ def loader(context: Context) -> dict[str, Any]:
 
     scale = context.scale
     size = min(scale.batch, context.manifest.splits["train"].images // 4)
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, usable_cores())
     benchmark = loaders.LoaderBenchmark(context.data, size, workers, scale.rounds)
     epochs = loaders.loaders(benchmark, context.manifest, torch.device(context.device))
     candidates = loaders.rates(benchmark, context.manifest, epochs)

@@ -1,7 +1,7 @@
-"""The training that a job, a trial or an agent requests: the words of `runner train`, and what is checked of them.
+"""The arguments of `runner train` in a job, a trial or an agent: built and checked here, and run as they are.
 
-The words are made and checked here and run as they are. Only `--stop-file FILE` is appended when training starts, by
-slurm/train.sbatch or by the local pool, because the file's name contains the number of the job or process.
+Only `--stop-file FILE` is appended when training starts, by slurm/train.sbatch or by the local pool, because the file's
+name contains the number of the job or process.
 """
 
 import os
@@ -20,6 +20,10 @@ SET_BY_JOBS = {
     "--resume": "jobs and sweeps set --resume auto, which continues an interrupted run; leave it out",
     "--stop-file": "jobs and sweeps set their own, and stop with a checkpoint on scancel or Ctrl-C; leave it out",
 }
+SET_BY_AGENTS = {
+    "--resume": "an agent starts each of its runs once; leave it out",
+    "--stop-file": "the stop file of an agent's run is `stop` in its folder; leave it out",
+}
 PATHS = [
     f"--{name.replace('_', '-')}"
     for name, hint in get_type_hints(TrainConfig).items()
@@ -27,25 +31,25 @@ PATHS = [
 ]
 
 
-def job_options(data: Path, runs: Path, options: Sequence[str]) -> list[str]:
-    """Returns the options of `runner train` of a job or sweep, the user's included.
+def train_options(data: Path, runs: Path, options: Sequence[str], resume: bool) -> list[str]:
+    """Returns the options of `runner train` for jobs, which resume, or for agents, which do not.
+
+    Args:
+        data, runs: folders, made absolute, because a job starts in another folder.
+        options: the user's; their paths are made absolute as well.
+        resume: whether a job may start again.
 
     Raises:
-        UserError: the user's options contain one that jobs set.
+        UserError: the user's options contain one that jobs or agents set.
     """
-    refuse(options, SET_BY_JOBS)
-    return [*_path_options(data, runs), "--resume", "auto", *absolute_paths(options)]
+    reject_options(options, SET_BY_JOBS if resume else SET_BY_AGENTS)
+    own = ["--data", str(data.absolute()), "--runs", str(runs.absolute()), *(["--resume", "auto"] if resume else [])]
+    return [*own, *absolute_paths(options)]
 
 
-def agent_options(data: Path, runs: Path, options: Sequence[str]) -> list[str]:
-    """As `job_options`, for the agents of a W&B sweep: each of their runs starts only once."""
-    refuse(options, SET_BY_JOBS)
-    return [*_path_options(data, runs), *absolute_paths(options)]
-
-
-def with_stop_file(words: Iterable[str], stop_file: Path) -> list[str]:
-    """Appends the stop file to the words of a job, as slurm/train.sbatch does."""
-    return [*words, "--stop-file", str(stop_file.absolute())]
+def with_stop_file(arguments: Iterable[str], stop_file: Path) -> list[str]:
+    """Appends the stop file to the arguments of a job, as slurm/train.sbatch does."""
+    return [*arguments, "--stop-file", str(stop_file.absolute())]
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -54,19 +58,19 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def parse_job(words: Sequence[str]) -> TrainConfig:
-    """Parses and checks the words of a job, in the form in which they will run.
+def parse_job(arguments: Sequence[str]) -> TrainConfig:
+    """Parses and checks the arguments of a job with a stop file, as they will run.
 
     Raises:
         UserError: they are invalid.
     """
-    config = cli.parse_train(with_stop_file(words, Path("stop")))
+    config = cli.parse_train(with_stop_file(arguments, Path("stop")))
     config.check()
     return config
 
 
-def refuse(options: Sequence[str], reasons: Mapping[str, str]) -> None:
-    """Raises UserError if the user's options contain one of `reasons`, which are by option."""
+def reject_options(options: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Raises UserError if `options` contains a reserved option; `reasons` maps each to the explanation."""
     for name, option in _parse(options).options.items():
         if name in reasons:
             raise UserError(f"{' '.join([name, *option.values])}: expected no {name}; {reasons[name]}")
@@ -80,8 +84,8 @@ def absolute_paths(options: Sequence[str]) -> list[str]:
     return line.words()
 
 
-def with_device(options: Sequence[str], gpus: int) -> list[str]:
-    """Returns options of `runner train` for a machine with so many GPUs: without one, `--device auto` is the CPU.
+def resolve_device(options: Sequence[str], gpus: int) -> list[str]:
+    """Replaces `--device auto`, given or by default, with `--device cpu` if `gpus` is 0; else returns the options.
 
     Raises:
         UserError: they require a GPU, and there is none.
@@ -96,11 +100,11 @@ def with_device(options: Sequence[str], gpus: int) -> list[str]:
     return line.words()
 
 
-def check_batches(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
-    """Checks the batches of a request, by the functions that `runner train` calls, and that its folders exist.
+def check_dataset(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
+    """Checks that the batches fit the dataset and the ranks, and that teacher and start are finished runs.
 
     Raises:
-        UserError: the dataset and the ranks do not fit the batches, or a folder does not exist.
+        UserError: `runner train` would refuse them, by the same functions.
     """
     from runner.data.open import check_training, records_of  # late, because it imports torch
 
@@ -113,12 +117,12 @@ def check_batches(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
 
 
 def check_models(config: TrainConfig, manifest: Manifest) -> None:
-    """Checks that model, teacher and initial weights fit the classes and images, by the functions of `runner train`.
+    """Builds the model and the teacher on the CPU, and checks that they accept the dataset's images and classes.
 
     With one thread, because this may be a login node, and because a process with threads of OpenMP cannot fork.
 
     Raises:
-        UserError: they do not.
+        UserError: `runner train` would refuse them, by the same functions.
     """
     import torch  # late, because it is slow, as are these
 
@@ -144,10 +148,6 @@ def check_models(config: TrainConfig, manifest: Manifest) -> None:
 
 def _no_images(count: int) -> NoReturn:
     raise AssertionError("weights of another run are not initialized from images")
-
-
-def _path_options(data: Path, runs: Path) -> list[str]:
-    return ["--data", str(data.absolute()), "--runs", str(runs.absolute())]
 
 
 def _parse(options: Sequence[str]) -> CommandLine:
