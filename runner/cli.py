@@ -42,7 +42,7 @@ COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (List, Show, Eval, Export, Parity, Engine, Bench, Predict, Report, Sync, Doctor)
 }
-KEPT_BY_RESUME = ("precision", "deterministic", "evaluate_every", "checkpoint_every")
+KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every")
 ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."
 
 
@@ -107,7 +107,8 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
     if (started := started_run(config)) is not None:
-        kept = {name: getattr(started.options, name) for name in KEPT_BY_RESUME} if started.options else {}
+        options = started.options
+        kept = {name: getattr(options, name) for name in KEPT_BY_RESUME} if options else {}
         default = dataclasses.replace(
             default,
             architecture=started.architecture,
@@ -118,6 +119,8 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
             **kept,
         )
         config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
+        if options and options.deterministic:  # here, because a flag that is on by default could not be given
+            config = dataclasses.replace(config, deterministic=True)
     return config
 
 

@@ -207,11 +207,12 @@ def test_a_run_is_resumed_with_its_own_recipe(small_data: Path, tmp_path: Path) 
     named = [*words, "--name", "named"]
     started = runner(*named, "--max-steps", 3, "--seed", 7, "--precision", "bf16", "--deterministic")
     assert started.returncode == 0, started.stderr
-    done = runner(*named, "--resume", "auto", "--max-steps", 4)
-    assert done.returncode == 0, done.stderr
+    for step, options in ((4, []), (5, ["--deterministic", "--seed", 7, "--precision", "bf16"])):
+        done = runner(*named, "--resume", "auto", "--max-steps", step, *options)
+        assert done.returncode == 0, done.stderr
     config = Run(tmp_path / "tiny" / "named").config()
     assert (config.seed, config.precision, config.options.deterministic) == (7, "bf16", True)
-    assert [(entry.step, entry.changed) for entry in config.resumed] == [(3, {})]
+    assert [(entry.step, entry.changed) for entry in config.resumed] == [(3, {}), (4, {})]
 
 
 @pytest.mark.processes

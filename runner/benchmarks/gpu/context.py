@@ -102,7 +102,7 @@ MINIATURE = Scale(
     training=("--max-steps", "1", "--recipe.batch-size", "50"),
     deployed=("soni-2",),
     brief=1,
-    precisions=("fp32", "fp16"),
+    precisions=("fp16",),
     batches=(1, 2),
     seconds=0.05,
 )
