@@ -3,11 +3,10 @@
 The run folders hold the state of every trial, so the same command trains what is missing and repeats nothing.
 """
 
+import contextlib
 import re
-import shlex
-import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,9 +16,10 @@ import tyro
 
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest
-from launch import local_pool, wandb_sweep
+from launch import local_pool, slurm_array, wandb_sweep
 from launch.plan import Resources, launcher_for
-from launch.submit import Allocation, name_and_log, require_sbatch, sbatch
+from launch.slurm_array import ArrayJob
+from launch.submit import Allocation, name_and_log, require_sbatch
 from launch.train_arguments import check_dataset, check_models, reject_options, resolve_device, train_options
 from launch.trials import Trial, check_same, expand
 from runner.common import files
@@ -36,13 +36,6 @@ NOT_TO_TRAIN = ("complete", "running", "queued")
 OLD_STATES = {"whole": "complete", "broken off": "crashed"}  # as earlier versions wrote them
 
 
-class ArrayJob(msgspec.Struct):
-    """An array job of SLURM: its number, and the id of each task's trial."""
-
-    job: str
-    trials: list[str]
-
-
 class SweepManifest(msgspec.Struct):
     """sweep.json: what the sweep trains, the state of each trial, and the SLURM jobs that were submitted."""
 
@@ -53,15 +46,6 @@ class SweepManifest(msgspec.Struct):
 
     def __post_init__(self) -> None:
         self.trials = {trial: OLD_STATES.get(state, state) for trial, state in self.trials.items()}
-
-
-@dataclass(frozen=True)
-class UnsubmittedJob:
-    """An array job of SLURM: its command, and the file from which each task takes the arguments of its trial."""
-
-    command: list[str]
-    file: Path
-    trials: list[Trial]
 
 
 @dataclass(frozen=True)
@@ -120,7 +104,9 @@ class Sweep:
         missing = [trial for trial in trials if states[trial.id] not in NOT_TO_TRAIN]
         if self.on == "slurm" and missing and not self.dry_run:
             require_sbatch(environ)  # first, because the checks that follow take seconds
-        job = self.array_job(missing) if self.on == "slurm" and missing else None
+        if self.on == "slurm":
+            slurm_array.check_names(missing)
+            name_and_log(self.group, self.runs, "%A_%a")
         self.check_data(missing, manifest)
         if self.dry_run:
             for trial in trials:
@@ -132,8 +118,8 @@ class Sweep:
             return
         self.update_manifest(states)
         environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.group)}
-        if job:
-            self.submit(job, environ)
+        if self.on == "slurm":
+            self.submit(missing, environ)
         else:
             self.train_here(trials, missing, environ)
 
@@ -201,11 +187,9 @@ class Sweep:
     def states(self, trials: list[Trial]) -> dict[str, str]:
         """Returns the state of each trial by id: that of its run, or queued."""
         states: dict[str, str] = {trial.id: trial.state() for trial in trials}
-        for job in self.manifest().jobs:
-            for index in unfinished_tasks(job.job):
-                trial = job.trials[index]
-                if states.get(trial, "running") not in ("complete", "running"):
-                    states[trial] = "queued"
+        for trial in slurm_array.queued_trials(self.manifest().jobs):
+            if states.get(trial, "running") not in ("complete", "running"):
+                states[trial] = "queued"
         return states
 
     def manifest(self) -> SweepManifest:
@@ -213,19 +197,16 @@ class Sweep:
         path = self.folder / "sweep.json"
         return files.read(path, SweepManifest) if path.is_file() else SweepManifest()
 
-    def update_manifest(self, states: Mapping[str, str], job: ArrayJob | None = None) -> None:
-        """Adds states and a submitted job to sweep.json.
+    def update_manifest(self, states: Mapping[str, str], jobs: Sequence[ArrayJob] = ()) -> None:
+        """Adds states and submitted jobs to sweep.json.
 
         Raises:
             UserError: the file cannot be written.
         """
-        previous = self.manifest()
-        jobs = [*previous.jobs, job] if job else previous.jobs
-        manifest = SweepManifest(list(self.names), list(self.seeds), {**previous.trials, **states}, jobs)
-        try:
-            files.write(self.folder / "sweep.json", manifest)
-        except OSError as error:
-            raise UserError(f"--runs {self.runs}: cannot write there ({error.strerror})") from None
+        with self.locked("sweep.lock"):
+            previous = self.manifest()
+            states, jobs = {**previous.trials, **states}, [*previous.jobs, *jobs]
+            files.write(self.folder / "sweep.json", SweepManifest(list(self.names), list(self.seeds), states, jobs))
 
     def train_here(self, trials: list[Trial], missing: list[Trial], environ: Mapping[str, str]) -> None:
         """Trains the missing trials on this machine, and prints the states of all.
@@ -251,41 +232,30 @@ class Sweep:
         if any(states[trial.id] != "complete" for trial in missing):
             raise SystemExit(1)
 
-    def array_job(self, missing: list[Trial]) -> UnsubmittedJob:
-        """Returns one array job for the missing trials; task N takes line N of a file.
+    def submit(self, missing: list[Trial], environ: Mapping[str, str]) -> None:
+        """Submits array jobs, and adds each to the manifest as soon as it is queued.
 
         Raises:
-            UserError: SLURM or slurm/sweep.sbatch cannot take a name or path.
+            UserError: SLURM refuses one, or the folder of the sweep cannot be written.
         """
-        if unfit := [trial.config.experiment for trial in missing if re.search(r"[ \t\n]", trial.config.experiment)]:
-            raise UserError(f"{unfit[0]!r}: expected a name without spaces, at which slurm/sweep.sbatch splits a line")
-        file = self.folder / f"trials-{len(list(self.folder.glob('trials-*')))}"
-        limit = f"%{self.at_once}" if self.at_once else ""
-        command = ["sbatch", "--parsable", *name_and_log(self.group, self.runs, "%A_%a")]
-        command += [f"--array=0-{len(missing) - 1}{limit}", *self.slurm.options()]
-        command += ["slurm/sweep.sbatch", str(file.absolute()), *missing[0].options]
-        return UnsubmittedJob(command, file, missing)
+        with self.locked("submit.lock"):  # another call may submit the same trials
+            states = self.states(missing)
+            trials = [trial for trial in missing if states[trial.id] not in NOT_TO_TRAIN]
+            for job in slurm_array.submit(
+                trials, self.folder, self.group, self.runs, self.slurm, self.at_once, environ
+            ):
+                self.update_manifest({}, [job])
+                print(f"job {job.job}, an array of {len(job.trials)}; logs: {self.runs / 'slurm'}")
 
-    def submit(self, job: UnsubmittedJob, environ: Mapping[str, str]) -> None:
-        """Submits an array job, and adds it to the manifest.
-
-        Raises:
-            UserError: SLURM refuses it.
-        """
-        job.file.write_text("".join(" ".join(trial.argv) + "\n" for trial in job.trials))
-        number = sbatch(job.command, self.runs, environ)
-        self.update_manifest({}, ArrayJob(number, [trial.id for trial in job.trials]))
-        print(f"job {number}, an array of {len(job.trials)}; logs: {self.runs / 'slurm'}")
-
-
-def unfinished_tasks(job: str) -> list[int]:
-    """Returns the tasks of an array job that wait or run; none if SLURM no longer knows the job."""
-    command = ["squeue", "--noheader", "--array", "--job", job, "--format", "%K"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except FileNotFoundError:
-        raise UserError(f"squeue: not found; job {shlex.quote(job)} of this sweep was submitted to SLURM") from None
-    return [int(line) for line in result.stdout.split() if line.isdigit()]
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Holds a lock in the folder of the sweep. Raises UserError if it cannot be written."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.folder / name))
+            except OSError as error:
+                raise UserError(f"--runs {self.runs}: cannot write there ({error.strerror})") from None
+            yield
 
 
 def count_states(states: Mapping[str, str]) -> str:

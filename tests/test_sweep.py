@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -236,6 +237,70 @@ def test_a_sweep_that_is_killed_twice_trains_every_trial_once(
     again = sweep(*words)
     assert again.returncode == 0
     assert len(again.stdout.splitlines()) == 1
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """PATH of stand-ins for SLURM: arrays of at most 2 tasks; sbatch logs its arguments; squeue prints `queue`."""
+    programs = {
+        "scontrol": "echo 'MaxArraySize            = 2'",
+        "sbatch": f"""echo "$*" >> {tmp_path}/log; wc -l < {tmp_path}/log""",
+        "squeue": f"[ ! -e {tmp_path}/down ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}\n"
+        f"cat {tmp_path}/queue",
+    }
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "queue").touch()
+    for name, program in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+
+def test_a_sweep_larger_than_an_array_is_several_jobs_and_none_twice(
+    slurm: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    words = ["tiny", *TINY, "--data", small_data, "--runs", runs, "--on", "slurm", "--seeds", *range(5)]
+    words += ["--at-once", 1]
+    folder = runs / "sweeps" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "trials-1").write_text("of a task that may start again")  # one that was lost made the count wrong
+    done = sweep(*words, **slurm)
+    assert done.returncode == 0, done.stderr
+    submitted = (tmp_path / "log").read_text().splitlines()
+    assert [re.findall(r"--array=\S+|--dependency=\S+", line) for line in submitted] == [
+        ["--array=0-1%1"], ["--array=0-1%1", "--dependency=afterany:1"], ["--array=0-0%1", "--dependency=afterany:2"],
+    ]  # fmt: skip
+    files = [Path(re.search(r"slurm/sweep\.sbatch (\S+)", line)[1]) for line in submitted]
+    assert (folder / "trials-1").read_text() == "of a task that may start again"
+    seeds = [re.search(r"--seeds (\d)", line)[1] for file in files for line in file.read_text().splitlines()]
+    assert seeds == ["0", "1", "2", "3", "4"]
+    manifest = read(folder / "sweep.json", SweepManifest)
+    assert [(job.job, len(job.trials)) for job in manifest.jobs] == [("1", 2), ("2", 2), ("3", 1)]
+
+    (tmp_path / "down").touch()
+    refused = sweep(*words, **slurm)
+    assert refused.returncode == 2
+    assert "Unable to contact slurm controller; jobs of this sweep may be queued" in refused.stderr
+    (tmp_path / "down").unlink()
+    (tmp_path / "queue").write_text("1 0\n1 1\n2 1\n3 0\n99 0\n")  # a task of job 2 has ended
+    again = sweep(*words, **slurm)
+    assert again.stdout.startswith("5 trials: 4 queued, 1 missing\n")
+    (last,) = (tmp_path / "log").read_text().splitlines()[3:]
+    assert "--array=0-0%1 " in last
+    assert "--seeds 2" in Path(re.search(r"slurm/sweep\.sbatch (\S+)", last)[1]).read_text()
+
+
+def test_two_calls_at_once_submit_each_trial_once(slurm: dict[str, str], small_data: Path, tmp_path: Path) -> None:
+    """The second waits for the first, whose tasks are queued by then."""
+    words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--on", "slurm", "--seeds", 0, 1]
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text() + f"printf '1 0\\n1 1\\n' > {tmp_path}/queue; sleep 2\n")
+    calls = [start("launch", "sweep", *words, **slurm) for _ in range(2)]
+    for call in calls:
+        _, errors = call.communicate(timeout=120)
+        assert call.returncode == 0, errors
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:

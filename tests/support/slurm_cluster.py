@@ -37,6 +37,7 @@ class Cluster:
         self.config = folder / "slurm.conf"
         self.config.write_text(f"""
 ClusterName=test
+MaxArraySize=2
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
