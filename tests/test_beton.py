@@ -1,6 +1,8 @@
 import multiprocessing
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,13 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep import beton, manifest
+from data_prep import beton_file as reader
 from data_prep.sources import Source, Split
-from data_prep.verify import decode, verify
+from data_prep.verify import verify
 from runner.common.errors import UserError
-from runner.data import beton as reader
 from tests.support.processes import gone
+
+
+def decoded_by_ffcv(path: Path) -> Split:
+    """Every record of a .beton file in file order."""
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    threads = torch.get_num_threads()
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+    loader = Loader(
+        str(path), batch_size=100, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines
+    )
+    batches = [(np.array(images), np.array(labels).reshape(-1)) for images, labels in loader]
+    torch.set_num_threads(threads)  # ffcv changes it
+    return Split(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def test_prepare_is_reproducible(small: Source, small_data: Path, tmp_path: Path) -> None:
@@ -67,10 +88,76 @@ def test_the_reader_matches_ffcvs_decoder(small: Source, small_data: Path) -> No
     for split in ("train", "test"):
         path = small_data / f"{split}.beton"
         images, labels = reader.read(path, prepared.splits[split], prepared)
-        decoded = decode(path, prepared)
+        decoded = decoded_by_ffcv(path)
         np.testing.assert_array_equal(images, decoded.images)
         np.testing.assert_array_equal(labels, decoded.labels)
         np.testing.assert_array_equal(images, getattr(small, split).images)
+
+
+def crafted(path: Path, **changes: object) -> None:
+    """Changes a field of the header, of the table (`row_`) or of the allocations (`allocation_`), of its first row."""
+    content = np.fromfile(path, dtype=np.uint8)
+    header = content[: reader.HEADER.itemsize].view(reader.HEADER)
+    table = content[reader.HEADER.itemsize + 2 * reader.FIELD.itemsize :]
+    row = table[: reader.SAMPLE.itemsize].view(reader.SAMPLE)["image"]
+    allocation = content[int(header["alloc_table_ptr"][0]) :][: reader.ALLOCATION.itemsize].view(reader.ALLOCATION)
+    for name, value in changes.items():
+        target, _, field = name.rpartition("__")
+        {"": header, "row": row, "allocation": allocation}[target][field] = value
+    content.tofile(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation__size": 2**20},
+        {"allocation__size": 3},
+        {"allocation__ptr": 0},
+        {"row__data_ptr": 2**63 - 1},
+        {"row__data_ptr": 2**64 - 1},
+        {"row__data_ptr": 100},
+        {"row__data_ptr": 2**40, "allocation__ptr": 2**40},
+        {"row__height": 64},
+        {"row__mode": 0},
+        {"alloc_table_ptr": 2**63},
+        {"alloc_table_ptr": 0},
+        {"num_samples": 2**62},
+        {"num_fields": 3},
+        {"page_size": 0},
+        {"page_size": 3},
+        {"version": 3},
+    ],
+    ids=str,
+)
+def test_a_file_that_ffcv_must_not_open_is_refused(changes: dict[str, int], small_data: Path, tmp_path: Path) -> None:
+    path, prepared = Path(shutil.copy(small_data / "test.beton", tmp_path)), manifest.read(small_data)
+    crafted(path, **changes)
+    with pytest.raises(UserError, match=r"test\.beton: expected .*; prepare the dataset again"):
+        reader.read_labels(path, prepared.splits["test"], prepared)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, data: st.DataObject) -> None:
+    """Up to four bytes of the header, the fields and both tables, set at random."""
+    prepared = manifest.read(small_data)
+    split, sound = prepared.splits["test"], (small_data / "test.beton").read_bytes()
+    header = np.frombuffer(sound[: reader.HEADER.itemsize], reader.HEADER)[0]
+    end = reader.HEADER.itemsize + 2 * reader.FIELD.itemsize + split.images * reader.SAMPLE.itemsize
+    content = bytearray(sound)
+    places = st.integers(0, end - 1) | st.integers(int(header["alloc_table_ptr"]), len(sound) - 1)
+    for place in data.draw(st.lists(places, min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "test.beton")
+        path.write_bytes(content)
+        try:
+            images, labels = reader.read(path, split, prepared)
+        except UserError:
+            return
+    expected = reader.read(small_data / "test.beton", split, prepared)
+    assert np.array_equal(images, expected[0])
+    assert np.array_equal(labels, expected[1])
 
 
 @pytest.mark.images

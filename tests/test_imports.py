@@ -44,7 +44,7 @@ def imports(path: Path, *packages: str) -> set[str]:
 COMMON = ["runner.common"]
 CONFIG = [*COMMON, "runner.config", "runner.experiments"]
 RUN = [*CONFIG, "runner.run", "runner.system"]
-DATA = [*RUN, "data_prep.manifest", "data_prep.images", "data_prep.synthetic", "runner.data"]
+DATA = [*RUN, "data_prep.manifest", "data_prep.beton_file", "data_prep.images", "data_prep.synthetic", "runner.data"]
 TRAINING = [*DATA, "runner.training"]
 ALLOWED = {
     "runner.common": COMMON,
@@ -105,7 +105,7 @@ def test_what_answers_at_once_has_no_torch(who: str) -> None:
 
 # These packages belong to these files alone.
 RESERVED = {
-    "ffcv": {"data_prep.beton", "data_prep.verify", "runner.data.streaming", "runner.benchmarks.loader"},
+    "ffcv": {"data_prep.beton", "runner.data.streaming", "runner.benchmarks.loader"},
     "tensorrt": {"runner.deploy.engine", "runner.deploy.latency"},
     "tensorrt_rtx": {"runner.deploy.engine", "runner.deploy.latency"},
     "wandb": {"runner.tracking.wandb_run", "runner.report.wandb_report"},

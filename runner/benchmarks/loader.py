@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from msgspec import Meta
 
+from data_prep import beton_file
 from data_prep.manifest import Manifest
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
 from runner.config.recipe import SGD, Augment, Count, Recipe
-from runner.data import beton
 from runner.data.open import LoaderChoice, RankInfo, open_manifest, open_split
 from runner.system import cpu
 from runner.system.environment import usable_cores
@@ -121,7 +121,7 @@ def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     split = manifest.splits["train"]
     if benchmark.batch_size > split.images // 3:
         raise UserError(f"batch size {benchmark.batch_size}: expected at most a third of {split.images} images")
-    images, labels = beton.read(benchmark.data / "train.beton", split, manifest)
+    images, labels = beton_file.read(benchmark.data / "train.beton", split, manifest)
     transform = v2.Compose(
         [
             v2.RandomCrop(manifest.image_shape[0], padding=PADDING),

@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from data_prep import beton_file
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
 from runner.common.errors import UserError
 from runner.config.recipe import Recipe
-from runner.data import beton
 from runner.data.order import epoch_order
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
@@ -157,13 +157,13 @@ def open_split(
     )
     path = data / file.file
     if rank_info.loader_for(file)[0] == "resident":
-        pixels, labels = beton.read(path, file, manifest)
+        pixels, labels = beton_file.read(path, file, manifest)
         if records is not None:
             pixels, labels = pixels[records], labels[records]
         return ResidentBatches(pixels, labels, options)
     from runner.data.streaming import StreamingBatches
 
-    labels = beton.read_labels(path, file, manifest)
+    labels = beton_file.read_labels(path, file, manifest)
     return StreamingBatches(path, labels if records is None else labels[records], options, records, rank_info.workers)
 
 

@@ -23,13 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
+from data_prep import beton_file
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_INTERRUPTED
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
-from runner.data import beton
 from runner.data.kernels import crop
 from runner.data.open import RankInfo, Split, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
@@ -302,7 +302,7 @@ class SeedRun:
         test = session.manifest.splits["test"]
 
         def read_images(samples: np.ndarray) -> np.ndarray:
-            return beton.read_some(session.config.data / test.file, test, session.manifest, samples)
+            return beton_file.read_some(session.config.data / test.file, test, session.manifest, samples)
 
         session.tracking.draw(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)

@@ -168,11 +168,11 @@ def write_images(context: Context, folder: Path) -> None:
     """Writes the dataset where airbench's scripts expect it."""
     import torch
 
-    from runner.data import beton
+    from data_prep import beton_file
 
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in context.manifest.splits.items():
-        images, labels = beton.read(context.data / split.file, split, context.manifest)
+        images, labels = beton_file.read(context.data / split.file, split, context.manifest)
         content = {
             "images": torch.from_numpy(np.array(images)),
             "labels": torch.from_numpy(np.array(labels)).long(),

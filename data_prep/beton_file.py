@@ -1,7 +1,11 @@
-"""Reads the images and labels of a .beton file of raw records, without ffcv.
+"""Reads the images and labels of a .beton file of raw records, without ffcv, and checks what ffcv trusts.
 
 FFCV's format, version 2: a header, a descriptor of each field, a table with one row for each sample (mode, height,
-width and address of the pixels; the label), then pages of pixels. Within a page, raw records are contiguous.
+width and address of the pixels; the label), then pages of pixels, and the allocation table: address and size of the
+pixels of each sample. Within a page, raw records are contiguous.
+
+FFCV copies as many bytes as the allocation table says, from where the sample's row says, without a check: a file that
+somebody crafted could read and overwrite memory. So every address and size is checked here before FFCV opens a file.
 """
 
 import math
@@ -25,6 +29,8 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+NAMES = ("image", "label")
 VERSION, TYPE_INT, TYPE_RGB_IMAGE, MODE_RAW = 2, 1, 2, 1
 
 
@@ -73,9 +79,12 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
     if header["version"] != VERSION or header["num_fields"] != 2 or table_end > len(content):
         actual = f"version {header['version']} with {header['num_fields']} fields"
         raise _layout_error(path, f"format version {VERSION} with an image and a label field", actual)
-    types = content[HEADER.itemsize : fields_end].view(FIELD)["type_id"].tolist()
-    if types != [TYPE_RGB_IMAGE, TYPE_INT]:
-        raise _layout_error(path, f"field types {[TYPE_RGB_IMAGE, TYPE_INT]} (RGB image, integer)", str(types))
+    fields = content[HEADER.itemsize : fields_end].view(FIELD)
+    types, names = fields["type_id"].tolist(), tuple(name.tobytes().rstrip(b"\0") for name in fields["name"])
+    if types != [TYPE_RGB_IMAGE, TYPE_INT] or names != tuple(name.encode() for name in NAMES):
+        raise _layout_error(path, "the fields image (RGB image) and label (integer)", f"{names} of types {types}")
+    if header["page_size"].bit_count() != 1:
+        raise _layout_error(path, "a power of two as the size of a page", str(header["page_size"]))
     if header["num_samples"] != split.images:
         raise _layout_error(path, f"{split.images} samples", str(header["num_samples"]))
     table = np.array(content[fields_end:table_end]).view(SAMPLE)
@@ -90,11 +99,23 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
         raise _layout_error(path, f"labels 0 to {len(manifest.classes) - 1}", f"label {worst}")
     if tuple(np.bincount(labels, minlength=len(manifest.classes)).tolist()) != split.images_per_class:
         raise _layout_error(path, f"{split.images_per_class} images per class", "other counts")
-    size = height * width * channels
-    addresses = table["image"]["data_ptr"].astype(np.int64)
-    if addresses.min() < table_end or addresses.max() + size > len(content):
+    size, addresses = height * width * channels, table["image"]["data_ptr"]
+    if channels != 3 or size > len(content) or addresses.min() < table_end or addresses.max() > len(content) - size:
         raise _layout_error(path, "pixels within the file", "an address beyond it")
-    return content, addresses, labels
+    _check_allocations(path, content, int(header["alloc_table_ptr"]), addresses, size)
+    return content, addresses.astype(np.int64), labels
+
+
+def _check_allocations(path: Path, content: np.ndarray, start: int, addresses: np.ndarray, size: int) -> None:
+    """Checks that the allocation table, at the end of the file, has exactly the samples' pixels, `size` bytes each."""
+    rows, remainder = divmod(len(content) - start, ALLOCATION.itemsize)
+    if rows != len(addresses) or remainder:
+        raise _layout_error(path, f"an allocation table of {len(addresses)} rows at the end", f"{rows} rows")
+    table = np.array(content[start:]).view(ALLOCATION)
+    if not (np.array_equal(np.sort(table["ptr"]), np.sort(addresses)) and (table["size"] == size).all()):
+        raise _layout_error(path, f"an allocation of {size} bytes for each image", "others")
+    if len(np.unique(addresses)) < len(addresses) or table["sample_id"].max() >= len(addresses):
+        raise _layout_error(path, "pixels of its own for each image", "pixels of two images at one address")
 
 
 def _layout_error(path: Path, expected: str, actual: str) -> UserError:
