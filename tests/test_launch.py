@@ -241,11 +241,14 @@ def run_batch_script(checkout: Path, script: str, *words: str) -> subprocess.Com
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(STRANGE, min_size=10, max_size=40))
-def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(checkout: Path, values: list[str]) -> None:
+@given(st.lists(STRANGE, min_size=10, max_size=40), st.sampled_from([[], ["--runs", "a b"], ["--runs=/a b"]]))
+def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(
+    checkout: Path, values: list[str], runs: list[str]
+) -> None:
     """About 300 words, each of them also as the value of an option."""
     options = list(itertools.chain.from_iterable((value, f"--teacher={value}") for value in values))
-    shared = ["--data", "/a b/*", "--resume", "auto", *options]
+    shared = ["--data", "/a b/*", "--resume", "auto", *options, *runs]
+    folder = checkout / (runs[-1].removeprefix("--runs=") if runs else "runs") / "slurm"
     (checkout / "trials").write_text("tiny --seeds 0 --name a\ngrid/net-[0.1]* --seeds 1 --name b\n")
     trial = ["grid/net-[0.1]*", "--seeds", "1", "--name", "b"]
     for script, first, expected in (("train.sbatch", ["tiny"], ["tiny"]), ("sweep.sbatch", ["trials"], trial)):
@@ -254,7 +257,7 @@ def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(checkout: Path
         words = (checkout / "words").read_bytes().decode().split("\0")[:-1]
         assert words[words.index("--num_processes") + 1] == "16"
         after = words[words.index("train") + 1 :]
-        assert after == [*expected, *shared, "--stop-file", f"{checkout}/.stop-7-0"]
+        assert after == [*expected, *shared, "--stop-file", f"{folder}/.stop-7-0"]
 
 
 def test_a_batch_script_without_resume_ends_at_once(checkout: Path) -> None:

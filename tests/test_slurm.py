@@ -140,7 +140,7 @@ def test_a_job_that_is_preempted_and_then_times_out_is_bit_identical(
     assert log.read_text().count("stopped with a checkpoint; queued again") == 2
     assert len(Run(run).config().resumed) == cluster.restart_count(job)
     assert_same_run(submitted.run, run)
-    assert not list(ROOT.glob(".stop-*"))
+    assert not [*ROOT.glob(".stop-*"), *(tmp_path / "runs").rglob(".stop-*")]
 
 
 def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
@@ -158,7 +158,7 @@ def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     assert "queued again" not in log.read_text()
     (step,) = map(int, re.findall(r"stopped at step (\d+)", log.read_text()))
     assert (run / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
-    assert not list(ROOT.glob(".stop-*"))
+    assert not [*ROOT.glob(".stop-*"), *(tmp_path / "runs").rglob(".stop-*")]
 
 
 def test_one_task_of_a_sweep_is_requeued_alone(
