@@ -260,6 +260,30 @@ def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(
         assert after == [*expected, *shared, "--stop-file", f"{folder}/.stop-7-0"]
 
 
+@pytest.mark.parametrize("fault", ["others can write there", "belongs to another user"])
+def test_an_environment_that_others_can_change_is_refused(fault: str, tmp_path: Path) -> None:
+    """Its programs would run with the rights of who activates it."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if fault == "others can write there":
+        cache.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(cache, 12345, 12345)
+    else:
+        pytest.skip("only root can give a folder away")
+    script = f"source {ROOT}/launch/activate"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "RUNNER_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"{cache}: {fault}" in done.stderr
+    assert list(cache.iterdir()) == []
+
+
 def test_a_batch_script_without_resume_ends_at_once(checkout: Path) -> None:
     """A job of it would train until its time limit, and fail when it is queued again."""
     done = run_batch_script(checkout, "train.sbatch", "tiny", "--data", "x", "--resume", "never")
