@@ -20,6 +20,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.zip: Any = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         self.tar: Any = None if self.zip else tarfile.open(path)  # noqa: SIM115 - closed in __exit__
+        self.ended = False
 
     def __enter__(self) -> "Archive":
         return self
@@ -45,11 +46,27 @@ class Archive:
                 if not info.is_dir():
                     yield _normalize(info.filename), partial(_read, info.filename, info.file_size, self.zip.read, info)
             return
-        for member in self.tar.getmembers():
+        members = self.tar.getmembers()
+        self._check_end()
+        for member in members:
             if member.isfile():
                 yield _normalize(member.name), partial(_read, member.name, member.size, self._read_tar, member)
             elif not member.isdir():
                 yield _normalize(member.name), None
+
+    def _check_end(self) -> None:
+        """Checks that a tar ends as it should: tarfile takes a damaged header, or a missing end, for the end.
+
+        Raises:
+            tarfile.ReadError: it does not end with two blocks of zeros, of which tarfile has read the first.
+        """
+        if self.ended:
+            return
+        if self.tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut off, or damaged in the middle")
+        while self.tar.fileobj.read(1 << 20):  # to the checksum of a compressed file
+            pass
+        self.ended = True
 
     def _read_tar(self, member: tarfile.TarInfo) -> bytes:
         return self.tar.extractfile(member).read()

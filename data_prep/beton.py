@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep import beton_file
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
 from data_prep.sources import Source, Split
-from runner.common.console import progress
+from runner.common.console import list_some, progress
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
 
@@ -42,6 +43,9 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
     Raises:
         UserError: the folder cannot be created, contains other files, or the disk is too small.
     """
+    out = out.resolve()  # the lock and the new folder lie beside it
+    if not out.name:
+        raise UserError(f"--out {out}: expected a folder below it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _lock(out):
@@ -77,8 +81,11 @@ def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if not (out / manifests.FILE_NAME).is_file():
-        raise UserError(f"--out {out}: expected a new or empty folder, found other files; choose another")
+    known = {manifests.FILE_NAME, *(f"{split}.beton" for split in manifests.SPLITS)}
+    others = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else [out.name]
+    if others or not (out / manifests.FILE_NAME).is_file():
+        found = list_some(others or ["no dataset.json"])
+        raise UserError(f"--out {out}: expected a new or empty folder, found other files ({found}); choose another")
     try:
         manifest = manifests.read(out)
         manifests.check_files(out, manifest)
@@ -86,15 +93,29 @@ def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
         if overwrite:
             return None
         raise UserError(f"{error} (or replace the dataset with --overwrite)") from None
-    expected = (source.name, source.classes, source.provenance, mean_and_std(source.train)[0])
-    if (manifest.name, manifest.classes, manifest.source, manifest.mean) == expected:
+    same = (manifest.name, manifest.classes, manifest.source) == (source.name, source.classes, source.provenance)
+    if same and _has_content(out, manifest, source):
         return manifest
     if overwrite:
         return None
+    if same:
+        raise UserError(f"--out {out}: the images of the source have changed; replace the dataset with --overwrite")
     raise UserError(
         f"--out {out}: contains {manifest.name} from {manifest.source}; expected a new folder or the same source; "
         "choose another, or replace it with --overwrite"
     )
+
+
+def _has_content(folder: Path, manifest: Manifest, source: Source) -> bool:
+    """Whether a prepared folder has exactly the images and labels of a source."""
+    for name in manifests.SPLITS:
+        split, expected = manifest.splits[name], getattr(source, name)
+        if split.images != len(expected.labels):
+            return False
+        images, labels = beton_file.read(folder / split.file, split, manifest)
+        if not (np.array_equal(images, expected.images) and np.array_equal(labels, expected.labels)):
+            return False
+    return True
 
 
 def _write_into(folder: Path, source: Source) -> Manifest:

@@ -7,7 +7,7 @@ import numpy as np
 
 from runner.common.errors import UserError
 
-RESERVED = "CIFAR-10"  # also of CIFAR-100: names that start so are only for these datasets, with their papers' figures
+RESERVED = ("CIFAR-10", "SYNTHETIC-10")  # names that start so, also CIFAR-100, are only for these datasets
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,17 @@ class Source:
 
 
 def renamed(source: Source, name: str) -> Source:
-    """The dataset under another name. Raises UserError for a name of CIFAR-10 or CIFAR-100 that it does not have."""
-    if name.upper().startswith(RESERVED) and not name.startswith(source.name):
-        raise UserError(f"--name {name}: expected another name for {source.name}; results on CIFAR-10 are called so")
+    """The dataset under another name.
+
+    Raises:
+        UserError: it is a name of a known dataset that this is not, or has characters that cannot be shown.
+    """
+    if not name.isprintable() or name != name.strip():
+        raise UserError(f"--name {name!r}: expected printable characters, without spaces around them")
+    if name.upper().startswith(RESERVED) and not (
+        source.name.upper().startswith(RESERVED) and name.startswith(source.name)
+    ):
+        raise UserError(f"--name {name}: expected another name for {source.name}; another dataset is called so")
     return replace(source, name=name)
 
 

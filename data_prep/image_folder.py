@@ -1,5 +1,6 @@
 """Reads image folders, and archives of them: train/<class>/ and test/<class>/, with images at any depth below."""
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from runner.common.console import list_some, track
 from runner.common.errors import UserError
 
 EXPECTED = "train/<class>/ and test/<class>/ with images (" + ", ".join(s[1:] for s in images.SUFFIXES) + ")"
+ARCHIVE_SUFFIX = re.compile(r"\.(zip|tgz|tbz2?|txz|tar(\.(gz|bz2|xz|zst))?)$", re.IGNORECASE)
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "val")
 
 
@@ -61,6 +63,8 @@ def load(
     _check_root(path, files)
     found = {file.split for file in files}
     test_folder = "test" if "test" in found else "val"
+    if files and test_folder not in found:
+        raise UserError(f"--source {path}: expected {EXPECTED}, found no test/ and no val/")
     unused += [file.path for file in files if file.split not in ("train", test_folder)]
     files = [file for file in files if file.split in ("train", test_folder)]
     if not files:
@@ -81,7 +85,7 @@ def load(
     train, test = split_of("train"), split_of(test_folder)
     notes = ["val/ is used as the test split, since there is no test/"] if test_folder == "val" else []
     if unused:
-        notes.append(f"not used: {list_some(unused)}")
+        notes.append(f"not used: {list_some([name if name.isprintable() else repr(name) for name in unused])}")
     if size is not None:
         provenance = {**provenance, "size": size, "fit": fit or "crop"}
     suffixes = {PurePosixPath(file.path).suffix.lower() for file in files}
@@ -90,9 +94,14 @@ def load(
 
 def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
     """The images in the expected folders, and the paths of all other files."""
-    files, unused = [], []
+    files, unused, seen = list[ImageFile](), list[str](), set[str]()
     for name, read in members:
         parts = PurePosixPath(name).parts
+        if not parts:  # the folder itself
+            continue
+        if name in seen:
+            raise UserError(f"{name!r}: expected once in the archive, found twice; pack it again")
+        seen.add(name)
         depth = 0 if parts[0].lower() in SPLITS else 1
         in_place = len(parts) >= depth + 3 and parts[depth].lower() in SPLITS
         hidden = any(part.startswith((".", "__MACOSX")) for part in parts)  # copies that other programs make
@@ -100,6 +109,8 @@ def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
             unused.append(name)
         else:
             split = SPLITS[parts[depth].lower()]
+            if not parts[depth + 1].isprintable():
+                raise UserError(f"{name!r}: expected printable characters in UTF-8 in the name of a class; rename it")
             files.append(ImageFile("/".join(parts[:depth]), split, parts[depth], parts[depth + 1], name, read()))
     return files, unused
 
@@ -141,6 +152,9 @@ def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffi
     """The name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all images of CIFAR-10."""
     complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)
     if not complete or train.images.shape[1:] != (32, 32, 3):
-        name = path.resolve().name.split(".")[0]
+        whole = path.resolve()
+        name = whole.name if whole.is_dir() else ARCHIVE_SUFFIX.sub("", whole.name)
+        name = (whole.stem if name == whole.name and not whole.is_dir() else name).strip(". ") or "images"
+        name = "".join(letter if letter.isprintable() else "_" for letter in name)
         return f"images of {name}" if name.upper().startswith(RESERVED) else name
     return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"

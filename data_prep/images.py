@@ -1,6 +1,7 @@
 """Decodes image files to RGB, and resizes them to one size: the same for `data_prep prepare` and `runner predict`."""
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from runner.common.errors import UserError
@@ -30,6 +31,7 @@ def decode(name: str, content: bytes) -> "Image.Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # Pillow warns above its own limit; ours is checked below
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata; what cannot be decoded is an error
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -53,11 +55,10 @@ def _to_rgb(name: str, image: "Image.Image") -> "Image.Image":
 
     if image.mode == "F":
         raise UserError(f"{name}: expected 8 or 16 bits per channel, found floating-point pixels; convert it")
+    if image.mode == "I":
+        raise UserError(f"{name}: expected 8 or 16 bits per channel, found 32; convert it")
     if image.mode.startswith("I"):  # Pillow's conversion would set all values above 255 to white
         gray = np.asarray(image).astype(np.int64)
-        low, high = gray.min(), gray.max()
-        if low < 0 or high > 65535:
-            raise UserError(f"{name}: expected 8 or 16 bits per channel, found values from {low} to {high}; convert it")
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     return image.convert("RGB")
 

@@ -5,10 +5,12 @@ checked before they are parsed, and nothing is extracted to disk.
 """
 
 import hashlib
+import lzma
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ from runner.common.files import files_below, sha256_of
 CONNECT_TIMEOUT = 20.0  # seconds
 CIFAR10_CLASSES = CIFAR10.classes
 __all__ = ["CIFAR10_CLASSES", "Source", "SourceUnreachableError", "Split", "download", "limited", "load"]
+
+
+# What reading a damaged archive, or one with a password, raises.
+DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, KeyError, RuntimeError
+)  # fmt: skip
 
 
 class SourceUnreachableError(UserError):
@@ -171,11 +179,13 @@ def _from_archive(path: Path, sha256: str | None, size: int | None, fit: Fit | N
                     name = dataset.name if actual in dataset.sha256.values() else path.name
                     return Source(name, dataset.classes, train, test, {"kind": layout, **provenance})
             return image_folder.load(path, archive.members(), {"kind": "image archive", **provenance}, size, fit)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
+    except DAMAGED as error:
         if isinstance(error, PermissionError):
             raise
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"--source {path}: not a complete tar or zip archive ({error}); expected one of images or batches"
+            f"--source {path}: not a complete tar or zip archive ({reason}); expected one of images or batches, "
+            "without a password"
         ) from None
 
 

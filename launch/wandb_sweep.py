@@ -21,6 +21,8 @@ def write(path: Path, definition: dict[str, Any], trials: int) -> None:
     """
     import yaml
 
+    if path.is_dir():
+        raise UserError(f"--as-wandb-sweep {path}: expected a file, found a folder")
     try:
         text = HEADER + yaml.safe_dump(definition, sort_keys=False)
         write_atomically(path, text.encode())

@@ -183,6 +183,40 @@ def test_another_dataset_is_not_overwritten(small: Source, own_data: Path) -> No
         np.testing.assert_array_equal(images, small.test.images)
 
 
+@pytest.mark.parametrize("change", ["a test image", "two labels", "an image more"])
+def test_a_source_that_has_changed_is_not_what_was_prepared(change: str, small: Source, own_data: Path) -> None:
+    images, labels = small.test.images.copy(), small.test.labels.copy()
+    if change == "a test image":
+        images[3] ^= 1
+    elif change == "two labels":
+        labels[[0, -1]] = labels[[-1, 0]]
+    else:
+        images, labels = np.concatenate([images, images[:1]]), np.concatenate([labels, labels[:1]])
+    changed = replace(small, test=Split(images, labels))
+    with pytest.raises(UserError, match="the images of the source have changed; replace the dataset with --overwrite"):
+        beton.write(changed, own_data)
+    written = beton.write(changed, own_data, overwrite=True)
+    assert verify(own_data, changed) == written
+
+
+def test_overwrite_replaces_a_dataset_alone(small: Source, own_data: Path) -> None:
+    (own_data / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"found other files \(thesis.txt\)"):
+        beton.write(replace(small, name="other"), own_data, overwrite=True)
+    assert (own_data / "train.beton").is_file()
+
+
+def test_the_folder_may_be_the_current_one_or_a_link(small: Source, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    written = beton.write(small, Path())
+    assert beton.write(small, tmp_path / "link") == written
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(UserError, match="--out /: expected a folder below it"):
+        beton.write(small, Path("/"))
+
+
 def test_foreign_files_are_left_alone(small: Source, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite in (False, True):

@@ -178,6 +178,37 @@ BAD = {
         "--precision fp16: expected a GPU, found --device cpu",
     ),
     "fp16 without a GPU": ("runner train tiny --data {data} --runs {new} --precision fp16", "expected a GPU"),
+    "no checkpoint": (
+        "runner train tiny --data {data} --runs {new} --resume {empty}",
+        "expected auto, never, or the folder of a checkpoint",
+    ),
+    "nothing to resume anyway": ("runner train tiny --data {data} --runs {new} --resume-anyway", "expected with --res"),
+    "workers of no loader": (
+        "runner train tiny --data {data} --runs {new} --loader resident --workers 2",
+        "--workers 2: expected with --loader streaming",
+    ),
+    "weight of no teacher": (
+        "runner train tiny --data {data} --runs {new} --recipe.teacher-weight 0.7",
+        "--recipe.teacher-weight 0.7: expected with --teacher",
+    ),
+    "more parts than images": (
+        "runner train tiny --data {data} --runs {new} --recipe.accumulate 61",
+        "--recipe.accumulate 61: expected at most 60",
+    ),
+    "nothing left of an image": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.cutout 33",
+        "--recipe.augment.cutout 33: expected at most the images' side of 32",
+    ),
+    "a file with data to stop": (
+        "runner train tiny --data {data} --runs {new} --stop-file {text}",
+        "holds data, and would be removed",
+    ),
+    "a folder to stop": (
+        "runner train tiny --data {data} --runs {new} --stop-file {empty}",
+        "expected a file, found a",
+    ),
+    "nothing to calibrate": ("runner export {run} --calibration 3", "--calibration 3: expected with --precision int8"),
+    "a folder for a sheet": ("runner predict {run} {text} --sheet {empty}", "--sheet"),
     "not exported": ("runner bench {run}", "runner export"),
     "too many threads": ("runner bench {run} --threads 100000", "usable cores"),
     "too long a wait": ("runner train tiny --data {data} --runs {new} --hang-timeout 1e300", "--hang-timeout"),

@@ -1,5 +1,6 @@
 import errno
 import io
+import subprocess
 import sys
 import time
 
@@ -8,6 +9,7 @@ import pytest
 from runner.common.console import progress, run_command, track
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
+from tests.support.processes import ROOT, python
 
 
 def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +52,31 @@ def test_a_rank_that_waited_in_vain_prints_its_error(capsys: pytest.CaptureFixtu
         run_command(lambda: command, "prog", report_after=0.2)
     assert time.monotonic() - start >= 0.2
     assert capsys.readouterr().err == "prog: no\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system", "run/deploy")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: command, "prog")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("prog: run/deploy: cannot be used (read-only file system)")
+
+
+@pytest.mark.parametrize("words", ["list", "list --json", "--help", "train soni-2 --help"])
+def test_a_reader_that_leaves_ends_the_command_quietly(words: str) -> None:
+    """As in `runner list | head -1`; standard output may be unbuffered."""
+    script = f"{sys.executable} -u -m runner {words} | :; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.returncode in (141, 1, 0)  # 1 from rich, 0 where the reader was too slow to leave
+
+
+def test_a_terminal_without_a_character_shows_its_number() -> None:
+    done = python("-c", "from runner.common.console import run_command; run_command(lambda: lambda: print('–'), 'p')",
+                  PYTHONIOENCODING="ascii")  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "\\u2013\n")
 
 
 def test_a_bug_is_not_reported_as_a_user_error() -> None:

@@ -119,6 +119,9 @@ def test_the_streaming_loader_waits_only_for_the_copy_of_a_batch(
         def __next__(self) -> None:
             raise AssertionError("batches come from the queue")
 
+        def is_alive(self) -> bool:
+            return True
+
         def close(self) -> None: ...
 
     monkeypatch.setattr("ffcv.loader.loader.Loader", Loader)
@@ -138,7 +141,7 @@ ALLOWED = {
     "copy aten._to_copy in training/state.py:_load_optimizer",
     "copy aten.copy_ in training/state.py:load_state_dict",
     "copy aten._to_copy in training/meter.py:__init__",
-    "copy aten._to_copy in training/evaluate.py:evaluate",  # the logits, once per split
+    "copy aten._to_copy in training/evaluate.py:evaluate_function",  # the logits, once per split
     "copy aten._to_copy in data/augment.py:<lambda>",  # an epoch's random parameters, labels and indices
     "copy aten._to_copy in data/stream.py:epoch",
     "copy aten._to_copy in data/resident.py:read",

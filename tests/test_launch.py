@@ -109,7 +109,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
         (["--overwrite"], "--overwrite: expected no --resume, which jobs and sweeps always set"),
         (["--batch-size", "60", "--nodes", "7"], "batch size 60: expected a multiple of the 7 ranks"),
         (["--nodes", "2", "--gpus-per-node", "h100:4"], "batch size 60: expected a multiple of the 8 ranks"),
-        (["--batch-size", "501"], "batch size 501: expected at most the 500 training images"),
+        (["--batch-size", "501"], "--recipe.batch-size 501: expected at most the 500 training images"),
         (["--recipe.validation", "500"], "--recipe.validation 500: expected less than the 500 training images"),
         (["--teacher", "none"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
         (["--start-from", "none"], f"--start-from {ROOT}/none: expected the folder of a finished run"),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_color_modes_are_converted(mode: str) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x: not a readable image (expected PNG"),
         (encoded(Image.new("1", (20_000, 20_000))), "x: 20000×20000 pixels; expected at most 64,000,000"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point pixels"),
-        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found values from 70000 to 70000"),
+        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found 32; convert it"),
         (encoded(drawn(0), "GIF", save_all=True, append_images=[drawn(1)]), "found an animation"),
     ],
 )
@@ -194,6 +195,38 @@ def test_links_to_folders_are_read_and_a_circle_ends(tmp_path: Path) -> None:
     source = load(path)
     assert len(source.train.labels) == len(source.test.labels) == 20
     assert source.notes == ("not used: train/gone.png",)
+
+
+def test_links_between_folders_end(tmp_path: Path) -> None:
+    path = folder_of(tmp_path, per_class=1)
+    for name, other in (("ant", "bee"), ("bee", "cat"), ("cat", "ant")):
+        for k in range(2):
+            (path / "train" / name / f"link{k}").symlink_to(path / "train" / other)
+    assert len(load(path).train.labels) < 100
+
+
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scandir = folder_of(tmp_path), os.scandir
+
+    def locked(folder: Path):
+        if Path(folder).name == "bee":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(UserError, match=r"bee: cannot be read \(Permission denied\)"):
+        load(path)
+
+
+def test_figures_of_odd_and_of_many_classes(tmp_path: Path) -> None:
+    """A formula that is none, numbers, and more classes than a matrix can have numbers for."""
+    from runner.tracking import figures
+
+    for classes in ([r"US$ \\frac{$", "10", "9"], [str(k) for k in range(200)]):
+        run = Run(tmp_path / str(len(classes)))
+        run.figures.mkdir(parents=True)
+        picture = figures._draw_confusion(run, "x", np.eye(len(classes), dtype=int), classes)
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_folders_of_a_split_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,10 +101,9 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
 
 SECOND_CTRL_C = """
 import signal
-from pathlib import Path
 from runner.training import session
 
-with session.stop_requests(Path("stop")) as should_stop:
+with session.stop_signals() as should_stop:
     assert not should_stop()
     for name in ("SIGTERM", "SIGINT", "SIGINT"):  # the launcher hands the first Ctrl-C on
         signal.raise_signal(getattr(signal, name))
@@ -213,6 +213,75 @@ def test_a_run_is_resumed_with_its_own_recipe(small_data: Path, tmp_path: Path) 
     config = Run(tmp_path / "tiny" / "named").config()
     assert (config.seed, config.precision, config.options.deterministic) == (7, "bf16", True)
     assert [(entry.step, entry.changed) for entry in config.resumed] == [(3, {}), (4, {})]
+
+
+def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> None:
+    """It holds the run.json of the training that wrote it, which is compared, wherever it is resumed."""
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
+    started = runner(*words, "--name", "a", "--seed", 5, "--lr", 0.2, "--max-steps", 2)
+    assert started.returncode == 0, started.stderr
+    run = Run(tmp_path / "tiny" / "a")
+    foreign = ["--resume", run.checkpoints / "step-2"]
+    for other, difference in (
+        ([*words, "--name", "b", *foreign], "recipe.optimizer.lr: 0.2 → 0.05, seed: 5 → 0"),
+        (["train", "tiny-norm", *words[2:], "--name", "b", "--seed", 5, *foreign], "experiment: tiny → tiny-norm"),
+    ):
+        done = runner(*other)
+        assert done.returncode == 2, done.stderr
+        assert difference in done.stderr.splitlines()[-1]
+    run.record.unlink()  # lost
+    lost = [*words, "--name", "a", "--resume", "auto", "--max-steps", 3]
+    assert "seed: 5 → 0" in runner(*lost).stderr
+    done = runner(*lost, "--seed", 5, "--lr", 0.2)
+    assert done.returncode == 0, done.stderr
+    assert [entry.step for entry in run.config().resumed] == [2]
+    shorter = runner(*words, "--name", "a", "--resume", "auto", "--max-steps", 1)
+    assert shorter.returncode == 2
+    assert "expected to train on from step 3, found an end at step 1" in shorter.stderr
+
+
+def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
+    """Although no step of it was left: its summary would be of the run before the change."""
+    words = arguments(small_data, tmp_path, "--device", "cpu")
+    assert runner(*words, "--max-steps", 3).returncode == 0
+    run = Run(tmp_path / "ending" / "seed-0")
+    changed = [*words, "--max-steps", 3, "--resume", "auto", "--resume-anyway", "--lr", 0.7]
+    assert runner(*changed, END="eval 3 0 SIGKILL").returncode == -signal.SIGKILL
+    assert run.state() == "crashed"
+    assert runner(*changed).returncode == 0
+    assert run.state() == "complete"
+    shown = runner("show", run.folder).stdout
+    assert re.search(r"resumed +from step 3, recipe.optimizer.lr: 0.01 → 0.7", shown), shown
+
+
+def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
+    """Before its first evaluation."""
+    words = arguments(small_data, tmp_path, "--device", "cpu")
+    assert runner(*words, END="train 3 0 SIGTERM").returncode == 75
+    done = runner(*words, "--resume", "auto", "--max-steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "ending" / "seed-0").read_summary().steps == 3
+
+
+def test_a_signal_between_two_seeds_starts_no_further(small_data: Path, tmp_path: Path) -> None:
+    words = arguments(small_data, tmp_path, "--device", "cpu", "--seeds", 0, 1, "--max-steps", 2)
+    done = runner(*words, END="eval 3 0 SIGTERM")  # in the only evaluation of the first
+    assert done.returncode == 75, done.stderr
+    assert Run(tmp_path / "ending" / "seed-0").state() == "complete"
+    assert Run(tmp_path / "ending" / "seed-1").state() == "missing"
+
+
+def test_overwrite_deletes_nothing_but_a_run(small_data: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", *TINY, "--runs", tmp_path, "--device", "cpu", "--overwrite"]
+    folder = tmp_path / "tiny" / "seed-0"
+    data = shutil.copytree(small_data, folder / "data")
+    refused = runner(*words, "--data", small_data)
+    assert refused.returncode == 2
+    assert f"{folder} is no run, but holds data" in refused.stderr
+    refused = runner(*words, "--data", data)
+    assert refused.returncode == 2
+    assert "holds a source of this run" in refused.stderr
+    assert data.is_dir()
 
 
 @pytest.mark.processes
@@ -379,7 +448,7 @@ def test_resume_begins_where_there_is_nothing_and_finds_a_given_checkpoint(small
     assert given.returncode == 0, given.stderr
     missing = resumed(small_data, tmp_path, "--resume", run / "checkpoints" / "step-99")
     assert missing.returncode == 2
-    assert "expected a checkpoint with manifest.json, found none" in missing.stderr
+    assert "expected auto, never, or the folder of a checkpoint, found none" in missing.stderr
     again = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu")
     assert again.returncode == 2
     assert "--resume auto" in again.stderr

@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep import sources
+from data_prep.dataset import renamed
 from data_prep.official import BY_SOURCE, CIFAR10, CIFAR100
 from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
 from runner.common.errors import UserError
@@ -125,7 +127,7 @@ def test_image_folders_and_archives(make, prefix: str, tmp_path: Path) -> None:
     assert source.train.images.shape == (30, 32, 32, 3)
     expected, _ = archives.pixels(3, 100 * 4 + 1)
     np.testing.assert_array_equal(source.test.images[source.test.labels == 4], expected)
-    assert source.name == "images"
+    assert source.name == ("images.x" if make is archives.folder else "images")
 
 
 def test_limit_per_class(tmp_path: Path) -> None:
@@ -171,6 +173,64 @@ def test_a_file_that_is_not_an_archive_is_refused(content: bytes, tmp_path: Path
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a complete tar or zip archive"):
         sources.load(str(path))
+
+
+def packed(tmp_path: Path, compression: str) -> bytes:
+    return archives.tar(tmp_path / f"images.tar{compression}", archives.image_files()).read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_of_a_damaged_tar_no_image_is_lost_in_silence(compression: str, tmp_path: Path) -> None:
+    """tarfile takes a damaged header for the end, and does not read the checksum of a compressed file."""
+    sound, path = packed(tmp_path, compression), tmp_path / f"damaged.tar{compression}"
+    rng = np.random.default_rng(0)
+    cuts = [sound[:end] for end in (len(sound) // 2, len(sound) // 512 // 3 * 512, len(sound) - 1100)]
+    flips = []
+    for place in rng.integers(0, len(sound), 20):
+        content = bytearray(sound)
+        content[place] ^= 0x41
+        flips.append(bytes(content))
+    for content in [*cuts, *flips]:
+        path.write_bytes(content)
+        try:
+            source = sources.load(str(path))
+        except UserError:
+            continue
+        assert (len(source.train.labels), len(source.test.labels)) == (30, 30)
+        assert not compression, "the checksum was not read"
+
+
+def test_what_a_zip_may_hold_beside_images(tmp_path: Path) -> None:
+    """A member twice, a name that is no text, and a compression that Python lacks."""
+    files = archives.image_files()
+    path = archives.zipped(tmp_path / "x.zip", files)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(next(iter(files)), b"again")
+    with pytest.raises(UserError, match="expected once in the archive, found twice"):
+        sources.load(str(path))
+    path = archives.zipped(tmp_path / "y.zip", {**files, "train/a\nb/0.png": files[next(iter(files))]})
+    with pytest.raises(UserError, match="expected printable characters in UTF-8 in the name of a class"):
+        sources.load(str(path))
+    content = bytearray(archives.zipped(tmp_path / "z.zip", files).read_bytes())
+    for start in (content.index(b"PK\x03\x04") + 6, content.index(b"PK\x01\x02") + 8):
+        content[start] |= 1  # the flag of a password
+    (tmp_path / "z.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"encrypted.*without a password"):
+        sources.load(str(tmp_path / "z.zip"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("flowers.v2", "flowers.v2"), (".hidden", "hidden"), ("synthetic-10", "images of synthetic-10"),
+     ("Cifar-10", "images of Cifar-10"), ("...", "images")],
+)  # fmt: skip
+def test_a_folder_names_its_dataset(folder: str, name: str, tmp_path: Path) -> None:
+    source = sources.load(str(archives.folder(tmp_path / folder, archives.image_files(per_class=1))))
+    assert source.name == name
+    for other in ("CIFAR-10 mine", " x", "x\ny", "", "CIFAR-100"):
+        with pytest.raises(UserError, match=r"--name"):
+            renamed(source, other or " ")
+    assert renamed(source, "mine").name == "mine"
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:
         (["tiny", "--as-wandb-sweep", "x", "--teacher", "${args}"], "expected no ${"),
         (["tiny", "--on", "slurm", "--nodes", "7", "--dry-run"], "tiny/seed-0: batch size 60: expected a multiple of"),
         (["tiny", "--recipe.validation", "500"], "--recipe.validation 500: expected less than the 500 training images"),
-        (["tiny", "--batch-size", "501"], "batch size 501: expected at most the 500 training images"),
+        (["tiny", "--batch-size", "501"], "--recipe.batch-size 501: expected at most the 500 training images"),
         (["tiny", "--teacher", "none", "--dry-run"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
         (["tiny", "--start-from", "none"], f"--start-from {ROOT}/none: expected the folder of a finished run"),
     ],

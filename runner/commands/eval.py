@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from runner.commands.options import Device, Flag, RunFolder
-from runner.commands.output import print_result
+from runner.commands.output import note_unfinished, print_result
 from runner.run.folder import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Evaluate the weights of a finished run on the whole test set."""
+    """Evaluate the weights of a run on the whole test set."""
 
     run: RunFolder
     """Folder of the run."""
@@ -30,5 +30,6 @@ class Eval:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.training.eval_run import evaluate_run
 
+        note_unfinished(Run(self.run))
         result = evaluate_run(Run(self.run), self.data, self.device, self.precision, self.test_augmentation, environ)
         print_result(result, self.json)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json as json_format
+import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from runner.commands.options import Calibration, Flag, Precision, RunFolder
+from runner.commands.output import note_unfinished
 from runner.common.console import track
+from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.run.folder import Run
+
+FOR_INT8 = ("data", "calibration", "calibration_method")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export a finished run to ONNX, one file per precision, with a quick check against the model."""
+    """Export a run to ONNX, one file per precision, with a quick check against the model."""
 
     run: RunFolder
     """Run folder."""
@@ -35,6 +40,12 @@ class Export:
         from runner.deploy import onnx, precision
 
         run = Run(self.run)
+        if not any(kind.startswith("int8") for kind in self.precision):
+            for field in dataclasses.fields(self):
+                if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:
+                    option = f"--{field.name.replace('_', '-')} {value}"
+                    raise UserError(f"{option}: expected with --precision int8, which is calibrated on images")
+        note_unfinished(run)
         files = []
         if "fp32" in self.precision or not onnx.is_current(run, "fp32"):
             files.append(onnx.export(run))
@@ -57,4 +68,4 @@ class Export:
             return
         for file, size in zip(files, sizes, strict=True):
             print(f"{file.path}: {size:,} bytes")
-        print(f"next, the gate: runner parity {self.run}")
+        print(f"next, the gate: runner parity {shlex.quote(str(self.run))}")

@@ -1,11 +1,19 @@
-"""The output of `runner train` and `runner eval`."""
+"""What several commands print."""
 
 import statistics
+import sys
 from typing import Any
 
 import msgspec
 
+from runner.run.folder import Run
 from runner.run.schema import Summary
+
+
+def note_unfinished(run: Run) -> None:
+    """Says on standard error which weights are used of a run that has not finished."""
+    if (state := run.state()) not in ("complete", "missing"):
+        print(f"runner: {run.folder}: {state}, not finished; uses the weights of its last checkpoint", file=sys.stderr)
 
 
 def print_result(result: dict[str, Any], json: bool) -> None:

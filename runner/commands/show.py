@@ -50,6 +50,11 @@ def facts(run: Run) -> dict[str, str | list[str]]:
         "trained on": f"{config.hardware}, {ranks}, {config.precision}",
         "changed": [f"{name}: {old} → {new}" for name, (old, new) in config.overrides.items()] or "nothing",
     }
+    if config.resumed:
+        shown["resumed"] = [
+            f"from step {entry.step}" + "".join(f", {key}: {old} → {new}" for key, (old, new) in entry.changed.items())
+            for entry in config.resumed
+        ]
     evaluated = [row for row in rows if row.test_accuracy is not None]
     if summary:
         shown["test accuracy"] = f"{summary.test_accuracy:.2%} of {summary.test_images:,} images"

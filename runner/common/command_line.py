@@ -279,9 +279,10 @@ def _add(line: CommandLine, option: Option, spelling: str, values: list[str], eq
     """Adds an option with its checked values to a command line; raises UserError if it is repeated."""
     name, added = option.name, ParsedOption(spelling, values)
     if option.nargs == 0 and values:  # =true or =false
-        owner, _, last = spelling.removeprefix("--").rpartition(".")
+        owner, _, last = option.name.removeprefix("--").rpartition(".")
         negative = f"--{owner}.no-{last}" if owner else f"--no-{last}"
-        added = ParsedOption(spelling if values[0].lower() == "true" else negative, [])
+        is_true = (values[0].lower() == "true") != (spelling == negative)
+        added = ParsedOption(option.name if is_true else negative, [])
     elif option.is_prefix:
         name = spelling
         if not values:  # a boolean, written as a flag

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import re
 import sys
 import time
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 OTHER_RANKS_WAIT = 30.0
 """Seconds before a rank other than its node's first prints an error of its own."""
 
@@ -33,19 +36,32 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
             rank at once; the launcher then ends the others while they wait. If the others exited first, the launcher
             would end the first rank before it has printed anything.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # of a stream that could be sought, but not here
+                stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
         command = call_parser(parse)
     except UserError as error:
         _exit(prog, error, report_after)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
     try:
         return command()
     except UserError as error:
         _exit(prog, error, report_after)
+    except BrokenPipeError:  # of `runner list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail again when it flushes
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         path = error.filename or "the disk"
-        _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_after)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_after)
+        if error.errno in CANNOT_WRITE and error.filename:
+            reason = (error.strerror or "").lower()
+            _exit(prog, UserError(f"{path}: cannot be used ({reason}); change it, or choose another"), report_after)
+        raise
     except KeyboardInterrupt:
         _exit(prog, UserError("interrupted"), 0 if report_after == 0 else None, EXIT_INTERRUPTED)
 

@@ -25,13 +25,28 @@ def sha256_of(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Returns all files below a folder, sorted, also those in symbolic links to folders, if these are not above it."""
-    found = []
-    for root, names, files in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in files]
-        here = Path(root).resolve()
-        names[:] = [name for name in names if not here.is_relative_to(Path(root, name).resolve())]
-    return sorted(found)
+    """Returns all files below a folder, sorted. Follows links to folders, but enters none that it is within already.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    return sorted(_files_below(folder, frozenset()))
+
+
+def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Yields the files below a folder that lies within the folders `above`, without links."""
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); grant permission") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(folder / entry.name, above | {real})
+        else:
+            yield folder / entry.name
 
 
 def read(path: Path, kind: type[T]) -> T:

@@ -107,6 +107,7 @@ class TrainConfig:
             raise UserError(f"--seed {self.seed} and --seeds: expected one of them")
         check_limits(self)
         check_precision(self.precision, self.device)
+        self._check_combinations()
         if self.resume not in ("auto", "never") and len(self.all_seeds) > 1:
             raise UserError(f"--resume {self.resume}: expected auto or never with several seeds")
         if self.overwrite and self.resume != "never":
@@ -119,7 +120,28 @@ class TrainConfig:
         for name in self.run_names().values():
             check_name(name)
         check_recipe(self.recipe)
-        return experiments.get(self.experiment, self.experiments_from)
+        experiment = experiments.get(self.experiment, self.experiments_from)
+        for name in ("teacher_weight", "teacher_temperature"):
+            value = getattr(self.recipe, name)
+            if self.teacher is None and value != getattr(experiment.recipe, name):
+                raise UserError(f"--recipe.{name.replace('_', '-')} {value}: expected with --teacher, found none")
+        return experiment
+
+    def _check_combinations(self) -> None:
+        """Raises UserError for an option that would be ignored, and for paths that cannot be used."""
+        if self.resume_anyway and self.resume == "never":
+            raise UserError("--resume-anyway: expected with --resume auto or --resume PATH, found none")
+        if self.workers != 1 and self.loader == "resident":
+            raise UserError(f"--workers {self.workers}: expected with --loader streaming, found resident")
+        for option, path in (("--data", self.data), ("--runs", self.runs)):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{option} {str(path)!r}: expected a path in UTF-8, which run.json can hold") from None
+        if self.stop_file is not None and self.stop_file.is_dir():
+            raise UserError(f"--stop-file {self.stop_file}: expected a file, found a folder")
+        if self.stop_file is not None and self.stop_file.is_file() and self.stop_file.stat().st_size:
+            raise UserError(f"--stop-file {self.stop_file}: holds data, and would be removed; choose another file")
 
 
 def check_precision(precision: str, device: str) -> None:

@@ -175,13 +175,21 @@ def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: 
             "change --recipe.batch-size or --num_processes"
         )
     if recipe.batch_size > images:
-        raise UserError(f"batch size {recipe.batch_size}: expected at most the {images} training images")
+        held_out = f"; --recipe.validation holds out {recipe.validation:,}" if recipe.validation else ""
+        raise UserError(
+            f"--recipe.batch-size {recipe.batch_size}: expected at most the {images:,} training images{held_out}"
+        )
+    if recipe.accumulate > recipe.batch_size // world_size:
+        local = recipe.batch_size // world_size
+        raise UserError(f"--recipe.accumulate {recipe.accumulate}: expected at most {local}, the batch of a rank")
     remainder = images % recipe.batch_size
     if not recipe.drop_last and 0 < remainder < world_size:
         raise UserError(f"the last batch has {remainder} images for {world_size} ranks; use --recipe.drop-last")
     side, padding = min(manifest.image_shape[:2]), recipe.augment.crop_padding
     if padding >= side:
         raise UserError(f"--recipe.augment.crop-padding {padding}: expected less than the images' side of {side}")
+    if recipe.augment.cutout > side:
+        raise UserError(f"--recipe.augment.cutout {recipe.augment.cutout}: expected at most the images' side of {side}")
 
 
 def records_of(split: Split, images: int, held_out: int) -> np.ndarray | None:

@@ -22,6 +22,7 @@ from runner.deploy.session import PROVIDERS, Session
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, OnnxMetadata
 
+LARGEST_JPEG = 65_500  # pixels of a side
 COLUMNS, TILE, CAPTION = 8, 128, 49  # of the contact sheet: images in a row; pixels of an image and of its caption
 Forward = Callable[[np.ndarray], np.ndarray]
 
@@ -114,7 +115,7 @@ def _check_sheet(path: Path) -> None:
     from PIL import Image
 
     known = Image.registered_extensions().get(path.suffix.lower()) in ("PNG", "JPEG")
-    if not known or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not known or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--sheet {path}: expected a name that ends in .png or .jpg, in a folder that can be written")
 
 
@@ -200,11 +201,14 @@ def draw(predictions: list[Prediction], target: Path) -> None:
         path = Path(prediction.image)
         tile = decode(prediction.image, _content(path)).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
         sheet.paste(tile, (x + 4, y + 4))
-        lines = (prediction.label, "black"), (f"{prediction.probability:.1%}", "#666666"), (path.name, "#666666")
+        label, name = (" ".join(text.split()) for text in (prediction.label, path.name))  # in one line each
+        lines = (label, "black"), (f"{prediction.probability:.1%}", "#666666"), (name, "#666666")
         for line, (text, color) in enumerate(lines):
             while pen.textlength(text, font) > TILE - 10:  # the end of a name tells files apart
                 text = text[:-1] if line == 0 else f"…{text[2:]}"
             pen.text((x + 6, y + TILE + 15 * line), text, fill=color, font=font)
     content = io.BytesIO()
+    if target.suffix.lower() != ".png" and sheet.height > LARGEST_JPEG:
+        raise UserError(f"--sheet {target}: expected .png for {len(predictions):,} images, too many for a JPEG")
     sheet.save(content, format=Image.registered_extensions()[target.suffix.lower()])
     files.write_atomically(target, content.getvalue())

@@ -1,5 +1,6 @@
 """The charts of the page as plotly specifications: plain dicts that the page's script draws."""
 
+import html
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -104,7 +105,8 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
     """The confusion matrix of a finished run, colored by the share of each label's images."""
     if record.summary is None:
         return None
-    counts, classes = record.summary.confusion, record.config.dataset.classes
+    counts = record.summary.confusion
+    classes = [html.escape(name) for name in record.config.dataset.classes]  # plotly reads names as HTML
     trace = {
         "type": "heatmap",
         "z": [[count / max(1, sum(row)) for count in row] for row in counts],
@@ -118,8 +120,9 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
         "showscale": False,
     }
     layout = {
-        "xaxis": {"title": {"text": "predicted"}, "tickangle": -45, "automargin": True},
-        "yaxis": {"title": {"text": "label"}, "autorange": "reversed", "automargin": True},
+        # Categories, or plotly would take numbers as positions.
+        "xaxis": {"type": "category", "title": {"text": "predicted"}, "tickangle": -45, "automargin": True},
+        "yaxis": {"type": "category", "title": {"text": "label"}, "autorange": "reversed", "automargin": True},
         "height": 480,
     }
     return {"id": f"confusion-{position}", "data": [trace], "layout": layout}

@@ -25,6 +25,7 @@ from typing import IO, Literal, TypeVar
 
 from msgspec.structs import replace
 
+from runner.common.console import list_some
 from runner.common.errors import UserError
 from runner.config.train_config import check_name
 from runner.run.schema import (
@@ -229,6 +230,9 @@ def claimed_runs(
                 stack.enter_context(_claim(run, CLAIM_TIMEOUT if resuming else 1))
             for run in claimed:
                 if overwrite:
+                    _refuse_foreign(run)
+            for run in claimed:
+                if overwrite:
                     _delete_contents(run)
         except OSError as error:
             raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
@@ -281,6 +285,13 @@ def is_claimed(run: Run) -> bool:
     except OSError:
         return False
     return False
+
+
+def _refuse_foreign(run: Run) -> None:
+    """Raises UserError if the folder holds files but no run, which --overwrite would delete."""
+    others = sorted(path.name for path in run.folder.iterdir() if path != run.lock)
+    if others and not run.record.exists():
+        raise UserError(f"--overwrite: {run.folder} is no run, but holds {list_some(others)}; choose another --name")
 
 
 def _delete_contents(run: Run) -> None:

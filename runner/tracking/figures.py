@@ -1,5 +1,6 @@
 """Figures of a run, drawn from its files: curves, confusion matrix, samples with predictions, mistakes."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from runner.run.metrics import read_metrics
 from runner.run.schema import Mistake, Mistakes, RunConfig
 
 SAMPLES = 32
+MOST_COUNTS = 30  # classes up to which a confusion matrix has numbers, and all of the names
 MAX_MISTAKES = 12
 
 
@@ -75,9 +77,6 @@ def draw(run: Run, config: RunConfig, confusion: list[list[int]], images: np.nda
     Returns:
         The files.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
     classes, title = config.dataset.classes, f"{config.experiment} on {config.dataset.name}"
     predictions = np.load(run.predictions)
     run.figures.mkdir(exist_ok=True)
@@ -89,7 +88,7 @@ def draw(run: Run, config: RunConfig, confusion: list[list[int]], images: np.nda
 
 
 def _draw_curves(run: Run, title: str) -> Path:
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = read_metrics(run)
@@ -106,17 +105,18 @@ def _draw_curves(run: Run, title: str) -> Path:
 
 
 def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]) -> Path:
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
 
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape):
+    for row, column in np.ndindex(*counts.shape) if len(classes) <= MOST_COUNTS else ():
         color = "white" if shares[row, column] > 0.5 else "black"
         axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    ticks = range(len(classes))
-    axis.set_xticks(ticks, classes, rotation=45, ha="right")
-    axis.set_yticks(ticks, classes)
+    ticks = range(0, len(classes), -(-len(classes) // MOST_COUNTS))
+    names = [textwrap.shorten(classes[tick], 24, placeholder="…") for tick in ticks]
+    axis.set_xticks(ticks, names, rotation=45, ha="right")
+    axis.set_yticks(ticks, names)
     accuracy = np.trace(counts) / counts.sum()
     axis.set(xlabel="predicted", ylabel="label", title=f"{title}: {accuracy:.2%} of {counts.sum():,}")
     return _save(run, figure, "confusion")
@@ -125,7 +125,7 @@ def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]
 def _draw_samples(
     run: Run, title: str, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: list[str]
 ) -> Path:
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
 
     probabilities = _softmax(logits)
     columns, column_width, row_height = SAMPLES // 4, 1.22, 1.45  # in image widths; two lines of text above each image
@@ -146,8 +146,19 @@ def _draw_samples(
     return _save(run, figure, "samples")
 
 
+def _pyplot() -> Any:
+    """matplotlib.pyplot, which draws to files, and takes no text for a formula: a class may have a `$` in its name."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _save(run: Run, figure: Any, name: str) -> Path:
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
 
     path = run.figures / f"{name}.png"
     figure.savefig(path, dpi=110)

@@ -100,24 +100,37 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
     staging = run.checkpoints / f".step-{step}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        _write_files(staging, run, weights, step, state)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # also to leave room for the reason on a full disk
+        raise
+    if folder.exists():  # in a run that was resumed from an earlier step
+        replaced = run.checkpoints / f".{folder.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    staging.rename(folder)
+    _sync(run.checkpoints)
+    keep_last(run, folder, *[other for other in _folders(run) if _step_of(other) < step][-1:])
+    return folder
+
+
+def _write_files(
+    staging: Path, run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None
+) -> None:
+    """Writes and syncs the files of a checkpoint. Arguments as in `save`."""
     # safetensors stores no memory formats, so tensors must be contiguous.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     dataset = run.config().dataset.name  # also stored in the file, which may be copied elsewhere
     _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))
     if state is not None:
         buffer = io.BytesIO()  # torch.save to a file reports a full disk as an unexpected position
-        torch.save(state, buffer)
+        torch.save(state | {"run_config": run.record.read_text()}, buffer)  # of which training it is
         _write(staging / STATE, buffer.getbuffer())
     hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
     manifest = Manifest(step=step, dataset=dataset, sha256=hashes)
     _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     _sync(staging)
-    if folder.exists():  # in a run that was resumed from an earlier step
-        folder.rename(run.checkpoints / f".{folder.name}.replaced")
-    staging.rename(folder)
-    _sync(run.checkpoints)
-    keep_last(run, folder, *[other for other in _folders(run) if _step_of(other) < step][-1:])
-    return folder
 
 
 def keep_last(run: Run, *keep: Path) -> None:

@@ -145,7 +145,7 @@ def train(
     def save_or_stop(evaluated: bool = False) -> None:
         stopping = state.step < last_step and any_rank(hooks.should_stop, state.step, accelerator)
         if evaluated or stopping or hooks.checkpoint_due(state.step):
-            save(state, writer)
+            save(state, writer, evaluated)
         if stopping:
             writer.wait()
             raise StoppedError(state.step)
@@ -179,7 +179,13 @@ def train(
             if evaluate_now:
                 state.best = max(state.best or row, row, key=accuracy_to_choose_by)
             save_or_stop(evaluate_now)
-    evaluations = evaluations or evaluate_splits(data.evaluated)  # none yet where a finished run is resumed
+    if not evaluations:  # resumed at the last step
+        if hooks.resume and not hooks.resume.get("evaluated", True):
+            average_buffers(state.eval_model, accelerator)
+        evaluations = evaluate_splits(data.evaluated)
+        state.best = state.best or MetricRow(
+            global_step=state.step, epoch=state.step / steps_per_epoch, **metrics_of(evaluations)
+        )
     views = recipe.test_augmentation
     augmented = evaluate_splits({"test": data.test}, views) if views != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
@@ -217,10 +223,10 @@ def split(images: torch.Tensor, targets: torch.Tensor, count: int) -> Iterator[t
         yield micro_images, micro_targets, number == count
 
 
-def save(state: TrainState, writer: checkpoint.Writer) -> None:
+def save(state: TrainState, writer: checkpoint.Writer, evaluated: bool) -> None:
     """Has a checkpoint written in the background; a collective call. Raises DivergedError."""
     state.meter.check(state.step, state.eval_model)
-    everything = state.state_dict()
+    everything = state.state_dict() | {"evaluated": evaluated}
     if state.accelerator.is_main_process:
         everything["metrics"] = dict(sync_metrics(writer.run))  # on the disk before the checkpoint is
         writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)

@@ -152,19 +152,21 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     """run.json of a run that is resumed: its own, with where it was resumed; at step 0 without a checkpoint.
 
     Raises:
-        UserError: this is another training than the one that was started, and --resume-anyway was not given or cannot
-            help.
+        UserError: this is another training than the one that was started, or than that of the checkpoint, and
+            --resume-anyway was not given or cannot help.
     """
     step, ranks = (state["step"], state["world_size"]) if state else (0, current.world_size)
-    before = run.config()
-    changed = differences({key: getattr(before, key) for key in SAME}, {key: getattr(current, key) for key in SAME})
-    if before.dataset.fingerprint != current.dataset.fingerprint:
-        changed["dataset"] = (before.dataset.fingerprint, current.dataset.fingerprint)
+    own = run.config() if run.record.is_file() else None
+    before = config_of(state) if state and "run_config" in state else own
+    if before is None:
+        raise UserError(f"{run.record}: expected the record of the checkpoint's training, found none; restore it")
+    changed = changes_since(own, current) | changes_since(before, current) if own else changes_since(before, current)
     if changed and not config.resume_anyway:
         lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
         raise UserError(f"{run.folder}: expected the training that was started, found {lines}; or --resume-anyway")
     if fixed := [name for name in changed if state and name.startswith(FIXED)]:
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
+    before = own or before
     same_code = before.git.commit == current.git.commit
     bitwise = same_code and not changed and ranks == current.world_size and adds_alike(before, current)
     if not bitwise:
@@ -177,11 +179,27 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
         commit=None if same_code else current.git.commit,
     )
     return msgspec.structs.replace(
-        current if changed else before,
+        own if own and not changed else current,
         max_steps=current.max_steps,
-        wandb_id=before.wandb_id,
+        wandb_id=own.wandb_id if own else current.wandb_id,
         resumed=[*before.resumed, resumption],
     )
+
+
+def config_of(state: dict[str, Any]) -> RunConfig:
+    """run.json of the training that wrote a checkpoint. Raises UserError if it is of another version."""
+    try:
+        return schema.decode(state["run_config"].encode(), RunConfig)
+    except ValueError as error:
+        raise UserError(f"the checkpoint of step {state['step']}: its run.json cannot be read ({error})") from None
+
+
+def changes_since(before: RunConfig, current: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """What differs between two trainings, as [before, current] by dotted name."""
+    changed = differences({key: getattr(before, key) for key in SAME}, {key: getattr(current, key) for key in SAME})
+    if before.dataset.fingerprint != current.dataset.fingerprint:
+        changed["dataset"] = (before.dataset.fingerprint, current.dataset.fingerprint)
+    return changed
 
 
 def adds_alike(before: RunConfig, now: RunConfig) -> bool:

@@ -39,7 +39,7 @@ from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, train
+from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, any_rank, train
 from runner.training.meter import DivergedError
 from runner.training.model import build_model
 from runner.training.progress import EpochLines
@@ -109,6 +109,17 @@ def run_training(
             checkpoint cannot (after the run folders are claimed).
         SystemExit: with the exit code of a failed or stopped run.
     """
+    with stop_signals() as stopped:
+        return _run_training(config, registered, environ, tracking, stopped)
+
+
+def _run_training(
+    config: TrainConfig,
+    registered: Experiment,
+    environ: MutableMapping[str, str],
+    tracking: Tracking,
+    stopped: Callable[[], bool],
+) -> TrainingOutcome:
     launch = launcher.read(environ)
     device, message = launcher.device(config.device, launch, torch.cuda.device_count())
     rank_info = RankInfo(
@@ -125,6 +136,8 @@ def run_training(
     # The first model now, so that weights that cannot be used are refused before anything is written.
     first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
     refuse_to_overwrite_sources(config)
+    if config.resume not in ("auto", "never") and not Path(config.resume, checkpoint.MANIFEST).is_file():
+        raise UserError(f"--resume {config.resume}: expected auto, never, or the folder of a checkpoint, found none")
     with contextlib.ExitStack() as stack:
         if launch.rank == 0:
             names = list(config.run_names().values())
@@ -136,7 +149,7 @@ def run_training(
             print(message, rank_info.loader_for(manifest.splits["train"])[1], sep="\n", file=sys.stderr)
         session = Session(
             config, registered, environ, tracking, manifest, rank_info, streams, teacher, accelerator,
-            scaler_state=accelerator.scaler and accelerator.scaler.state_dict(),
+            scaler_state=accelerator.scaler and accelerator.scaler.state_dict(), stopped=stopped,
         )  # fmt: skip
         return session.train_seeds(first_model)
 
@@ -155,6 +168,7 @@ class Session:
     teacher: nn.Module | None
     accelerator: Accelerator
     scaler_state: dict[str, Any] | None
+    stopped: Callable[[], bool]
 
     def train_seeds(self, first_model: nn.Module) -> TrainingOutcome:
         """Trains every seed in turn; `first_model` is that of the first seed."""
@@ -162,15 +176,22 @@ class Session:
         runs = {seed: Run(config.runs / config.experiment / name) for seed, name in config.run_names().items()}
         states = {seed: resume_state(config, run, self.accelerator) for seed, run in runs.items()}
         models = {config.all_seeds[0]: first_model}
-        summaries, hung = [], False
+        summaries: list[Summary] = []
+        hung = False
         for seed, run in runs.items():
+            if summaries and any_rank(self.stopped, 0, self.accelerator):
+                raise SystemExit(EXIT_STOPPED)  # with every seed before this one complete
             if self.scaler_state:  # fp16: every seed starts with the same loss scale
                 self.accelerator.scaler.load_state_dict(self.scaler_state)
             model = models.pop(seed, None) or initial_model(config, seed, self.manifest, self.streams["train"])
             seed_run = SeedRun(self, run, seed, self.make_run_config(run, seed, model, states[seed]), states[seed])
             seed_run.train(model)
             if seed_run.tracker:
-                summaries.append(seed_run.write_results())
+                try:
+                    summaries.append(seed_run.write_results())
+                except OSError as error:
+                    seed_run.handle_failure(error)
+                    raise
                 hung = hung or seed_run.tracker.hung
             self.accelerator.free_memory()
         return TrainingOutcome(summaries, exit_at_once=self.accelerator.num_processes > 1 or hung)
@@ -185,7 +206,7 @@ class Session:
             wandb_id, group,
         )  # fmt: skip
         # Rank 0 decides, because it overwrites the file as soon as all have read it.
-        if not broadcast_object_list([self.config.resume != "never" and run.record.exists()])[0]:
+        if not broadcast_object_list([state is not None or (self.config.resume != "never" and run.record.exists())])[0]:
             return new
         resumed = record.resumed_config(self.config, run, new, state)
         self.accelerator.wait_for_everyone()
@@ -205,6 +226,11 @@ class SeedRun:
         self.session, self.run, self.seed, self.run_config, self.state = session, run, seed, run_config, state
         total_steps = session.config.recipe.epochs * len(session.streams["train"])
         self.last_step = min(total_steps, session.config.max_steps or total_steps)
+        if state and state["step"] > self.last_step:
+            raise UserError(
+                f"{run.folder}: expected to train on from step {state['step']}, found an end at step {self.last_step}; "
+                "raise --max-steps or --recipe.epochs"
+            )
         self.stop_file = session.config.stop_file or run.folder / STOP_FILE
         self.tracker: RunTracker | None = None
         self.result: TrainResult | None = None
@@ -226,11 +252,8 @@ class SeedRun:
         log = self.log_to(self.tracker) if self.tracker else lambda row: None
         name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
         try:
-            with (
-                stop_requests(self.stop_file if accelerator.is_local_main_process else None) as should_stop,
-                watchdog.watching(config.hang_timeout, name) as alive,
-            ):
-                hooks = LoopHooks(config.checkpoint_every, config.evaluate_every, self.state, should_stop, alive)
+            with watchdog.watching(config.hang_timeout, name) as alive:
+                hooks = LoopHooks(config.checkpoint_every, config.evaluate_every, self.state, self.should_stop, alive)
                 self.result = train(
                     model, config.recipe, data, accelerator, self.run, self.seed, config.max_steps, session.teacher,
                     log, hooks,
@@ -238,6 +261,14 @@ class SeedRun:
         except Exception as error:
             self.handle_failure(error)
             raise
+
+    def should_stop(self) -> bool:
+        """Whether this rank received a signal, or, on the first rank of a node, the stop file exists."""
+        if self.session.stopped():
+            return True
+        if not self.session.accelerator.is_local_main_process:
+            return False
+        return os.path.exists(self.stop_file)  # noqa: PTH110 - Path.exists raises errors of the file system
 
     def start_run(self) -> RunTracker:
         """Writes run.json, discards metrics logged after the last checkpoint, and returns the tracker.
@@ -248,10 +279,11 @@ class SeedRun:
         step = self.state["step"] if self.state else 0
         mark = self.state.get("metrics") if self.state else None
         keep_metrics(self.run, step, mark, anyway=self.session.config.resume_anyway)
+        if step < self.last_step or any(entry.changed for entry in self.run_config.resumed[-1:]):
+            # First, so that it never stands beside a run.json that it is not of.
+            self.run.summary.unlink(missing_ok=True)
         write(self.run.record, self.run_config)
         self.run.ended.unlink(missing_ok=True)
-        if step < self.last_step:
-            self.run.summary.unlink(missing_ok=True)  # of a run that goes on with a larger --max-steps
         return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
@@ -279,8 +311,9 @@ class SeedRun:
             return
         if self.tracker:
             print(f"runner: {self.run.folder}: {failure.reason}", file=sys.stderr)
-            if stopped:
-                self.stop_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if stopped:
+                    self.stop_file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # rows may be left that do not fit on a full disk
                 self.tracker.finish()
         if isinstance(error, StoppedError | DivergedError):  # on all ranks
@@ -344,12 +377,13 @@ def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stre
 
 
 def refuse_to_overwrite_sources(config: TrainConfig) -> None:
-    """Raises UserError where --overwrite would delete the run that this one learns from."""
-    sources = {folder.resolve() for folder in (config.start_from, config.teacher) if folder}
+    """Raises UserError where --overwrite would delete what this run reads."""
+    resumed = None if config.resume in ("auto", "never") else Path(config.resume)
+    sources = [folder for folder in (config.data, config.start_from, config.teacher, resumed) if folder]
     for name in config.run_names().values():
         folder = config.runs / config.experiment / name
-        if config.overwrite and folder.resolve() in sources:
-            raise UserError(f"--overwrite: {folder} is a source of this run; choose another --name")
+        if config.overwrite and any(source.resolve().is_relative_to(folder.resolve()) for source in sources):
+            raise UserError(f"--overwrite: {folder} holds a source of this run; choose another --name")
 
 
 def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str) -> Accelerator:
@@ -422,10 +456,10 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
 
 
 @contextlib.contextmanager
-def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGUSR1, SIGTERM or Ctrl-C was received, or the stop file exists.
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGUSR1, SIGTERM or Ctrl-C was received.
 
-    Errors of the file system count as no stop file. A second Ctrl-C ends the process at once, without a checkpoint.
+    A second Ctrl-C ends the process at once, without a checkpoint.
     """
     received: list[int] = []
     interrupted = 0.0
@@ -446,7 +480,7 @@ def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(received) or (file is not None and os.path.exists(file))  # noqa: PTH110 - Path.exists raises
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -60,7 +60,8 @@ def train(context: Context, name: str) -> dict[str, Any]:
 
 def export(context: Context, run: Run, precision: Precision) -> dict[str, Any]:
     """Exports a run and describes the ONNX file."""
-    context.command("-m", "runner", "export", run.folder, "--precision", precision, "--data", context.data)
+    data = ("--data", context.data) if precision == "int8" else ()
+    context.command("-m", "runner", "export", run.folder, "--precision", precision, *data)
     file = onnx.exported(run, precision)
     return {"onnx": file.path.name, "sha256": file.sha256, "bytes": file.path.stat().st_size}
 
