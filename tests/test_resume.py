@@ -263,12 +263,18 @@ def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_p
     assert Run(tmp_path / "ending" / "seed-0").read_summary().steps == 3
 
 
-def test_a_signal_between_two_seeds_starts_no_further(small_data: Path, tmp_path: Path) -> None:
-    words = arguments(small_data, tmp_path, "--device", "cpu", "--seeds", 0, 1, "--max-steps", 2)
-    done = runner(*words, END="eval 3 0 SIGTERM")  # in the only evaluation of the first
-    assert done.returncode == 75, done.stderr
-    assert Run(tmp_path / "ending" / "seed-0").state() == "complete"
-    assert Run(tmp_path / "ending" / "seed-1").state() == "missing"
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_between_two_seeds_starts_no_further(ranks: int, small_data: Path, tmp_path: Path) -> None:
+    """The same command trains the seed that is left."""
+    words = arguments(small_data, tmp_path, "--seeds", 0, 1, 2, "--max-steps", 2, "--resume", "auto")
+    done = launch(ranks, *words, END=f"eval 3 {ranks - 1} SIGTERM")  # in the only evaluation of the first
+    assert done.returncode == 1, done.stderr  # the launcher's code, for the runner's 75
+    runs = [Run(tmp_path / "ending" / f"seed-{seed}") for seed in range(3)]
+    assert [run.state() for run in runs] == ["complete", "missing", "missing"]
+    done = launch(ranks, *words)
+    assert done.returncode == 0, done.stderr
+    assert [run.state() for run in runs] == ["complete"] * 3
 
 
 def test_overwrite_deletes_nothing_but_a_run(small_data: Path, tmp_path: Path) -> None:

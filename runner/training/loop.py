@@ -132,8 +132,7 @@ def train(
     total_steps = recipe.epochs * steps_per_epoch
     last_step = min(total_steps, max_steps or total_steps)
     if hooks.resume is not None:
-        settle_buckets(state, loss_fn, data.train, recipe)
-        state.load_state_dict(hooks.resume)
+        restore(state, hooks.resume, loss_fn, data.train, recipe, last_step)
 
     def evaluate_splits(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
         found = {name: score(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
@@ -164,7 +163,7 @@ def train(
                 train_step(state, images, targets, data.train.size_of(state.step % steps_per_epoch), loss_fn, recipe)
                 advance(1)
                 hooks.heartbeat()
-                row = MetricRow(global_step=state.step, epoch=state.step / steps_per_epoch)
+                row = row_at(state, steps_per_epoch)
                 epoch_ends = state.step == last_step or state.step % steps_per_epoch == 0
                 if epoch_ends or state.step % LOG_EVERY == 0:
                     log(replace(row, lr=lr, **state.meter.window(state.step)))
@@ -180,17 +179,27 @@ def train(
                 state.best = max(state.best or row, row, key=accuracy_to_choose_by)
             save_or_stop(evaluate_now)
     if not evaluations:  # resumed at the last step
-        if hooks.resume and not hooks.resume.get("evaluated", True):
-            average_buffers(state.eval_model, accelerator)
         evaluations = evaluate_splits(data.evaluated)
-        state.best = state.best or MetricRow(
-            global_step=state.step, epoch=state.step / steps_per_epoch, **metrics_of(evaluations)
-        )
-    views = recipe.test_augmentation
-    augmented = evaluate_splits({"test": data.test}, views) if views != "none" else {}
+        state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
+    augmented = evaluate_splits({"test": data.test}, views) if (views := recipe.test_augmentation) != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
                        state.step / steps_per_epoch, state.best)  # fmt: skip
+
+
+def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
+    """An empty row of metrics at the current step."""
+    return MetricRow(global_step=state.step, epoch=state.step / steps_per_epoch)
+
+
+def restore(
+    state: TrainState, saved: dict[str, Any], loss_fn: Loss, batches: Batches, recipe: Recipe, last_step: int
+) -> None:
+    """Restores the state of a checkpoint; at the last step, it may have been written before the evaluation."""
+    settle_buckets(state, loss_fn, batches, recipe)
+    state.load_state_dict(saved)
+    if state.step == last_step and not saved.get("evaluated", True):
+        average_buffers(state.eval_model, state.accelerator)
 
 
 def train_step(

@@ -178,8 +178,8 @@ class Session:
         models = {config.all_seeds[0]: first_model}
         summaries: list[Summary] = []
         hung = False
-        for seed, run in runs.items():
-            if summaries and any_rank(self.stopped, 0, self.accelerator):
+        for index, (seed, run) in enumerate(runs.items()):
+            if index and any_rank(self.stopped, 0, self.accelerator):
                 raise SystemExit(EXIT_STOPPED)  # with every seed before this one complete
             if self.scaler_state:  # fp16: every seed starts with the same loss scale
                 self.accelerator.scaler.load_state_dict(self.scaler_state)
