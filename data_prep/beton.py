@@ -1,5 +1,6 @@
 """Writes a source as `train.beton`, `test.beton` and `dataset.json`, atomically."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import multiprocessing
@@ -9,7 +10,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
             shutil.rmtree(staging, ignore_errors=True)  # left by a killed process, whose lock is now ours
             staging.mkdir()
             try:
-                manifest = _write_into(staging, source)
+                manifest = _write_into(staging, out, source)
                 _replace(out, staging)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -65,11 +65,11 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error}); choose another folder") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Holds a lock file next to `out`; the kernel releases it when the process ends."""
+    """Holds a lock file next to `out`, which the kernel releases when this process ends; child processes lack it."""
     with out.with_name(f".{out.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
@@ -118,15 +118,15 @@ def _has_content(folder: Path, manifest: Manifest, source: Source) -> bool:
     return True
 
 
-def _write_into(folder: Path, source: Source) -> Manifest:
-    """Writes both .beton files and the manifest into an existing folder."""
+def _write_into(folder: Path, out: Path, source: Source) -> Manifest:
+    """Writes both .beton files and the manifest into an existing folder, which becomes `out`."""
     splits = {"train": source.train, "test": source.test}
     needed = int(MARGIN * sum(split.images.nbytes for split in splits.values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"--out {folder.parent}: {needed >> 20} MiB needed, {free >> 20} MiB free; make room")
+        raise UserError(f"--out {out}: {needed >> 20} MiB needed, {free >> 20} MiB free; make room")
     paths = {name: folder / f"{name}.beton" for name in splits}
-    _write_supervised(folder, [(paths[name], split) for name, split in splits.items()])
+    _write_supervised(out, [(paths[name], split) for name, split in splits.items()])
     files = {}
     for name, split in splits.items():
         path = paths[name]
@@ -171,8 +171,8 @@ def mean_and_std(split: Split) -> tuple[tuple[float, float, float], tuple[float,
     return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
-def _write_supervised(folder: Path, files: list[tuple[Path, Split]]) -> None:
-    """Runs FFCV's writer in a child process, and kills it if the files stop growing.
+def _write_supervised(out: Path, files: list[tuple[Path, Split]]) -> None:
+    """Runs FFCV's writer in a child process, and kills it if the files stop growing, or on Ctrl-C.
 
     The writer waits forever if one of its workers fails, for example on a full disk. The child process also isolates
     the import of ffcv, which sets torch to one thread.
@@ -181,20 +181,25 @@ def _write_supervised(folder: Path, files: list[tuple[Path, Split]]) -> None:
     writer = fork.Process(target=_write_betons, args=(files,), daemon=False)
     writer.start()
     written, last_growth = 0, time.monotonic()
-    with progress("write FFCV files", sum(split.images.nbytes for _, split in files)) as advance:
-        while writer.is_alive():
-            writer.join(0.2)
-            size = sum(path.stat().st_size for path, _ in files if path.exists())
-            if size != written:
-                advance(size - written)
-                written, last_growth = size, time.monotonic()
-            elif time.monotonic() - last_growth > STALL_SECONDS:
-                assert writer.pid is not None
+    try:
+        with progress("write FFCV files", sum(split.images.nbytes for _, split in files)) as advance:
+            while writer.is_alive():
+                writer.join(0.2)
+                size = sum(path.stat().st_size for path, _ in files if path.exists())
+                if size != written:
+                    advance(size - written)
+                    written, last_growth = size, time.monotonic()
+                elif time.monotonic() - last_growth > STALL_SECONDS:
+                    raise UserError(f"--out {out}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
+    finally:
+        if writer.is_alive():
+            assert writer.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
                 os.killpg(writer.pid, signal.SIGKILL)
-                writer.join()
-                raise UserError(f"{folder}: FFCV's writer hung for {STALL_SECONDS:.0f} s; is the disk full?")
+            writer.kill()
+            writer.join()
     if writer.exitcode != 0:
-        raise UserError(f"{folder}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
+        raise UserError(f"--out {out}: FFCV's writer failed with exit code {writer.exitcode}; see its message above")
     for path, _ in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())

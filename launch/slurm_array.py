@@ -13,9 +13,7 @@ from launch.trials import Trial
 from runner.common.errors import UserError
 
 SECONDS = 60  # for an answer of the controller
-WITHOUT_ANSWER = (
-    "jobs of this sweep may be queued, so nothing was submitted; try again where SLURM's controller answers"
-)
+WITHOUT_ANSWER = "jobs of this sweep may be queued; try again where SLURM's controller answers"
 
 
 class ArrayJob(msgspec.Struct):

@@ -1,8 +1,10 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -262,6 +264,24 @@ def test_a_hung_writer_is_killed(small: Source, tmp_path: Path, monkeypatch: pyt
         assert gone([int(images.pid_file.read_text())], 5)
     assert multiprocessing.active_children() == []
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_the_writer(small: Source, tmp_path: Path) -> None:
+    """It has a process group of its own, which a terminal's Ctrl-C does not reach."""
+    images = small.test.images.view(Blocking)
+    images.pid_file = tmp_path / "pid"
+
+    def interrupt() -> None:
+        while not (images.pid_file.exists() and images.pid_file.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        beton.write(replace(small, test=Split(images, small.test.labels)), tmp_path / "out")
+    assert gone([int(images.pid_file.read_text())], 5)
+    assert multiprocessing.active_children() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "pid"]
 
 
 @pytest.fixture

@@ -228,6 +228,7 @@ def test_a_command_is_parsed_in_any_order_and_form_at_length(line: tuple[Any, li
         ),
         ("--data D --architecture.arguments.no-frozen transfer-resnet18", "transfer-resnet18"),
         ("--data D --recipe.compile=true soni-2", "soni-2"),
+        ("--data D --recipe.no-drop-last=False soni-2", "soni-2"),
     ],
 )
 def test_a_name_is_found_at_any_position(line: str, name: str) -> None:

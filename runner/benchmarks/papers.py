@@ -91,7 +91,7 @@ def compare_with_registered(outcome: PaperOutcome, trained: Experiment, register
     outcome.overrides = differences(registered_setup, trained)
     outcome.recipe_epochs = registered.recipe.epochs
     complete = outcome.epochs >= registered.recipe.epochs - 1e-9
-    comparable = complete and not outcome.overrides and outcome.teacher is None
+    comparable = complete and not (outcome.overrides or outcome.teacher or outcome.started_from)
     outcome.difference = None
     if comparable and outcome.reproduced is not None and registered.reported is not None:
         outcome.difference = outcome.reproduced - registered.reported.accuracy

@@ -243,7 +243,8 @@ def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
         try:
             records.append(read(run))
         except UserError as error:
-            reason = " ".join(str(error).removeprefix(f"{run.folder}{os.sep}").split())
+            reason = str(error).removeprefix(f"{run.folder}{os.sep}").removeprefix(f"{run.folder}: ")
+            reason = " ".join(reason.split())
             unreadable.append(Unreadable(printable(run.folder), printable(reason)))
     return tell_apart(records), unreadable
 
@@ -270,15 +271,21 @@ def read(run: Run) -> RunRecord:
             state=state,
             reason=ending.reason if ending else "",
         )
-        row(record)
+        row(record)  # raises if a value cannot be shown
+        for name in PICTURES:
+            _check_png(run.figures / name)
     except (OSError, msgspec.ValidationError) as error:
         raise UserError(f"{run.folder}: damaged ({error}); restore or remove it") from None
     _check_classes(record)
-    for name in PICTURES:
-        path = run.figures / name
-        if path.is_file() and not path.read_bytes().startswith(PNG_SIGNATURE):
-            raise UserError(f"{path}: expected a PNG file; remove it")
     return record
+
+
+def _check_png(path: Path) -> None:
+    """Raises UserError if a file that exists is not a PNG file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+                raise UserError(f"{path}: expected a PNG file; remove it")
 
 
 def _check_classes(record: RunRecord) -> None:
