@@ -54,7 +54,7 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
             write(run.record, config_of(architecture=experiment.architecture, dataset=manifest.name))
         whole = Data(splits["train"], splits["test"], splits.get("validation"), 10)
         outcome = train(model, recipe, whole, accelerator, run, seed=0, max_steps=2)
-        found[name] = {"images": outcome.test.images, "loss": outcome.test.loss, "steps": outcome.steps}
+        found[name] = {"images": outcome.test.num_images, "loss": outcome.test.loss, "steps": outcome.steps}
         if accelerator.num_processes == 1 and precision == "fp32":
             again = evaluate(checkpoint.load_model(run), splits["test"], 10)
             found[name]["change"] = (again.logits - outcome.test.logits).abs().max().item()
