@@ -30,7 +30,7 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-NAMES = ("image", "label")
+NAMES = ["image", "label"]
 VERSION, TYPE_INT, TYPE_RGB_IMAGE, MODE_RAW = 2, 1, 2, 1
 
 
@@ -80,9 +80,11 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
         actual = f"version {header['version']} with {header['num_fields']} fields"
         raise _layout_error(path, f"format version {VERSION} with an image and a label field", actual)
     fields = content[HEADER.itemsize : fields_end].view(FIELD)
-    types, names = fields["type_id"].tolist(), tuple(name.tobytes().rstrip(b"\0") for name in fields["name"])
-    if types != [TYPE_RGB_IMAGE, TYPE_INT] or names != tuple(name.encode() for name in NAMES):
-        raise _layout_error(path, "the fields image (RGB image) and label (integer)", f"{names} of types {types}")
+    types = fields["type_id"].tolist()
+    names = [name.tobytes().rstrip(b"\0").decode(errors="backslashreplace") for name in fields["name"]]
+    if types != [TYPE_RGB_IMAGE, TYPE_INT] or names != NAMES:
+        actual = f"{' and '.join(names)} of types {types}"
+        raise _layout_error(path, "the fields image (RGB image) and label (integer)", actual)
     if header["page_size"].bit_count() != 1:
         raise _layout_error(path, "a power of two as the size of a page", str(header["page_size"]))
     if header["num_samples"] != split.images:
