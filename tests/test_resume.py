@@ -76,7 +76,7 @@ def test_what_was_ended_is_what_never_ended(
     assert len(resumed) == len(lives)
     assert all(entry.bitwise for entry in resumed)
     steps = [entry.step for entry in resumed]
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps)  # twice the same where one was ended while it wrote its first checkpoint
     assert steps[0] >= 3
     assert_same_run(tmp_path / "straight" / "ending" / "seed-0", run)
 
