@@ -25,7 +25,7 @@ from torch import nn
 
 from data_prep import beton_file
 from data_prep.manifest import Manifest
-from runner.common.console import EXIT_INTERRUPTED
+from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.recipe import Experiment, Recipe
@@ -110,7 +110,12 @@ def run_training(
         SystemExit: with the exit code of a failed or stopped run.
     """
     with stop_signals() as stopped:
-        return _run_training(config, registered, environ, tracking, stopped)
+        try:
+            return _run_training(config, registered, environ, tracking, stopped)
+        except UserError:
+            if stopped() and int(environ.get("LOCAL_RANK", 0)) > 0:
+                raise SystemExit(EXIT_BAD_INPUT) from None  # the launcher ends this rank: the first has said the error
+            raise
 
 
 def _run_training(
