@@ -141,7 +141,7 @@ ALLOWED = {
     "copy aten._to_copy in training/state.py:_load_optimizer",
     "copy aten.copy_ in training/state.py:load_state_dict",
     "copy aten._to_copy in training/meter.py:__init__",
-    "copy aten._to_copy in training/evaluate.py:evaluate_function",  # the logits, once per split
+    "copy aten._to_copy in training/evaluate.py:evaluate",  # the logits, once per split
     "copy aten._to_copy in data/augment.py:<lambda>",  # an epoch's random parameters, labels and indices
     "copy aten._to_copy in data/stream.py:epoch",
     "copy aten._to_copy in data/resident.py:read",

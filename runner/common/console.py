@@ -41,14 +41,7 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
             with contextlib.suppress(OSError):  # of a stream that could be sought, but not here
                 stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
-        command = call_parser(parse)
-    except UserError as error:
-        _exit(prog, error, report_after)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(EXIT_BROKEN_PIPE) from None
-    try:
-        return command()
+        return call_parser(parse)()
     except UserError as error:
         _exit(prog, error, report_after)
     except BrokenPipeError:  # of `runner list | head -1`

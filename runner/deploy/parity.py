@@ -36,7 +36,7 @@ from runner.run.schema import (
 )
 from runner.system import cpu, cuda, environment
 from runner.training import checkpoint
-from runner.training.evaluate import Evaluation, evaluate, evaluate_function
+from runner.training.evaluate import Evaluation, evaluate
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -111,13 +111,13 @@ def compare(
         rows = []
         for candidate in candidates:
             inputs = _RawBatches(batches) if candidate.file.raw else batches
-            measured = evaluate_function(candidate.forward, inputs, classes, advance=advance)
+            measured = evaluate(candidate.forward, inputs, classes, advance=advance)
             rows.append(_row(run, candidate, baseline, measured, images, device))
         earlier = run.read_parity()
         torch_rows = earlier.torch if earlier else []
         if device == "cuda":
             half = model.half()
-            measured = evaluate_function(lambda images: half(images.half()), batches, classes)
+            measured = evaluate(lambda images: half(images.half()), batches, classes)
             scores = asdict(_compare_scores("fp16", baseline, measured))
             weights = onnx.weights_sha256(run)
             torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, place=this_machine())]

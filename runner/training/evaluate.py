@@ -1,5 +1,6 @@
 """Evaluates a model on every image of a split exactly once, on any number of ranks."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -112,24 +113,6 @@ class SplitBatches(Protocol):
 
 
 def evaluate(
-    model: nn.Module,
-    batches: SplitBatches,
-    num_classes: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-    advance: Callable[[float], None] = lambda amount: None,
-    views: Views = "none",
-) -> Evaluation:
-    """Evaluates `model` in evaluation mode, then restores its mode. See `evaluate_function`."""
-    was_training = model.training
-    model.eval()
-    try:
-        return evaluate_function(model, batches, num_classes, sum_over_ranks, advance, views)
-    finally:
-        model.train(was_training)
-
-
-@torch.no_grad()
-def evaluate_function(
     forward: Callable[[torch.Tensor], torch.Tensor],
     batches: SplitBatches,
     num_classes: int,
@@ -137,7 +120,7 @@ def evaluate_function(
     advance: Callable[[float], None] = lambda amount: None,
     views: Views = "none",
 ) -> Evaluation:
-    """Evaluates a function from images to logits on the batches of all ranks.
+    """Evaluates a model, in evaluation mode, or a function from images to logits on the batches of all ranks.
 
     Every rank writes the logits of its slices into its rows of a table of zeros; the sum over ranks is the complete
     table. A column of counts verifies that every image was evaluated exactly once.
@@ -154,18 +137,33 @@ def evaluate_function(
         The logits and labels of the whole split, on every rank.
     """
     table = torch.zeros(batches.num_images, num_classes + 2, dtype=torch.float32, device=batches.device)
-    for step, (images, labels) in enumerate(batches.epoch(0)):
-        rows = batches.slice_of(step)
-        if len(labels) == 0:  # a last batch with fewer images than ranks
-            continue
-        logits = [weight * forward(view).float() for weight, view in augmented_views(images, views)]
-        table[rows, :num_classes] = torch.stack(logits).sum(0)
-        table[rows, num_classes] = labels.float()
-        table[rows, num_classes + 1] += 1
-        advance(len(labels))
+    with torch.no_grad(), _evaluation_mode(forward):
+        for step, (images, labels) in enumerate(batches.epoch(0)):
+            rows = batches.slice_of(step)
+            if len(labels) == 0:  # a last batch with fewer images than ranks
+                continue
+            logits = [weight * forward(view).float() for weight, view in augmented_views(images, views)]
+            table[rows, :num_classes] = torch.stack(logits).sum(0)
+            table[rows, num_classes] = labels.float()
+            table[rows, num_classes + 1] += 1
+            advance(len(labels))
     table = sum_over_ranks(table).cpu()
     assert (table[:, -1] == 1).all(), "an image was evaluated twice or not at all"
     return Evaluation(table[:, :num_classes].clone(), table[:, num_classes].long())
+
+
+@contextlib.contextmanager
+def _evaluation_mode(forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Puts a module into evaluation mode, and restores its mode; does nothing with a function."""
+    if not isinstance(forward, nn.Module):
+        yield
+        return
+    was_training = forward.training
+    forward.eval()
+    try:
+        yield
+    finally:
+        forward.train(was_training)
 
 
 def augmented_views(images: torch.Tensor, kind: Views) -> list[tuple[float, torch.Tensor]]:
