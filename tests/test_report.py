@@ -389,6 +389,15 @@ def test_markdown_has_every_experiment_and_latency(many: Path, many_html: Path) 
     assert text.count("damaged, or of another version") == 2
 
 
+def test_a_confusion_matrix_has_a_cell_for_each_class_whatever_its_name(runs: Path) -> None:
+    """Plotly would take numbers as positions, and names as HTML."""
+    record = collect.read(Run(runs / "tiny" / "seed-0"))
+    dataset = msgspec.structs.replace(record.config.dataset, classes=["<b>x", "10", *"23456789"])
+    chart = figures.confusion(replace(record, config=msgspec.structs.replace(record.config, dataset=dataset)), 0)
+    assert {chart["layout"][axis]["type"] for axis in ("xaxis", "yaxis")} == {"category"}
+    assert chart["data"][0]["x"] == chart["data"][0]["y"] == ["&lt;b&gt;x", "10", *"23456789"]
+
+
 GOLDEN = Path(__file__).parent / "golden" / "wandb_report.json"
 
 
