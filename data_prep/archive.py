@@ -10,7 +10,7 @@ from typing import Any
 from runner.common.errors import UserError
 
 LARGEST_MEMBER = 64 * 2**20  # bytes; no image or batch file is larger
-# A name, and a function that reads the file; None for links and other members that are no files.
+# The name of a member, and a function that reads it; None for links and other members that are not files.
 Member = tuple[str, Callable[[], bytes] | None]
 
 
@@ -29,18 +29,18 @@ class Archive:
         (self.zip or self.tar).close()
 
     def names(self) -> list[str]:
-        """The names of all members."""
+        """Returns the names of all members."""
         return [_normalize(name) for name in (self.zip.namelist() if self.zip else self.tar.getnames())]
 
     def read(self, name: str) -> bytes:
-        """The content of a member. Raises UserError if it is missing or too large."""
+        """Returns the content of a member. Raises UserError if it is missing or too large."""
         for member, read in self.members():
             if member == name and read:
                 return read()
         raise UserError(f"{name}: expected in the archive, found none")
 
     def members(self) -> Iterator[Member]:
-        """Yields all members but folders, in the archive's order, so that gzip is decompressed once."""
+        """Yields all members except folders, in the archive's order, so that gzip data is decompressed only once."""
         if self.zip:
             for info in self.zip.infolist():
                 if not info.is_dir():
@@ -55,16 +55,16 @@ class Archive:
                 yield _normalize(member.name), None
 
     def _check_end(self) -> None:
-        """Checks that a tar ends as it should: tarfile takes a damaged header, or a missing end, for the end.
+        """Checks that a tar file ends correctly, because tarfile treats a damaged header or a missing end as the end.
 
         Raises:
-            tarfile.ReadError: it does not end with two blocks of zeros, of which tarfile has read the first.
+            tarfile.ReadError: the file does not end with two blocks of zeros, of which tarfile has read the first.
         """
         if self.ended:
             return
         if self.tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it is cut off, or damaged in the middle")
-        while self.tar.fileobj.read(1 << 20):  # to the checksum of a compressed file
+            raise tarfile.ReadError("it is truncated, or damaged in the middle")
+        while self.tar.fileobj.read(1 << 20):  # read up to the checksum of a compressed file
             pass
         self.ended = True
 
@@ -78,7 +78,7 @@ def _normalize(name: str) -> str:
 
 
 def _read(name: str, size: int, read: Callable[[Any], bytes], member: Any) -> bytes:
-    """Reads a member unless it is too large."""
+    """Reads a member. Raises UserError if it is too large."""
     if size > LARGEST_MEMBER:
         raise UserError(f"{name}: {size} bytes; expected an image or batch file of at most {LARGEST_MEMBER}")
     return read(member)

@@ -43,7 +43,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
     Raises:
         UserError: the folder cannot be created, contains other files, or the disk is too small.
     """
-    out = out.resolve()  # the lock and the new folder lie beside it
+    out = out.resolve()  # the lock and the new folder are created next to it
     if not out.name:
         raise UserError(f"--out {out}: expected a folder below it")
     try:
@@ -53,7 +53,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
             if existing is not None:
                 return existing
             staging = out.with_name(f".{out.name}.writing")
-            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process, whose lock is now ours
+            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process that no longer holds the lock
             staging.mkdir()
             try:
                 manifest = _write_into(staging, out, source)
@@ -67,17 +67,17 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Holds a lock file next to `out`, which the kernel releases when this process ends; child processes lack it."""
+    """Locks a file next to `out`. The kernel releases the lock when this process exits; child processes lack it."""
     with out.with_name(f".{out.name}.lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
 def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
-    """The manifest of `out` if it is an undamaged dataset from this source; None if `out` has to be written.
+    """Returns the manifest of `out` if it is an undamaged dataset from this source; None if `out` must be written.
 
     Raises:
-        UserError: `out` contains anything else, and is not a dataset to overwrite.
+        UserError: `out` contains anything else, unless it is a dataset that may be overwritten.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -107,7 +107,7 @@ def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
 
 
 def _has_content(folder: Path, manifest: Manifest, source: Source) -> bool:
-    """Whether a prepared folder has exactly the images and labels of a source."""
+    """Returns whether a prepared folder has exactly the images and labels of a source."""
     for name in manifests.SPLITS:
         split, expected = manifest.splits[name], getattr(source, name)
         if split.images != len(expected.labels):
@@ -159,7 +159,7 @@ def _write_into(folder: Path, out: Path, source: Source) -> Manifest:
 
 
 def mean_and_std(split: Split) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Exact mean and population standard deviation per channel, from the counts of the 256 pixel values."""
+    """Returns the exact mean and population standard deviation per channel, from the counts of the pixel values."""
     levels = np.arange(256, dtype=np.float64)
 
     def of_channel(channel: int) -> tuple[float, float]:
@@ -194,7 +194,7 @@ def _write_supervised(out: Path, files: list[tuple[Path, Split]]) -> None:
     finally:
         if writer.is_alive():
             assert writer.pid is not None
-            with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+            with contextlib.suppress(ProcessLookupError):  # the writer does not have its own process group yet
                 os.killpg(writer.pid, signal.SIGKILL)
             writer.kill()
             writer.join()
@@ -206,7 +206,7 @@ def _write_supervised(out: Path, files: list[tuple[Path, Split]]) -> None:
 
 
 class _Samples:
-    """The (image, label) pairs of a split, in the interface of FFCV's writer."""
+    """The (image, label) pairs of a split, with the interface that FFCV's writer expects."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -223,7 +223,7 @@ def _write_betons(files: list[tuple[Path, Split]]) -> None:
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
 
-    ffcv.writer.tqdm = lambda **_: _NoProgressBar()  # it would fill logs, and there is a bar already
+    ffcv.writer.tqdm = lambda **_: _NoProgressBar()  # its output would fill logs, and a progress bar is already shown
     for path, split in files:
         fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
         # With several workers the order of pages, and thus the hash, would differ from run to run.
@@ -232,7 +232,7 @@ def _write_betons(files: list[tuple[Path, Split]]) -> None:
 
 
 class _NoProgressBar:
-    """Replaces tqdm."""
+    """Replaces tqdm and displays nothing."""
 
     def update(self, _: int) -> None: ...
 

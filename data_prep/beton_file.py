@@ -1,11 +1,11 @@
-"""Reads the images and labels of a .beton file of raw records, without ffcv, and checks what ffcv trusts.
+"""Reads the images and labels of a .beton file of raw records without ffcv, and checks what ffcv does not check.
 
-FFCV's format, version 2: a header, a descriptor of each field, a table with one row for each sample (mode, height,
-width and address of the pixels; the label), then pages of pixels, and the allocation table: address and size of the
-pixels of each sample. Within a page, raw records are contiguous.
+A file in version 2 of FFCV's format consists of a header, a descriptor for each field, a table with one row per sample
+(mode, height, width and address of the pixels; the label), pages of pixels, and the allocation table, which has the
+address and size of the pixels of each sample. Within a page, raw records are contiguous.
 
-FFCV copies as many bytes as the allocation table says, from where the sample's row says, without a check: a file that
-somebody crafted could read and overwrite memory. So every address and size is checked here before FFCV opens a file.
+Without any check, FFCV copies the number of bytes in the allocation table from the address in the sample's row, so a
+crafted file could read and overwrite memory. Every address and size is therefore checked here before FFCV opens a file.
 """
 
 import math
@@ -35,7 +35,7 @@ VERSION, TYPE_INT, TYPE_RGB_IMAGE, MODE_RAW = 2, 1, 2, 1
 
 
 def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a whole split: images (N, H, W, 3) uint8 and labels (N,) int64. Raises as `read_labels`."""
+    """Reads a whole split: images (N, H, W, 3) uint8 and labels (N,) int64. Raises UserError like `read_labels`."""
     content, addresses, labels = _read_table(path, split, manifest)
     size = math.prod(manifest.image_shape)
     images = np.empty((split.images, size), dtype=np.uint8)
@@ -47,7 +47,7 @@ def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, 
 
 
 def read_some(path: Path, split: SplitFile, manifest: Manifest, samples: np.ndarray) -> np.ndarray:
-    """Reads the images of `samples` (n,): (n, H, W, 3) uint8. Raises as `read_labels`."""
+    """Reads the images with the indices `samples` (n,), as (n, H, W, 3) uint8. Raises UserError like `read_labels`."""
     content, addresses, _ = _read_table(path, split, manifest)
     size = math.prod(manifest.image_shape)
     images = [content[addresses[sample] : addresses[sample] + size] for sample in samples]
@@ -60,7 +60,7 @@ def read_labels(path: Path, split: SplitFile, manifest: Manifest) -> np.ndarray:
     Args:
         path: the file, whose hash the caller has checked.
         split: its entry in the manifest.
-        manifest: for the image shape and the number of classes.
+        manifest: the manifest, which has the image shape and the number of classes.
 
     Raises:
         UserError: layout, counts, sizes or labels differ from the manifest.
@@ -69,7 +69,7 @@ def read_labels(path: Path, split: SplitFile, manifest: Manifest) -> np.ndarray:
 
 
 def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Checks and reads the table: the mapped file (bytes,) uint8, image addresses (N,) int64, labels (N,) int64."""
+    """Checks the table; returns the mapped file (bytes,) uint8, image addresses (N,) int64 and labels (N,) int64."""
     if path.stat().st_size < HEADER.itemsize + 2 * FIELD.itemsize:
         raise _layout_error(path, "an FFCV file", f"{path.stat().st_size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")
@@ -86,7 +86,7 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
         actual = f"{' and '.join(names)} of types {types}"
         raise _layout_error(path, "the fields image (RGB image) and label (integer)", actual)
     if header["page_size"].bit_count() != 1:
-        raise _layout_error(path, "a power of two as the size of a page", str(header["page_size"]))
+        raise _layout_error(path, "a page size that is a power of two", str(header["page_size"]))
     if header["num_samples"] != split.images:
         raise _layout_error(path, f"{split.images} samples", str(header["num_samples"]))
     table = np.array(content[fields_end:table_end]).view(SAMPLE)
@@ -109,7 +109,7 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
 
 
 def _check_allocations(path: Path, content: np.ndarray, start: int, addresses: np.ndarray, size: int) -> None:
-    """Checks that the allocation table, at the end of the file, has exactly the samples' pixels, `size` bytes each."""
+    """Checks that the allocation table at the end of the file lists exactly the samples' pixels, `size` bytes each."""
     rows, remainder = divmod(len(content) - start, ALLOCATION.itemsize)
     if rows != len(addresses) or remainder:
         raise _layout_error(path, f"an allocation table of {len(addresses)} rows at the end", f"{rows} rows")
@@ -117,7 +117,7 @@ def _check_allocations(path: Path, content: np.ndarray, start: int, addresses: n
     if not (np.array_equal(np.sort(table["ptr"]), np.sort(addresses)) and (table["size"] == size).all()):
         raise _layout_error(path, f"an allocation of {size} bytes for each image", "others")
     if len(np.unique(addresses)) < len(addresses) or table["sample_id"].max() >= len(addresses):
-        raise _layout_error(path, "pixels of its own for each image", "pixels of two images at one address")
+        raise _layout_error(path, "separate pixels for each image", "pixels of two images at one address")
 
 
 def _layout_error(path: Path, expected: str, actual: str) -> UserError:

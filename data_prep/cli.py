@@ -26,7 +26,7 @@ class Prepare:
     source: str
     """`official` (downloads CIFAR-10), `cifar100` (downloads CIFAR-100), `synthetic` (built in), or the PATH of an
     official archive (binary or python version), a torchvision root, an image folder train|test/<class>/, or a tar or
-    zip of one."""
+    zip archive of such a folder."""
     out: Path
     """Folder to create. An existing folder with the same dataset is checked and not changed."""
     sha256: str | None = None
@@ -35,15 +35,15 @@ class Prepare:
     limit_per_class: Annotated[int, Meta(ge=1)] | None = None
     """Use only the first N images of each class in each split."""
     size: Annotated[int, Meta(ge=1, le=4096)] | None = None
-    """Fit the images of a folder to this many pixels a side; without it, all must have one size."""
+    """Resize the images of a folder to this many pixels per side; without it, all must have the same size."""
     fit: Fit | None = None
     """With --size: crop the center (by default), pad with black, or stretch."""
     name: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
-    """Label of all results on this dataset; by default the name of the source."""
+    """Name that labels all results on this dataset; by default the name of the source."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
     """Seed of the synthetic dataset, by default 0."""
     downloads: Path = DOWNLOADS
-    """Folder of the downloaded official archive."""
+    """Folder in which the downloaded official archive is kept."""
     overwrite: Flag = False
     """Replace a different or damaged dataset in --out."""
     json: Flag = False
@@ -80,7 +80,7 @@ class Verify:
     sha256: str | None = None
     """Expected SHA-256 of the source archive, as for `prepare`."""
     downloads: Path = DOWNLOADS
-    """Folder that keeps the downloaded official archive."""
+    """Folder in which the downloaded official archive is kept."""
     json: Flag = False
     """Print only the manifest, as JSON, on standard output."""
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from runner.common.errors import UserError
 
-RESERVED = ("CIFAR-10", "SYNTHETIC-10")  # names that start so, also CIFAR-100, are only for these datasets
+RESERVED = ("CIFAR-10", "SYNTHETIC-10")  # prefixes of names, also of CIFAR-100, that are reserved for these datasets
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Source:
     """A dataset in memory.
 
     Attributes:
-        name: labels all results.
-        classes: names; the position is the label.
+        name: name that labels all results.
+        classes: class names; the index of a class is its label.
         train, test: the splits.
         provenance: where the images come from, for `dataset.json`.
-        notes: lines for the user, such as files that are not used.
+        notes: messages for the user, for example about unused files.
     """
 
     name: str
@@ -39,28 +39,28 @@ class Source:
 
 
 def renamed(source: Source, name: str) -> Source:
-    """The dataset under another name.
+    """Returns the dataset with another name.
 
     Raises:
-        UserError: it is a name of a known dataset that this is not, or has characters that cannot be shown.
+        UserError: the name is reserved for another dataset, or has characters that cannot be printed.
     """
     if not name.isprintable() or name != name.strip():
         raise UserError(f"--name {name!r}: expected printable characters, without spaces around them")
     if name.upper().startswith(RESERVED) and not (
         source.name.upper().startswith(RESERVED) and name.startswith(source.name)
     ):
-        raise UserError(f"--name {name}: expected another name for {source.name}; another dataset is called so")
+        raise UserError(f"--name {name}: expected another name for {source.name}; this name is reserved")
     return replace(source, name=name)
 
 
 def limited(split: Split, per_class: int) -> Split:
-    """The first `per_class` images of each class, in their order."""
+    """Returns the first `per_class` images of each class, in their original order."""
     selected = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]
     rows = np.sort(np.concatenate(selected))
     return Split(split.images[rows], split.labels[rows])
 
 
 def limit(source: Source, per_class: int) -> Source:
-    """The first images of each class in both splits."""
+    """Returns a dataset with the first `per_class` images of each class in both splits."""
     train, test = limited(source.train, per_class), limited(source.test, per_class)
     return replace(source, train=train, test=test, provenance={**source.provenance, "limit_per_class": per_class})

@@ -23,15 +23,15 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "va
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file, and what its path says.
+    """An image file, and the information in its path.
 
     Attributes:
-        root: folders above that of the split, "" or one folder.
+        root: folder that contains the split's folder; "" if there is none.
         split: train, test or val.
         split_folder: name of the split's folder, such as `valid`.
-        class_name: name of the folder below that of the split.
-        path: in the folder or archive.
-        content: of the file.
+        class_name: name of the folder below the split's folder.
+        path: path of the file in the folder or archive.
+        content: content of the file.
     """
 
     root: str
@@ -45,26 +45,26 @@ class ImageFile:
 def load(
     path: Path, members: Iterable[Member], provenance: dict[str, Any], size: int | None, fit: images.Fit | None
 ) -> Source:
-    """Decodes the images among the files of a folder or archive; labels follow the alphabetic order of classes.
+    """Decodes the images among the files of a folder or archive; labels follow the alphabetical order of the classes.
 
-    Where there is no `test`, `val` is the test split. All files that are not used are counted in the notes.
+    If there is no `test`, `val` is the test split. The notes count all files that are not used.
 
     Args:
-        path: of the folder or archive.
-        members: its files.
-        provenance: for `dataset.json`.
-        size: fit all images to this many pixels a side; None requires that they have one size.
-        fit: how, by default "crop".
+        path: path of the folder or archive.
+        members: files of the folder or archive.
+        provenance: where the images come from, for `dataset.json`.
+        size: number of pixels per side to which all images are resized; None requires that all have the same size.
+        fit: how images are fitted to `size`; by default "crop".
 
     Raises:
-        UserError: no images, several datasets, images of several sizes, or a split that lacks a class.
+        UserError: there are no images, several datasets, images of several sizes, or a split that lacks a class.
     """
     files, unused = _find(members)
     _check_root(path, files)
     found = {file.split for file in files}
     test_folder = "test" if "test" in found else "val"
     if files and test_folder not in found:
-        raise UserError(f"--source {path}: expected {EXPECTED}, found no test/ and no val/")
+        raise UserError(f"--source {path}: expected {EXPECTED}, found neither test/ nor val/")
     unused += [file.path for file in files if file.split not in ("train", test_folder)]
     files = [file for file in files if file.split in ("train", test_folder)]
     if not files:
@@ -93,7 +93,7 @@ def load(
 
 
 def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
-    """The images in the expected folders, and the paths of all other files."""
+    """Returns the images in the expected folders, and the paths of all other files."""
     files, unused, seen = list[ImageFile](), list[str](), set[str]()
     for name, read in members:
         parts = PurePosixPath(name).parts
@@ -104,7 +104,7 @@ def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
         seen.add(name)
         depth = 0 if parts[0].lower() in SPLITS else 1
         in_place = len(parts) >= depth + 3 and parts[depth].lower() in SPLITS
-        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)  # copies that other programs make
+        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)  # copies made by other programs
         if read is None or hidden or not in_place or PurePosixPath(name).suffix.lower() not in images.SUFFIXES:
             unused.append(name)
         else:
@@ -128,7 +128,7 @@ def _check_root(path: Path, files: list[ImageFile]) -> None:
 
 
 def _decode(files: list[ImageFile], size: int | None, fit: images.Fit) -> list[np.ndarray]:
-    """The pixels of each file, (H, W, 3) uint8, all of one size."""
+    """Decodes the pixels of each file, (H, W, 3) uint8, all of the same size."""
 
     def pixels_of(file: ImageFile) -> np.ndarray:
         image = images.decode(file.path, file.content)
@@ -143,13 +143,13 @@ def _decode(files: list[ImageFile], size: int | None, fit: images.Fit) -> list[n
             height, width, _ = shape
             raise UserError(
                 f"{file.path}: expected {height}×{width} pixels as in {files[0].path}, found "
-                f"{image.shape[0]}×{image.shape[1]}; bring all images to one size with --size {min(height, width)}"
+                f"{image.shape[0]}×{image.shape[1]}; resize all images to one size with --size {min(height, width)}"
             )
     return pixels
 
 
 def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
-    """The name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all images of CIFAR-10."""
+    """Returns the name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all of CIFAR-10."""
     complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)
     if not complete or train.images.shape[1:] != (32, 32, 3):
         whole = path.resolve()

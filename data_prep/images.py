@@ -1,4 +1,4 @@
-"""Decodes image files to RGB, and resizes them to one size: the same for `data_prep prepare` and `runner predict`."""
+"""Decodes image files to RGB and resizes them, in the same way for `data_prep prepare` and `runner predict`."""
 
 import io
 import warnings
@@ -16,28 +16,28 @@ Fit = Literal["crop", "pad", "stretch"]
 
 
 def decode(name: str, content: bytes) -> "Image.Image":
-    """Decodes an image file to 8-bit RGB, upright as its EXIF orientation says.
+    """Decodes an image file to 8-bit RGB, rotated upright according to its EXIF orientation.
 
     Palettes, gray and CMYK are converted, 16-bit gray is scaled to 8 bits, and an alpha channel is dropped, as
     torchvision's ImageFolder does.
 
     Args:
-        name: for messages.
-        content: of the file.
+        name: name of the file, for error messages.
+        content: content of the file.
 
     Raises:
-        UserError: not an image of one of FORMATS, too large, or animated.
+        UserError: the file is not an image in one of FORMATS, is too large, or is animated.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # Pillow warns above its own limit; ours is checked below
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata; what cannot be decoded is an error
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata; an image that cannot be decoded is an error
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(f"{name}: {width}×{height} pixels; expected at most {MAX_PIXELS:,}; scale it down")
-            # Cameras store previews as further pictures of a JPEG (MPO); the first is the photograph.
+            # Cameras store previews as additional pictures in a JPEG (MPO); the first picture is the photograph.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise UserError(f"{name}: expected one image, found an animation or several pages; save one of them")
             return _to_rgb(name, ImageOps.exif_transpose(image))
@@ -64,7 +64,7 @@ def _to_rgb(name: str, image: "Image.Image") -> "Image.Image":
 
 
 def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image":
-    """Returns an RGB image resized to a size, bilinear and antialiased; the same object if it has that size.
+    """Resizes an RGB image with antialiased bilinear interpolation; returns the same object if it has the size already.
 
     `crop` resizes the shorter side, then crops the center; `pad` resizes the longer side, then pads with black;
     `stretch` ignores the aspect ratio.

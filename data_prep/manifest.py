@@ -1,6 +1,6 @@
 """`dataset.json`, the manifest of a prepared dataset, and the check of the files that it lists.
 
-Standard library only, because every later stage reads it.
+Does not import NumPy or FFCV, because every later stage reads the manifest.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from typing import Any
 
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
+from runner.common.text import without_controls
 
 FILE_NAME = "dataset.json"
 SPLITS = ("train", "test")
@@ -34,13 +35,13 @@ class Manifest:
 
     Attributes:
         name: label of all results on this dataset, e.g. "CIFAR-10".
-        classes: class names; the position is the label.
+        classes: class names; the index of a class is its label.
         image_shape: (height, width, channels) of every image, uint8 RGB.
         mean: per-channel mean over the training images, in 0..255.
         std: per-channel population standard deviation over the training images, in 0..255.
-        splits: "train" and "test".
+        splits: files of the splits "train" and "test".
         source: origin of the images: kind, path or URL, SHA-256.
-        versions: of the tools that wrote the files.
+        versions: versions of the tools that wrote the files.
     """
 
     name: str
@@ -54,12 +55,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any image, label or class name."""
+        """A hash of 16 hexadecimal digits, which changes with any image, label or class name."""
         content = [self.classes, [self.splits[name].sha256 for name in SPLITS]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The manifest as indented JSON with keys in a fixed order."""
+        """Returns the manifest as indented JSON with keys in a fixed order."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
@@ -76,7 +77,7 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"--data {folder}: expected {FILE_NAME} in it, found none; {remedy}")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(without_controls(path.read_bytes()))
         if fields.pop("format") != FORMAT:
             raise KeyError("format")
         splits = {name: SplitFile(**fields["splits"][name]) for name in SPLITS}
@@ -90,7 +91,7 @@ def read(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compares size and SHA-256 of every .beton with the manifest.
+    """Compares the size and SHA-256 of every .beton file with the manifest.
 
     FFCV returns wrong images from a damaged file without an error, so call this before opening a file.
 

@@ -22,15 +22,15 @@ class Official:
     """A dataset with official archives.
 
     Attributes:
-        name: of the dataset.
-        url: of the archive that is downloaded.
-        sha256: of each archive, by file name.
-        classes: names; the position is the label.
-        binary_folder, binary_files: in the binary archive.
-        python_folder, python_files: in the archive of pickles.
-        python_md5: of the files in `python_folder`, as in torchvision.
-        label_bytes: bytes before the pixels of a binary record; the last is the label.
-        label_key: of the labels in a pickle.
+        name: name of the dataset.
+        url: URL of the archive that is downloaded.
+        sha256: SHA-256 of each archive, by file name.
+        classes: class names; the index of a class is its label.
+        binary_folder, binary_files: folder and files in the binary archive.
+        python_folder, python_files: folder and files in the archive of pickles.
+        python_md5: MD5 of the files in `python_folder`, as in torchvision.
+        label_bytes: number of bytes before the pixels of a binary record; the last is the label.
+        label_key: key of the labels in a pickle.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Official:
     label_key: bytes
 
     def parse_binary(self, name: str, content: bytes) -> Split:
-        """Parses records of label bytes and channel planes."""
+        """Parses binary records, each of which consists of label bytes and channel planes."""
         record = self.label_bytes + PIXELS
         if len(content) == 0 or len(content) % record:
             raise UserError(f"{name}: expected records of {record} bytes, found {len(content)} bytes in total")
@@ -55,7 +55,7 @@ class Official:
         return Split(_planes_to_pixels(records[:, self.label_bytes :]), self._checked(name, labels))
 
     def parse_pickle(self, name: str, content: bytes) -> Split:
-        """Parses a pickled dict with `data` (N, 3072) uint8 and labels, without executing code from it."""
+        """Parses a pickled dict that has `data` (N, 3072) uint8 and labels, without executing code in the pickle."""
         try:
             batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
             planes, labels = batch[b"data"], batch[self.label_key]

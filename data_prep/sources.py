@@ -29,7 +29,7 @@ CIFAR10_CLASSES = CIFAR10.classes
 __all__ = ["CIFAR10_CLASSES", "Source", "SourceUnreachableError", "Split", "download", "limited", "load"]
 
 
-# What reading a damaged archive, or one with a password, raises.
+# Exceptions raised when a damaged or password-protected archive is read.
 DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, KeyError, RuntimeError
 )  # fmt: skip
@@ -56,10 +56,10 @@ def load(
         sha256: expected SHA-256 of an archive. An archive in an official layout is parsed only if it has this hash
             or an official one.
         limit_per_class: use only the first images of each class in each split, up to this number.
-        seed: of the synthetic dataset, by default 0.
-        downloads: folder of the downloaded official archive.
-        size: fit the images of a folder, or of an archive of one, to this many pixels a side.
-        fit: how to fit them, by default "crop".
+        seed: seed of the synthetic dataset; by default 0.
+        downloads: folder in which the downloaded official archive is kept.
+        size: number of pixels per side to which the images of a folder, or of an archive of one, are resized.
+        fit: how images are fitted to `size`; by default "crop".
 
     Raises:
         SourceUnreachableError: the download of an official archive failed.
@@ -68,12 +68,12 @@ def load(
     if limit_per_class is not None and limit_per_class < 1:
         raise UserError(f"--limit-per-class {limit_per_class}: expected 1 or more")
     if fit is not None and size is None:
-        raise UserError(f"--fit {fit}: expected with --size, the pixels a side")
+        raise UserError(f"--fit {fit}: expected with --size, the number of pixels per side")
     if source == "synthetic":
         _refuse(source, sha256=sha256, size=size)
         return _synthetic(seed or 0, limit_per_class)
     if seed is not None:
-        raise UserError(f"--seed {seed}: expected with --source synthetic, the only one that is drawn; leave it out")
+        raise UserError(f"--seed {seed}: expected with --source synthetic, the only generated dataset; leave it out")
     path = Path(source)
     if source in BY_SOURCE:
         url = BY_SOURCE[source].url
@@ -91,9 +91,9 @@ def load(
 def _refuse(source: object, sha256: str | None = None, size: int | None = None) -> None:
     """Raises UserError for an option that the source does not use."""
     if sha256 is not None:
-        raise UserError(f"--sha256: expected with an archive, but {source} is none; leave it out")
+        raise UserError(f"--sha256: expected with an archive, but {source} is not one; leave it out")
     if size is not None:
-        raise UserError(f"--size {size}: expected with an image folder, but {source} is none; use --recipe.resize")
+        raise UserError(f"--size {size}: expected with an image folder, but {source} is not one; use --recipe.resize")
 
 
 def download(path: Path, url: str) -> Path:
@@ -106,7 +106,7 @@ def download(path: Path, url: str) -> Path:
     expected = _official_hashes()[path.name]
     if path.is_file() and sha256_of(path) == expected:
         return path
-    remedy = f"download {path.name} elsewhere and give its path as --source"
+    remedy = f"download {path.name} elsewhere and pass its path as --source"
     temporary = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
@@ -145,12 +145,12 @@ def _synthetic(seed: int, limit_per_class: int | None) -> Source:
 
 
 def _official_hashes() -> dict[str, str]:
-    """The SHA-256 of every official archive, by file name."""
+    """Returns the SHA-256 of every official archive, by file name."""
     return {file: sha256 for dataset in DATASETS for file, sha256 in dataset.sha256.items()}
 
 
 def _from_archive(path: Path, sha256: str | None, size: int | None, fit: Fit | None) -> Source:
-    """Loads a tar or zip archive, in an official layout or of images, after checking its hash."""
+    """Loads a tar or zip archive that has an official layout or contains images, after checking its hash."""
     actual = sha256_of(path)
     if sha256 is not None and actual != sha256.lower():
         raise UserError(f"--source {path}: expected SHA-256 {sha256}, found {actual}; fetch the file again")
@@ -171,8 +171,8 @@ def _from_archive(path: Path, sha256: str | None, size: int | None, fit: Fit | N
                         continue
                     if not trusted:
                         raise UserError(
-                            f"--source {path}: an archive of the {layout} layout with the unknown SHA-256 {actual}; "
-                            "expected the official one; to trust this file, pass its hash with --sha256"
+                            f"--source {path}: an archive in the {layout} layout with the unknown SHA-256 {actual}; "
+                            "expected the official hash; to trust this file, pass its hash with --sha256"
                         )
                     _refuse(dataset.name, size=size)
                     train, test = load_splits(files, parse, partial(_read_member, archive, folder))

@@ -1,7 +1,7 @@
 """The built-in dataset `synthetic-10`: ten shapes in random colors, generated from a seed.
 
-For machines without a dataset. It is learnable but not trivial: position, size, colors and noise are random, and
-only the shape determines the class.
+It is meant for machines without a dataset. It is learnable but not trivial: position, size, colors and noise are
+random, and only the shape determines the class.
 """
 
 import numpy as np
@@ -21,17 +21,17 @@ def draw(images: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         images: number of images.
-        seed: of the dataset.
+        seed: seed of the dataset.
         split: 0 for training, 1 for test.
 
     Returns:
-        images (N, 32, 32, 3) uint8 and labels (N,) int64.
+        The images (N, 32, 32, 3) uint8 and labels (N,) int64.
     """
     labels = np.arange(images) % len(CLASSES)
     pixels = np.empty((images, SIDE, SIDE, 3), dtype=np.uint8)
     for start in range(0, images, CHUNK):
         rng = np.random.Generator(np.random.Philox(key=[seed * 2 + split, start // CHUNK]))
-        # Always a full chunk, so that a smaller dataset is a prefix of a larger one.
+        # A full chunk is always drawn, so that a smaller dataset is a prefix of a larger one.
         chunk = _draw_chunk(np.arange(start, start + CHUNK) % len(CLASSES), rng)
         pixels[start : start + CHUNK] = chunk[: images - start]
     return pixels, labels

@@ -15,12 +15,12 @@ from runner.common.errors import UserError
 def verify(folder: Path, source: Source | None = None) -> Manifest:
     """Verifies a prepared folder.
 
-    Checks, in this order: the format of the manifest; size and SHA-256 of each file; its layout, with every address
-    and label in range, and the images per class; mean and standard deviation against the manifest; and with a source,
-    that every image and label is bit-identical. FFCV is not needed for it.
+    Checks, in this order: the format of the manifest; the size and SHA-256 of each file; its layout, including that
+    every address and label is in range, and the number of images per class; the mean and standard deviation against
+    the manifest; and, if a source is given, that every image and label is bit-identical to it. Does not need FFCV.
 
     Raises:
-        UserError: the first difference.
+        UserError: a check failed; the message describes the first difference.
     """
     manifest = manifests.read(folder)
     manifests.check_files(folder, manifest)

@@ -18,12 +18,12 @@ COMMANDS = {"submit": Submit, "sweep": Sweep, "agent": Agent}
 
 
 def main() -> None:
-    """Entry point. Options that a command does not declare are those of `runner train`."""
+    """Entry point; options that a command does not declare are passed on to `runner train`."""
 
     def parse() -> Callable[[], Any]:
         name, *argv = sys.argv[1:] or ["--help"]
         if name not in COMMANDS:
-            known = f"python -m launch: expected one of {', '.join(COMMANDS)}; each explains itself with --help"
+            known = f"python -m launch: expected one of {', '.join(COMMANDS)}; run one with --help to see its options"
             if name in ("-h", "--help"):
                 return lambda: print(known)
             raise UserError(f"{name!r}: {known}")

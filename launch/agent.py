@@ -1,4 +1,4 @@
-"""Trains one trial of a W&B sweep, as W&B's agent calls it: `python -m launch agent --experiment=NAME --seed=0 …`."""
+"""Trains one trial of a W&B sweep. W&B's agent runs `python -m launch agent --experiment=NAME --seed=0 …`."""
 
 import os
 import sys
@@ -14,13 +14,13 @@ from runner.system import environment
 
 @dataclass(frozen=True)
 class Agent:
-    """Train one trial that W&B's controller chose, on all GPUs of this machine, or on the CPU.
+    """Train one trial that W&B's controller chose, on all GPUs of this machine or on the CPU.
 
-    Further options are those of `runner train`.
+    All other options are passed on to `runner train`.
     """
 
     experiment: str
-    """Name from `runner list`."""
+    """Name of the experiment; see `runner list`."""
     seed: Seed = 0
     """Seed of the run."""
 
@@ -34,7 +34,7 @@ class Agent:
         name = []
         if "WANDB_RUN_ID" in environ:
             name = ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
-            reasons["--name"] = "runs of a W&B sweep are called after its id and theirs; leave it out"
+            reasons["--name"] = "runs of a W&B sweep are named after the ids of sweep and run; leave it out"
         reject_options(options, reasons)
         gpus = environment.count_gpus()
         arguments = [self.experiment, "--seeds", str(self.seed), *name, *resolve_device(options, gpus)]

@@ -66,25 +66,25 @@ class Pool:
         self.outcomes: dict[str, str] = {}
 
     def update(self) -> None:
-        """Collects the jobs that have ended, and starts waiting trials in free slots."""
-        for slot, job in list(self.running.items()):
-            if job.process.poll() is not None:
+        """Collects the trials that have ended, and starts waiting trials in free slots."""
+        for slot, running in list(self.running.items()):
+            if running.process.poll() is not None:
                 del self.running[slot]
-                self._collect(job)
+                self._collect(running)
         for slot in range(self.slots.count):
             if slot not in self.running and self.waiting:
                 self.running[slot] = self._start(slot, self.waiting.pop(0))
 
     def stop(self) -> None:
-        """Asks every job to write a checkpoint and exit, and starts no more."""
+        """Asks every trial to write a checkpoint and exit, and starts no more."""
         self.waiting.clear()
-        for job in self.running.values():
-            job.stop_file.touch()
+        for running in self.running.values():
+            running.stop_file.touch()
 
     def kill(self) -> None:
-        """Kills every job; its ranks die with it."""
-        for job in self.running.values():
-            job.process.kill()
+        """Kills every trial; its ranks die with it."""
+        for running in self.running.values():
+            running.process.kill()
 
     def _start(self, slot: int, trial: Trial) -> RunningTrial:
         trial.run.folder.mkdir(parents=True, exist_ok=True)
@@ -110,20 +110,21 @@ class Pool:
         visible = self.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.slots.gpus)))
         return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % self.slots.gpus]}
 
-    def _collect(self, job: RunningTrial) -> None:
-        """Records and prints the outcome of a job that has ended."""
-        job.log.close()
-        job.stop_file.unlink(missing_ok=True)
-        outcome = _outcome(job.trial, Path(job.log.name))
-        self.outcomes[job.trial.id] = outcome
-        _print(f"{job.trial.id}: {outcome}")
+    def _collect(self, running: RunningTrial) -> None:
+        """Records and prints the outcome of a trial that has ended."""
+        running.log.close()
+        running.stop_file.unlink(missing_ok=True)
+        outcome = _outcome(running.trial, Path(running.log.name))
+        self.outcomes[running.trial.id] = outcome
+        _print(f"{running.trial.id}: {outcome}")
 
 
 def train_trials(trials: list[Trial], slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:
     """Trains all trials. Returns True if it was interrupted.
 
-    On the first Ctrl-C or SIGTERM every trial writes a checkpoint and exits; a second one, or 120 seconds, kills the
-    trials that remain. In both cases the same command resumes them. If this process is killed, its trials die with it.
+    On the first Ctrl-C or SIGTERM every trial writes a checkpoint and exits; a second signal, or a timeout of 120
+    seconds, kills the remaining trials. In both cases the same command resumes them. If this process is killed, its
+    trials die with it.
 
     Args:
         trials: trials to train; each resumes from its newest checkpoint.
@@ -161,7 +162,7 @@ def _outcome(trial: Trial, log: Path) -> str:
 
 
 def _print(line: str) -> None:
-    """Prints a line to stdout where no live table is shown, that is if stderr is not a terminal."""
+    """Prints a line to stdout if no live table is shown, that is, if stderr is not a terminal."""
     if not sys.stderr.isatty():
         print(line, flush=True)
 
@@ -203,10 +204,12 @@ def _table(pool: Pool) -> Iterator[Callable[[], None]]:
 
 
 def _draw(pool: Pool, height: int) -> Any:
-    """Returns a table of the running trials, then the finished ones from the newest, then the number that wait."""
+    """Returns a table of the running trials, the finished trials (newest first) and the number of waiting trials."""
     table = new_table("trial", "epoch", "loss", "accuracy", "outcome")
-    for job in pool.running.values():
-        table.add_row(job.trial.id, *_progress(job.trial), f"running for {int(time.monotonic() - job.start)} s")
+    for running in pool.running.values():
+        table.add_row(
+            running.trial.id, *_progress(running.trial), f"running for {int(time.monotonic() - running.start)} s"
+        )
     for name, outcome in list(reversed(pool.outcomes.items()))[: max(1, height - len(pool.running) - 1)]:
         table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else None)
     waiting = len(pool.trials) - len(pool.outcomes) - len(pool.running)

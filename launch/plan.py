@@ -1,4 +1,4 @@
-"""Chooses the command that trains an experiment on the available hardware. Pure functions."""
+"""Chooses the command that trains an experiment on the available hardware. All functions are pure."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from pathlib import Path
 from runner.config.recipe import Experiment, Recipe
 
 ROOT = Path(__file__).parent.parent
-QUICK_SECONDS = 90  # of training and evaluating one experiment on the CPU
-BACKWARD_COST = 3  # of a training step relative to a forward pass
+QUICK_SECONDS = 90  # for training and evaluating one experiment on the CPU
+STEP_COST = 3  # cost of a training step, in forward passes
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingPlan:
     """How one experiment is trained here.
 
     Attributes:
-        name: name of the run: how long it is, `5-steps` or `3-epochs`.
+        name: name of the run, which states its length: `5-steps` or `3-epochs`.
         launcher: arguments of `accelerate launch`, without the program.
         options: arguments of `runner train NAME`, except data and runs.
         description: the plan, for the user.
@@ -38,14 +38,14 @@ class Job:
     description: str
 
 
-def quick_job(
+def plan_training(
     experiment: Experiment,
     resources: Resources,
     epochs: int | None,
     training_images: int,
     test_images: int,
     speeds: Mapping[str, float],
-) -> Job:
+) -> TrainingPlan:
     """Plans the training of one experiment of the quickstart.
 
     With GPUs, trains the whole recipe on all of them. On the CPU, trains one epoch, or as many of its steps as fit
@@ -58,20 +58,20 @@ def quick_job(
         training_images, test_images: number of images in the splits.
         speeds: measured images per second in training on the CPU, by precision; used for the rule above.
     """
-    recipe, options, changes = _fit_to(training_images, experiment.recipe)
+    recipe, options, changes = _shrink_to_dataset(training_images, experiment.recipe)
     experiment, options = replace(experiment, recipe=recipe), (*options, *_device_options(resources))
     validation = recipe.validation
     if epochs is not None or resources.gpus:
-        job = _job_of_epochs(experiment, resources, epochs or recipe.epochs, options)
-        return replace(job, description=job.description + changes)
+        plan = _plan_of_epochs(experiment, resources, epochs or recipe.epochs, options)
+        return replace(plan, description=plan.description + changes)
     precision = max(speeds, key=lambda name: speeds[name])
-    images = QUICK_SECONDS * speeds[precision] - (validation + test_images) / BACKWARD_COST
+    images = QUICK_SECONDS * speeds[precision] - (validation + test_images) / STEP_COST
     batches = (training_images - validation) / recipe.batch_size
     steps_per_epoch = max(1, math.floor(batches) if recipe.drop_last else math.ceil(batches))
     steps = max(1, min(int(images / recipe.batch_size), steps_per_epoch))
     options = (*options[: options.index("--precision") + 1], precision)
     planned = "1 epoch" if steps == steps_per_epoch else f"{steps} of the {steps_per_epoch} steps of an epoch"
-    return Job(
+    return TrainingPlan(
         f"{steps}-steps",
         launcher_for(resources),
         ("--recipe.epochs", "1", "--max-steps", str(steps), *options),
@@ -79,8 +79,8 @@ def quick_job(
     )
 
 
-def _fit_to(training_images: int, recipe: Recipe) -> tuple[Recipe, tuple[str, ...], str]:
-    """Fits the images held out and the batch to a dataset much smaller than CIFAR-10.
+def _shrink_to_dataset(training_images: int, recipe: Recipe) -> tuple[Recipe, tuple[str, ...], str]:
+    """Reduces the validation split and the batch size for a dataset much smaller than CIFAR-10.
 
     Returns:
         The recipe, the options that change it, and a description of the changes.
@@ -101,8 +101,10 @@ def _fit_to(training_images: int, recipe: Recipe) -> tuple[Recipe, tuple[str, ..
     return recipe, options, changes
 
 
-def _job_of_epochs(experiment: Experiment, resources: Resources, epochs: int, options: tuple[str, ...]) -> Job:
-    """Plans a number of whole epochs, on as many GPUs as the batch divides among; the others stay idle."""
+def _plan_of_epochs(
+    experiment: Experiment, resources: Resources, epochs: int, options: tuple[str, ...]
+) -> TrainingPlan:
+    """Plans whole epochs, on the largest number of GPUs that divides the batch size; the other GPUs stay idle."""
     recipe = experiment.recipe
     gpus = max((n for n in range(1, resources.gpus + 1) if recipe.batch_size % n == 0), default=0)
     description = f"{epochs} of {recipe.epochs} epochs"
@@ -110,13 +112,13 @@ def _job_of_epochs(experiment: Experiment, resources: Resources, epochs: int, op
         description += f" on {gpus} of {resources.gpus} GPUs, which divide batches of {recipe.batch_size}"
     if epochs != recipe.epochs:
         options = ("--recipe.epochs", str(epochs), *options)
-    return Job(f"{epochs}-epochs", launcher_for(replace(resources, gpus=gpus)), options, description)
+    return TrainingPlan(f"{epochs}-epochs", launcher_for(replace(resources, gpus=gpus)), options, description)
 
 
 def launcher_for(resources: Resources) -> tuple[str, ...]:
     """Returns the arguments of `accelerate launch` that use all of the hardware."""
     if resources.gpus == 0:
-        # One process with all cores: on the CPU, ranks would only share them.
+        # One process that uses all cores, because several ranks would only share them.
         return ("--config_file", "launch/cpu.yaml", "--num_processes", "1")
     if resources.gpus == 1:
         return ("--config_file", "launch/one_process.yaml")
@@ -124,16 +126,16 @@ def launcher_for(resources: Resources) -> tuple[str, ...]:
 
 
 def training_command(launcher: tuple[str, ...], threads: int) -> list[str]:
-    """Returns Python's arguments that start `runner train` under `accelerate launch`, from any folder.
+    """Returns the arguments of Python that start `runner train` under `accelerate launch`, from any folder.
 
-    The arguments of `runner train` follow.
+    The caller appends the arguments of `runner train`.
 
     Args:
         launcher: see `launcher_for`.
         threads: threads per process; accelerate warns if the number is not given.
     """
     absolute = [str(ROOT / word) if word.startswith("launch/") else word for word in launcher]
-    # Quiet, because accelerate's traceback would follow the runner's line; with several ranks it comes all the same.
+    # Quiet, so that accelerate prints no traceback after the runner's error message; with several ranks it still does.
     argv = ["-m", "accelerate.commands.launch", "--quiet", *absolute, "--num_cpu_threads_per_process", str(threads)]
     return [*argv, "-m", "runner", "train"]
 

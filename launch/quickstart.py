@@ -19,7 +19,7 @@ from msgspec import Meta
 from data_prep import beton, sources
 from data_prep.images import Fit
 from data_prep.manifest import SPLITS, Manifest
-from launch.plan import ROOT, Job, Resources, quick_job, training_command
+from launch.plan import ROOT, Resources, TrainingPlan, plan_training, training_command
 from runner import experiments
 from runner.common.command_line import read_command
 from runner.common.console import run_command
@@ -38,30 +38,30 @@ BANNER = (
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Prepare data, train three architectures, export, build engines, measure latency, and compare on one page."""
+    """Prepare data; train, export and measure three architectures, with engines; compare all on one page."""
 
     source: str = "official"
     """`official` (downloads CIFAR-10; if that fails, uses the built-in synthetic set, with a clear warning),
     `cifar100`, `synthetic`, or the PATH of an archive or folder of images (see `python -m data_prep prepare
     --help`)."""
     size: Annotated[int, Meta(ge=1, le=4096)] | None = None
-    """Fit the images of a folder to this many pixels a side; without it, all must have one size."""
+    """Fit the images of a folder to this many pixels per side; by default, all images must have the same size."""
     fit: Fit | None = None
     """With --size: crop the center (by default), pad with black, or stretch."""
     experiments: tuple[str, ...] = DEFAULT_EXPERIMENTS
-    """Names from `runner list`."""
+    """Names of the experiments to train; see `runner list`."""
     epochs: Count | None = None
-    """Epochs of each; by default the whole recipe on GPUs, and a part of one epoch that takes about a minute and a half
-    on the CPU."""
+    """Epochs per experiment; by default the whole recipe on GPUs, and on the CPU a part of one epoch that takes about a
+    minute and a half."""
     out: Path = Path("quickstart-out")
-    """Folder for everything; a second call in the same folder continues and reuses what is complete."""
+    """Output folder; a second call with the same folder continues, and reuses complete results."""
 
     def __call__(self) -> None:
         Pipeline(self).run()
 
 
 class Pipeline:
-    """One run of all stages, which are counted and timed."""
+    """Runs all stages of the quickstart, and prints the number and the elapsed time of each."""
 
     def __init__(self, options: Quickstart) -> None:
         self.options = options
@@ -85,8 +85,8 @@ class Pipeline:
         speeds = self.measure(manifest, out / f"speed-{data.name}.json") if self.measures else {}
         train, test = (manifest.splits[split].images for split in SPLITS)
         for name, experiment in self.experiments.items():
-            job = quick_job(experiment, self.resources, self.options.epochs, train, test, speeds.get(name, {}))
-            self.train_and_deploy(name, job, data, runs, manifest)
+            plan = plan_training(experiment, self.resources, self.options.epochs, train, test, speeds.get(name, {}))
+            self.train_and_deploy(name, plan, data, runs, manifest)
         page = out / "report.html"
         self.run_stage("report", False, ["-m", "runner", "report", str(runs), "--out", str(page)])
         say(f"done in {(time.monotonic() - self.start) / 60:.1f} minutes, on {manifest.name}")
@@ -98,7 +98,7 @@ class Pipeline:
             say(BANNER)
 
     def prepare(self) -> tuple[Manifest, Path]:
-        """Prepares and checks the dataset; falls back to the synthetic set where the official one is unreachable."""
+        """Prepares and checks the dataset; falls back to the synthetic set if the official one is unreachable."""
         self.announce(f"prepare {self.options.source}")
         try:
             options = self.options
@@ -120,7 +120,10 @@ class Pipeline:
         return manifest, data
 
     def measure(self, manifest: Manifest, file: Path) -> dict[str, dict[str, float]]:
-        """Images per second in training, by experiment and precision; kept, so that a second call has the same plan."""
+        """Returns the training speed in images per second, by experiment and precision.
+
+        The speeds are stored in `file`, so that a second call makes the same plan.
+        """
         speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
         missing = [name for name in self.experiments if name not in speeds]
         precisions = "fp32,bf16" if self.resources.bf16 else "fp32"
@@ -141,19 +144,19 @@ class Pipeline:
             say(f"  {name}: {measured}")
         return speeds
 
-    def train_and_deploy(self, name: str, job: Job, data: Path, runs: Path, manifest: Manifest) -> None:
+    def train_and_deploy(self, name: str, plan: TrainingPlan, data: Path, runs: Path, manifest: Manifest) -> None:
         """Trains, exports, builds and measures one experiment; skips the stages that are done.
 
         Whether a stage is done is checked right before it, because earlier stages may change its files.
         """
-        run = Run(runs / name / job.name)
+        run = Run(runs / name / plan.name)
         trained = run.summary.is_file() and run.config().dataset.fingerprint == manifest.fingerprint
-        train = [*training_command(job.launcher, self.resources.cores), name, "--data", str(data)]
-        train += ["--runs", str(runs), "--name", job.name, "--overwrite", *job.options]
-        self.run_stage(f"train {name}: {job.description}", trained, train)
+        train = [*training_command(plan.launcher, self.resources.cores), name, "--data", str(data)]
+        train += ["--runs", str(runs), "--name", plan.name, "--overwrite", *plan.options]
+        self.run_stage(f"train {name}: {plan.description}", trained, train)
         folder = str(run.folder)
         self.run_stage(f"export {name}", trained and bool(_scored(run)), ["-m", "runner", "export", folder])
-        # The engine comes before the gate, which scores the engine too where a GPU can run it.
+        # Build the engine before the parity gate, which also scores the engine if there is a GPU to run it.
         self.run_stage(f"engine {name}", trained and _has_engine(run), ["-m", "runner", "engine", folder])
         gpu = self.resources.gpus > 0
         passed = trained and ("engine" if gpu else "onnxruntime") in _scored(run)
@@ -166,7 +169,7 @@ class Pipeline:
         """Runs one stage in its own process, unless it is done.
 
         Raises:
-            SystemExit: code 1, where the stage fails.
+            SystemExit: with code 1 if the stage fails.
         """
         self.announce(title + (" (already done)" if done else ""))
         if done:
@@ -184,7 +187,7 @@ class Pipeline:
 
 
 def say(line: str) -> None:
-    """Prints a line and flushes, so that it shows up at once even through a pipe."""
+    """Prints a line and flushes, so that the line appears at once even in a pipe."""
     print(line, flush=True)
 
 
@@ -199,7 +202,7 @@ def _sha256_of_onnx(run: Run) -> str | None:
 
 
 def _scored(run: Run) -> set[str]:
-    """Returns the backends of which parity.json has scores for the current ONNX file."""
+    """Returns the backends for which parity.json has scores of the current ONNX file."""
     try:
         report, sha256 = run.read_parity(), _sha256_of_onnx(run)
     except UserError:
@@ -208,7 +211,7 @@ def _scored(run: Run) -> set[str]:
 
 
 def _has_latency(run: Run) -> bool:
-    """Whether latency.json has rows of the current ONNX file."""
+    """Returns whether latency.json has measurements of the current ONNX file."""
     try:
         report, sha256 = run.read_latency(), _sha256_of_onnx(run)
     except UserError:
@@ -217,7 +220,7 @@ def _has_latency(run: Run) -> bool:
 
 
 def _has_engine(run: Run) -> bool:
-    """Whether there is an engine of the current ONNX file."""
+    """Returns whether the current ONNX file has an engine."""
     from runner.deploy import engine, onnx
 
     try:

@@ -1,4 +1,4 @@
-"""The array jobs of a sweep on SLURM: submitted in pieces that the cluster takes, and found in its queue."""
+"""Submits a sweep to SLURM as job arrays, and finds their tasks in the queue."""
 
 import re
 import subprocess
@@ -12,36 +12,39 @@ from launch.submit import Allocation, name_and_log, sbatch
 from launch.trials import Trial
 from runner.common.errors import UserError
 
-SECONDS = 60  # for an answer of the controller
-WITHOUT_ANSWER = "jobs of this sweep may be queued; try again where SLURM's controller answers"
+TIMEOUT_SECONDS = 60  # timeout for an answer from the controller
+NO_ANSWER_HINT = "jobs of this sweep may be queued; try again where SLURM's controller can be reached"
 
 
 class ArrayJob(msgspec.Struct):
-    """An array job: its number, and the id of each task's trial."""
+    """A job array: its job id, and the trial that each of its tasks trains."""
 
     job: str
     trials: list[str]
 
 
 def check_names(trials: Sequence[Trial]) -> None:
-    """Raises UserError if slurm/sweep.sbatch, which splits a line at spaces, cannot take an experiment's name."""
+    """Raises UserError if an experiment's name contains whitespace, at which slurm/sweep.sbatch splits a line."""
     for trial in trials:
         if re.search(r"[ \t\n]", name := trial.config.experiment):
             raise UserError(f"{name!r}: expected a name without spaces, at which slurm/sweep.sbatch splits a line")
 
 
 def queued_trials(jobs: Sequence[ArrayJob]) -> set[str]:
-    """Returns the ids of the trials whose tasks wait or run.
+    """Returns the ids of the trials whose tasks are pending or running.
+
+    Args:
+        jobs: the job arrays of the sweep.
 
     Raises:
         UserError: SLURM does not answer, or is not installed here.
     """
     if not jobs:
         return set()
-    # All jobs of the user at once: a job that SLURM knows no more would be an error if it were asked for by number.
-    lines = _ask(["squeue", "--me", "--noheader", "--array", "--format", "%F %K"]).splitlines()
-    waiting = {tuple(line.split()) for line in lines}
-    return {trial for job in jobs for task, trial in enumerate(job.trials) if (job.job, str(task)) in waiting}
+    # All of the user's jobs at once, because squeue fails if it is asked for a job that SLURM has forgotten.
+    lines = _run(["squeue", "--me", "--noheader", "--array", "--format", "%F %K"]).splitlines()
+    queued = {tuple(line.split()) for line in lines}  # (job id of the array, index of the task)
+    return {trial for array in jobs for task, trial in enumerate(array.trials) if (array.job, str(task)) in queued}
 
 
 def submit(
@@ -53,37 +56,37 @@ def submit(
     at_once: int | None,
     environ: Mapping[str, str],
 ) -> Iterator[ArrayJob]:
-    """Submits trials as array jobs of at most the cluster's MaxArraySize, and yields each as soon as it is queued.
+    """Submits trials as job arrays of at most MaxArraySize tasks, and yields each array as soon as it is queued.
 
-    Task N takes line N of a file.
+    Each array has a file of its own, in which line N holds the arguments of task N.
 
     Args:
-        trials: to train.
-        folder: of the sweep, for the files.
-        group: name of the sweep, for the jobs' names.
-        runs: folder of runs, for the logs.
-        allocation: what each task requests.
-        at_once: number of tasks that run at a time; then several jobs run one after the other. None for no limit.
-        environ: of the jobs.
+        trials: the trials to train.
+        folder: folder of the sweep, where the files are written.
+        group: name of the sweep, from which the arrays are named.
+        runs: folder of runs, where the logs are written.
+        allocation: resources that each task requests.
+        at_once: maximum number of concurrent tasks (arrays then run one after the other); None for no limit.
+        environ: environment of the tasks.
 
     Raises:
         UserError: SLURM does not answer, or refuses a job.
     """
-    size, previous = _largest_array(), ""
+    size, previous = _max_array_size(), ""
     for start in range(0, len(trials), size):
-        piece = trials[start : start + size]
+        tasks = trials[start : start + size]
         command = ["sbatch", "--parsable", *name_and_log(group, runs, "%A_%a"), *allocation.options()]
-        command += [f"--array=0-{len(piece) - 1}" + (f"%{at_once}" if at_once else "")]
+        command += [f"--array=0-{len(tasks) - 1}" + (f"%{at_once}" if at_once else "")]
         if at_once and previous:
             command += [f"--dependency=afterany:{previous}"]
-        file = _write_lines(folder, [" ".join(trial.argv) for trial in piece])
-        command += ["slurm/sweep.sbatch", str(file.absolute()), *piece[0].options]
+        file = _write_lines(folder, [" ".join(trial.argv) for trial in tasks])
+        command += ["slurm/sweep.sbatch", str(file.absolute()), *tasks[0].options]
         previous = sbatch(command, runs, environ)
-        yield ArrayJob(previous, [trial.id for trial in piece])
+        yield ArrayJob(previous, [trial.id for trial in tasks])
 
 
 def _write_lines(folder: Path, lines: Sequence[str]) -> Path:
-    """Writes lines to a new file, which is never written again: a task reads it whenever it starts."""
+    """Writes lines to a new file, which is never changed, because a task that is requeued reads it again."""
     for number in count(len(list(folder.glob("trials-*")))):
         file = folder / f"trials-{number}"
         try:
@@ -95,21 +98,21 @@ def _write_lines(folder: Path, lines: Sequence[str]) -> Path:
     raise AssertionError("unreachable")
 
 
-def _largest_array() -> int:
-    """Returns the cluster's MaxArraySize: the number of tasks that an array may have."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
+def _max_array_size() -> int:
+    """Returns the cluster's MaxArraySize, the largest number of tasks in an array."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]), re.M)
     return max(1, int(found[1])) if found else 1001  # SLURM's default
 
 
-def _ask(command: list[str]) -> str:
-    """Returns what a command of SLURM prints."""
+def _run(command: list[str]) -> str:
+    """Runs a SLURM command and returns its standard output."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except FileNotFoundError:
-        raise UserError(f"{command[0]}: not found; {WITHOUT_ANSWER}") from None
+        raise UserError(f"{command[0]}: not found; {NO_ANSWER_HINT}") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer within {SECONDS} s; {WITHOUT_ANSWER}") from None
+        raise UserError(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; {NO_ANSWER_HINT}") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{command[0]}: {reason}; {WITHOUT_ANSWER}")
+        raise UserError(f"{command[0]}: {reason}; {NO_ANSWER_HINT}")
     return done.stdout

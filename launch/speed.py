@@ -18,11 +18,18 @@ from runner.training import optim
 from runner.training.model import build_for
 
 BATCH = 32
-SECONDS = 1.0  # of measured steps, after one that is not measured
+SECONDS = 1.0  # duration of the measurement, after one warm-up step
 
 
 def images_per_second(experiment: Experiment, precision: str, classes: int, size: tuple[int, int]) -> float:
-    """Training steps on random images of the dataset's classes and (height, width), with the experiment's optimizer."""
+    """Measures the training speed of an experiment, with its optimizer, on random images.
+
+    Args:
+        experiment: what to train.
+        precision: "fp32" or "bf16".
+        classes: number of classes of the dataset.
+        size: height and width of the dataset's images.
+    """
     torch.manual_seed(0)
     size = (experiment.recipe.resize, experiment.recipe.resize) if experiment.recipe.resize else size
     model = build_for(experiment.architecture, classes, (3, *size)).to(memory_format=torch.channels_last)
@@ -47,7 +54,7 @@ def images_per_second(experiment: Experiment, precision: str, classes: int, size
 
 
 def main(precisions: str, classes: str, height: str, width: str, *names: str) -> None:
-    """Prints images per second, by experiment and precision."""
+    """Prints the images per second of each experiment and precision as JSON."""
     size = (int(height), int(width))
 
     def measure() -> dict[str, dict[str, float]]:

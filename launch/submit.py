@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
 import tyro
+from msgspec import Meta
 
 from data_prep import manifest as manifests
 from launch.plan import ROOT
 from launch.train_arguments import check_dataset, check_models, job_environment, parse_job, train_options
-from launch.trials import check_same
+from launch.trials import check_same_training
 from runner.common.command_line import Flag
 from runner.common.errors import UserError
 from runner.config.recipe import Count
@@ -43,22 +44,25 @@ Name = Annotated[str, Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]*", "letters, dig
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a job requests from SLURM.
+    """The resources that a job requests from SLURM.
 
     Raises:
-        UserError: a value does not have the format that its type states, so it could be another option of sbatch.
+        UserError: a value does not match the format of its type, so sbatch could read it as another option.
     """
 
     nodes: Count = 1
-    """How many nodes."""
+    """Number of nodes."""
     gpus_per_node: Gpus | None = None
-    """GPUs of each node, as NUMBER or TYPE:NUMBER; by default none, and one rank per node, for --device cpu."""
+    """GPUs per node, as NUMBER or TYPE:NUMBER; by default none, with one rank per node for --device cpu."""
     time: TimeLimit | None = None
-    """Time limit as sbatch takes it, e.g. 2:00:00."""
+    """Time limit in the format of sbatch, e.g. 2:00:00."""
     partition: Name | None = None
-    """Partition; by default the cluster's."""
+    """Partition; by default the cluster's default partition."""
     account: Name | None = None
-    """Account that is charged; by default yours."""
+    """Account to charge; by default your own."""
+    stop_before: Annotated[int, Meta(ge=1, le=65535)] = 180
+    """Seconds before the time limit at which the run writes a checkpoint and the job is requeued; choose more than
+    a step or an evaluation takes."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -70,11 +74,11 @@ class Allocation:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the job, as slurm/train.sbatch counts them."""
+        """Number of ranks of the job, counted as in slurm/train.sbatch."""
         return self.nodes * int((self.gpus_per_node or "1").rpartition(":")[2])
 
     def options(self) -> list[str]:
-        """Returns the options of sbatch."""
+        """Returns the options of sbatch that request these resources."""
         values = {
             "nodes": str(self.nodes),
             "gpus-per-node": self.gpus_per_node,
@@ -82,22 +86,24 @@ class Allocation:
             "partition": self.partition,
             "account": self.account,
         }
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        # On the command line, because environment variables such as SBATCH_SIGNAL override the options in a script.
+        fixed = ["--requeue", "--open-mode=append", f"--signal=B:USR1@{self.stop_before}"]
+        return [*fixed, *(f"--{name}={value}" for name, value in values.items() if value is not None)]
 
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit one experiment as a batch job; it requeues and resumes by itself until it is complete.
+    """Submit one experiment as a batch job, which requeues and resumes itself until training is complete.
 
-    Further options are those of `runner train`; they are checked here.
+    All other options are passed on to `runner train`, and are checked before the job is submitted.
     """
 
     experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Name from `runner list`."""
+    """Name of the experiment; see `runner list`."""
     data: Path
-    """Prepared dataset, on a file system that all nodes see."""
+    """Folder of the prepared dataset, on a file system shared by all nodes."""
     runs: Path = Path("runs")
-    """Folder of runs, on a file system that all nodes see; the job's log goes to its folder slurm."""
+    """Folder of runs, on a file system shared by all nodes; the job's log is written to its subfolder `slurm`."""
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = Allocation()
     dry_run: Flag = False
     """Print the command, and submit nothing."""
@@ -112,7 +118,7 @@ class Submit:
         config, manifest = parse_job(arguments), manifests.read(self.data)
         command = self.command(arguments)
         for seed, name in config.run_names().items() if not config.resume_anyway else ():
-            check_same(Run(self.runs / self.experiment / name), seed, config, manifest.fingerprint)
+            check_same_training(Run(self.runs / self.experiment / name), seed, config, manifest.fingerprint)
         if not self.dry_run:
             require_sbatch(environ)  # before the checks that take seconds
         check_dataset(config, manifest, self.slurm.ranks)
@@ -126,7 +132,7 @@ class Submit:
         """Returns the sbatch command as a list of arguments, for use without a shell.
 
         Args:
-            arguments: those of `runner train` that the job runs.
+            arguments: the arguments of `runner train` for the job.
 
         Raises:
             UserError: see `name_and_log`.
@@ -139,12 +145,12 @@ def name_and_log(name: str, runs: Path, number: str) -> list[str]:
     """Returns the options of sbatch for the job's name and its log.
 
     Args:
-        name: of what is trained.
+        name: name of the experiment or sweep.
         runs: folder of runs.
-        number: sbatch's pattern for the number of the job.
+        number: sbatch's filename pattern for the job number, such as `%j`.
 
     Raises:
-        UserError: sbatch cannot write to such a path.
+        UserError: the path contains characters that sbatch would change.
     """
     folder = str(runs.absolute() / "slurm")
     if "\\" in folder or "\n" in folder:
@@ -154,9 +160,9 @@ def name_and_log(name: str, runs: Path, number: str) -> list[str]:
 
 
 def require_sbatch(environ: Mapping[str, str]) -> None:
-    """Raises UserError if there is no sbatch."""
+    """Raises UserError if sbatch is not installed."""
     if shutil.which("sbatch", path=environ.get("PATH")) is None:
-        raise UserError("sbatch: not found; expected a machine from which SLURM takes jobs")
+        raise UserError("sbatch: not found; expected a machine that can submit jobs to SLURM")
 
 
 def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
@@ -166,10 +172,10 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
     ~/.netrc, which `wandb login` writes; without it, runs are offline.
 
     Raises:
-        UserError: sbatch refused the job, or the folder of logs cannot be written.
+        UserError: sbatch refuses the job, or the folder of logs is not writable.
     """
     if any(name in environ for name in SECRETS):
-        reason = "its key is not handed to SLURM, which keeps it in files; log in on the cluster with: wandb login"
+        reason = "its key is not passed to SLURM, which would store it in files; on the cluster, use: wandb login"
         print(f"W&B: {reason}", file=sys.stderr)
     try:
         (runs / "slurm").mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +21,7 @@ from launch.plan import Resources, launcher_for
 from launch.slurm_array import ArrayJob
 from launch.submit import Allocation, name_and_log, require_sbatch
 from launch.train_arguments import check_dataset, check_models, reject_options, resolve_device, train_options
-from launch.trials import Trial, check_same, expand
+from launch.trials import Trial, check_same_training, expand
 from runner.common import files
 from runner.common.command_line import Flag
 from runner.common.errors import UserError
@@ -32,12 +32,12 @@ from runner.system import environment
 ONE_NODE = Allocation()
 SET_BY_SWEEPS = {"--seed": "a sweep sets the seed of each trial; use --seeds"}
 STATES = ("complete", "running", "queued", "stopped", "crashed", "failed", "missing")  # a run's states, and queued
-NOT_TO_TRAIN = ("complete", "running", "queued")
-OLD_STATES = {"whole": "complete", "broken off": "crashed"}  # as earlier versions wrote them
+SKIPPED_STATES = ("complete", "running", "queued")
+OLD_STATES = {"whole": "complete", "broken off": "crashed"}  # names that earlier versions wrote
 
 
 class SweepManifest(msgspec.Struct):
-    """sweep.json: what the sweep trains, the state of each trial, and the SLURM jobs that were submitted."""
+    """The content of sweep.json: what the sweep trains, the state of each trial, and the submitted SLURM jobs."""
 
     names: list[str] = []
     seeds: list[int] = []
@@ -50,45 +50,45 @@ class SweepManifest(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Train every trial of grids, papers and experiments, here or on SLURM; called again, it fills the gaps.
+    """Train every trial of grids, papers and experiments, here or on SLURM; a second call trains only what is missing.
 
-    Further options are those of `runner train`, the same for all trials.
+    All other options are passed on to `runner train`, the same for all trials.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAMES")]
     """Grids, papers, experiments, trials of grids (`runner list`, `runner list --grids`), or quoted patterns of names,
     such as 'podeti-grid/alexnet-*'."""
     data: Path
-    """Prepared dataset; for SLURM on a file system that all nodes see."""
+    """Folder of the prepared dataset; for SLURM, on a file system shared by all nodes."""
     runs: Path = Path("runs")
-    """Folder of runs; for SLURM on a file system that all nodes see."""
+    """Folder of runs; for SLURM, on a file system shared by all nodes."""
     on: Literal["local", "slurm"] = "local"
-    """On this machine, with one trial per GPU at a time or one on the CPU; or as one array job of SLURM, whose tasks
-    requeue and resume by themselves."""
+    """Where to train: on this machine, with one trial per GPU at a time or one on the CPU, or on SLURM as a job array,
+    whose tasks requeue and resume themselves."""
     seeds: tuple[Seed, ...] = (0,)
     """Seeds of every trial."""
     name: str | None = None
-    """Prefix of the runs' names, and W&B's group or sweep; by default that consists of NAMES, and runs are called
-    seed-N, after a digest of the changes to their recipe."""
+    """Prefix of the run names, and name of the W&B group or sweep. By default, the group is named after NAMES, and runs
+    are named seed-N, preceded by a digest of the changes to their recipe, if any."""
     slots: Count | None = None
-    """Trials at a time on this machine; by default one per GPU, or one on the CPU. They share the cores."""
+    """Number of concurrent trials on this machine; by default one per GPU, or one on the CPU. They share the cores."""
     at_once: Count | None = None
-    """Tasks of the SLURM array at a time; by default as many as there is room for."""
+    """Maximum number of concurrent tasks of the SLURM array; by default no limit."""
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = ONE_NODE
     dry_run: Flag = False
     """Print the state of each trial and what would be trained, and do nothing."""
     experiments_from: tuple[str, ...] = ()
-    """Importable modules outside the package that define EXPERIMENTS or GRIDS as well."""
+    """Importable modules outside the package that define additional EXPERIMENTS or GRIDS."""
     as_wandb_sweep: Path | None = None
-    """Write the same grid as a W&B sweep's definition (YAML) to this file instead, for `wandb sweep` and
+    """Instead of training, write the grid to this file as the definition of a W&B sweep (YAML), for `wandb sweep` and
     `wandb agent`."""
 
     def __call__(self, options: list[str], environ: Mapping[str, str]) -> None:
         """Trains or submits the missing trials.
 
         Raises:
-            UserError: names or options are invalid, or a trial's folder holds another training; nothing is trained.
-            SystemExit: code 1 if a trial failed, 75 if the sweep was interrupted.
+            UserError: names or options are invalid, or a trial's folder holds a different training; nothing is trained.
+            SystemExit: with code 1 if a trial failed, 75 if the sweep was interrupted.
         """
         self.check_own_options()
         trials = self.expand(options)
@@ -99,9 +99,9 @@ class Sweep:
             wandb_sweep.write(self.as_wandb_sweep, definition, len(trials))
             return
         for trial in trials:
-            check_same(trial.run, trial.config.all_seeds[0], trial.config, manifest.fingerprint)
+            check_same_training(trial.run, trial.config.all_seeds[0], trial.config, manifest.fingerprint)
         states = self.states(trials)
-        missing = [trial for trial in trials if states[trial.id] not in NOT_TO_TRAIN]
+        missing = [trial for trial in trials if states[trial.id] not in SKIPPED_STATES]
         if self.on == "slurm" and missing and not self.dry_run:
             require_sbatch(environ)  # first, because the checks that follow take seconds
         if self.on == "slurm":
@@ -124,28 +124,35 @@ class Sweep:
             self.train_here(trials, missing, environ)
 
     def check_own_options(self) -> None:
-        """Raises UserError where options of the sweep exclude each other, so that none is ignored."""
+        """Raises UserError if options of the sweep are invalid or exclude each other, so that none is ignored."""
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: expected each seed once")
         if self.name:
             check_name(self.name)
         if self.dry_run and self.as_wandb_sweep:
             raise UserError("--dry-run and --as-wandb-sweep: expected one of them")
-        of_slurm = [option for option in self.slurm.options() if option not in ONE_NODE.options()]
-        of_slurm += [f"--at-once {self.at_once}"] if self.at_once else []
-        of_here = [f"--slots {self.slots}"] if self.slots else []
-        if self.as_wandb_sweep and (unused := ["--on slurm"] * (self.on == "slurm") + of_slurm + of_here):
+        slurm_options = [
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in asdict(self.slurm).items()
+            if value != getattr(ONE_NODE, name)
+        ]
+        slurm_options += [f"--at-once {self.at_once}"] if self.at_once else []
+        local_options = [f"--slots {self.slots}"] if self.slots else []
+        if self.as_wandb_sweep and (unused := ["--on slurm"] * (self.on == "slurm") + slurm_options + local_options):
             raise UserError(f"{unused[0]}: expected none with --as-wandb-sweep, whose agents decide where to train")
-        if self.on == "local" and of_slurm:
-            raise UserError(f"{of_slurm[0]}: expected --on slurm with it")
-        if self.on == "slurm" and of_here:
-            raise UserError(f"{of_here[0]}: expected --on local; for a sweep on SLURM use --at-once")
+        if self.on == "local" and slurm_options:
+            raise UserError(f"{slurm_options[0]}: expected --on slurm with it")
+        if self.on == "slurm" and local_options:
+            raise UserError(f"{local_options[0]}: expected --on local; for a sweep on SLURM use --at-once")
 
     def expand(self, options: list[str]) -> list[Trial]:
-        """Returns all trials; `options` are the user's for `runner train`.
+        """Returns all trials of the sweep.
+
+        Args:
+            options: the options of `runner train` that the user gave.
 
         Raises:
-            UserError: names or options are invalid, or options belong to the sweep.
+            UserError: names or options are invalid, or the sweep sets one of the options itself.
         """
         reject_options(options, SET_BY_SWEEPS)
         modules = ["--experiments-from", *self.experiments_from] if self.experiments_from else []
@@ -156,7 +163,7 @@ class Sweep:
         return expand(self.names, self.seeds, self.name, arguments, self.experiments_from)
 
     def check_data(self, trials: list[Trial], manifest: Manifest) -> None:
-        """Checks trials against the dataset.
+        """Checks that the trials can be trained on the dataset.
 
         Raises:
             UserError: `runner train` would refuse one of them.
@@ -185,7 +192,7 @@ class Sweep:
         return self.runs / "sweeps" / self.group
 
     def states(self, trials: list[Trial]) -> dict[str, str]:
-        """Returns the state of each trial by id: that of its run, or queued."""
+        """Returns the state of each trial by id: the state of its run, or "queued"."""
         states: dict[str, str] = {trial.id: trial.state() for trial in trials}
         for trial in slurm_array.queued_trials(self.manifest().jobs):
             if states.get(trial, "running") not in ("complete", "running"):
@@ -193,7 +200,7 @@ class Sweep:
         return states
 
     def manifest(self) -> SweepManifest:
-        """Reads sweep.json; an empty manifest if there is none."""
+        """Reads sweep.json; returns an empty manifest if the file does not exist."""
         path = self.folder / "sweep.json"
         return files.read(path, SweepManifest) if path.is_file() else SweepManifest()
 
@@ -224,7 +231,7 @@ class Sweep:
         states = self.states(trials)
         for trial in missing:
             if not interrupted and states[trial.id] in ("missing", "crashed"):
-                states[trial.id] = "failed"  # before it could write why
+                states[trial.id] = "failed"  # it ended before it could record the reason
         self.update_manifest(states)
         print(count_states(states))
         if interrupted:
@@ -236,11 +243,11 @@ class Sweep:
         """Submits array jobs, and adds each to the manifest as soon as it is queued.
 
         Raises:
-            UserError: SLURM refuses one, or the folder of the sweep cannot be written.
+            UserError: SLURM refuses a job, or the folder of the sweep is not writable.
         """
         with self.locked("submit.lock"):  # another call may submit the same trials
             states = self.states(missing)
-            trials = [trial for trial in missing if states[trial.id] not in NOT_TO_TRAIN]
+            trials = [trial for trial in missing if states[trial.id] not in SKIPPED_STATES]
             for job in slurm_array.submit(
                 trials, self.folder, self.group, self.runs, self.slurm, self.at_once, environ
             ):
@@ -249,7 +256,7 @@ class Sweep:
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Holds a lock in the folder of the sweep. Raises UserError if it cannot be written."""
+        """Holds a lock file in the folder of the sweep; raises UserError if the folder is not writable."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(files.locked(self.folder / name))
@@ -259,6 +266,6 @@ class Sweep:
 
 
 def count_states(states: Mapping[str, str]) -> str:
-    """`5 trials: 3 complete, 2 missing`."""
+    """Returns a summary such as `5 trials: 3 complete, 2 missing`."""
     counts = Counter(states.values())
     return f"{len(states)} trials: " + ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])

@@ -1,4 +1,4 @@
-"""The arguments of `runner train` in a job, a trial or an agent: built and checked here, and run as they are.
+"""Builds and checks the arguments of `runner train` for jobs, trials and agents, which run them unchanged.
 
 Only `--stop-file FILE` is appended when training starts, by slurm/train.sbatch or by the local pool, because the file's
 name contains the number of the job or process.
@@ -36,7 +36,7 @@ def train_options(data: Path, runs: Path, options: Sequence[str], resume: bool) 
 
     Args:
         data, runs: folders, made absolute, because a job starts in another folder.
-        options: the user's; their paths are made absolute as well.
+        options: options that the user gave; their paths are made absolute as well.
         resume: whether a job may start again.
 
     Raises:
@@ -53,16 +53,16 @@ def with_stop_file(arguments: Iterable[str], stop_file: Path) -> list[str]:
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a job, which starts in the checkout: it can import what can be imported from here."""
+    """Returns the environment of a job, which starts in the checkout but can import modules from the current folder."""
     paths = [str(Path.cwd()), *filter(None, [environ.get("PYTHONPATH")])]
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def parse_job(arguments: Sequence[str]) -> TrainConfig:
-    """Parses and checks the arguments of a job with a stop file, as they will run.
+    """Parses and checks the arguments of a job, including the stop file that is appended to them.
 
     Raises:
-        UserError: they are invalid.
+        UserError: the arguments are invalid.
     """
     config = cli.parse_train(with_stop_file(arguments, Path("stop")))
     config.check()
@@ -88,7 +88,7 @@ def resolve_device(options: Sequence[str], gpus: int) -> list[str]:
     """Replaces `--device auto`, given or by default, with `--device cpu` if `gpus` is 0; else returns the options.
 
     Raises:
-        UserError: they require a GPU, and there is none.
+        UserError: the options require a GPU, and there is none.
     """
     line = _parse(options)
     device = line.options.get("--device", ParsedOption("--device", ["auto"]))
@@ -101,30 +101,30 @@ def resolve_device(options: Sequence[str], gpus: int) -> list[str]:
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
-    """Checks that the batches fit the dataset and the ranks, and that teacher and start are finished runs.
+    """Checks the batch size for the dataset and ranks, and that --teacher and --start-from are finished runs.
 
     Raises:
-        UserError: `runner train` would refuse them, by the same functions.
+        UserError: `runner train` would refuse the arguments; it calls the same functions.
     """
-    from runner.data.open import check_training, records_of  # late, because it imports torch
+    from runner.data.open import check_training, split_records  # imported here, because it imports torch
 
     images = manifest.splits["train"].images
-    records = records_of("train", images, config.recipe.validation)
+    records = split_records("train", images, config.recipe.validation)
     check_training(manifest, config.recipe, images if records is None else len(records), ranks)
     for option, folder in (("--teacher", config.teacher), ("--start-from", config.start_from)):
         if folder:
-            finished_run(option, folder)
+            finished_run(option, folder, config.code)
 
 
 def check_models(config: TrainConfig, manifest: Manifest) -> None:
     """Builds the model and the teacher on the CPU, and checks that they accept the dataset's images and classes.
 
-    With one thread, because this may be a login node, and because a process with threads of OpenMP cannot fork.
+    Uses one thread, because this may be a login node, and because a process with OpenMP threads cannot fork.
 
     Raises:
-        UserError: `runner train` would refuse them, by the same functions.
+        UserError: `runner train` would refuse the arguments; it calls the same functions.
     """
-    import torch  # late, because it is slow, as are these
+    import torch  # imported here, because this and the following imports are slow
 
     from runner.data.open import model_input
     from runner.training.model import build_for, build_model
@@ -136,12 +136,12 @@ def check_models(config: TrainConfig, manifest: Manifest) -> None:
     torch.set_num_threads(1)
     try:
         if config.start_from:
-            start = Run(config.start_from)
+            start = Run(config.start_from, config.code)
             build_model(config.architecture, config.recipe, 0, _no_images, start, classes, shape)
         else:
             build_for(config.architecture, classes, shape)
         if config.teacher:
-            load_teacher(config.teacher, manifest, config.recipe)
+            load_teacher(config, manifest)
     finally:
         torch.set_num_threads(threads)
 

@@ -16,7 +16,7 @@ from runner.config.recipe import differences
 from runner.config.train_config import TrainConfig, check_name
 from runner.run.folder import Run, State
 
-UNNAMED = "unnamed"  # stands for the name of a run, which follows from its other options
+UNNAMED = "unnamed"  # placeholder for the name of a run, which is derived from its other options
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        argv: the arguments of `runner train` that only this trial has.
+        argv: the arguments of `runner train` that are specific to this trial.
         options: the arguments that all trials of the sweep share.
-        config: the training that they describe.
+        config: the training that these arguments describe.
         run: the run folder.
     """
 
@@ -37,7 +37,7 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """`experiment/run`: the same for the same training, as long as the sweep is not given a name."""
+        """`experiment/run`; the same training always has the same id, unless the sweep has a name."""
         return f"{self.config.experiment}/{self.run.folder.name}"
 
     @property
@@ -61,7 +61,7 @@ def expand(
 
     A run is called `seed-N` if it trains the experiment's own recipe, and `<digest>-seed-N` otherwise, where the
     digest identifies the changes; with `name` it is `<name>-seed-N`. So without `name`, different trainings
-    never share a folder, and two sweeps that include the same training share its run; see also `check_same`.
+    never share a folder, and two sweeps that include the same training share its run; see also `check_same_training`.
 
     Args:
         names: experiments, grids, trials of grids, papers, or patterns of names (`podeti-grid/alexnet-*`).
@@ -120,14 +120,14 @@ def _matching(name: str, modules: tuple[str, ...]) -> list[str]:
     return [name]
 
 
-def check_same(run: Run, seed: int, config: TrainConfig, fingerprint: str) -> None:
-    """Checks that a run.json in the run's folder is of the same training.
+def check_same_training(run: Run, seed: int, config: TrainConfig, fingerprint: str) -> None:
+    """Checks that a run folder is new or holds the same training.
 
     Args:
-        run: of the job or trial.
-        seed: of this run.
-        config: the training that is requested.
-        fingerprint: of the dataset to train on.
+        run: the run of the job or trial.
+        seed: seed of this run.
+        config: the requested training.
+        fingerprint: fingerprint of the dataset to train on.
 
     Raises:
         UserError: the folder holds a different training.
@@ -150,7 +150,7 @@ def check_same(run: Run, seed: int, config: TrainConfig, fingerprint: str) -> No
     if options["deterministic"]:
         pairs["deterministic"] = (True, recorded.deterministic)
     if different := [key for key, (expected, actual) in pairs.items() if _json(expected) != _json(actual)]:
-        raise UserError(f"{run.folder}: holds a training with another {', '.join(different)}; choose a --name")
+        raise UserError(f"{run.folder}: holds a run with a different {', '.join(different)}; choose a --name")
 
 
 def _json(value: Any) -> bytes:

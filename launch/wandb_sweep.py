@@ -14,7 +14,7 @@ HEADER = """\
 
 
 def write(path: Path, definition: dict[str, Any], trials: int) -> None:
-    """Writes the definition of so many trials, and prints how to start the sweep.
+    """Writes the definition of a sweep of `trials` trials, and prints how to start it.
 
     Raises:
         UserError: the file cannot be written.
@@ -35,7 +35,7 @@ def definition(name: str, trials: list[Trial]) -> dict[str, Any]:
     """Returns the definition that `wandb sweep` takes.
 
     Raises:
-        UserError: a word contains `${`, with which W&B's agent begins a name that it replaces.
+        UserError: an option contains `${`, which W&B's agent would replace.
     """
     options = trials[0].options
     if replaced := [word for word in options if "${" in word]:

@@ -31,12 +31,11 @@ from runner.commands.show import Show
 from runner.commands.sync import Sync
 from runner.commands.train import Train
 from runner.common.command_line import HELP, options_of, parse_with_tyro, parse_words, read_command
-from runner.common.console import OTHER_RANKS_WAIT, run_command
+from runner.common.console import OTHER_RANKS_ERROR_DELAY, run_command
 from runner.common.errors import UserError
 from runner.config.recipe import SGD, Architecture, Recipe
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run
-from runner.run.schema import RunConfig
 
 COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
@@ -88,7 +87,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
     """Parses the words after `runner train`; the experiment sets the defaults.
 
     Raises:
-        UserError: as `parse`.
+        UserError: as in `parse`.
         SystemExit: code 0 after --help.
     """
     line = parse_words(words, options_of(TrainConfig) | HELP, required=True, is_known=experiments.load().__contains__)
@@ -106,7 +105,10 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
             raise UserError(f"{name}: expected a value, found none")
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
-    if (started := started_run(config)) is not None:
+    if (run := started_run(config)) is not None:
+        started = run.config()
+        if started.architecture.factory != config.architecture.factory:
+            experiments.check_trusted(started.architecture, config.code, run.record)
         options = started.options
         kept = {name: getattr(options, name) for name in KEPT_BY_RESUME} if options else {}
         default = dataclasses.replace(
@@ -119,21 +121,21 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
             **kept,
         )
         config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
-        if options and options.deterministic:  # here, because a flag that is on by default could not be given
+        if options and options.deterministic:  # set here, because a flag that is on by default could not be passed
             config = dataclasses.replace(config, deterministic=True)
     return config
 
 
-def started_run(config: TrainConfig) -> RunConfig | None:
-    """The run that --resume goes on with, whose recipe sets the defaults; None for a new run."""
+def started_run(config: TrainConfig) -> Run | None:
+    """The run that --resume continues, whose recipe sets the defaults; None for a new run."""
     if config.resume == "never":
         return None
     runs = [Run(config.runs / config.experiment / name) for name in config.run_names().values()]
-    return next((run.config() for run in runs if run.record.exists()), None)
+    return next((run for run in runs if run.record.exists()), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    report_after = 0 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else OTHER_RANKS_WAIT
+    report_after = 0 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else OTHER_RANKS_ERROR_DELAY
     run_command(lambda: functools.partial(parse(words), os.environ), "runner", report_after)

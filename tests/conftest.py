@@ -111,10 +111,10 @@ def deployed_run(once: Once, tiny_run: Path) -> Path:
         shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("wandb"))
         quick = ("--seconds", 0.05, "--repeats", 5)
         for command in (
-            ["export"],
-            ["parity", "--device", "cpu"],
+            ["export", *TINY],
+            ["parity", "--device", "cpu", *TINY],
             ["engine"],
-            ["bench", "--device", "cpu", *quick],
+            ["bench", "--device", "cpu", *quick, *TINY],
         ):
             done = runner(command[0], run, *command[1:])
             assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from runner.config.recipe import SGD, Augment, Recipe
 from runner.data import augment, color, mixing, order, streaming
 from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
-from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_test_of_run, records_of
+from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_test_of_run, split_records
 from runner.data.stream import BatchStream
 from tests.support.configs import CONFIG, config_of
 from tests.support.processes import python
@@ -155,8 +155,8 @@ def test_seed_and_epoch_each_change_order_and_augmentation() -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_validation_images_are_held_out_of_training(small_data: Path, loader: str) -> None:
     recipe = dataclasses.replace(PLAIN, validation=100)
-    held_out = records_of("validation", 500, 100)
-    remaining = records_of("train", 500, 100)
+    held_out = split_records("validation", 500, 100)
+    remaining = split_records("train", 500, 100)
     assert sorted([*held_out, *remaining]) == list(range(500))
     everything = torch.from_numpy(opened(small_data).images.numpy())
     validation = opened(small_data, split="validation", recipe=recipe, loader=loader)
@@ -171,7 +171,7 @@ def test_validation_images_are_held_out_of_training(small_data: Path, loader: st
     assert torch.equal(trained.bincount(), labels[remaining].bincount())
     first = training.first_images(10).permute(0, 2, 3, 1)
     torch.testing.assert_close(first, (everything[remaining[:10]].float() - mean) / std, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="expected less than the 500 training images"):
+    with pytest.raises(UserError, match="expected fewer than the 500 training images"):
         opened(small_data, recipe=dataclasses.replace(PLAIN, validation=500))
 
 
@@ -251,7 +251,7 @@ IDENTITY = torch.ones(3), torch.zeros(3)
 @pytest.mark.parametrize("reflect", [False, True])
 @pytest.mark.parametrize("side", [(32, 32), (20, 28)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-@pytest.mark.parametrize("make", [crop.in_numba, crop.in_torch])
+@pytest.mark.parametrize("make", [crop.make_batch_numba, crop.make_batch_torch])
 def test_make_crops_flips_and_normalizes(make, dtype, side, reflect: bool) -> None:
     images, crops = random_crops(side=side)
     index, row, column, flip = crops
@@ -366,8 +366,8 @@ def test_resizing_is_torchvisions(small_data: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("reflect", [False, True])
 def test_make_on_a_gpu_matches_the_cpu(reflect: bool) -> None:
-    batch = crop.in_triton(*random_crops("cuda"), Output(reflect, *(tensor.cuda() for tensor in IDENTITY)))
-    assert torch.equal(batch.cpu(), crop.in_numba(*random_crops(), Output(reflect, *IDENTITY)))
+    batch = crop.make_batch_triton(*random_crops("cuda"), Output(reflect, *(tensor.cuda() for tensor in IDENTITY)))
+    assert torch.equal(batch.cpu(), crop.make_batch_numba(*random_crops(), Output(reflect, *IDENTITY)))
 
 
 def test_the_gpu_kernel_in_tritons_interpreter_matches_the_cpu() -> None:
@@ -383,8 +383,8 @@ for reflect in (False, True):
     for dtype in (torch.float32, torch.bfloat16):
         for side in ((32, 32), (20, 28)):
             output = crop.Output(reflect, *scale, dtype)
-            batch = crop.in_triton(*random_crops(side=side), output)
-            assert torch.equal(batch, crop.in_torch(*random_crops(side=side), output)), (reflect, dtype)
+            batch = crop.make_batch_triton(*random_crops(side=side), output)
+            assert torch.equal(batch, crop.make_batch_torch(*random_crops(side=side), output)), (reflect, dtype)
 """
     done = python("-c", program, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

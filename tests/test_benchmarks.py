@@ -14,7 +14,7 @@ from runner.benchmarks.overhead import OverheadBenchmark
 from runner.common.errors import UserError
 from runner.data.open import open_manifest
 from runner.system import cpu
-from tests.support.processes import module, runner
+from tests.support.processes import TINY, module, runner
 
 
 @pytest.mark.parametrize("document", tables.TABLES, ids=["readme", "benchmarks"])
@@ -91,7 +91,7 @@ def test_the_all_reduce_model_and_its_document_agree() -> None:
 
 def test_ddp_with_one_process_is_measured_against_no_ddp(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scaling.DDP_STEPS, "cpu", 1)
-    with cpu.torch_threads_kept():
+    with cpu.preserve_torch_num_threads():
         walls = scaling.ddp_of_one("soni-2", small_data, 1, "cpu")
     assert {name: len(rounds) for name, rounds in walls.items()} == {"none": 1, "ddp": 1}
     assert all(wall > 0 for rounds in walls.values() for wall in rounds)
@@ -125,7 +125,7 @@ def test_the_overhead_benchmark_runs_its_parts(small_data: Path, part: str, step
 def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) -> None:
     done = overhead(small_data, "--experiment", "podeti-alexnet")  # holds out 5,000 of 500 images
     assert done.returncode == 2
-    assert "expected less than the 500 training images" in done.stderr
+    assert "expected fewer than the 500 training images" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -150,13 +150,13 @@ def test_the_preview_writes_a_picture(small_data: Path, tmp_path: Path) -> None:
 def test_the_deploy_benchmark_compares_an_exported_run(deployed_run: Path, small_data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0")
     for command in (
-        ["export", run, "--precision", "int8-cpu", "--calibration", 100],
-        ["parity", run, "--device", "cpu"],
+        ["export", run, "--precision", "int8-cpu", "--calibration", 100, *TINY],
+        ["parity", run, "--device", "cpu", *TINY],
     ):
         done = runner(*command)
         assert done.returncode == 0, done.stderr
     out = tmp_path / "deploy.json"
-    done = module("runner.benchmarks.deploy", run, "--json", out)
+    done = module("runner.benchmarks.deploy", run, *TINY, "--json", out)
     assert done.returncode == 0, done.stderr
     ratios = {name: ratio for name, ratio in json.loads(out.read_text()).items() if name.startswith("ratio_")}
     assert ratios.keys() == {

@@ -15,14 +15,14 @@ from runner.common.files import write
 from runner.config.recipe import Architecture
 from runner.run.folder import Run
 from runner.training import checkpoint
-from tests.support.configs import config_of
+from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
 from tests.support.processes import ROOT, python
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run(tmp_path / "run")
+    run = trusted(tmp_path / "run")
     architecture = Architecture("tests.support.models.tiny:Tiny", {"norm": True})
     write(run.record, config_of(architecture=architecture, dataset="synthetic-10"))
     return run
@@ -48,7 +48,7 @@ def test_a_failure_waits_for_the_pending_checkpoint(run: Run, monkeypatch: pytes
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", slow)
-    with contextlib.suppress(ZeroDivisionError), checkpoint.Writer(run) as writer:
+    with contextlib.suppress(ZeroDivisionError), checkpoint.CheckpointWriter(run) as writer:
         writer.save(Tiny(norm=True).state_dict(), 8)
         raise ZeroDivisionError
     assert checkpoint.latest(run).name == "step-8"

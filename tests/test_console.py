@@ -1,15 +1,36 @@
 import errno
 import io
+import json
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner.common.console import progress, run_command, track
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
+from runner.common.text import printable, without_controls
 from tests.support.processes import ROOT, python
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())
+def test_text_of_a_file_cannot_steer_the_terminal(text: str, ascii_only: bool) -> None:
+    (read,) = json.loads(without_controls(json.dumps([text], ensure_ascii=ascii_only).encode()))
+    assert read == re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError("a\x1b[2J\x9b: expected b")
+
+    with pytest.raises(SystemExit):
+        run_command(lambda: command, "prog")
+    assert capsys.readouterr().err == "prog: a\\x1b[2J\\x9b: expected b\n"
+    assert printable("not-\udcff") == "not-\\udcff"
 
 
 def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

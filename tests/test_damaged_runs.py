@@ -19,7 +19,7 @@ from PIL import Image
 
 from runner import cli
 from runner.common.errors import UserError
-from runner.report import collect, markdown, page
+from runner.report import collect, compare, markdown, page
 from runner.run.folder import Run, find_runs
 from runner.run.metrics import read_metrics
 from tests.support.processes import TINY, runner
@@ -136,7 +136,7 @@ def check_damage(sound: Path, damaged: Path, draw: Draw) -> bool:
     beside = records[-1]
     assert (beside.run, beside.config, beside.summary) == (expected.run, expected.config, expected.summary)
     assert (beside.metrics, beside.parity, beside.latency) == (expected.metrics, expected.parity, expected.latency)
-    assert collect.row(beside).test_accuracy == expected.summary.test_accuracy
+    assert compare.run_row(beside).test_accuracy == expected.summary.test_accuracy
     for entry in unreadable:
         with pytest.raises(UserError):
             collect.read(Run(damaged))
@@ -240,10 +240,10 @@ def test_a_damaged_row_of_metrics_is_no_end(own: Run, line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("summary.json", "{}", "summary.json: damaged, or of another version (Object missing required field"),
+        ("summary.json", "{}", "summary.json: damaged, or written by another version (Object missing required field"),
         ("summary.json", "text", "summary.json: damaged"),
         ("run.json", '{"format": 2, "renamed": 1}', "run.json: expected format 1, found 2; use the version that wrote"),
-        ("run.json", '{"source": ' + "[" * 10_000, "run.json: damaged, or of another version (nested too deep)"),
+        ("run.json", '{"source": ' + "[" * 10_000, "run.json: damaged, or written by another version (nested too"),
     ],
 )
 def test_one_damaged_run_is_refused_in_one_line(
@@ -269,13 +269,13 @@ def test_a_folder_need_not_have_a_unicode_name(own: Run, tmp_path: Path) -> None
     assert "not-\\udcff-unicode" in unreadable[0].folder
     page.write(records, tmp_path / "report.html", unreadable)
     assert "not-\\udcff-unicode" in markdown.render(records, unreadable)
-    msgspec.json.encode(collect.outcomes(records))
+    msgspec.json.encode(compare.outcomes(records))
 
 
 COMMANDS = (
-    "show RUN", "sync RUN", "eval RUN --device cpu", "export RUN", "parity RUN --device cpu", "engine RUN",
-    "bench RUN --device cpu --seconds 0.01 --repeats 1", "predict RUN PICTURE",
-    f"train tiny {' '.join(TINY)} --data DATA --runs RUNS --device cpu --resume auto",
+    "show RUN", "sync RUN", "eval RUN TINY --device cpu", "export RUN TINY", "parity RUN TINY --device cpu",
+    "engine RUN", "bench RUN TINY --device cpu --seconds 0.01 --repeats 1", "predict RUN PICTURE",
+    "train tiny TINY --data DATA --runs RUNS --device cpu --resume auto",
 )  # fmt: skip
 BEFORE_UPLOADS = ("run.json", "summary.json")  # what `runner sync` reads before it reaches for W&B
 QUICK = ("show", "sync")
@@ -297,7 +297,8 @@ def test_no_command_ends_in_a_traceback(
     (run / name).write_text("[1]")
     places = {"RUN": run, "RUNS": tmp_path, "DATA": small_data, "PICTURE": tmp_path / "x.png"}
     Image.new("RGB", (32, 32)).save(places["PICTURE"])
-    done = runner(*(places.get(word, word) for word in command.split()), WANDB_API_KEY="0" * 40)
+    words = command.replace("TINY", " ".join(TINY)).split()
+    done = runner(*(places.get(word, word) for word in words), WANDB_API_KEY="0" * 40)
     assert done.returncode in (0, 2), done.stderr
     if done.returncode == 2:
         lines = [line for line in done.stderr.splitlines() if line.startswith("runner: ")]

@@ -26,13 +26,13 @@ from runner.deploy import engine, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
 from runner.deploy.session import ProviderError, Session, usable_providers
 from runner.run.folder import Run
-from runner.run.schema import BatchRange, Dataset, EngineSidecar, LatencyReport, Machine, ParityReport
+from runner.run.schema import BatchRange, Dataset, EngineSidecar, FrontEnd, LatencyReport, Machine, ParityReport
 from runner.training import checkpoint
 from tests.conftest import Once
-from tests.support.configs import CONFIG, config_of
+from tests.support.configs import CONFIG, config_of, trusted
 from tests.support.models import tiny
 from tests.support.models.tiny import Tiny
-from tests.support.processes import runner
+from tests.support.processes import TINY, runner
 
 # By default one experiment of each architecture in fp32, these three in every precision, and the raw front end of
 # these and of one that resizes images; with --every, everything.
@@ -206,7 +206,7 @@ def test_onnx_is_one_file_with_metadata(exported: Run, kind: str, few: Path) -> 
     assert names == {f"model.{one.name}.onnx" for one in exporter.all_exported(exported)}
     prepared = manifest.read(few)
     model, metadata = exporter.read(file.path)
-    assert exporter.name_of(metadata.precision, metadata.front_end == "raw") == kind
+    assert exporter.name_of(metadata.precision, metadata.front_end == FrontEnd.RAW) == kind
     assert metadata.classes == list(prepared.classes)
     assert list(metadata.mean) == exported.config().input.mean
     assert metadata.dataset.fingerprint == prepared.fingerprint
@@ -240,7 +240,7 @@ def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> N
 @pytest.fixture
 def own(deployed_run: Path, tmp_path: Path) -> Run:
     """A copy of the tiny run: exported in fp32, scored, built and measured."""
-    return Run(Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "own")))
+    return trusted(shutil.copytree(deployed_run, tmp_path / "tiny" / "own"))
 
 
 @pytest.fixture
@@ -287,15 +287,15 @@ def test_files_of_earlier_weights_are_refused(own: Run) -> None:
     precision.convert(own, "fp16", None)
     assert parity.require_passed(own, exporter.exported(own), "CPUExecutionProvider").passed
     report = own.read_parity()
-    write(own.parity, replace(report, rows=[replace(report.rows[0], place=Machine(cpu="another"))]))
+    write(own.parity, replace(report, rows=[replace(report.rows[0], machine=Machine(cpu="another"))]))
     with pytest.raises(UserError, match="not scored on CPUExecutionProvider"):
         parity.require_passed(own, exporter.exported(own), "CPUExecutionProvider")
     weights = {name: tensor + 1 for name, tensor in checkpoint.load_model(own).state_dict().items()}
     checkpoint.save(own, weights, 10_000)
-    with pytest.raises(UserError, match="found one of other weights; make it: runner export"):
+    with pytest.raises(UserError, match="found one exported from other weights; make it: runner export"):
         exporter.exported(own)
     assert exporter.all_exported(own) == []
-    done = runner("export", own.folder, "--precision", "fp16", "--json")
+    done = runner("export", own.folder, *TINY, "--precision", "fp16", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == ["fp32", "fp16"]
 
 
@@ -365,25 +365,26 @@ def test_a_layer_that_returns_nan_is_named(varied: Run) -> None:
 def test_the_gate_names_the_layer_that_fails(varied: Run) -> None:
     """With a filter of zeros, the model predicts the same class for all images."""
     name = spoil_fp16(varied, np.zeros_like)
-    done = runner("parity", varied.folder, "--precision", "fp16", "--device", "cpu", "--json")
+    done = runner("parity", varied.folder, *TINY, "--precision", "fp16", "--device", "cpu", "--json")
     (row,) = msgspec.json.decode(done.stdout, type=ParityReport).rows
     assert not row.passed
     assert row.agreement < 0.999
     assert row.culprit.startswith(name)
     assert done.returncode == 1
     assert f"worst at {name}" in done.stderr
-    done = runner("bench", varied.folder, "--precision", "fp16", "--device", "cpu", "--backend", "onnxruntime")
+    done = runner("bench", varied.folder, *TINY, "--precision", "fp16", "--device", "cpu", "--backend", "onnxruntime")
     assert done.returncode == 2
     assert "failed the gate" in done.stderr
 
 
 def test_commands_print_only_json(confident: Run) -> None:
-    done = runner("export", confident.folder, "--precision", "fp32", "int8-cpu", "--calibration", 64, "--raw", "--json")
+    options = ("--precision", "fp32", "int8-cpu", "--calibration", 64, "--raw", "--json")
+    done = runner("export", confident.folder, *TINY, *options)
     assert [row["name"] for row in json.loads(done.stdout)] == ["fp32", "int8-cpu", "fp32.raw", "int8-cpu.raw"]
-    unscored = runner("bench", confident.folder, "--device", "cpu")
+    unscored = runner("bench", confident.folder, *TINY, "--device", "cpu")
     assert unscored.returncode == 2
     assert "first: runner parity" in unscored.stderr
-    done = runner("parity", confident.folder, "--json", "--device", "cpu")
+    done = runner("parity", confident.folder, *TINY, "--json", "--device", "cpu")
     rows = msgspec.json.decode(done.stdout, type=ParityReport).rows
     assert [row.onnx.removeprefix("deploy/model.") for row in rows] == [
         "fp32.onnx", "int8-cpu.onnx", "fp32.raw.onnx", "int8-cpu.raw.onnx",
@@ -401,7 +402,7 @@ def test_commands_print_only_json(confident: Run) -> None:
 def bench_on_one_thread(run: Run, *options: object) -> LatencyReport:
     """The report that `runner bench` prints."""
     quick = ("--device", "cpu", "--threads", 1, "--seconds", 0.05, "--repeats", 20)
-    done = runner("bench", run.folder, "--json", *quick, *options)
+    done = runner("bench", run.folder, *TINY, "--json", *quick, *options)
     (report,) = msgspec.json.decode(done.stdout, type=list[LatencyReport])
     return report
 
@@ -419,7 +420,7 @@ def test_bench_warns_of_a_wide_spread(slow_calls: int, warned: bool, monkeypatch
     figures = latency.measure({"compute": compute}, 8, 1.0, 100, "cpu")
     assert figures["p50_ms"] == pytest.approx(1.0)
     assert figures["images_per_second"] == pytest.approx(8000)
-    assert figures.get("warning") == ("p90 is 4.0 times p50: something else ran" if warned else None)
+    assert figures.get("warning") == ("p90 is 4.0 times p50: other programs were running" if warned else None)
 
 
 def test_a_contact_sheet_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +436,7 @@ def test_a_contact_sheet_names_its_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_logits_that_are_not_finite_are_refused(confident: Run, tmp_path: Path) -> None:
     """By export, and by predict of a file from elsewhere."""
-    run = Run(shutil.copytree(confident.folder, tmp_path / "run"))
+    run = trusted(shutil.copytree(confident.folder, tmp_path / "run"))
     model = onnx.load(run.deploy / "model.fp32.onnx")
     bias = model.graph.initializer[0]
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(bias), np.nan), bias.name))
@@ -464,7 +465,7 @@ def test_bench_keeps_the_rows_of_current_files(confident: Run) -> None:
         assert row.backend == "eager" or row.gate.passed
     assert (report.device, report.threads) == ("cpu", 1)
     assert [row.not_measured for row in report.rows if not row.measured] == [
-        "an engine runs on a GPU, measured on the CPU here"
+        "engines run on a GPU, but this measurement is on the CPU"
     ]
     more = bench_on_one_thread(confident, "--batch", 2, "--backend", "eager")
     assert [row.batch for row in more.rows] == [2]
@@ -508,7 +509,7 @@ def test_predict_needs_only_the_file(small_data: Path, source: Source, tmp_path:
         done = runner("predict", path, pictures, "--batch", 2, "--json", "--sheet", tmp_path / "sheet.jpg")
         assert done.returncode == 0, done.stderr
         (tmp_path / "sheet.jpg").unlink()
-        assert f"not used, because they are no images: {pictures / 'note.txt'}" in done.stderr
+        assert f"not used, because they are not images: {pictures / 'note.txt'}" in done.stderr
         predictions = json.loads(done.stdout)
         assert [Path(one["image"]).name for one in predictions] == [f"{k:03}.png" for k in (0, 7, 42, 99, 150)]
         assert [one["label"] for one in predictions] == [config.dataset.classes[k] for k in probabilities.argmax(1)]
@@ -583,11 +584,11 @@ def test_a_changed_file_is_refused(unbuilt: Run) -> None:
     proto.graph.node[-1].name += "x"
     onnx.save(proto, exporter.path_of(unbuilt, "fp32"))
     for command, *options in (["engine"], ["parity", "--device", "cpu"], ["bench", "--device", "cpu"]):
-        done = runner(command, unbuilt.folder, *options)
+        done = runner(command, unbuilt.folder, *options, *(TINY if command != "engine" else ()))
         assert done.returncode == 2
         assert "found one that was changed after its export; make it: runner export" in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    again = runner("export", unbuilt.folder, "--raw")
+    again = runner("export", unbuilt.folder, *TINY, "--raw")
     assert again.returncode == 0, again.stderr
     assert not list(unbuilt.deploy.glob("*.engine*"))
     assert [file.name for file in exporter.all_exported(unbuilt)] == ["fp32", "fp32.raw"]
@@ -651,7 +652,7 @@ def test_int8_is_close_to_the_model(varied: Run) -> None:
 def test_an_engine_of_another_version_or_with_a_damaged_sidecar_is_refused(own: Run) -> None:
     (sidecar,) = engine.built(own, exporter.exported(own))
     (path,) = own.sidecars()
-    with pytest.raises(UserError, match=rf"built by {sidecar.backend} 0\.1, here is .*; build it again: runner engine"):
+    with pytest.raises(UserError, match=rf"built by {sidecar.backend} 0\.1, but .* is installed; build it again"):
         engine.RunningEngine(own, replace(sidecar, version="0.1"))
     content = msgspec.to_builtins(sidecar)
     del content["version"]
@@ -709,10 +710,10 @@ def test_what_cannot_be_built_is_one_line(own: Run) -> None:
 def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     with pytest.raises(ProviderError, match="asked onnxruntime for CUDAExecutionProvider"):
         Session(exporter.path_of(own, "fp32"), "cuda")
-    done = runner("bench", own.folder, "--device", "cuda")
+    done = runner("bench", own.folder, *TINY, "--device", "cuda")
     assert done.returncode == 2
-    assert "--device cuda means 1 CUDA GPU(s) on this node, found 0" in done.stderr
-    with pytest.raises(UserError, match="--backend engine: nothing here runs that on cpu; engines run on a GPU"):
+    assert "--device cuda requires 1 CUDA GPU(s) on this node, found 0" in done.stderr
+    with pytest.raises(UserError, match="--backend engine: not available here on cpu; engines run on a GPU"):
         parity.compare(own, [exporter.exported(own)], None, "cpu", ("engine",))
     with pytest.raises(UserError, match="--backend tensorrt"):
         engine.load("tensorrt")

@@ -18,7 +18,7 @@ def test_this_machine_has_no_faults(small_data: Path, tmp_path: Path) -> None:
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
     well = ("versions", "data", "all-reduce", "onnxruntime", "tensorrt-rtx")
     assert {name: found[name]["state"] for name in well} == dict.fromkeys(well, "well")
-    assert "every file has its hash" in found["data"]["found"]
+    assert "all hashes match" in found["data"]["found"]
     assert "agree" in found["all-reduce"]["found"]
     assert "CPUExecutionProvider" in found["onnxruntime"]["found"]
     assert found["W&B"]["state"] == "warning"

@@ -318,7 +318,7 @@ def test_a_duplicate_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("twice")
     module.EXPERIMENTS = {"merabishvili": ALL["merabishvili"]}
     monkeypatch.setitem(sys.modules, "twice", module)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         experiments.load(("twice",))
 
 

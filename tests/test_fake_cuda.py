@@ -152,8 +152,8 @@ def test_a_run_waits_only_where_allowed(tmp_path: Path, monkeypatch: pytest.Monk
     """Includes evaluation, checkpoints, and resuming from a checkpoint."""
     recipe = replace(RECIPE, ema=0.9)
     saved: list[tuple[int, dict[str, Any]]] = []
-    monkeypatch.setattr(state, "generators", lambda _: {})
-    monkeypatch.setattr(state, "set_generators", lambda *_: None)
+    monkeypatch.setattr(state, "rng_state", lambda _: {})
+    monkeypatch.setattr(state, "set_rng_state", lambda *_: None)
     monkeypatch.setattr(checkpoint, "save", lambda _, __, step, state: saved.append((step, state)))
     with fake_cuda.fake_cuda() as (watch, accelerator):
         streams = [resident(recipe, split)(DEVICE) for split in ("train", "test", "validation")]

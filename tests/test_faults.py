@@ -37,8 +37,8 @@ def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: 
         _, told = process.communicate(timeout=200)
     assert process.returncode == 1
     for rank in (0, 2):
-        assert f"runner: rank {rank} of 3 made no step for" in told
-    assert "rank 1 of 3 made" not in told
+        assert f"runner: rank {rank} of 3 completed no step for" in told
+    assert "rank 1 of 3 completed" not in told
     assert "in train" in told  # a stack
     assert len(ranks) == 3
     assert gone(ranks, 5)

@@ -142,7 +142,7 @@ def load(path: Path, **options: object) -> sources.Source:
 
 def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     path = folder_of(tmp_path, size=None)
-    with pytest.raises(UserError, match=r"expected \d+×\d+ pixels as in .*; bring all images to one size with --size"):
+    with pytest.raises(UserError, match=r"expected \d+×\d+ pixels as in .*; resize all images to one size with --size"):
         load(path)
     source = load(path, size=24)
     assert source.classes == CLASSES

@@ -18,7 +18,9 @@ from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.recipe import Reported
-from runner.report import collect, figures, markdown, page, wandb_report
+from runner.report import collect, compare, figures, markdown, page, wandb_report
+from runner.report.grids import find_grids
+from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run, find_runs
 from runner.run.schema import Gate
 from tests.support import many_runs
@@ -67,7 +69,7 @@ def text_of(html: Path) -> str:
 def test_the_page_shows_every_run_and_accuracy(runs: Path, html: Path) -> None:
     text = text_of(html)
     for run in find_runs([runs]):
-        row = collect.row(collect.read(run))
+        row = compare.run_row(collect.read(run))
         assert row.name in text
         if row.test_accuracy is not None:
             assert f"{100 * row.test_accuracy:.2f} %" in text
@@ -111,13 +113,13 @@ def test_seeds_of_one_recipe_are_grouped(runs: Path) -> None:
     reported = Reported(0.5, "test", "last", "x")
     dataset = msgspec.structs.replace(record.config.dataset, name="CIFAR-10")
 
-    def seeded(seed: int, accuracy: float, **changes: object) -> collect.RunRecord:
+    def seeded(seed: int, accuracy: float, **changes: object) -> RunRecord:
         config = msgspec.structs.replace(record.config, seed=seed, reported=reported, dataset=dataset, **changes)
         summary = msgspec.structs.replace(record.summary, test_accuracy=accuracy)
         return replace(record, config=config, summary=summary)
 
     other = seeded(0, 0.9, recipe=replace(record.config.recipe, epochs=3))
-    together, alone = collect.outcomes([seeded(0, 0.4), seeded(1, 0.6), other])
+    together, alone = compare.outcomes([seeded(0, 0.4), seeded(1, 0.6), other])
     assert (together.seeds, alone.seeds) == ([0, 1], [0])
     assert together.test_accuracy == pytest.approx(0.5)
     assert together.test_accuracy_std == pytest.approx(0.1414, abs=1e-4)
@@ -128,7 +130,7 @@ def test_seeds_of_one_recipe_are_grouped(runs: Path) -> None:
     assert "+0.00" in text
 
 
-def variant(record: collect.RunRecord, name: str, accuracy: float = 0.5, **changes: Any) -> collect.RunRecord:
+def variant(record: RunRecord, name: str, accuracy: float = 0.5, **changes: Any) -> RunRecord:
     """A record under another name; `dataset` is a name, and `epochs` how many it ran of the recipe's."""
     experiment, run = name.split("/")
     epochs, dataset = changes.pop("epochs", 2.0), changes.pop("dataset", "CIFAR-10")
@@ -142,7 +144,7 @@ def variant(record: collect.RunRecord, name: str, accuracy: float = 0.5, **chang
 
 
 @pytest.fixture(scope="module")
-def mixed(runs: Path) -> list[collect.RunRecord]:
+def mixed(runs: Path) -> list[RunRecord]:
     """Complete, incomplete and unfinished runs on two datasets; one fails the gate, one predicts a single class."""
     record = collect.read(Run(runs / "tiny" / "seed-0"))
     parity, latency = record.parity, record.latency
@@ -167,9 +169,9 @@ def mixed(runs: Path) -> list[collect.RunRecord]:
 
 
 @pytest.fixture(scope="module")
-def mixed_html(mixed: list[collect.RunRecord], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed_html(mixed: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> Path:
     html = tmp_path_factory.mktemp("mixed") / "report.html"
-    page.write(mixed, html, [collect.Unreadable("runs/bad", "run.json: damaged")])
+    page.write(mixed, html, [Unreadable("runs/bad", "run.json: damaged")])
     return html
 
 
@@ -216,31 +218,31 @@ def test_the_tables_show_changes_warnings_calls_and_single_classes(mixed_html: P
     ],
 )
 def test_a_label_names_what_was_changed(settings: dict[str, Any], text: str) -> None:
-    assert collect.changes(settings.items()) == text
+    assert compare.format_settings(settings.items()) == text
 
 
-def test_labels_name_what_differs_where_no_override_does(mixed: list[collect.RunRecord]) -> None:
+def test_labels_name_what_differs_where_no_override_does(mixed: list[RunRecord]) -> None:
     first, second = mixed[0], variant(mixed[0], "podeti-mobilenetv2/seed-1", precision="bf16")
-    labels = [one.label for one in collect.outcomes([first, second])]
+    labels = [one.label for one in compare.outcomes([first, second])]
     assert labels == ["podeti-mobilenetv2 (precision fp32)", "podeti-mobilenetv2 (precision bf16)"]
 
 
-def test_runs_and_datasets_of_one_name_are_told_apart(mixed: list[collect.RunRecord], tmp_path: Path) -> None:
+def test_runs_and_datasets_of_one_name_are_told_apart(mixed: list[RunRecord], tmp_path: Path) -> None:
     one, two = (replace(mixed[0], run=Run(Path("/a") / root / mixed[0].config.name)) for root in ("x/runs", "y/runs"))
     dataset = msgspec.structs.replace(one.config.dataset, fingerprint="fedcba9876543210")
     three = replace(mixed[2], config=msgspec.structs.replace(mixed[2].config, dataset=dataset))
-    distinct = collect.tell_apart([one, two, three])
+    distinct = disambiguate_names([one, two, three])
     name, fingerprint = one.config.name, one.config.dataset.fingerprint[:8]
     assert [record.name for record in distinct] == [f"{name} (x/runs)", f"{name} (y/runs)", mixed[2].name]
     assert [record.dataset for record in distinct] == [*[f"CIFAR-10 ({fingerprint})"] * 2, "CIFAR-10 (fedcba98)"]
-    assert [record.name for record in collect.tell_apart(mixed)] == [record.name for record in mixed]
+    assert [record.name for record in disambiguate_names(mixed)] == [record.name for record in mixed]
     for root in ("old", "new"):
         many_runs.write(tmp_path / root, 1)
     records, _ = collect.read_all(find_runs([tmp_path]))
     assert [record.name.partition(" ")[2] for record in records] == ["(new)", "(old)"]
 
 
-def test_only_several_seeds_have_a_deviation(mixed: list[collect.RunRecord]) -> None:
+def test_only_several_seeds_have_a_deviation(mixed: list[RunRecord]) -> None:
     config = mixed[0].config
     reported = Reported(0.9, "test", "last", "x")
     one, two, again = (
@@ -249,7 +251,7 @@ def test_only_several_seeds_have_a_deviation(mixed: list[collect.RunRecord]) -> 
     )
     counts, deviations = [], []
     for records in ([one], [one, two], [one, again]):
-        (outcome,) = collect.outcomes(records)
+        (outcome,) = compare.outcomes(records)
         chart = figures.reported([outcome])
         counts.append(outcome.seed_count)
         deviations.append([trace["error_x"]["array"] for trace in chart["data"] if "error_x" in trace])
@@ -268,7 +270,7 @@ def test_only_several_seeds_have_a_deviation(mixed: list[collect.RunRecord]) -> 
         (("--out", "{tmp}/" + "x" * 252), "cannot write there (File name too long)"),
         (("--out", "{tmp}/x.html", "--markdown", "{tmp}"), "--markdown {tmp}: expected a file"),
         (("--out", "{tmp}/x.html", "--markdown", "{tmp}/file/x.md"), "--markdown {tmp}/file/x.md: cannot write there"),
-        (("--out", "{tmp}/x.html", "--markdown", "{tmp}/x.html"), "expected another file than that of --out"),
+        (("--out", "{tmp}/x.html", "--markdown", "{tmp}/x.html"), "expected a file other than that of --out"),
         (("--out", "{tmp}/x.html", "--wandb-spec", "{tmp}/"), "--wandb-spec {tmp}: expected a file"),
     ],
 )
@@ -300,11 +302,11 @@ def test_reproduced_is_of_the_reported_split_and_epoch(runs: Path, on: str, epoc
         validation_accuracy=0.2,
         best_validation_accuracy=0.3,
     )
-    assert collect.reproduced(replace(record, config=config, summary=summary)) == expected
-    assert collect.reproduced(replace(record, config=config, summary=None)) is None
+    assert compare.reproduced(replace(record, config=config, summary=summary)) == expected
+    assert compare.reproduced(replace(record, config=config, summary=None)) is None
     for changes in ({"name": "CIFAR-100"}, {"name": "synthetic-10"}, {"source": {"limit_per_class": 100}}):
         other = msgspec.structs.replace(config, dataset=msgspec.structs.replace(cifar10, **changes))
-        assert collect.reproduced(replace(record, config=other, summary=summary)) is None
+        assert compare.reproduced(replace(record, config=other, summary=summary)) is None
 
 
 def test_a_report_imports_no_torch(runs: Path, tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ def test_damaged_runs_are_listed_on_the_page(many_html: Path) -> None:
     text = text_of(many_html)
     assert "cut-short" in text
     assert "incomplete" in text
-    assert text.count("damaged, or of another version") == 2
+    assert text.count("damaged, or written by another version") == 2
     assert many_html.stat().st_size < 15e6
 
 
@@ -369,7 +371,7 @@ def test_a_run_with_an_incomplete_row_is_unreadable(name: str, key: str, tmp_pat
 def test_the_factors_of_a_grid_are_the_settings_that_vary(many: Path) -> None:
     records, unreadable = collect.read_all(find_runs([many]))
     assert len(unreadable) == 2
-    grids = {grid.name: grid for grid in collect.grids(records)}
+    grids = {grid.name: grid for grid in find_grids(records)}
     grid = grids["podeti-grid"]
     assert {"architecture.factory", "recipe.optimizer.lr", "recipe.optimizer.weight_decay"} <= set(grid.factors)
     assert set(grid.factors["recipe.optimizer.lr"]) == {cell["recipe.optimizer.lr"] for cell in grid.cells}
@@ -386,7 +388,7 @@ def test_markdown_has_every_experiment_and_latency(many: Path, many_html: Path) 
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| `")}
     assert len(widths) == 2  # of two tables, each of one width
     assert "| folder | reason |" in text
-    assert text.count("damaged, or of another version") == 2
+    assert text.count("damaged, or written by another version") == 2
 
 
 def test_a_confusion_matrix_has_a_cell_for_each_class_whatever_its_name(runs: Path) -> None:
@@ -412,7 +414,7 @@ def test_latencies_of_earlier_versions_get_the_gate_of_the_same_file(tmp_path: P
     write(run.latency, msgspec.structs.replace(latency, rows=without))
     agreements = [msgspec.structs.replace(row, agreement=0.1 * i) for i, row in enumerate(parity.rows, 1)]
     write(run.parity, msgspec.structs.replace(parity, rows=agreements))
-    cells = collect.row(collect.read(run)).latency
+    cells = compare.run_row(collect.read(run)).latency
     assert [cell.gate for cell in cells] == [None, Gate(accuracy_change=0.0, agreement=0.1, passed=True), None]
 
 

@@ -108,7 +108,7 @@ with session.stop_signals() as should_stop:
     for name in ("SIGTERM", "SIGINT", "SIGINT"):  # the launcher hands the first Ctrl-C on
         signal.raise_signal(getattr(signal, name))
     print(should_stop(), flush=True)
-    session.SAME_INTERRUPT = -1.0
+    session.FORWARDED_INTERRUPT_SECONDS = -1.0
     try:
         signal.raise_signal(signal.SIGINT)
     finally:
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     assert [entry.step for entry in run.config().resumed] == [2]
     shorter = runner(*words, "--name", "a", "--resume", "auto", "--max-steps", 1)
     assert shorter.returncode == 2
-    assert "expected to train on from step 3, found an end at step 1" in shorter.stderr
+    assert "expected to continue from step 3, found an end at step 1" in shorter.stderr
 
 
 def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_overwrite_deletes_nothing_but_a_run(small_data: Path, tmp_path: Path) -
     data = shutil.copytree(small_data, folder / "data")
     refused = runner(*words, "--data", small_data)
     assert refused.returncode == 2
-    assert f"{folder} is no run, but holds data" in refused.stderr
+    assert f"{folder} is not a run, but holds data" in refused.stderr
     refused = runner(*words, "--data", data)
     assert refused.returncode == 2
     assert "holds a source of this run" in refused.stderr

@@ -143,6 +143,26 @@ def test_a_job_that_is_preempted_and_then_times_out_is_bit_identical(
     assert not [*ROOT.glob(".stop-*"), *(tmp_path / "runs").rglob(".stop-*")]
 
 
+@pytest.mark.every
+def test_a_job_that_cannot_stop_before_its_time_limit_is_requeued(
+    cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path
+) -> None:
+    log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
+    job = cluster.submit(
+        "--nodes", 2, "--signal", "B:USR1@60", "--output", log, "slurm/train.sbatch", "ending",
+        *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
+        cwd=ROOT, environ=clean_environment(END="train 8 1 STALL"),
+    )  # fmt: skip
+    wait_for_step(run, 7, 240)
+    minutes = int(cluster.job_info(job)["RunTime"].split(":")[1])
+    cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes + 2}", check=True)
+    cluster.wait_for_requeue(job, 1, 240, TimeLimit="UNLIMITED")
+    assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
+    assert "the time limit came before a checkpoint; queued again" in log.read_text()
+    assert len(Run(run).config().resumed) == 1
+    assert_same_run(submitted.run, run)
+
+
 def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
@@ -173,7 +193,7 @@ def test_one_task_of_a_sweep_is_requeued_alone(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    (job,) = re.findall(r"^job (\d+), an array of 2;", sweep(END="train 1 1 SLEEP1"), re.M)
+    (job,) = re.findall(r"^job (\d+), an array of 2;", sweep(END="train 1 1 SLEEP1", SBATCH_NO_REQUEUE="1"), re.M)
     runs = [tmp_path / "ending" / f"s-seed-{seed}" for seed in (0, 1)]
     for run in runs:
         wait_for_step(run, 7, 240)

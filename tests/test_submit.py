@@ -17,6 +17,7 @@ def submit(*words: object, **environ: str) -> Done:
 def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_path: Path) -> None:
     words = ["soni-2", "--data", small_data, "--runs", tmp_path / "my runs", "--nodes", 2]
     words += ["--gpus-per-node", "h100:8", "--time", "1-02:00:00", "--partition", "gpu,long", "--seed", 3]
+    words += ["--stop-before", 600]
     words += ["--recipe.epochs", 5, "--dry-run"]
     done = python("-m", "launch", "submit", *words, WANDB_API_KEY="canary")  # a fresh process, as a user starts it
     assert done.returncode == 0, done.stderr
@@ -30,6 +31,9 @@ def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_pa
         "--gpus-per-node=h100:8",
         "--time=1-02:00:00",
         "--partition=gpu,long",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@600",
     }
     assert command[script + 1 :][:5] == ["soni-2", "--data", str(small_data), "--runs", f"{tmp_path}/my runs"]
     assert command[-2:] == ["--seed=3", "--recipe.epochs=5"]
@@ -100,7 +104,7 @@ def test_a_run_of_another_training_is_refused_before_the_queue(
     for other, options in others.items():
         done = submit(*words, *options, **sbatch)
         assert done.returncode == 2
-        assert f"holds a training with another {other}" in done.stderr
+        assert f"holds a run with a different {other}" in done.stderr
     assert not (tmp_path / "job").exists()
     assert submit(*words, "--lr", 0.5, "--resume-anyway", **sbatch).returncode == 0
 

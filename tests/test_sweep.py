@@ -19,7 +19,7 @@ from launch.trials import Trial, expand
 from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import read, write
-from runner.run.folder import Run, claimed_runs
+from runner.run.folder import Run, locked_runs
 from runner.system import environment
 from tests.support.processes import (
     ENDING,
@@ -98,14 +98,15 @@ def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:
         (["tiny", "--stop_file=x"], "--stop-file x: expected no --stop-file; jobs and sweeps set their own"),
         (["tiny", "--seed", "3"], "--seed 3: expected no --seed; a sweep sets the seed of each trial; use --seeds"),
         (["tiny", "--gpus-per-node", "x;rm", "--dry-run"], "--gpus-per-node 'x;rm': expected NUMBER or TYPE:NUMBER"),
-        (["tiny", "--gpus-per-node", "1", "--dry-run"], "--gpus-per-node=1: expected --on slurm with it"),
+        (["tiny", "--gpus-per-node", "1", "--dry-run"], "--gpus-per-node 1: expected --on slurm with it"),
         (["tiny", "--at-once", "1"], "--at-once 1: expected --on slurm with it"),
+        (["tiny", "--stop-before", "60"], "--stop-before 60: expected --on slurm with it"),
         (["tiny", "--on", "slurm", "--slots", "1"], "--slots 1: expected --on local"),
         (["tiny", "--as-wandb-sweep", "x", "--slots", "1"], "--slots 1: expected none with --as-wandb-sweep"),
         (["tiny", "--as-wandb-sweep", "x", "--dry-run"], "expected one of them"),
         (["tiny", "--as-wandb-sweep", "x", "--teacher", "${args}"], "expected no ${"),
         (["tiny", "--on", "slurm", "--nodes", "7", "--dry-run"], "tiny/seed-0: batch size 60: expected a multiple of"),
-        (["tiny", "--recipe.validation", "500"], "--recipe.validation 500: expected less than the 500 training images"),
+        (["tiny", "--recipe.validation", "500"], "--recipe.validation 500: expected fewer than the 500 training"),
         (["tiny", "--batch-size", "501"], "--recipe.batch-size 501: expected at most the 500 training images"),
         (["tiny", "--teacher", "none", "--dry-run"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
         (["tiny", "--start-from", "none"], f"--start-from {ROOT}/none: expected the folder of a finished run"),
@@ -340,7 +341,7 @@ def test_ctrl_c_stops_trials_with_a_checkpoint_and_the_next_call_resumes(small_d
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(small_data: Path, tmp_path: Path) -> None:
-    with claimed_runs(tmp_path, "tiny", ["seed-0"]):
+    with locked_runs(tmp_path, "tiny", ["seed-0"]):
         assert Run(tmp_path / "tiny" / "seed-0").state() == "running"
         done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu")
         assert done.returncode == 2
@@ -360,12 +361,12 @@ def test_a_folder_with_another_training_is_rejected(tiny_run: Path, small_data: 
     write(other / "run.json", replace(config, recipe=dataclasses.replace(config.recipe, epochs=77)))
     done = sweep(*words, "--name", "other")
     assert done.returncode == 2
-    assert "holds a training with another recipe; choose a --name" in done.stderr
+    assert "holds a run with a different recipe; choose a --name" in done.stderr
     write(other / "run.json", replace(config, max_steps=3))
     for option in ((), ("--max-steps", 4)):
         done = sweep(*words, "--name", "other", *option, "--dry-run")
         assert done.returncode == 2
-        assert "holds a training with another max-steps; choose a --name" in done.stderr
+        assert "holds a run with a different max-steps; choose a --name" in done.stderr
     assert sweep(*words, "--name", "other", "--max-steps", 3, "--dry-run").returncode == 0
     (other / "run.json").unlink()
     other.rmdir()

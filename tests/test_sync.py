@@ -15,7 +15,7 @@ import pytest
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.run.folder import Run
-from runner.run.metrics import line_of, read_metrics
+from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
 from runner.tracking.wandb_sync import best_run
 from tests.support.processes import ENDING, Running, runner, start, wait_for_step
@@ -170,7 +170,7 @@ def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None
     first = read_metrics(run)[0]
     steps = range(1, 61)
     run.metrics.write_bytes(
-        b"".join(line_of(msgspec.structs.replace(first, global_step=step, train_loss=1 / step)) for step in steps)
+        b"".join(encode_row(msgspec.structs.replace(first, global_step=step, train_loss=1 / step)) for step in steps)
     )
     rows = metric_rows(run)
     for last in (20, 40):
@@ -263,7 +263,7 @@ def test_a_sync_without_server_or_key_fails_with_one_line(server: Server, run: R
     assert "sync again later" in lines[0]
     done = runner("sync", run.folder, WANDB_MODE="", NETRC="/nowhere", WANDB_BASE_URL=server.url)
     assert done.returncode == 2
-    assert "from: wandb login" in done.stderr
+    assert "run: wandb login" in done.stderr
 
 
 def test_a_report_is_created_and_then_updated(server: Server, run: Run, tmp_path: Path) -> None:

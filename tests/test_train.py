@@ -39,7 +39,7 @@ def test_the_run_folder(tiny_run: Path, small_data: Path) -> None:
 
 
 def test_eval_gives_the_summarys_figures(tiny_run: Path) -> None:
-    done = runner("eval", tiny_run, "--json")
+    done = runner("eval", tiny_run, *TINY, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tiny_run / "summary.json").read_text())
     result = json.loads(done.stdout)

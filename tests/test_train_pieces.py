@@ -27,10 +27,10 @@ from runner.run.metrics import read_metrics
 from runner.run.schema import MetricRow
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, augmented_views
-from runner.training.loop import Data, TrainResult, split, train
+from runner.training.loop import Data, TrainResult, micro_batches, train
 from runner.training.loss import make_loss
 from runner.training.model import build_model, prunable
-from tests.support.configs import config_of
+from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
 
 RECIPE = Recipe(2, 60, SGD(0.05))
@@ -63,7 +63,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
     ) -> Trained:
         recipe = dataclasses.replace(RECIPE, **changes)
         splits = {split: opened(small_data, split, recipe) for split in ("train", "test", "validation")}
-        run = Run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        run = trusted(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
         architecture = Architecture("tests.support.models.tiny:Tiny", arguments or {})
         write(run.record, config_of(architecture=architecture, dataset=name))
         model = build_model(architecture, recipe, 0, splits["train"].first_images, start)
@@ -90,9 +90,9 @@ def test_accumulation_is_the_whole_batchs_step(trained) -> None:
         assert distance(whole.model, cut.model) < 1e-5
         assert [row.global_step for row in cut.rows] == [row.global_step for row in whole.rows]
         assert cut.rows[0].train_loss == pytest.approx(whole.rows[0].train_loss, rel=1e-5)
-    sizes = [len(images) for images, _, _ in split(torch.zeros(60, 1), torch.zeros(60), 7)]
+    sizes = [len(images) for images, _, _ in micro_batches(torch.zeros(60, 1), torch.zeros(60), 7)]
     assert sum(sizes) == 60
-    assert [last for _, _, last in split(torch.zeros(60, 1), torch.zeros(60), 7)] == [False] * 6 + [True]
+    assert [last for _, _, last in micro_batches(torch.zeros(60, 1), torch.zeros(60), 7)] == [False] * 6 + [True]
 
 
 def test_ema_is_the_average_over_steps(trained) -> None:

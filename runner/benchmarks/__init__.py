@@ -1,1 +1,4 @@
-"""One script a question: each prints a table and writes JSON. Ratios of things measured in turn in one run."""
+"""Benchmarks: each script answers one question with ratios of candidates that are measured in turn in one run.
+
+A script prints a table and writes JSON.
+"""

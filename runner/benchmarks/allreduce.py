@@ -1,4 +1,4 @@
-"""Predicted scaling efficiency on larger clusters, by a model of the all-reduce; nothing here is measured.
+"""Predicts the scaling efficiency of larger clusters with a model of the all-reduce; nothing here is measured.
 
 A step is the forward and backward pass on a GPU's own images. DDP reduces gradients in buckets during the backward
 pass, so a step waits only for the rest of the all-reduce, and at least for its last bucket. The assumptions are the
@@ -27,22 +27,22 @@ SHOWN = (
     "podeti-alexnet",
 )  # fmt: skip
 MARKS = "<!-- predictions -->", "<!-- end of predictions -->"
-Amount = Annotated[float, Meta(ge=1, le=LARGEST)]  # bytes or operations; a fraction of one could overflow a quotient
+Amount = Annotated[float, Meta(ge=1, le=LARGEST)]  # bytes or operations; values below 1 could overflow a quotient
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions of the prediction. Bandwidths in bytes per second in one direction, latencies in seconds."""
+    """Assumptions of the prediction. Bandwidths are in bytes per second per direction, latencies in seconds."""
 
     gpus_per_node: Count = 8
     flops: Amount = 0.4 * 790e12
-    """FLOP/s of a GPU in bf16 training: 40 % of what it reaches in matrix products."""
+    """FLOP/s of a GPU in bf16 training: 40% of what it reaches in matrix products."""
     link: Amount = 0.8 * 450e9
-    """Bandwidth between GPUs of a node: 80 % of NVLink's."""
+    """Bandwidth between GPUs of a node: 80% of NVLink's."""
     link_latency: NonNegative = 3e-6
     """Latency of a message between GPUs of a node."""
     network: Amount = 0.9 * 50e9
-    """Bandwidth of each GPU's own adapter between nodes: 90 % of 400 Gbit/s."""
+    """Bandwidth of each GPU's own adapter between nodes: 90% of 400 Gbit/s."""
     network_latency: NonNegative = 8e-6
     """Latency of a message between nodes."""
     bucket: Amount = 25 * 2**20
@@ -50,10 +50,10 @@ class Cluster:
 
 
 def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
-    """Returns the seconds of an all-reduce of `size` bytes.
+    """Returns the duration of an all-reduce of `size` bytes, in seconds.
 
-    It is a reduce-scatter in each node, an all-reduce between nodes, and an all-gather in each node. Each GPU sends
-    2 (n - 1) / n of its data (Thakur et al. 2005, Patarasuk and Yuan 2009), in a ring within a node and in a tree
+    It consists of a reduce-scatter in each node, an all-reduce between nodes, and an all-gather in each node. Each GPU
+    sends 2 (n - 1) / n of its data (Thakur et al. 2005, Patarasuk and Yuan 2009), in a ring within a node and in a tree
     between nodes.
     """
     inside = min(gpus, cluster.gpus_per_node)
@@ -70,7 +70,7 @@ def gradient_bytes(experiment: Experiment) -> float:
 
 
 def step(experiment: Experiment, images: int, gpus: int, cluster: Cluster) -> tuple[float, float]:
-    """Returns the seconds that one step computes and waits, with `images` images on each GPU."""
+    """Returns the seconds of computation and of waiting in one step, with `images` images on each GPU."""
     assert experiment.macs is not None
     computes = 6 * experiment.macs * images / cluster.flops
     size = gradient_bytes(experiment)
@@ -80,7 +80,7 @@ def step(experiment: Experiment, images: int, gpus: int, cluster: Cluster) -> tu
 
 
 def efficiency(experiment: Experiment, images: int, gpus: int, cluster: Cluster) -> float:
-    """Returns the speed relative to the same number of single GPUs."""
+    """Returns the scaling efficiency: the speed relative to the same number of single GPUs."""
     computes, waits = step(experiment, images, gpus, cluster)
     return computes / (computes + waits)
 
@@ -112,19 +112,19 @@ def filled(text: str) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Print the predictions for a cluster, or write those for the assumed one into launch/scaling.md."""
+    """Print the predictions for a cluster, or write those for the default cluster into launch/scaling.md."""
 
     cluster: Cluster = Cluster()
     """Assumptions of the prediction."""
     write: bool = False
-    """Write the document's table, and its picture beside it."""
+    """Write the table into the document, and the figure next to it."""
 
     def __call__(self) -> None:
         if not self.write:
             print(table(self.cluster))
             return
         if self.cluster != Cluster():
-            raise UserError("--write: expected without --cluster; the document is about the assumed cluster")
+            raise UserError("--write: expected without --cluster; the document is about the default cluster")
         DOCUMENT.write_text(filled(DOCUMENT.read_text()))
         draw(DOCUMENT.with_suffix(".png"))
         print(DOCUMENT)

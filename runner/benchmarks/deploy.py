@@ -1,8 +1,8 @@
-"""Measures what deployment gains and what `runner export` costs, on the CPU, for runs that passed `runner parity`.
+"""Measures, on the CPU, what deployment gains and what `runner export` costs, for runs that passed `runner parity`.
 
-Compares onnxruntime with eager torch, and its int8 graph with its fp32 graph, by medians of calls with one image on one
-thread; and `runner export`, with hashes and quick check, with loading the weights, torch's exporter, and saving. All
-take turns.
+Compares onnxruntime with eager torch, and int8 with fp32 in onnxruntime, by the median latency of one image on one
+thread. Also compares `runner export`, which includes hashes and a quick check, with a bare export, which loads the
+weights, runs torch's exporter and saves the file. All candidates take turns.
 
     python -m runner.benchmarks.deploy runs/podeti-resnet18/seed-0 runs/podeti-mobilenetv2/seed-0 --json deploy.json
 """
@@ -18,10 +18,12 @@ from typing import Annotated, Any
 import tyro
 
 from runner.benchmarks import measure, program
+from runner.commands.options import Code
+from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 
-CALLS = 60  # whose median is one measurement
-GOALS = {"podeti-resnet18": "≤ 0.5", "podeti-mobilenetv2": "≤ 0.8"}  # of int8 to fp32
+CALLS = 60  # per measurement, which is their median
+GOALS = {"podeti-resnet18": "≤ 0.5", "podeti-mobilenetv2": "≤ 0.8"}  # for the ratio of int8 to fp32
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class DeployBenchmark:
     """Compare onnxruntime with eager torch, int8 with fp32, and `runner export` with torch's exporter, in turn."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
-    """Run folders, exported in fp32 and int8-cpu, and scored by the gate on this CPU; they are not changed."""
-    rounds: measure.Rounds = measure.LEAST_ROUNDS
-    """Number of measurements of each."""
+    """Run folders, exported in fp32 and int8-cpu and scored by `runner parity` on this CPU; they are not modified."""
+    code: Code = TrustedCode()
+    rounds: measure.Rounds = measure.MIN_ROUNDS
+    """Number of measurements per candidate."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
 
@@ -39,7 +42,7 @@ class DeployBenchmark:
         ratios: dict[str, measure.Ratio] = {}
         goals: dict[str, str] = {}
         for folder in self.runs:
-            run = Run(folder)
+            run = Run(folder, self.code)
             experiment = run.config().experiment
             name = experiment.replace("-", "_")
             with tempfile.TemporaryDirectory() as scratch:
@@ -54,11 +57,11 @@ class DeployBenchmark:
             if goal := GOALS.get(experiment):
                 goals[f"ratio_int8_to_fp32_{name}"] = goal
         settings = {"batch": 1, "threads": 1, "calls": CALLS}
-        measure.conclude("deployment on the CPU", ratios, goals, {"settings": settings}, self.json)
+        measure.report_ratios("deployment on the CPU", ratios, goals, {"settings": settings}, self.json)
 
 
 def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
-    """Functions that measure seconds, by name; exports go into a copy of the run in the scratch folder."""
+    """Returns functions that take one measurement in seconds, by name; exports go to a copy of the run in `scratch`."""
     import torch
     from onnx import save_model
     from safetensors.torch import load_file
@@ -71,7 +74,7 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
     fp32, int8 = files = [onnx.exported(run, kind) for kind in ("fp32", "int8-cpu")]
     for file in files:
         parity.require_passed(run, file, PROVIDERS["cpu"])
-    copy = Run(scratch / run.folder.name)
+    copy = Run(scratch / run.folder.name, run.code)
     copy.folder.mkdir()
     shutil.copy(run.record, copy.record)
     shutil.copytree(run.checkpoints, copy.checkpoints)
@@ -82,7 +85,7 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
 
     def bare_export() -> float:
         start = time.perf_counter()
-        model = config.architecture.build()
+        model = config.architecture.build(len(config.dataset.classes), (config.input.shape[1], config.input.shape[2]))
         model.load_state_dict(load_file(checkpoint.latest(run) / checkpoint.WEIGHTS))
         proto = onnx.to_proto(model.eval(), config.input.shape)
         with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +107,7 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:
-    """The median of CALLS calls on one thread, without the first sixth, which warms up."""
+    """Returns the median duration of CALLS calls on one thread; the first sixth is warm-up and does not count."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""Training on fake CUDA tensors: which operators a step issues, and where it would wait for the GPU.
+"""Runs training on fake CUDA tensors to find which operators a step issues and where it would wait for the GPU.
 
 A fake tensor has a shape, a dtype and a device, but no data, so this needs no GPU. It runs the actual training loop,
 with its batches, mixing, loss, metrics, optimizer and EMA. Instead of the backward pass, which is torch's own, every
@@ -32,7 +32,7 @@ from runner.training.loop import Data, LoopHooks, train
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = Path(__file__).parents[1]
-# Operators whose result, or the shape of it, the host needs before it can continue.
+# Operators whose result (or its shape) the host needs before it can continue.
 WAITS = {
     f"aten.{name}"
     for name in (
@@ -44,14 +44,14 @@ COPIES = {"aten._to_copy", "aten.copy_", "aten._foreach_copy_"}
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and what the host would wait for, while `on` is set.
+    """Counts operators and waits of the host while `on` is set.
 
     Attributes:
         on: whether operators are counted.
         operators: counts by name. Views and allocations do not count; the launch of a Triton kernel counts as one.
-        waits: counts by kind, operator and the calling function of this package. The kinds are "wait", the host needs
-            a value; "copy" between host and device, for which the host waits unless its memory is pinned; and
-            "mixed", tensors of several devices, which is an error on a GPU.
+        waits: counts by kind, operator and the calling function of this package. The kinds are "wait": the host needs
+            a value; "copy": a copy between host and device, for which the host waits unless its memory is pinned; and
+            "mixed": tensors on several devices, which is an error on a GPU.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ def _caller() -> str:
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[tuple[Watch, Accelerator]]:
-    """Makes new CUDA tensors fake within the block; yields the watch, and an accelerator with a fake GPU in bf16."""
+    """Makes new CUDA tensors fake within the block; yields the watch and a bf16 accelerator with a fake GPU."""
     import torch.cuda.amp.common as amp_common
 
     watch = Watch()
@@ -145,7 +145,7 @@ def fake_cuda() -> Iterator[tuple[Watch, Accelerator]]:
         (F, "scaled_dot_product_attention", _attention),  # torch's queries the GPU to choose a kernel
         # torch's version reads the memory, which a fake tensor does not have.
         (torch.Tensor, "__deepcopy__", lambda tensor, memo: memo.setdefault(id(tensor), tensor.detach().clone())),
-        (nn.Module, "to", lambda module, *_, **__: module),  # on_fake_cuda has moved it already
+        (nn.Module, "to", lambda module, *_, **__: module),  # on_fake_cuda has already moved it
     ]
     try:
         with contextlib.ExitStack() as stack:
@@ -179,7 +179,7 @@ def _fill_gradients(accelerator: Accelerator) -> Callable[[torch.Tensor], None]:
 
 
 def on_fake_cuda(model: nn.Module) -> nn.Module:
-    """Replaces a model's tensors by fake ones of the same shapes, strides and dtypes; only within `fake_cuda`."""
+    """Replaces a model's tensors with fake ones of the same shape, stride and dtype; call it within `fake_cuda`."""
     fakes: dict[int, Any] = {}
 
     def fake(tensor: torch.Tensor) -> Any:
@@ -210,7 +210,7 @@ def watch_step(
     Args:
         model: a model on the CPU (see `runner.training.model`); it is modified.
         recipe: how it is trained; `compile` must be off.
-        open_stream: opens the training batches on a device; there are at least two.
+        open_stream: opens the training batches on a device; there must be at least two.
         teacher: see `runner.training.loop.train`; it is modified.
         classes: number of classes of the dataset.
     """

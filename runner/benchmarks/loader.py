@@ -1,4 +1,4 @@
-"""Speed of loading: resident and streaming batches against torchvision's DataLoader and FFCV's own Loader.
+"""Compares the speed of resident and streaming batches with torchvision's DataLoader and FFCV's own Loader.
 
 All use the same split, batch size and augmentation (crop with padding 4, flip, normalize to float32): torchvision as
 in its documentation (v2 transforms, worker processes), FFCV as in its CIFAR example. They take turns, and ratios are
@@ -29,7 +29,7 @@ from runner.system.environment import usable_cores
 
 GOALS = {"ratio_resident_to_torchvision": "≥ 50", "ratio_resident_to_ffcv": "≥ 8"}
 PADDING = 4
-Epoch = Callable[[int], Iterator[Any]]  # from an epoch's number to its batches of images and labels
+Epoch = Callable[[int], Iterator[Any]]  # maps the number of an epoch to its batches of images and labels
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class LoaderBenchmark:
     """Compare the loaders on a prepared dataset, in turn, and print the ratios of their rates."""
 
     data: Path
-    """Folder made by `python -m data_prep prepare`."""
+    """Dataset folder written by `python -m data_prep prepare`."""
     batch_size: Count = 512
     """Images per batch."""
     workers: Annotated[int, Meta(ge=1, le=1024)] = 2
-    """Worker processes of torchvision's DataLoader, decoding threads of FFCV."""
-    rounds: measure.Rounds = measure.LEAST_ROUNDS
-    """Turns that each loader takes."""
+    """Worker processes of torchvision's DataLoader, and decoding threads of FFCV."""
+    rounds: measure.Rounds = measure.MIN_ROUNDS
+    """Number of measurements per loader."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
 
@@ -65,7 +65,7 @@ class LoaderBenchmark:
             "cores": usable_cores(),
         }
         results = ratios(measured) | first_batch
-        measure.conclude("images per second", results, GOALS, {"settings": settings}, self.json)
+        measure.report_ratios("images per second", results, GOALS, {"settings": settings}, self.json)
 
 
 def loaders(benchmark: LoaderBenchmark, manifest: Manifest, device: torch.device) -> dict[str, Epoch]:
@@ -79,7 +79,7 @@ def loaders(benchmark: LoaderBenchmark, manifest: Manifest, device: torch.device
 
 
 def rates(benchmark: LoaderBenchmark, manifest: Manifest, epochs: dict[str, Epoch]) -> dict[str, Callable[[], float]]:
-    """Returns for every loader a function that iterates over batches and returns images per second."""
+    """Returns, for every loader, a function that iterates over batches and returns images per second."""
     per_epoch = manifest.splits["train"].images // benchmark.batch_size
     # Whole epochs only: a reader that stops in the middle of one would keep working during the next turn.
     # torchvision's epoch has a third of the images, so that its turn is not much longer than the others'.
@@ -158,7 +158,7 @@ class _Images(torch.utils.data.Dataset):
 def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     """Returns FFCV's Loader with the operations of its CIFAR example (flip, translate, normalize), in random order."""
     cpu.choose_openmp()
-    with cpu.torch_threads_kept():
+    with cpu.preserve_torch_num_threads():
         from ffcv import transforms
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -183,7 +183,7 @@ def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
         )
 
     def epoch(number: int) -> Iterator[Any]:
-        with cpu.torch_threads_kept():
+        with cpu.preserve_torch_num_threads():
             return iter(loader)
 
     return epoch

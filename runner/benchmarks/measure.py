@@ -1,4 +1,4 @@
-"""Ratios that are robust on a busy machine: candidates take turns, and ratios are taken within each round."""
+"""Measures ratios that are robust on a busy machine: candidates take turns, and ratios are taken within a round."""
 
 import contextlib
 import sys
@@ -17,9 +17,9 @@ from runner.common.errors import UserError
 from runner.common.files import write_atomically
 from runner.system import environment
 
-LEAST_ROUNDS = 7  # for a spread
-Rounds = Annotated[int, Meta(ge=LEAST_ROUNDS, le=10**9)]
-Steps = Annotated[int, Meta(ge=3, le=10**9)]  # time is measured from the second to the last
+MIN_ROUNDS = 7  # enough for a spread
+Rounds = Annotated[int, Meta(ge=MIN_ROUNDS, le=10**9)]
+Steps = Annotated[int, Meta(ge=3, le=10**9)]  # time is measured from the second step to the last
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, descript
         description: title of the progress bar.
 
     Returns:
-        For each candidate its measurement in every round.
+        The measurements of each candidate, one per round.
     """
     names = list(candidates)
     measured: dict[str, list[float]] = {name: [] for name in names}
@@ -55,17 +55,17 @@ def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, descript
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
-    """Divides round by round."""
+    """Returns the median, minimum and maximum of the ratios, which are taken round by round."""
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def spread(values: list[float]) -> Ratio:
-    """Returns the median, minimum and maximum of values, one of each round."""
+    """Returns the median, minimum and maximum of values, one per round."""
     return Ratio(median(values), min(values), max(values), len(values))
 
 
 def accelerate_launch(processes: int, precision: str) -> list[str]:
-    """Returns Python's arguments that start ranks on this node; `-m MODULE` and its arguments follow."""
+    """Returns the arguments of Python that start ranks on this node; the caller appends `-m MODULE ARGUMENTS`."""
     argv = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
     argv += ["--main_process_port", "0", "--mixed_precision", precision, "--dynamo_backend", "no"]
     return [*argv, *(["--multi_gpu"] if processes > 1 else [])]
@@ -108,7 +108,7 @@ def make_step(model: Any, optimizer: Any, device: str, backward: Callable[[Any],
 def before_every_step(callback: Callable[[], None]) -> Iterator[None]:
     """Calls `callback` before every optimizer step of `runner train` in this process.
 
-    Every step sets its learning rate once, and the callback runs there.
+    The callback runs where a step sets its learning rate, which happens once per step.
     """
     from runner.training import optim
 
@@ -122,7 +122,7 @@ def before_every_step(callback: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def conclude(
+def report_ratios(
     title: str,
     ratios: dict[str, Ratio],
     goals: dict[str, str],
@@ -135,10 +135,10 @@ def conclude(
     Args:
         title: title of the table.
         ratios: ratios by name, e.g. "ratio_resident_to_ffcv".
-        goals: goals of some of the ratios, as text.
+        goals: goals for some of the ratios, as text.
         more: other content of the JSON file, e.g. the settings.
-        out: the JSON file; None for none.
-        shown_only: figures for the table only, such as seconds, which do not compare across machines.
+        out: the JSON file to write, or None.
+        shown_only: figures for the table only, such as seconds, which are not comparable across machines.
     """
     hardware = environment.describe_hardware()
     table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {hardware}")

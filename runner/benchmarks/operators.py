@@ -25,7 +25,7 @@ from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 
 RESULT = Path(__file__).parent / "results" / "operators.json"
-BATCH = 128  # images at most; the counts do not depend on it
+BATCH = 128  # maximum batch size; the counts do not depend on it
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Operators:
     """Count the operators and the waits of one training step of each experiment, on fake CUDA tensors."""
 
     json: Path | None = None
-    """File to write the rows to."""
+    """JSON file for the rows."""
 
     def __call__(self) -> None:
         known = experiments.load()

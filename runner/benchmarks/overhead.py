@@ -1,4 +1,4 @@
-"""Overhead of the runner: `runner train` against two hand-written loops.
+"""Measures the overhead of the runner: `runner train` against two hand-written loops.
 
 All use the same model, optimizer, precision, batch size and process settings (threads, memory reuse), each in a fresh
 process, in turn. The shortest loop has its batches ready in memory and only trains: no augmentation, no metrics, no
@@ -44,20 +44,20 @@ class OverheadBenchmark:
     """Compare `runner train` with the shortest loop, in turn, and print the ratio of their wall times."""
 
     data: Path
-    """Folder made by `python -m data_prep prepare`."""
+    """Dataset folder written by `python -m data_prep prepare`."""
     experiment: str = "podeti-mobilenetv2"
-    """What is trained."""
+    """Name of the experiment to train."""
     steps: measure.Steps = 20
-    """Optimizer steps of each turn."""
+    """Optimizer steps per measurement."""
     batch: Count | None = None
-    """Images of a step; by default the recipe's."""
+    """Images per step; by default the recipe's batch size."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where: in fp32 on the CPU, in bf16 on a GPU."""
-    rounds: measure.Rounds = measure.LEAST_ROUNDS
-    """Turns that each takes."""
+    """Device to train on: in fp32 on the CPU, in bf16 on a GPU."""
+    rounds: measure.Rounds = measure.MIN_ROUNDS
+    """Number of measurements per candidate."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
-    part: Annotated[Program | None, tyro.conf.arg(help="Run one part in this process and print its clock.")] = None
+    part: Annotated[Program | None, tyro.conf.arg(help="Run one part in this process and print its times.")] = None
 
     def __call__(self) -> None:
         experiments.get(self.experiment)
@@ -82,7 +82,7 @@ class OverheadBenchmark:
         seconds = {"seconds_to_first_step_beyond_imports": measure.spread(beyond_imports)}
         settings = {"experiment": self.experiment, "steps": self.steps, "cores": usable_cores()}
         settings |= {"batch": self.recipe().batch_size, "device": self.device}
-        measure.conclude("overhead of the runner", ratios, GOALS, {"settings": settings}, self.json, seconds)
+        measure.report_ratios("overhead of the runner", ratios, GOALS, {"settings": settings}, self.json, seconds)
 
     def timed(self, program: str, clocks: list[list[float]]) -> float:
         """Runs a program in a fresh process, appends the times of its steps to `clocks`, and returns the last.
@@ -103,7 +103,7 @@ class OverheadBenchmark:
         return clocks[-1][-1]
 
     def runner(self) -> list[float]:
-        """Trains by `runner train`; returns the time of each step."""
+        """Trains with `runner train`; returns the time of each step."""
         from runner import cli
 
         clock: list[float] = []
@@ -119,7 +119,7 @@ class OverheadBenchmark:
         return clock
 
     def loop(self) -> list[float]:
-        """Trains by the shortest loop; returns the time of each step."""
+        """Trains with the shortest loop; returns the time of each step."""
         from runner.data.open import RankInfo, open_manifest, open_split
 
         model, optimizer, device = self.prepare()
@@ -128,7 +128,7 @@ class OverheadBenchmark:
         return self.train(model, optimizer, batches)
 
     def accelerate(self) -> list[float]:
-        """Trains by the usual loop; returns the time of each step."""
+        """Trains with the usual loop; returns the time of each step."""
         import torch
         from accelerate import Accelerator
 
@@ -184,7 +184,7 @@ class OverheadBenchmark:
         return clock
 
     def tick(self, clock: list[float]) -> None:
-        """Appends the time; the GPU is synchronized at the steps between which wall time is measured."""
+        """Appends the current time; synchronizes the GPU at the two steps between which wall time is measured."""
         if len(clock) in (1, self.steps - 1):
             measure.synchronize(self.device)
         clock.append(time.time())

@@ -1,4 +1,4 @@
-"""Collects the runs of the papers' experiments into the file that the README's table of accuracies is made from.
+"""Collects runs of the papers' experiments into the file from which the README's accuracy table is generated.
 
 python -m runner.benchmarks.papers runs --json runner/benchmarks/results/papers-gpu.json
 """
@@ -15,8 +15,9 @@ from runner import experiments
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
 from runner.config.recipe import Experiment, differences, to_json
-from runner.report import collect
-from runner.report.collect import Outcome, RunRecord
+from runner.report import collect, compare
+from runner.report.compare import Outcome
+from runner.report.run_record import RunRecord
 from runner.run.folder import Run, find_runs
 from runner.run.schema import Hardware
 
@@ -26,8 +27,8 @@ class PaperOutcome(Outcome, kw_only=True):
 
     Attributes:
         epochs_test_accuracy: for each seed the test accuracy after every epoch, in 0..1.
-        test_accuracy_augmented: of each run, with test-time augmentation; None if it has none.
-        fingerprint: of the dataset.
+        test_accuracy_augmented: for each run the test accuracy with test-time augmentation; None without it.
+        fingerprint: fingerprint of the dataset.
     """
 
     epochs_test_accuracy: dict[int, list[float]]
@@ -44,9 +45,9 @@ class Papers:
     """Collect finished runs: accuracy of every epoch, reported and reproduced, data, seeds, hardware, versions."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
-    """Run folders, or folders that hold some at any depth."""
+    """Run folders, or folders that contain run folders at any depth."""
     json: Path | None = None
-    """File to write."""
+    """JSON file to write."""
 
     def __call__(self) -> None:
         outcomes = collect_outcomes(find_runs(list(self.runs)))
@@ -58,20 +59,20 @@ class Papers:
 
 
 def collect_outcomes(runs: list[Run]) -> list[PaperOutcome]:
-    """The outcome of each experiment that has finished runs."""
-    return [paper_outcome(group) for group in collect.group_by_training([collect.read(run) for run in runs])]
+    """Returns the outcome of each experiment that has finished runs."""
+    return [paper_outcome(group) for group in compare.group_by_training([collect.read(run) for run in runs])]
 
 
 def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
-    """The outcome of finished runs that differ only in their seed."""
+    """Returns the outcome of finished runs that differ only in their seed."""
     config = group[0].config
     outcome = PaperOutcome(
-        **msgspec.structs.asdict(collect.outcome(group)) | {"folders": UNSET},
+        **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},
         epochs_test_accuracy={
             record.config.seed: [row.test_accuracy for row in record.metrics if row.test_accuracy is not None]
             for record in group
         },
-        test_accuracy_augmented=[collect.row(record).test_accuracy_augmented for record in group],
+        test_accuracy_augmented=[compare.run_row(record).test_accuracy_augmented for record in group],
         precision=config.precision,
         world_size=config.world_size,
         hardware=config.hardware,
@@ -86,14 +87,17 @@ def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
 
 
 def compare_with_registered(outcome: PaperOutcome, trained: Experiment, registered: Experiment) -> None:
-    """Sets overrides and difference of an outcome against the registered experiment, which may have changed since."""
+    """Sets the overrides and difference of an outcome relative to the experiment as it is registered now."""
     registered_setup = Experiment(registered.architecture, registered.recipe, registered.paper)
     outcome.overrides = differences(registered_setup, trained)
     outcome.recipe_epochs = registered.recipe.epochs
-    complete = outcome.epochs >= registered.recipe.epochs - 1e-9
-    comparable = complete and not (outcome.overrides or outcome.teacher or outcome.started_from)
     outcome.difference = None
-    if comparable and outcome.reproduced is not None and registered.reported is not None:
+    if (
+        outcome.unchanged
+        and not outcome.incomplete
+        and outcome.reproduced is not None
+        and registered.reported is not None
+    ):
         outcome.difference = outcome.reproduced - registered.reported.accuracy
 
 

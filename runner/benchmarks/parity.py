@@ -1,4 +1,4 @@
-"""Collects the parity gate's reports of trained runs into one file, from which the README's table is made.
+"""Collects the parity gate's reports of trained runs into one file, from which the README's table is generated.
 
 python -m runner.benchmarks.parity runs --json runner/benchmarks/results/parity-cpu.json
 """
@@ -21,9 +21,9 @@ class Parity:
     """Collect the reports of `runner parity` from trained runs: accuracies, agreement, limits."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
-    """Run folders, or folders that hold some at any depth."""
+    """Run folders, or folders that contain run folders at any depth."""
     json: Path | None = None
-    """File to write."""
+    """JSON file to write."""
 
     def __call__(self) -> None:
         scored = [
@@ -44,7 +44,7 @@ class Parity:
 
 
 def _entry(summary: Summary, report: ParityReport) -> dict[str, Any]:
-    """What the table needs of one run."""
+    """Returns the fields of one run that the table needs."""
     trained = {key: getattr(summary, key) for key in ("experiment", "seed", "epochs", "steps", "dataset")}
     scores = msgspec.to_builtins(report)
     return trained | {key: value for key, value in scores.items() if key not in ("run", "hardware", "versions")}

@@ -1,9 +1,9 @@
-"""Cost of ranks: several processes against one, and DDP with one process against no DDP.
+"""Measures the cost of ranks: several processes against one, and DDP with one process against no DDP.
 
 The processes run `runner train` under `accelerate launch`; the ratio is of the wall time from the second step to the
 last. On the CPU, two gloo processes with one thread each share the cores of the single process, and train the same
-global batches. With GPUs, all of them train by NCCL against one, with the same number of images on each. DDP with one
-process measures the wrapper alone: the same loop on the same fixed batch, with and without it.
+global batches. With GPUs, all of them train with NCCL against one, with the same number of images per GPU. DDP
+with one process measures the wrapper alone: the same loop on the same fixed batch, with and without it.
 
     python -m runner.benchmarks.scaling --data data/cifar10 --json scaling.json
 """
@@ -26,7 +26,7 @@ from runner.config.recipe import Count
 from runner.system import environment, launcher
 
 GOALS = {"ratio_ranks_to_one_process": "≤ 1.10", "ratio_ddp_of_one_to_none": "≤ 1.03"}
-DDP_STEPS = {"cpu": 5, "cuda": 50}  # of each turn with the wrapper and without
+DDP_STEPS = {"cpu": 5, "cuda": 50}  # steps per measurement, with the wrapper and without
 SECONDS = "seconds: "  # prefix of the line in which the first rank reports its time
 
 
@@ -35,16 +35,16 @@ class ScalingBenchmark:
     """Compare several processes with one, and DDP with one process with none, in turn."""
 
     data: Path
-    """Folder made by `python -m data_prep prepare`."""
+    """Dataset folder written by `python -m data_prep prepare`."""
     experiment: str = "podeti-mobilenetv2"
-    """What is trained."""
+    """Name of the experiment to train."""
     steps: measure.Steps = 12
-    """Optimizer steps of each turn."""
-    rounds: measure.Rounds = measure.LEAST_ROUNDS
-    """Turns that each takes."""
+    """Optimizer steps per measurement."""
+    rounds: measure.Rounds = measure.MIN_ROUNDS
+    """Number of measurements per candidate."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
-    batch: Annotated[Count | None, tyro.conf.arg(help="Train as one rank of a turn, with this global batch.")] = None
+    batch: Annotated[Count | None, tyro.conf.arg(help="Train as one rank, with this global batch size.")] = None
 
     def __call__(self) -> None:
         from runner.data.open import open_manifest
@@ -75,10 +75,10 @@ class ScalingBenchmark:
             "images": "as many for each rank" if gpus else "the same global batch",
             "cores": environment.usable_cores(),
         }
-        measure.conclude("price of ranks", ratios, GOALS, {"settings": settings}, self.json)
+        measure.report_ratios("cost of ranks", ratios, GOALS, {"settings": settings}, self.json)
 
     def launched(self, processes: int, batch: int) -> float:
-        """Trains on several processes; returns the seconds from the second step to the last.
+        """Trains with several processes; returns the seconds from the second step to the last.
 
         Args:
             processes: number of ranks.
@@ -128,7 +128,7 @@ def ddp_of_one(name: str, data: Path, rounds: int, device: str) -> dict[str, lis
         device: "cuda" or "cpu".
 
     Returns:
-        Seconds of each round.
+        The seconds per round, by name.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel

@@ -1,4 +1,4 @@
-"""The tables of README.md and runner/benchmarks/README.md, made from the committed results.
+"""Generates the tables of README.md and runner/benchmarks/README.md from the committed results.
 
 A cell without a result says so.
 
@@ -73,7 +73,7 @@ class ParityRun(msgspec.Struct):
 
 
 class ParityFile(msgspec.Struct):
-    """parity-cpu.json, which parity.py writes."""
+    """The content of parity-cpu.json, which parity.py writes."""
 
     hardware: Hardware
     versions: dict[str, str]
@@ -81,7 +81,7 @@ class ParityFile(msgspec.Struct):
 
 
 def read_part(name: str) -> PartFile | None:
-    """The results of a part of the GPU benchmark; None if it has not run.
+    """Returns the results of a part of the GPU benchmark; None if it has not run.
 
     Raises:
         UserError: the file is from a rehearsal on a CPU.
@@ -96,13 +96,13 @@ def read_part(name: str) -> PartFile | None:
 
 
 def read_findings(name: str) -> dict[str, Finding]:
-    """The measured findings of a part of the GPU benchmark by name; empty if it has not run."""
+    """Returns the measured findings of a part of the GPU benchmark by name; empty if it has not run."""
     part = read_part(name)
     return {key: finding for key, finding in part.findings.items() if was_measured(finding)} if part else {}
 
 
 def results() -> str:
-    """The experiments that were trained in full: reported and reproduced accuracy."""
+    """Returns the table of experiments that were trained in full: reported and reproduced accuracy."""
     known, rows, legend = experiments.load(), [], _Legend()
     for file in ("papers-cpu", "papers-gpu"):
         for name, outcome in read_unchanged_experiments(file).items():
@@ -114,7 +114,7 @@ def results() -> str:
 
 
 def papers() -> str:
-    """Every experiment: reported accuracy, and the accuracy reproduced on the CPU and on a GPU."""
+    """Returns the table of all experiments: reported accuracy, and accuracy reproduced on the CPU and on a GPU."""
     cpu, gpu = (read_unchanged_experiments(f"papers-{device}") for device in ("cpu", "gpu"))
     rows = []
     for name, experiment in experiments.load().items():
@@ -134,10 +134,10 @@ def papers() -> str:
 
 
 def read_unchanged_experiments(name: str) -> dict[str, PaperOutcome]:
-    """The outcomes in a file by experiment, without those that changed more than the number of epochs.
+    """Returns the outcomes in a file by experiment, except those that changed more than the number of epochs.
 
     Raises:
-        UserError: there are two outcomes of an experiment.
+        UserError: an experiment has two outcomes.
     """
     path = RESULTS / f"{name}.json"
     entries = read(path, dict[str, Any]).get("experiments", []) if path.is_file() else []
@@ -150,13 +150,13 @@ def read_unchanged_experiments(name: str) -> dict[str, PaperOutcome]:
 
 
 def _reported(experiment: Experiment) -> str:
-    """The accuracy that a paper reports, with its split and epoch; a dash if there is none."""
+    """Returns the accuracy that a paper reports, with its split and epoch; a dash if there is none."""
     reported = experiment.reported
     return f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–"
 
 
 def _accuracy(outcome: PaperOutcome | None) -> str:
-    """An accuracy with its dataset, epochs and seeds."""
+    """Returns an accuracy as text, with its dataset, epochs and seeds."""
     if outcome is None:
         return MISSING
     if outcome.reproduced is None:
@@ -171,7 +171,7 @@ def _accuracy(outcome: PaperOutcome | None) -> str:
 
 
 def ratios() -> str:
-    """The ratios measured by the benchmarks of loaders, overhead, ranks, deployment and of speed on the GPU."""
+    """Returns the table of ratios from the benchmarks of loaders, overhead, ranks, deployment and GPU speed."""
     rows, legend = [], _Legend()
     for name in ("loader-cpu", "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
         path = RESULTS / f"{name}.json"
@@ -196,7 +196,7 @@ def _spread(ratio: Ratio) -> str:
 
 
 def correctness() -> str:
-    """Results of the GPU benchmark's part on correctness."""
+    """Returns the table of the GPU benchmark's correctness part."""
     findings = read_findings("correctness")
     tests = read_findings("tests").get("pytest", {})
     rows = [["GPU tests", f"{tests['passed']} passed, {len(tests['failed_tests'])} failed" if tests else MISSING]]
@@ -232,7 +232,7 @@ def _identity(finding: Finding | None, key: str, what: str) -> str:
 
 
 def architectures() -> str:
-    """Training speed of every architecture: images per second, share of the peak, memory."""
+    """Returns the table of training speeds: images per second, share of the peak, and memory of each architecture."""
     findings = read_findings("speed")
     rows = []
     for name in dict.fromkeys(key.split("/")[1] for key in findings if key.startswith("architectures/")):
@@ -247,7 +247,7 @@ def architectures() -> str:
 
 
 def speedrun() -> str:
-    """Seconds to an accuracy, of this project and of another one."""
+    """Returns the table of the speed run: seconds to an accuracy, for this project and for another one."""
     findings = read_findings("speedrun").get("together", {})
     rows = []
     for name in ("ours/eager", "ours/compiled", "peer"):
@@ -269,7 +269,7 @@ def speedrun() -> str:
 
 
 def profile() -> str:
-    """What a training step spends its time on, as text and as a picture."""
+    """Returns what a training step spends its time on, as text and as a figure."""
     texts = [finding["told"] for finding in read_findings("profile").values() if "told" in finding]
     if not texts:
         return f"Where the time of a step goes: {MISSING}."
@@ -277,7 +277,7 @@ def profile() -> str:
 
 
 def deployment() -> str:
-    """Latency on the GPU by backend and precision, of files that passed the gate."""
+    """Returns the table of GPU latencies by backend and precision, for files that passed the parity gate."""
     rows = []
     for name, finding in read_findings("deployment").items():
         if "parity" in name or "rows" not in finding:
@@ -292,7 +292,7 @@ def deployment() -> str:
 
 
 def parity() -> str:
-    """Parity of the exported files of trained runs, on the CPU and on a GPU."""
+    """Returns the table of parity results of trained runs, on the CPU and on a GPU."""
     rows, legend = [], _Legend()
     path = RESULTS / "parity-cpu.json"
     if path.is_file():
@@ -344,7 +344,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 class _Legend:
-    """The machines of a table, each with a letter that stands for it in the cells."""
+    """Assigns each machine of a table a letter, which represents it in the cells."""
 
     def __init__(self) -> None:
         self.letters: dict[str, str] = {}
@@ -353,13 +353,13 @@ class _Legend:
         return self.letters.setdefault(_machine(hardware, versions), chr(ord("A") + len(self.letters)))
 
     def __str__(self) -> str:
-        """The line below the table."""
+        """Returns the line below the table, which explains the letters."""
         machines = "; ".join(f"{letter}, {machine}" for machine, letter in self.letters.items())
         return f"Measured on: {machines or MISSING}."
 
 
 def _with_machine(name: str, text: str) -> str:
-    """A table with the GPU, driver and versions that a part of the GPU benchmark ran with."""
+    """Returns a table followed by the GPU, driver and versions of a part of the GPU benchmark."""
     part = read_part(name)
     if part is None:
         return text

@@ -1,1 +1,1 @@
-"""The commands of `runner`: each module has the flags, the help and the call of one."""
+"""The commands of `runner`: each module defines one command, with its options, help texts and action."""

@@ -6,33 +6,35 @@ from typing import Literal
 
 import msgspec
 
-from runner.commands.options import Device, Flag, Precision, RunFolders
+from runner.commands.options import Code, Device, Flag, Precision, RunFolders
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Positive
+from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 from runner.system.environment import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the latency of runs: the model in torch, onnxruntime, and, on a GPU, engines."""
+    """Measure the latency of runs in torch, in onnxruntime and, on a GPU, as TensorRT engines."""
 
     runs: RunFolders
-    """Run folders that are exported and have passed `runner parity`."""
+    """Folders of runs that have been exported and have passed `runner parity`."""
     batch: tuple[Count, ...] = (1, 8, 32)
     """Batch sizes to measure."""
     precision: tuple[Precision, ...] = ("fp32",)
-    """Which ONNX files and engines."""
+    """Precisions of the ONNX files and engines to measure."""
     backend: tuple[Literal["eager", "compiled", "onnxruntime", "engine"], ...] = ("eager", "onnxruntime", "engine")
-    """What runs the model; compiled needs about a minute for compilation."""
+    """Backends that run the model; compiled takes about a minute to compile."""
     seconds: Positive = 3.0
     """Minimum duration of each measurement."""
     repeats: Count = 100
-    """Minimum number of calls of each measurement."""
+    """Minimum number of calls per measurement."""
     threads: Count | None = None
     """Number of CPU threads; by default all usable cores."""
     device: Device = "auto"
-    """Where to compute; auto selects a GPU if there is one."""
+    """Device to compute on; auto selects a GPU if there is one."""
+    code: Code = TrustedCode()
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
@@ -49,7 +51,7 @@ class Bench:
         options = latency.BenchOptions(
             self.batch, self.precision, self.backend, self.seconds, self.repeats, self.threads
         )
-        reports = [latency.bench(Run(run), options, self.device, environ) for run in self.runs]
+        reports = [latency.bench(Run(run, self.code), options, self.device, environ) for run in self.runs]
         if self.json:
             print(msgspec.json.encode(reports).decode())
         else:

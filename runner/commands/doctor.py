@@ -27,7 +27,7 @@ from runner.common.errors import UserError
 from runner.system import environment
 from runner.tracking import tracker
 
-ENOUGH_SPACE = 10 * 2**30  # bytes; the runs of a sweep can take as much
+ENOUGH_SPACE = 10 * 2**30  # bytes; the runs of a sweep can take that much
 ALL_REDUCE_SECONDS = 180
 WANDB_SECONDS = 5
 
@@ -53,9 +53,9 @@ def examine(data: Path | None, runs: Path, ranks: int | None, environ: Mapping[s
     """Runs all checks.
 
     Args:
-        data: prepared dataset; None to skip it.
+        data: prepared dataset; None to skip its check.
         runs: folder of runs.
-        ranks: number of processes of the all-reduce; None for one per GPU, or two on the CPU.
+        ranks: number of processes in the all-reduce; None for one per GPU, or two on the CPU.
         environ: the process environment.
     """
     checks: dict[str, Callable[[], Finding | Iterator[Finding]]] = {
@@ -90,7 +90,8 @@ def versions() -> Finding:
     found = environment.package_versions("tensorrt", "tensorrt-rtx")
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        return Finding("versions", "fault", listed, "torch 2.10 or later; before, weights_only=True could be bypassed")
+        remedy = "install torch 2.10 or later; before, weights_only=True can be bypassed"
+        return Finding("versions", "fault", listed, remedy)
     return Finding("versions", "well", listed)
 
 
@@ -105,7 +106,7 @@ def dataset(folder: Path | None) -> Finding:
     except UserError as error:
         return Finding("data", "fault", str(error), f"python -m data_prep prepare --source official --out {folder}")
     images = sum(split.images for split in manifest.splits.values())
-    return Finding("data", "well", f"{manifest.name}, {images:,} images, every file has its hash")
+    return Finding("data", "well", f"{manifest.name}, {images:,} images, all hashes match")
 
 
 def disk(runs: Path) -> Finding:
@@ -121,11 +122,11 @@ def disk(runs: Path) -> Finding:
             (Path(folder) / "new").rename(Path(folder) / "renamed")
             seconds = time.perf_counter() - start
     except OSError as error:
-        return Finding("disk", "fault", f"{existing}: {error.strerror}", "another folder for --runs")
+        return Finding("disk", "fault", f"{existing}: {error.strerror}", "use another folder for --runs")
     free = shutil.disk_usage(existing).free
     found = f"{existing}: {free / 2**30:,.0f} GiB free, 8 MiB synced and renamed in {seconds * 1e3:.0f} ms"
     if free < ENOUGH_SPACE:
-        return Finding("disk", "warning", found, "free some: a full disk ends runs at their next checkpoint")
+        return Finding("disk", "warning", found, "free some space: a full disk ends runs at their next checkpoint")
     return Finding("disk", "well", found)
 
 
@@ -138,8 +139,8 @@ def gpus() -> Iterator[Finding]:
         yield Finding("GPUs", "warning", "none", "train with --device cpu, or check the driver with nvidia-smi")
         return
     if not torch.cuda.is_available():
-        found = f"{count} by the driver, none by torch {torch.__version__} (CUDA {torch.version.cuda})"
-        yield Finding("GPUs", "fault", found, "a torch for the driver's CUDA version, or a newer driver")
+        found = f"{count} found by the driver, none by torch {torch.__version__} (CUDA {torch.version.cuda})"
+        yield Finding("GPUs", "fault", found, "install torch for the driver's CUDA version, or a newer driver")
         return
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -149,13 +150,13 @@ def gpus() -> Iterator[Finding]:
         if not ((ones @ ones) == 64).all():
             yield Finding(f"GPU {index}", "fault", f"{found}; a bf16 product is wrong", "check the driver and the GPU")
         elif major < 8:
-            yield Finding(f"GPU {index}", "warning", found, "bf16 is slow before Ampere: --precision fp16")
+            yield Finding(f"GPU {index}", "warning", found, "bf16 is slow before Ampere; use --precision fp16")
         else:
             yield Finding(f"GPU {index}", "well", found)
 
 
 def all_reduce(ranks: int | None, environ: Mapping[str, str]) -> Finding:
-    """Sums the ranks of processes under `accelerate launch`, by NCCL with GPUs and by gloo without."""
+    """Sums the ranks of processes under `accelerate launch`, with NCCL on GPUs and with gloo otherwise."""
     count = environment.count_gpus()
     ranks = ranks or max(2, count)
     on_gpus = count >= ranks
@@ -174,28 +175,30 @@ def all_reduce(ranks: int | None, environ: Mapping[str, str]) -> Finding:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        found = f"{ranks} ranks by {backend}: no answer in {ALL_REDUCE_SECONDS} s"
-        return Finding("all-reduce", "fault", found, "NCCL_DEBUG=INFO, or NCCL_P2P_DISABLE=1 to rule out the links")
+        found = f"{ranks} ranks with {backend}: no answer in {ALL_REDUCE_SECONDS} s"
+        remedy = "set NCCL_DEBUG=INFO for details, or NCCL_P2P_DISABLE=1 to rule out the links between GPUs"
+        return Finding("all-reduce", "fault", found, remedy)
     expected = f"sum {sum(range(ranks))}"
     if result.returncode != 0 or expected not in result.stdout:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        return Finding("all-reduce", "fault", f"{ranks} ranks by {backend}: {last}", "NCCL_DEBUG=INFO shows more")
-    return Finding("all-reduce", "well", f"{ranks} ranks by {backend} agree")
+        found = f"{ranks} ranks with {backend}: {last}"
+        return Finding("all-reduce", "fault", found, "set NCCL_DEBUG=INFO for details")
+    return Finding("all-reduce", "well", f"{ranks} ranks with {backend} agree")
 
 
 def rendezvous() -> Finding:
-    """Checks that the host name resolves to an address outside the loopback and accepts a TCP connection from here."""
+    """Checks that the host name resolves to a non-loopback address, which accepts a TCP connection from here."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        remedy = "an address for --main_process_ip instead of a name"
+        remedy = "pass an address to --main_process_ip instead of a name"
         return Finding("rendezvous", "warning", f"{name}: does not resolve", remedy)
     with socket.create_server(("", 0)) as server, socket.create_connection((address, server.getsockname()[1]), 5):
         pass
     if address.startswith("127."):
         found = f"{name} is {address}, which other nodes cannot reach"
-        return Finding("rendezvous", "warning", found, "give --main_process_ip the address of its network")
+        return Finding("rendezvous", "warning", found, "pass its network address to --main_process_ip")
     return Finding("rendezvous", "well", f"{name} is {address}, and accepts connections")
 
 
@@ -209,13 +212,13 @@ def slurm() -> Finding:
             "SLURM",
             "warning",
             "sbatch is installed, but no controller answers",
-            "SLURM_CONF, or a login node of the cluster",
+            "set SLURM_CONF, or use a login node of the cluster",
         )
     return Finding("SLURM", "well", "partition, nodes, GPUs: " + "; ".join(result.stdout.split("\n")[:4]).strip("; "))
 
 
 def wandb(environ: Mapping[str, str]) -> Finding:
-    """Checks that the W&B server answers, and that an API key is known."""
+    """Checks that the W&B server answers, and that there is an API key."""
     mode = environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         return Finding("W&B", "warning", f"WANDB_MODE={mode}", "unset it to go online")
@@ -227,25 +230,26 @@ def wandb(environ: Mapping[str, str]) -> Finding:
             if host.scheme == "https":
                 ssl.create_default_context().wrap_socket(plain, server_hostname=host.hostname).close()
     except OSError as error:
-        return Finding("W&B", "warning", f"{url}: {error}", "WANDB_MODE=offline avoids the wait; sync later")
+        return Finding("W&B", "warning", f"{url}: {error}", "set WANDB_MODE=offline to avoid waiting; sync later")
     if not tracker.has_key(environ):
-        return Finding("W&B", "warning", f"{url} answers, no key", "wandb login; without, runs are offline")
-    return Finding("W&B", "well", f"{url} answers, a key is known")
+        remedy = "run wandb login; without a key, runs are offline"
+        return Finding("W&B", "warning", f"{url} answers, but there is no API key", remedy)
+    return Finding("W&B", "well", f"{url} answers, and there is an API key")
 
 
 def onnxruntime() -> Finding:
-    """Checks which providers work in a session; the package lists more than that."""
+    """Checks which execution providers work; onnxruntime itself lists all that it was built with."""
     from runner.deploy import session
 
     providers = session.usable_providers()
     if environment.count_gpus() and "CUDAExecutionProvider" not in providers:
-        remedy = "CUDA and cuDNN of the versions that onnxruntime-gpu requires"
+        remedy = "install the CUDA and cuDNN versions that onnxruntime-gpu requires"
         return Finding("onnxruntime", "fault", ", ".join(providers), remedy)
     return Finding("onnxruntime", "well", ", ".join(providers))
 
 
 def tensorrt() -> Iterator[Finding]:
-    """Builds an engine of one layer with each TensorRT library that loads."""
+    """Builds a one-layer engine with each TensorRT library that loads."""
     from runner.deploy import engine
 
     built = False
@@ -258,7 +262,7 @@ def tensorrt() -> Iterator[Finding]:
             built = True
             yield Finding(backend, "well", f"builds an engine ({size:,} bytes)")
     if not built:
-        yield Finding("engines", "fault", "no library here builds engines", "pip install tensorrt-rtx")
+        yield Finding("engines", "fault", "no TensorRT library here can build engines", "pip install tensorrt-rtx")
 
 
 def show(findings: list[Finding]) -> None:
@@ -272,14 +276,14 @@ def show(findings: list[Finding]) -> None:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check this machine: data, disk, GPUs, all-reduce, rendezvous, W&B, onnxruntime, TensorRT; say what to do."""
+    """Check data, disk, GPUs, all-reduce, rendezvous, SLURM, W&B, onnxruntime and TensorRT; suggest what to fix."""
 
     data: Path | None = None
     """Prepared dataset to check, file by file."""
     runs: Path = Path("runs")
-    """Folder of runs, whose disk is checked."""
+    """Folder of runs; its disk is checked."""
     ranks: Annotated[int, Meta(ge=2)] | None = None
-    """Ranks of the all-reduce; by default one per GPU, or two on the CPU."""
+    """Number of ranks in the all-reduce; by default one per GPU, or two on the CPU."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 

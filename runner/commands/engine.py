@@ -1,4 +1,4 @@
-"""`runner engine`: builds TensorRT engines of exported files."""
+"""`runner engine`: builds TensorRT engines from exported files."""
 
 import dataclasses
 from collections.abc import MutableMapping
@@ -15,26 +15,26 @@ from runner.run.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Build TensorRT engines of an exported run, each with a sidecar that describes it."""
+    """Build TensorRT engines from a run's ONNX files, each with a sidecar that describes it."""
 
     run: RunFolder
-    """Run folder."""
+    """Folder of the run."""
     precision: tuple[Precision, ...] = ("fp32",)
-    """Which ONNX files; an engine has the precision of its graph."""
+    """Precisions of the ONNX files to build from; an engine has the precision of its graph."""
     raw: Flag = False
-    """Use the files with the raw front end."""
+    """Build from the files with the raw front end."""
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     """TensorRT, or TensorRT for RTX, which also builds without a GPU; auto selects TensorRT if its libraries load and
     there is a GPU."""
     batch: tuple[Count, Count, Count] = (1, 128, 512)
-    """Smallest, optimal and largest batch."""
+    """Minimum, optimal and maximum batch size."""
     target: tuple[str, ...] = ()
-    """Compute capabilities to build for, e.g. SM89 SM120 (tensorrt-rtx only); by default those of this machine's GPU,
-    or, without one, all from Ampere on."""
+    """Compute capabilities to build for, e.g. SM89 SM120 (tensorrt-rtx only); by default that of this machine's GPU,
+    or all from Ampere on if there is none."""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
-    """0 to 5: how long the builder searches for fast kernels; by default TensorRT decides."""
+    """0 to 5; higher levels search longer for fast kernels; by default TensorRT decides."""
     no_timing_cache: Flag = False
-    """Neither use nor store the builder's measurements of kernels (tensorrt only)."""
+    """Neither reuse nor store the builder's kernel timings (tensorrt only)."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from runner.commands.options import Calibration, Flag, Precision, RunFolder
+from runner.commands.options import Calibration, Code, Flag, Precision, RunFolder
 from runner.commands.output import note_unfinished
 from runner.common.console import track
 from runner.common.errors import UserError
 from runner.config.recipe import Count
+from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 
 FOR_INT8 = ("data", "calibration", "calibration_method")
@@ -21,25 +22,26 @@ class Export:
     """Export a run to ONNX, one file per precision, with a quick check against the model."""
 
     run: RunFolder
-    """Run folder."""
+    """Folder of the run."""
     precision: tuple[Precision, ...] = ("fp32",)
-    """fp32; fp16; int8, symmetric Q/DQ for TensorRT; int8-cpu, for onnxruntime on the CPU. The others are made from
-    fp32, which is exported first if it is missing or of earlier weights."""
+    """Precisions to export: fp32; fp16; int8, with symmetric Q/DQ pairs for TensorRT; int8-cpu, for onnxruntime on the
+    CPU. The others are converted from fp32, which is exported first if it is missing or its weights are outdated."""
     raw: Flag = False
-    """Also write files that take uint8 pixels (batch, H, W, 3) and normalize inside the graph."""
+    """Also write files that take uint8 pixels (batch, H, W, 3) and normalize them inside the graph."""
     calibration: Count = 512
-    """Number of training images from which int8 estimates the ranges of activations."""
+    """Number of training images for estimating the activation ranges of int8 files."""
     calibration_method: Calibration = "minmax"
-    """How int8 estimates the ranges."""
+    """How the activation ranges of int8 files are estimated."""
     data: Path | None = None
-    """Prepared dataset, for calibration; by default the one on which the run was trained."""
+    """Prepared dataset for calibration; by default the one that the run was trained on."""
+    code: Code = TrustedCode()
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.deploy import onnx, precision
 
-        run = Run(self.run)
+        run = Run(self.run, self.code)
         if not any(kind.startswith("int8") for kind in self.precision):
             for field in dataclasses.fields(self):
                 if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:

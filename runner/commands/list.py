@@ -1,4 +1,4 @@
-"""`runner list`: every experiment, or every grid."""
+"""`runner list`: lists every experiment, or every grid."""
 
 import dataclasses
 import json as json_format
@@ -15,11 +15,11 @@ class List:
     """List every experiment: paper, architecture, parameters, MACs, reported accuracy."""
 
     grids: Flag = False
-    """List the grids instead, with every trial; a trial is trained by its name like any experiment."""
+    """List the grids and their trials instead; a trial can be trained by name like any experiment."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
     experiments_from: tuple[str, ...] = ()
-    """Importable modules outside this package that define EXPERIMENTS as well."""
+    """Importable modules outside this package that define further EXPERIMENTS."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         if self.grids:

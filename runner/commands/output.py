@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output shared by several commands."""
 
 import statistics
 import sys
@@ -11,13 +11,13 @@ from runner.run.schema import Summary
 
 
 def note_unfinished(run: Run) -> None:
-    """Says on standard error which weights are used of a run that has not finished."""
+    """Prints to standard error that a run has not finished, and which of its weights are used."""
     if (state := run.state()) not in ("complete", "missing"):
         print(f"runner: {run.folder}: {state}, not finished; uses the weights of its last checkpoint", file=sys.stderr)
 
 
 def print_result(result: dict[str, Any], json: bool) -> None:
-    """Prints one evaluation as a line, or completely as JSON."""
+    """Prints one evaluation as one line, or in full as JSON."""
     line = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
     print(msgspec.json.encode(result).decode() if json else line.format(**result))
 

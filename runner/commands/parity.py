@@ -1,4 +1,4 @@
-"""`runner parity`: scores exported files beside the model."""
+"""`runner parity`: compares exported files with the model on the test set."""
 
 import dataclasses
 import sys
@@ -8,32 +8,34 @@ from typing import Literal
 
 import msgspec
 
-from runner.commands.options import Device, Flag, Precision, RunFolder
+from runner.commands.options import Code, Device, Flag, Precision, RunFolder
+from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 from runner.system import environment, launcher
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Score a run's ONNX files on the whole test set beside the model; exit code 1 if one exceeds its limit."""
+    """Compare a run's ONNX files with the model on the whole test set; exit code 1 if one exceeds its limit."""
 
     run: RunFolder
-    """Run folder."""
+    """Folder of the run."""
     precision: tuple[Precision, ...] = ()
-    """Which files; by default all that were exported. Raw front ends are included."""
+    """Precisions of the files to score; by default all that were exported. Files with a raw front end are included."""
     data: Path | None = None
-    """Prepared dataset; by default the one on which the run was trained."""
+    """Prepared dataset; by default the one that the run was trained on."""
     device: Device = "auto"
-    """Where to compute; on a GPU engines are scored as well."""
+    """Device to compute on; on a GPU, engines are scored as well."""
     backend: tuple[Literal["onnxruntime", "engine"], ...] = ()
-    """What must run the files; by default all that works here. Engines run only on a GPU."""
+    """Backends that must run the files; by default all that work here. Engines run only on a GPU."""
+    code: Code = TrustedCode()
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.deploy import onnx, parity
 
-        run = Run(self.run)
+        run = Run(self.run, self.code)
         for kind in self.precision or ("fp32",):
             onnx.exported(run, kind)
         files = [file for file in onnx.all_exported(run) if not self.precision or file.precision in self.precision]

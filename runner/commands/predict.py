@@ -17,16 +17,16 @@ class Predict:
     """Classify images with an exported model."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """ONNX file of `runner export`; a RUN, for its file that passed the gate; or an engine with its sidecar (on a
-    GPU)."""
+    """ONNX file written by `runner export`; a run folder, to use its file that passed the gate; or, on a GPU, an engine
+    with its sidecar next to it."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Image files, or folders of them."""
     batch: Count = 32
     """Number of images in a batch."""
     sheet: Path | None = None
-    """PNG file for a contact sheet: the images with their predictions."""
+    """PNG or JPEG file for a contact sheet: the images with their predictions."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where onnxruntime computes."""
+    """Device that onnxruntime runs on."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 

@@ -1,4 +1,4 @@
-"""`runner report`: the page, Markdown and W&B report that compare runs."""
+"""`runner report`: compares runs on an HTML page, as Markdown, or as a W&B report."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runner.commands.options import Flag, RunFolders
 from runner.common.errors import UserError
+from runner.common.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,16 +17,16 @@ class Report:
     """Compare runs on one HTML page that opens offline, as Markdown, or as a W&B report."""
 
     runs: RunFolders
-    """Run folders, or folders that hold some at any depth."""
+    """Run folders, or folders that contain run folders at any depth."""
     out: Path = Path("report.html")
     """HTML file to write the page to."""
     markdown: Path | None = None
     """Also write the tables as Markdown to this file."""
     wandb: str | None = None
-    """Also create or update the report in W&B, as ENTITY/PROJECT; its runs must have been logged there by training or
-    `runner sync`."""
+    """Also create or update the report in the W&B project ENTITY/PROJECT; the runs must have been logged there by
+    training or `runner sync`."""
     wandb_spec: Path | None = None
-    """Also write that report's specification to this file; needs no network."""
+    """Also write the W&B report's specification to this file; needs no network access."""
     json: Flag = False
     """Print the compared rows as JSON, and nothing else, on standard output."""
 
@@ -33,7 +34,8 @@ class Report:
         import msgspec
 
         from runner.common.files import write_atomically
-        from runner.report import collect, markdown, page
+        from runner.report import collect, compare, markdown, page
+        from runner.report.run_record import format_counts
         from runner.run.folder import find_runs
 
         if not self.runs:
@@ -60,27 +62,27 @@ class Report:
             if self.wandb is not None:
                 print(f"W&B report: {wandb_report.save(records, self.wandb)}", file=sys.stderr)
         if self.json:
-            rows = [collect.row(record) for record in records]
-            compared = {"runs": rows, "experiments": collect.outcomes(records), "unreadable": unreadable}
+            rows = [compare.run_row(record) for record in records]
+            compared = {"runs": rows, "experiments": compare.outcomes(records), "unreadable": unreadable}
             print(msgspec.json.encode(compared).decode())
         else:
-            print(f"{collect.printable(self.out)}: {collect.counts(records, unreadable)}")
+            print(f"{printable(self.out)}: {format_counts(records, unreadable)}")
 
 
 def check_outputs(outputs: dict[str, Path]) -> None:
-    """Checks that every file can be written, before any is.
+    """Checks that every file can be written before any of them is written.
 
     Args:
-        outputs: the files by option.
+        outputs: output files by option.
 
     Raises:
-        UserError: two options name one file, or a file cannot be written.
+        UserError: two options name the same file, or a file cannot be written.
     """
     options: dict[Path, str] = {}
     for option, path in outputs.items():
         other = options.setdefault(path.resolve(), option)
         if other != option:
-            raise UserError(f"{option} {path}: expected another file than that of {other}")
+            raise UserError(f"{option} {path}: expected a file other than that of {other}")
         try:
             if path.is_dir() or (path.exists() and not path.is_file()):
                 raise UserError(f"{option} {path}: expected a file, found a folder or device; choose another name")

@@ -1,4 +1,4 @@
-"""`runner show`: what a run is, how far it is, and where its files are."""
+"""`runner show`: prints what a run is, its progress, and where its files are."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ from runner.run.metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Show what a run is, how far it is, and where its files are."""
+    """Show what a run is, its progress, and where its files are."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, RUNS/NAME/RUN."""
@@ -36,7 +36,7 @@ class Show:
 
 
 def facts(run: Run) -> dict[str, str | list[str]]:
-    """What is known of a run, by name; a list has a line for each entry."""
+    """Returns the facts about a run by name; a list is printed with one line per entry."""
     config, rows, summary, ending = run.config(), read_metrics(run), run.read_summary(), run.read_ending()
     state = run.state()
     ranks = f"{config.world_size} ranks" if config.world_size > 1 else "1 rank"

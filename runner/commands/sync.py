@@ -10,10 +10,10 @@ from runner.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """Upload what W&B lacks of run folders: rows, tables, summary, artifacts; each once, however often called."""
+    """Upload what W&B lacks from run folders: rows, tables, summaries, artifacts. Nothing is uploaded twice."""
 
     runs: RunFolders
-    """Run folders, or folders that hold some at any depth."""
+    """Run folders, or folders that contain run folders at any depth."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
@@ -29,7 +29,7 @@ class Sync:
             raise UserError("RUNS: expected at least one run folder or folder of runs")
         runs = find_runs(list(self.runs))
         if not has_key(environ):
-            raise UserError("W&B: no key in WANDB_API_KEY or ~/.netrc; expected one, from: wandb login")
+            raise UserError("W&B: expected an API key in WANDB_API_KEY or ~/.netrc, found none; run: wandb login")
         synced = wandb_sync.sync(runs, environ)
         for one in synced:
             if one.reason:

@@ -1,1 +1,1 @@
-"""Utilities of the whole project; they import only the standard library, tyro and msgspec."""
+"""Utilities shared by the whole project. They import only the standard library, tyro and msgspec."""

@@ -1,7 +1,8 @@
-"""Command lines with options in any order and form, converted to the form that tyro parses.
+"""Parses command lines whose options are in any order and form, and converts them to the form that tyro parses.
 
-The types that declare options define their names and numbers of values, so every word is an option, a value of one,
-or positional, independent of its position. Repeated lists are concatenated; repeating any other option is an error.
+The types that declare the options define their names and how many values each takes. Every word is therefore an
+option, a value of an option, or a positional argument, regardless of where it stands. Repeated list options are
+concatenated; repeating any other option is an error.
 """
 
 import math
@@ -19,14 +20,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from runner.common.console import call_parser
 from runner.common.errors import UserError
 
-NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan).*")  # a negative number, which is no option
+NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan).*")  # a negative number is not an option
 NUMBER_OR_BOOL = re.compile(r"[-+.\d].*|True|False")
 NUMBERS = {"int": "an integer", "float": "a number"}
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def any_word(word: str) -> bool:
-    """Accepts every word: the values of an option that holds text or paths."""
+    """Accepts any word; for options whose values are text or paths."""
     return True
 
 
@@ -35,13 +36,14 @@ class Option:
     """The declaration of one option.
 
     Attributes:
-        name: as in the help, `--recipe.optimizer.lr`.
+        name: name as shown in the help, such as `--recipe.optimizer.lr`.
         nargs: number of values: 0 for a flag, None for one or more.
-        has_negative: a flag with a `--no-` form; it also takes `=true` and `=false`, as W&B's sweeps write it.
-        accepts: whether a word can be one of its values.
-        expected: its values, for messages.
-        is_prefix: the name is followed by a key of a dict, as in `--architecture.arguments.dropout`.
-        path: dotted path of the field that it sets, `recipe.optimizer.lr`.
+        has_negative: whether the option is a flag with a `--no-` form. Such a flag also accepts `=true` and `=false`,
+            the form that W&B sweeps use.
+        accepts: function that returns whether a word can be a value of the option.
+        expected: description of the values, for error messages.
+        is_prefix: whether a dict key follows the name, as in `--architecture.arguments.dropout`.
+        path: dotted path of the field that the option sets, such as `recipe.optimizer.lr`.
     """
 
     name: str
@@ -58,10 +60,10 @@ class ParsedOption:
     """An option and its values on a command line.
 
     Attributes:
-        spelling: how the command line spells it.
-        values: all values.
-        ambiguous: indices of the values that could be the positional word instead.
-        is_flag: whether it was written without a value.
+        spelling: the option as spelled on the command line.
+        values: all values of the option.
+        ambiguous: indices of the values that could be the positional argument instead.
+        is_flag: whether the option was given without a value.
     """
 
     spelling: str
@@ -75,24 +77,26 @@ class CommandLine:
     """A parsed command line.
 
     Attributes:
-        positional: words that belong to no option.
-        options: by name, in the order of first use.
+        positional: words that do not belong to any option.
+        options: parsed options by name, in order of first use.
     """
 
     positional: list[str] = field(default_factory=list)
     options: dict[str, ParsedOption] = field(default_factory=dict)
 
     def for_tyro(self, words: list[str]) -> list[str]:
-        """All words in tyro's form: the positional ones, and `words` of the options."""
-        if any(word.startswith("-") for word in self.positional):  # after `--`, so that none becomes an option
+        """Returns all words in tyro's form: the positional arguments, and `words`, which are those of the options."""
+        if any(word.startswith("-") for word in self.positional):  # after `--`, so that none is parsed as an option
             return [*words, "--", *self.positional]
         return [*self.positional, *words]
 
-    def words(self, of: Mapping[str, Option] | None = None, without: Mapping[str, Option] | None = None) -> list[str]:
-        """The words of the options in tyro's form: only options in `of`, without options in `without`."""
+    def words(
+        self, include: Mapping[str, Option] | None = None, exclude: Mapping[str, Option] | None = None
+    ) -> list[str]:
+        """Returns the words of the options in tyro's form: only options in `include`, and none in `exclude`."""
         words = []
         for name, option in self.options.items():
-            if (of is not None and name not in of) or (without is not None and name in without):
+            if (include is not None and name not in include) or (exclude is not None and name in exclude):
                 continue
             match option.values:
                 case []:
@@ -105,12 +109,12 @@ class CommandLine:
 
 
 def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]:
-    """The options that a dataclass or struct declares, by every spelling, aliases and `--no-` forms included.
+    """Returns the options that a dataclass or struct declares, by spelling, including aliases and `--no-` forms.
 
     Args:
         kind: the dataclass or struct.
-        prefix: prefix of the option names, `recipe.`.
-        path: of the fields, `recipe.`.
+        prefix: prefix of the option names, such as `recipe.`.
+        path: prefix of the dotted paths of the fields, such as `recipe.`.
     """
     options: dict[str, Option] = {}
     for field_name, annotation in get_type_hints(kind, include_extras=True).items():
@@ -135,18 +139,18 @@ def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]
 
 
 def _split_annotated(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without `Annotated`, and the metadata of `Annotated`."""
+    """Returns a type without its `Annotated` wrapper, and the metadata of the wrapper."""
     return (annotation.__origin__, annotation.__metadata__) if get_origin(annotation) is Annotated else (annotation, ())
 
 
 def _nested_types(hint: Any) -> list[Any]:
-    """The dataclasses or structs that a field may hold; empty for a plain value."""
+    """Returns the dataclasses or structs that a field may hold; the list is empty for a plain value."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return [k for k in kinds if isinstance(k, type) and (is_dataclass(k) or issubclass(k, msgspec.Struct))]
 
 
 def _option(hint: Any, name: str) -> Option:
-    """The option of a field that holds a plain value, list or dict."""
+    """Returns the option for a field that holds a plain value, list or dict."""
     if hint is bool:
         return Option(name, 0)
     if get_origin(hint) is dict:
@@ -159,8 +163,8 @@ def _option(hint: Any, name: str) -> Option:
 
 
 def _accepts(hint: Any) -> tuple[Callable[[str], bool], str]:
-    """A predicate for words that can be values of this type, by which the parser finds the end of a list, and a name
-    for such words."""
+    """Returns a predicate for words that can be values of this type, and a description of such words. The parser uses
+    the predicate to find the end of a list."""
     hint, _ = _split_annotated(hint)
     if get_origin(hint) is Literal:
         return lambda word: word in get_args(hint), " or ".join(get_args(hint))
@@ -183,16 +187,16 @@ def parse_words(
     required: bool = False,
     is_known: Callable[[str], bool] = lambda word: False,
 ) -> CommandLine:
-    """Parses the words of a command line into positional words and options.
+    """Parses the words of a command line into positional arguments and options.
 
-    A list takes all following words that can be its values. If the required positional word is then missing, it is
-    the last word that a list, or an option of a dict, took: `--experiments-from mine NAME`.
+    A list option takes all following words that can be its values. If the required positional argument is then
+    missing, it is the last word that a list option or a dict option took, as in `--experiments-from mine NAME`.
 
     Args:
-        words: after the name of the command.
-        options: by spelling.
-        required: whether exactly one positional word is required.
-        is_known: whether a word is certainly the positional one, if it can be.
+        words: the words after the name of the command.
+        options: the declared options, by spelling.
+        required: whether exactly one positional argument is required.
+        is_known: function that returns whether an ambiguous word is certainly the positional argument.
 
     Raises:
         UserError: an option does not exist, lacks a value, or is repeated.
@@ -221,7 +225,7 @@ def parse_words(
 
 
 def _take_positional(line: CommandLine, is_known: Callable[[str], bool]) -> None:
-    """Moves the ambiguous value that is most likely the positional word: a known one, or else the last of a list."""
+    """Makes the most likely ambiguous value the positional argument: a known word, or else the last word of a list."""
     candidates = [(option, index) for option in line.options.values() for index in option.ambiguous]
     if not candidates:
         return
@@ -233,7 +237,7 @@ def _take_positional(line: CommandLine, is_known: Callable[[str], bool]) -> None
 
 
 def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
-    """Removes the values of an option, which already has `count`, from the front of the remaining words."""
+    """Removes the values of an option that already has `count` values from the front of the remaining words."""
     values: list[str] = []
     while remaining and remaining[0] != "--" and not _is_option(remaining[0]) and option.accepts(remaining[0]):
         if option.nargs is not None and count + len(values) >= option.nargs:
@@ -243,7 +247,7 @@ def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
 
 
 def _find(spelling: str, options: Mapping[str, Option]) -> Option:
-    """The option of a spelling. Raises UserError with similar options if there is none."""
+    """Returns the option with this spelling. Raises UserError, which suggests similar options, if there is none."""
     if spelling in options:
         return options[spelling]
     for option in options.values():
@@ -254,11 +258,11 @@ def _find(spelling: str, options: Mapping[str, Option]) -> Option:
 
 
 def _check_values(option: Option, spelling: str, values: list[str], equals: str, remaining: list[str]) -> None:
-    """Raises UserError if an option has values that it cannot have, or too few."""
+    """Raises UserError if an option has invalid values or too few values."""
     if "None" in values:
-        raise UserError(f"{spelling} None: expected a value; leave the option out to have none")
+        raise UserError(f"{spelling} None: expected a value; omit the option to leave it unset")
     if "" in values and not option.is_prefix:
-        raise UserError(f"{spelling} '': expected a value, found an empty one; leave the option out to have none")
+        raise UserError(f"{spelling} '': expected a value, found an empty one; omit the option to leave it unset")
     if option.nargs == 0 and equals and not (option.has_negative and values[0].lower() in ("true", "false")):
         raise UserError(f"{spelling}={values[0]}: expected no value; it is a flag")
     if option.nargs != 1 and option.nargs != 0:
@@ -276,7 +280,7 @@ def _check_values(option: Option, spelling: str, values: list[str], equals: str,
 
 
 def _add(line: CommandLine, option: Option, spelling: str, values: list[str], equals: bool) -> None:
-    """Adds an option with its checked values to a command line; raises UserError if it is repeated."""
+    """Adds an option and its checked values to a command line. Raises UserError if the option is repeated."""
     name, added = option.name, ParsedOption(spelling, values)
     if option.nargs == 0 and values:  # =true or =false
         owner, _, last = option.name.removeprefix("--").rpartition(".")
@@ -309,10 +313,10 @@ def _is_option(word: str) -> bool:
 
 
 def check_limits(config: Any) -> None:
-    """Checks every number of a dataclass or struct, nested ones included, against the limits in its type.
+    """Checks every number in a dataclass or struct, including nested ones, against the limits in its type.
 
     Raises:
-        UserError: a number exceeds its limits; the message names its option.
+        UserError: a number is outside its limits; the message names its option.
     """
     builtins = msgspec.to_builtins(config, enc_hook=str)
     try:
@@ -330,13 +334,13 @@ def check_limits(config: Any) -> None:
         raise UserError(f"{names[0] if names else path} {value}: expected {expected}") from None
 
 
-HELP = dict.fromkeys(("-h", "--help"), Option("--help", 0))  # every command has it
+HELP = dict.fromkeys(("-h", "--help"), Option("--help", 0))  # every command has this option
 registry = ConstructorRegistry()  # customizes how tyro parses types
 
 
 @registry.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Parses `int | None` as `int`: an option is None if it is left out, and no word stands for None."""
+    """Parses `int | None` as `int`: an option that is left out is None, and no word represents None."""
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
     if get_origin(info.type) not in (Union, types.UnionType) or len(kinds) != 1:
         return None
@@ -351,7 +355,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def read_command(kind: Any, words: Sequence[str], prog: str) -> Any:
-    """Parses words into a command of one type, and checks the limits of its numbers.
+    """Parses words into a command of the type `kind`, and checks that its numbers are within their limits.
 
     Raises:
         UserError: the words are not a valid command line.
@@ -363,25 +367,25 @@ def read_command(kind: Any, words: Sequence[str], prog: str) -> Any:
 def read_command_and_rest(
     kind: Any, words: Sequence[str], prog: str, others: Mapping[str, Option]
 ) -> tuple[Any, list[str]]:
-    """As `read_command`, for a command that passes options on: returns it, and the words of the options in `others`."""
+    """Like `read_command`, for a command that forwards options: also returns the words of the options in `others`."""
     hints = get_type_hints(kind, include_extras=True).values()
     positional = [hint for hint in hints if _is_positional(hint)]
     required = len(positional) == 1 and not _is_list(positional[0])
     own = options_of(kind) | HELP
     line = parse_words(words, {**others, **own}, required)
     if positional and not line.positional and "--help" not in line.options:
-        # Here and not by tyro, which would take the values of a list for positional words.
+        # Checked here because tyro would parse the values of a list as positional arguments.
         metavar = next(item.metavar for item in _split_annotated(positional[0])[1] if getattr(item, "metavar", None))
         raise UserError(f"{metavar}: expected {'one' if required else 'at least one'}, found none; see {prog} --help")
     if len(line.positional) > len(positional) and not any(_is_list(hint) for hint in positional):
         raise UserError(f"{line.positional[len(positional)]}: expected no further word; see {prog} --help")
-    command = parse_with_tyro(kind, line.for_tyro(line.words(of=own)), prog)
+    command = parse_with_tyro(kind, line.for_tyro(line.words(include=own)), prog)
     check_limits(command)
-    return command, line.words(without=own)
+    return command, line.words(exclude=own)
 
 
 def parse_with_tyro(kind: Any, words: Sequence[str], prog: str, **more: Any) -> Any:
-    """Parses words that are in tyro's form; `more` is passed to tyro.cli. Raises as `read_command`."""
+    """Parses words in tyro's form; `more` is passed to tyro.cli. Raises the same errors as `read_command`."""
     with registry:
         config = (tyro.conf.AvoidSubcommands,)
         return call_parser(lambda: tyro.cli(kind, args=words, prog=prog, config=config, **more))

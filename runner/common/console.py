@@ -11,41 +11,42 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from runner.common.errors import UserError
+from runner.common.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+EXIT_BROKEN_PIPE = 141  # the exit code of a program that SIGPIPE terminates
 CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
-OTHER_RANKS_WAIT = 30.0
-"""Seconds before a rank other than its node's first prints an error of its own."""
+OTHER_RANKS_ERROR_DELAY = 30.0
+"""Seconds that every rank except the first of its node waits before it prints an error."""
 
 
 def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after: float = 0) -> Any:
     """Parses a command line, runs the command, and returns its result.
 
-    Errors of the option parser, every `UserError`, and a full disk become one line on standard error and exit code 2;
+    Errors from the option parser, every `UserError`, and a full disk become one line on standard error and exit code 2;
     Ctrl-C becomes one line and exit code 130.
 
     Args:
-        parse: reads the command line and returns the command as a function of no arguments.
+        parse: parses the command line and returns the command as a function without arguments.
         prog: name of the program, printed before the message.
-        report_after: seconds before an error is printed. An error that all ranks share is printed by the node's first
-            rank at once; the launcher then ends the others while they wait. If the others exited first, the launcher
-            would end the first rank before it has printed anything.
+        report_after: seconds to wait before an error is printed. If all ranks have the same error, the first rank of
+            the node prints it immediately, and the launcher terminates the other ranks while they wait. If another
+            rank exited first, the launcher would terminate the first rank before it printed anything.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # of a stream that could be sought, but not here
-                stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
+            with contextlib.suppress(OSError):  # raised by a stream that claims to be seekable but is not
+                stream.reconfigure(errors="backslashreplace")  # for terminals that cannot display a character
     try:
         return call_parser(parse)()
     except UserError as error:
         _exit(prog, error, report_after)
-    except BrokenPipeError:  # of `runner list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail again when it flushes
+    except BrokenPipeError:  # for example from `runner list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python fails again when it flushes stdout
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         path = error.filename or "the disk"
@@ -60,7 +61,7 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
 
 
 def call_parser(parse: Callable[[], Any]) -> Any:
-    """Calls an argument parser, and turns tyro's error panel into a UserError without its frame.
+    """Calls an argument parser, and converts tyro's error panel into a UserError without the frame of the panel.
 
     Raises:
         UserError: the parser rejects the command line.
@@ -79,18 +80,18 @@ def _exit(prog: str, error: UserError, report_after: float | None, code: int = E
     if report_after is not None:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(report_after)
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
-LONGEST_NAME = 60  # characters of a name that is not wrapped in a table
+LONGEST_NAME = 60  # maximum length, in characters, of a name that a table does not wrap
 
-_display: Any = None  # a terminal can show only one display of progress bars
+_display: Any = None  # the active progress display; a terminal can show only one
 
 
 @contextlib.contextmanager
 def progress(description: str, total: float | None, shown: bool = True) -> Iterator[Callable[[float], None]]:
-    """A progress bar on standard error if that is a terminal. A nested bar is drawn below the outer one.
+    """Shows a progress bar on standard error if it is a terminal. A nested bar is drawn below the outer one.
 
     Args:
         description: text before the bar.
@@ -131,7 +132,7 @@ def _forget_display() -> None:
 
 
 def new_table(*titles: str, title: str | None = None) -> "Table":
-    """A table whose cells are wrapped where they do not fit, and never cut."""
+    """Creates a table whose cells are wrapped if they do not fit, and never truncated."""
     from rich.table import Column, Table
 
     columns = [Column(name, overflow="fold") for name in titles]
@@ -139,7 +140,7 @@ def new_table(*titles: str, title: str | None = None) -> "Table":
 
 
 def print_table(table: "Table") -> None:
-    """Prints a table as wide as the terminal, or through a pipe with each row in one line.
+    """Prints a table at the width of the terminal or, if the output is a pipe, with each row on one line.
 
     The first column, which names the row, is not wrapped unless it would fill the terminal, so that it can be copied.
     """
@@ -151,7 +152,7 @@ def print_table(table: "Table") -> None:
 
 
 def list_some(names: Sequence[str], most: int = 3) -> str:
-    """The first names and the number of the others: `a, b, c and 4 more`."""
+    """Returns the first names and the number of remaining ones, such as `a, b, c and 4 more`."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 

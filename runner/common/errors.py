@@ -1,5 +1,5 @@
-"""The error that a user can fix."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Invalid user input. The message names the value, what was expected, and the remedy."""
+    """Raised for invalid user input. The message states the invalid value, what was expected, and the remedy."""

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(64 << 20):  # large, because other threads take the GIL between two chunks
@@ -25,7 +25,7 @@ def sha256_of(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Returns all files below a folder, sorted. Follows links to folders, but enters none that it is within already.
+    """Returns all files below a folder, sorted. Follows links to folders, except links to a folder that contains them.
 
     Raises:
         UserError: a folder cannot be read.
@@ -34,7 +34,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Yields the files below a folder that lies within the folders `above`, without links."""
+    """Yields the files below a folder. `above` has the resolved paths of the folders that contain it."""
     real = folder.resolve()
     if real in above:
         return
@@ -58,11 +58,11 @@ def read(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind, dec_hook=_from_text)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error}); restore or remove it") from None
+        raise UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it") from None
 
 
 def _from_text(kind: type, value: Any) -> Any:
-    """Paths are text in JSON."""
+    """Decodes a value that JSON stores as text, such as a path."""
     return kind(value)
 
 

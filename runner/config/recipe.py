@@ -32,20 +32,20 @@ LR, WEIGHT_DECAY = tyro.conf.arg(aliases=["--lr"]), tyro.conf.arg(aliases=["--we
 
 
 class Choice(msgspec.Struct, frozen=True, tag_field="kind", tag=True):
-    """Base of the alternatives of a field; JSON identifies the class by `kind`."""
+    """Base class of the alternatives for a field; in JSON, `kind` identifies the class."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, by the name of the function or class that creates it.
+    """A model, specified by the name of the function or class that creates it.
 
-    The name keeps an experiment a plain value: it can be listed without torch, written to `run.json`, and rebuilt
-    from there.
+    Because of the name, an experiment is a plain value: it can be listed without torch, written to `run.json`, and
+    rebuilt from that file.
     """
 
     factory: str
-    """`module:name` of a callable that returns an nn.Module mapping (N, 3, H, W) to logits (N, classes). Its keyword
-    arguments `classes` and `image_size`, where it has them, are those of the dataset."""
+    """`module:name` of a callable that returns an nn.Module mapping (N, 3, H, W) to logits (N, classes). If it has
+    keyword arguments `classes` and `image_size`, they are set to those of the dataset."""
     arguments: dict[str, Argument] = field(default_factory=dict)
     """Keyword arguments of the factory; each can be overridden on the command line."""
 
@@ -64,13 +64,13 @@ class Architecture:
             factory = getattr(importlib.import_module(module), name)
             of_dataset = {"classes": classes, "image_size": image_size}
             accepted = inspect.signature(factory).parameters.keys() & of_dataset.keys()
-        except (Exception, SystemExit) as error:  # a module from outside may do anything when imported
+        except (Exception, SystemExit) as error:  # importing a user's module may raise anything
             raise UserError(f"--architecture.factory {self.factory}: expected module:callable ({error})") from None
         try:
             return factory(**{name: of_dataset[name] for name in accepted} | self.arguments)
         except UserError:
             raise
-        except Exception as error:  # also a check of torchvision, which raises AssertionError
+        except Exception as error:  # includes checks in torchvision, which raise AssertionError
             raise UserError(f"--architecture.arguments {self.arguments}: {error!r}") from None
 
 
@@ -106,7 +106,7 @@ class AdamW(Choice, frozen=True):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the two moments."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.01
-    """Decoupled weight decay: each step multiplies weights by 1 - learning rate × this."""
+    """Decoupled weight decay: each step multiplies the weights by 1 - learning rate × weight decay."""
     decay_vectors: bool = False
     """Apply weight decay to biases and normalization layers too, not only to matrices and filters."""
 
@@ -131,16 +131,16 @@ class Muon(Choice, frozen=True):
     """
 
     lr: Annotated[Positive, LR]
-    """Peak learning rate of filters and matrices; an update has singular values near 1."""
+    """Peak learning rate of filters and matrices; the singular values of an update are near 1."""
     momentum: Decay = 0.95
     """Momentum of filters and matrices (Nesterov)."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.0
-    """Decoupled weight decay of filters and matrices: each step multiplies them by 1 - learning rate × this."""
+    """Decoupled weight decay of filters and matrices: each step multiplies them by 1 - learning rate × weight decay."""
     unit_rows: bool = False
-    """Scale each weight tensor to a norm of the square root of its rows; for layers followed by batch norm, where
-    only the direction matters."""
+    """Scale each weight tensor to a norm equal to the square root of its number of rows; for layers followed by batch
+    norm, where only the direction of the weights matters."""
     other_lr: Positive = 0.05
-    """Peak learning rate of SGD: for biases, normalization layers and the last layer."""
+    """Peak learning rate of SGD, which updates biases, normalization layers and the last layer."""
     other_momentum: Decay = 0.9
     """Nesterov momentum of SGD."""
     other_weight_decay: NonNegative = 0.0
@@ -160,7 +160,7 @@ class Step(Choice, frozen=True):
     milestones: tuple[Fraction, ...] = (0.5, 0.75)
     """Fractions of all steps at which the learning rate drops."""
     factor: NonNegative = 0.1
-    """Factor of each drop."""
+    """Factor by which the learning rate is multiplied at each milestone."""
     warmup: Fraction = 0.0
     """Fraction of all steps over which the learning rate rises linearly to its peak."""
 
@@ -203,7 +203,7 @@ Schedule = Constant | Step | Cosine | Linear | OneCycle
 
 @dataclass(frozen=True)
 class Augment:
-    """Random augmentation of training images, in this order; a function of (seed, epoch, sample)."""
+    """Random augmentations of training images, applied in this order; each is a function of (seed, epoch, sample)."""
 
     crop_padding: Size = 0
     """Pixels of padding on each side before a random crop back to the image's size; 0 for none."""
@@ -212,13 +212,13 @@ class Augment:
     flip: Literal["none", "random", "alternating"] = "none"
     """Horizontal flip: with probability 0.5, or half of the images in even epochs and the other half in odd ones."""
     brightness: NonNegative = 0.0
-    """Color jitter, per image and in random order: brightness factor within 1 ± this."""
+    """Color jitter, per image and in random order: maximum deviation of the brightness factor from 1."""
     contrast: NonNegative = 0.0
-    """Color jitter: factor of the difference from the image's mean gray, within 1 ± this."""
+    """Color jitter: maximum deviation from 1 of the factor that scales the difference from the image's mean gray."""
     saturation: NonNegative = 0.0
-    """Color jitter: factor of the difference from each pixel's gray, within 1 ± this."""
+    """Color jitter: maximum deviation from 1 of the factor that scales the difference from each pixel's gray."""
     hue: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
-    """Color jitter: shift by a fraction of the color circle within ± this, at most 0.5."""
+    """Color jitter: maximum shift of the hue in either direction, as a fraction of the color circle, at most 0.5."""
     cutout: Size = 0
     """Side in pixels of a random square that is set to the mean; 0 for none."""
     mixup: NonNegative = 0.0
@@ -235,7 +235,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of the training of an architecture."""
+    """All settings for training an architecture."""
 
     epochs: Annotated[Count, EPOCHS]
     """Passes over the training images."""
@@ -251,8 +251,8 @@ class Recipe:
     """Mean and standard deviation of the normalization: those of the training set, 0.5 for every channel, or those
     expected by torchvision's ImageNet weights."""
     resize: Size = 0
-    """Side in pixels to which images are resized on the device, bilinear, for training and evaluation; 0 keeps
-    their size."""
+    """Side, in pixels, to which images are resized on the device with bilinear interpolation, for training and
+    evaluation; 0 keeps their size."""
     drop_last: bool = True
     """Drop the last partial batch of an epoch, so that all steps have the same shape."""
     label_smoothing: Fraction = 0.0
@@ -263,27 +263,27 @@ class Recipe:
     clip_gradient: NonNegative = 0.0
     """Maximum norm of the gradient of all parameters; 0 for no limit."""
     accumulate: Count = 1
-    """Micro-batches per optimizer step, for batches that exceed the memory; gradients equal those of the full batch,
-    but batch norm statistics are per micro-batch."""
+    """Micro-batches per optimizer step, for batches that do not fit in memory; gradients equal those of the full batch,
+    but batch norm statistics are computed per micro-batch."""
     ema: Decay = 0.0
-    """Decay per step of an exponential moving average of the weights, which is evaluated and saved instead of them;
-    0 for none."""
+    """Decay per step of an exponential moving average of the weights. The average is evaluated and saved instead of
+    the weights; 0 for none."""
     sync_batch_norm: bool = False
     """Compute batch norm statistics over all ranks instead of per rank."""
     channels_last: bool = True
-    """Keep weights in channels_last memory, which is faster for convolutions on GPUs and CPUs."""
+    """Store weights in the channels_last memory format, which is faster for convolutions on GPUs and CPUs."""
     compile: bool = False
     """Compile the forward and backward pass with torch.compile."""
     test_augmentation: Literal["none", "flip", "flip-shift"] = "none"
     """Also evaluate with logits averaged over the image and its mirror image, or over both and their shifts by one
     pixel in two directions; reported separately."""
     teacher_weight: Fraction = 0.9
-    """With --teacher: weight of the distillation loss; the loss on the labels has the rest."""
+    """With --teacher: weight of the distillation loss; the loss on the labels has the remaining weight."""
     teacher_temperature: Positive = 4.0
     """With --teacher: temperature by which both models' logits are divided."""
     prune: Decay = 0.0
-    """Fraction of the convolution and linear weights, the smallest, that is set to 0 before the first step; for
-    fine-tuning a run with --start-from."""
+    """Fraction of the convolution and linear weights to prune: those with the smallest magnitude are set to 0 before
+    the first step; for fine-tuning a run with --start-from."""
 
 
 @dataclass(frozen=True)
@@ -291,23 +291,23 @@ class Reported:
     """The accuracy reported in a paper, for comparison."""
 
     accuracy: Fraction
-    """Top-1, in 0..1."""
+    """Top-1 accuracy, in 0..1."""
     on: Literal["test", "validation"]
-    """Split on which it was measured."""
+    """Split on which the accuracy was measured."""
     epoch: str
-    """Epoch: "last", "best" (selected on the split it is measured on), or "best validation"."""
+    """Epoch of the accuracy: "last", "best" (selected on the same split), or "best validation"."""
     source: str
     """File and section of the paper's text."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of a paper. `parameters` and `macs` follow from the architecture; a test counts them."""
+    """An experiment from a paper. `parameters` and `macs` follow from the architecture; a test checks them."""
 
     architecture: Architecture
     recipe: Recipe
     paper: str
-    """Short name of the paper, and group of its runs."""
+    """Short name of the paper, which is also the group of its runs."""
     reported: Reported | None = None
     parameters: int | None = None
     """Trainable parameters."""
@@ -316,14 +316,14 @@ class Experiment:
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two values differ, by dotted name: {"recipe.epochs": (10, 1)}."""
+    """Returns the leaves in which two values differ, by dotted name, such as {"recipe.epochs": (10, 1)}."""
     before, after = flatten(old), flatten(new)
     names = sorted(before.keys() | after.keys())
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def flatten(value: Any) -> dict[str, Any]:
-    """The leaves of a dataclass, struct or nested dict, by dotted name."""
+    """Returns the leaves of a dataclass, struct or nested dict, by dotted name."""
     return dict(_leaves("", msgspec.to_builtins(value)))
 
 
@@ -336,7 +336,7 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises UserError if settings of a recipe exclude each other."""
+    """Raises UserError if settings of a recipe are incompatible with each other."""
     optimizer = recipe.optimizer
     if isinstance(optimizer, SGD) and optimizer.nesterov and not optimizer.momentum:
         raise UserError("--recipe.optimizer.nesterov: expected --recipe.optimizer.momentum above 0")
@@ -345,5 +345,5 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Converts a dataclass or struct to plain dicts and lists, as in its JSON."""
+    """Converts a dataclass or struct to the plain dicts and lists of its JSON form."""
     return msgspec.json.decode(msgspec.json.encode(value))

@@ -1,4 +1,4 @@
-"""The options of `runner train` and the checks that need no torch."""
+"""The options of `runner train`, and the checks that do not need torch."""
 
 import re
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from runner import experiments
 from runner.common.command_line import Flag, check_limits
 from runner.common.errors import UserError
 from runner.config.recipe import Architecture, Count, Experiment, Recipe, check_recipe
+from runner.config.trust import TrustedCode
 
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 Device = Literal["auto", "cuda", "cpu"]
@@ -29,13 +30,13 @@ class TrainConfig:
     architecture: Annotated[Architecture, tyro.conf.FlagConversionOff]
     """Model to train."""
     recipe: Recipe
-    """Settings of the training."""
+    """Settings for the training."""
     runs: Path = Path("runs")
-    """Folder of all runs; this one is written to RUNS/NAME/RUN."""
+    """Folder of all runs; this run is written to RUNS/NAME/RUN."""
     name: str | None = None
     """Name of the run; by default seed-N."""
     seed: Seed | None = None
-    """Seed of weights, order, augmentation and dropout; by default 0."""
+    """Random seed for the weights, sample order, augmentation and dropout; by default 0."""
     seeds: tuple[Seed, ...] = ()
     """Several seeds: one run each, in sequence. The report shows their mean and standard deviation."""
     max_steps: Count | None = None
@@ -49,48 +50,55 @@ class TrainConfig:
     """resident keeps the split on the device as uint8; streaming reads the same batches from disk with FFCV; auto
     selects resident if the split is small compared with the device's memory, and reports its choice."""
     workers: Count = 1
-    """Decoding threads of the streaming loader; batches do not depend on them."""
+    """Number of decoding threads of the streaming loader; the batches do not depend on it."""
     overwrite: Flag = False
     """Replace an existing run of the same name."""
     json: Flag = False
     """Print only the summary, as JSON, on standard output."""
     experiments_from: tuple[str, ...] = ()
     """Importable modules outside this package that define further EXPERIMENTS."""
+    trust: Flag = False
+    """Import whatever model a run to resume, --teacher or --start-from names, also from other modules."""
     teacher: Path | None = None
-    """Finished run to distill: its predictions are learned together with the labels (see --recipe.teacher-weight and
-    --recipe.teacher-temperature)."""
+    """Finished run to distill: the model learns its predictions together with the labels (see --recipe.teacher-weight
+    and --recipe.teacher-temperature)."""
     start_from: Path | None = None
     """Finished run of the same architecture whose weights are the initial weights, for fine-tuning and pruning (see
     --recipe.prune)."""
     checkpoint_every: Count | None = None
-    """Optimizer steps between checkpoints within an epoch, in addition to those with each evaluation."""
+    """Optimizer steps between checkpoints within an epoch, in addition to the checkpoint at each evaluation."""
     resume: str = "never"
-    """`auto` resumes from the newest intact checkpoint of the run, or starts if it has none; a PATH resumes from
-    that checkpoint; `never` starts, and refuses a folder that contains a run. A run that is resumed has its own
-    architecture, recipe, precision, seed, teacher and start as defaults; several seeds have those of the first that was
-    started. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder stop a
-    run with a checkpoint and exit code 75."""
+    """`auto` resumes from the newest intact checkpoint of the run, or starts from scratch if there is none; a PATH
+    resumes from that checkpoint; `never` starts from scratch, and refuses a folder that contains a run. A resumed run
+    uses its own architecture, recipe, precision, seed, teacher and initial weights as defaults; with several seeds, the
+    defaults are those of the first run that was started. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder
+    stops a run with a checkpoint and exit code 75."""
     resume_anyway: Flag = False
     """Resume even if the recipe, data or anything else has changed; the changes are recorded in run.json."""
     stop_file: Path | None = None
-    """File whose creation stops the run with a checkpoint, after which it is removed; by default `stop` in the run
-    folder."""
+    """File that stops the run with a checkpoint when it is created, and that is then removed; by default `stop` in the
+    run folder."""
     hang_timeout: Annotated[float, Meta(ge=1, le=1e9)] = 600.0
-    """Seconds without a step after which a rank prints its stacks and exits with code 70, which ends all ranks; three
-    times as long before the first step."""
+    """Seconds without a step after which a rank prints its stacks and exits with code 70, which ends all ranks; the
+    limit is three times as long before the first step."""
     evaluate_every: Count = 1
     """Epochs between evaluations, each with a checkpoint; the last epoch is always evaluated."""
     deterministic: Flag = False
-    """Use deterministic kernels, so that two runs on one GPU are bit-identical; an operation without one is an error.
-    CPU kernels are always deterministic."""
+    """Use deterministic kernels, so that two runs on one GPU are bit-identical; an operation without one raises an
+    error. CPU kernels are always deterministic."""
+
+    @property
+    def code(self) -> TrustedCode:
+        """Which models may be built from a run folder."""
+        return TrustedCode(self.experiments_from, self.trust)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
-        """The seed of each run."""
+        """The seeds of all runs."""
         return self.seeds or (self.seed or 0,)
 
     def run_names(self) -> dict[int, str]:
-        """The name of each run, by seed."""
+        """Returns the name of each run, by seed."""
         if self.name is None:
             return {seed: f"seed-{seed}" for seed in self.all_seeds}
         if len(self.all_seeds) == 1:
@@ -98,7 +106,7 @@ class TrainConfig:
         return {seed: f"{self.name}-seed-{seed}" for seed in self.all_seeds}
 
     def check(self) -> Experiment:
-        """Checks all options and returns the experiment as registered, without overrides.
+        """Checks all options and returns the registered experiment, without overrides.
 
         Raises:
             UserError: an option is invalid.
@@ -137,7 +145,7 @@ class TrainConfig:
             try:
                 str(path).encode()
             except UnicodeEncodeError:
-                raise UserError(f"{option} {str(path)!r}: expected a path in UTF-8, which run.json can hold") from None
+                raise UserError(f"{option} {str(path)!r}: expected a path in UTF-8, as run.json requires") from None
         if self.stop_file is not None and self.stop_file.is_dir():
             raise UserError(f"--stop-file {self.stop_file}: expected a file, found a folder")
         if self.stop_file is not None and self.stop_file.is_file() and self.stop_file.stat().st_size:
@@ -153,4 +161,4 @@ def check_precision(precision: str, device: str) -> None:
 def check_name(name: str) -> None:
     """Raises UserError if a run cannot have this name."""
     if not NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100")
+        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters")

@@ -9,9 +9,9 @@ import torch
 from runner.config.recipe import Augment
 from runner.data import color, order
 
-# One stream of random numbers for each use, so that a new use changes none of the others.
+# One stream of random numbers for each use, so that adding a use does not change the others.
 CROP_ROW, CROP_COLUMN, FLIP, CUTOUT_ROW, CUTOUT_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
-JITTER_ORDER = 9  # to 12; 13 is order.RANK, a new one is 14
+JITTER_ORDER = 9  # streams 9 to 12; 13 is order.RANK; the next free stream is 14
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class AugmentParams:
     """The random parameters of N images, in the order of the images.
 
     Attributes:
-        row, column: (N,) int64, the corner of the crop relative to the unpadded image's, -padding..padding.
+        row, column: (N,) int64, the corner of the crop relative to that of the unpadded image, in -padding..padding.
         flip: (N,) bool.
         cutout_center: (N, 2) int64, row and column of the center of the blanked square; None without cutout.
-        jitter_factors: (N, 4) float32, of brightness, contrast, saturation, and the shift of hue; None without jitter.
+        jitter_factors: (N, 4) float32, factors of brightness, contrast and saturation, and the hue shift; None without
+            jitter.
         jitter_order: (N, 4) int64, the permutation in which these four are applied; None without jitter.
     """
 
@@ -54,9 +55,9 @@ class AugmentParams:
 
 
 def sample_params(
-    augment: Augment | None, samples: np.ndarray, side: tuple[int, int], seed: int, epoch: int
+    augment: Augment | None, samples: np.ndarray, image_size: tuple[int, int], seed: int, epoch: int
 ) -> AugmentParams:
-    """Samples the augmentation of the images `samples` (N,) of size `side` (H, W) in an epoch; None changes nothing.
+    """Samples the augmentation of images `samples` (N,) of `image_size` (H, W) in an epoch; for None, changes nothing.
 
     An alternating flip mirrors half of the images in even epochs and the other half in odd ones, so that two
     consecutive epochs show every image both ways (K. Jordan, arXiv:2404.00498, section 3.6).
@@ -75,7 +76,7 @@ def sample_params(
         flip = below(2, FLIP, epoch=0) == epoch % 2
     cutout_center = jitter_factors = jitter_order = None
     if augment.cutout:
-        cutout_center = np.stack([below(side[0], CUTOUT_ROW), below(side[1], CUTOUT_COLUMN)], 1)
+        cutout_center = np.stack([below(image_size[0], CUTOUT_ROW), below(image_size[1], CUTOUT_COLUMN)], 1)
     if any(augment.jitter):
         jitter_factors, jitter_order = _sample_jitter(augment, samples, seed, epoch)
     crop = (below(2 * padding + 1, CROP_ROW) - padding, below(2 * padding + 1, CROP_COLUMN) - padding, flip)

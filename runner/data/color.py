@@ -2,7 +2,7 @@
 
 The arithmetic is torchvision's for uint8 images (torchvision.transforms.v2.functional); a test compares the two.
 Every step is one correctly rounded operation per value, and the only sum is over integers, so an image's pixels do
-not depend on the batch or the rank that it is in.
+not depend on its batch or rank.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,7 @@ class MixParams:
     """The random parameters of one batch.
 
     Attributes:
-        weight: of an image's own label in its target; the predecessor's label has 1 - weight.
+        weight: weight of an image's own label in its target; that of its predecessor's label is 1 - weight.
         box: (top, left, bottom, right) of the box that CutMix pastes from the predecessor; None for mixup.
     """
 
@@ -27,11 +27,11 @@ class MixParams:
     box: tuple[int, int, int, int] | None
 
 
-def sample_params(augment: Augment, side: tuple[int, int], seed: int, epoch: int, step: int) -> MixParams:
-    """Samples how global batch `step` of images of size `side` (H, W) is mixed.
+def sample_params(augment: Augment, image_size: tuple[int, int], seed: int, epoch: int, step: int) -> MixParams:
+    """Samples how global batch `step` of images of size `image_size` (H, W) is mixed.
 
     With mixup and CutMix both enabled, a coin flip selects one of them for each batch. Mixup: Zhang et al.,
-    arXiv:1710.09412. CutMix: Yun et al., arXiv:1905.04899, with the box of torchvision.
+    arXiv:1710.09412. CutMix: Yun et al., arXiv:1905.04899, with torchvision's box.
     """
     generator = order.batch_generator(seed, epoch, step)
     coin = generator.random() < 0.5
@@ -40,9 +40,9 @@ def sample_params(augment: Augment, side: tuple[int, int], seed: int, epoch: int
     weight = float(generator.beta(alpha, alpha))
     if use_mixup:
         return MixParams(weight, None)
-    height, width = side
+    height, width = image_size
     y, x = int(generator.integers(height)), int(generator.integers(width))
-    half_height, half_width = (int(0.5 * math.sqrt(1 - weight) * size) for size in side)
+    half_height, half_width = (int(0.5 * math.sqrt(1 - weight) * size) for size in image_size)
     top, bottom = max(0, y - half_height), min(height, y + half_height)
     left, right = max(0, x - half_width), min(width, x + half_width)
     return MixParams(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
@@ -54,9 +54,9 @@ def mix(
     """Mixes each image with its predecessor.
 
     Args:
-        images: (1 + n, H, W, 3) float; the first is only a predecessor.
+        images: (1 + n, H, W, 3) float; the first image is only used as a predecessor.
         labels: (1 + n,) int64.
-        params: of the batch.
+        params: the parameters of the batch.
         classes: number of classes.
 
     Returns:

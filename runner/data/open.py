@@ -1,4 +1,4 @@
-"""The interface of batches, and how the splits of a prepared dataset are opened."""
+"""Defines the interface of batches, and opens the splits of a prepared dataset."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Batches(Protocol):
 
     @property
     def num_images(self) -> int:
-        """Images in the split."""
+        """Number of images in the split."""
         ...
 
     @property
@@ -34,19 +34,19 @@ class Batches(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Global batches in an epoch."""
+        """Number of global batches in an epoch."""
         ...
 
     def size_of(self, step: int) -> int:
-        """Images in global batch `step`, over all ranks."""
+        """Number of images in global batch `step`, over all ranks."""
         ...
 
     def slice_of(self, step: int) -> slice:
-        """The positions of this rank's images of global batch `step` in the epoch's order."""
+        """Returns the positions of this rank's images of global batch `step` in the epoch's order."""
         ...
 
     def first_images(self, count: int) -> torch.Tensor:
-        """The first `count` images of the split without augmentation, (count, 3, H, W) float32, normalized."""
+        """Returns the first `count` images of the split without augmentation, (count, 3, H, W) float32, normalized."""
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,7 +62,7 @@ class Batches(Protocol):
 Split = Literal["train", "validation", "test"]
 HELD_OUT_SEED = 2**32  # selects the validation images; no run can have this seed
 LoaderChoice = Literal["auto", "resident", "streaming"]
-RESIDENT_SHARE = 0.25  # of the device's memory; `auto` keeps a smaller split resident
+RESIDENT_SHARE = 0.25  # fraction of the device's memory; `auto` keeps a smaller split resident
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class RankInfo:
     """The rank of this process, the device of its batches, and how they are read.
 
     Attributes:
-        device: of the batches.
-        rank, world_size: over all nodes.
+        device: the device of the batches.
+        rank, world_size: rank of this process and number of ranks, over all nodes.
         loader: resident, streaming, or auto.
         workers: decoding threads of the streaming loader.
     """
@@ -98,11 +98,11 @@ class RankInfo:
 
 # Mean and standard deviation expected by torchvision's ImageNet weights, in 0..255.
 IMAGENET = tuple(255 * m for m in (0.485, 0.456, 0.406)), tuple(255 * s for s in (0.229, 0.224, 0.225))
-EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # over all ranks; larger batches are not faster
+EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # global batch size; larger batches are not faster
 
 
 def normalization(manifest: Manifest, recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in 0..255, of the recipe's normalization."""
+    """Returns the mean and standard deviation per channel, in 0..255, of the recipe's normalization."""
     if recipe.normalize == "half":
         return (127.5,) * 3, (127.5,) * 3
     if recipe.normalize == "imagenet":
@@ -111,7 +111,7 @@ def normalization(manifest: Manifest, recipe: Recipe) -> tuple[tuple[float, ...]
 
 
 def model_input(manifest: Manifest, recipe: Recipe) -> ModelInput:
-    """The model input for `run.json`: shape (3, H, W), and mean and standard deviation of the normalization."""
+    """Returns the model input for `run.json`: shape (3, H, W), and mean and standard deviation of the normalization."""
     height, width, channels = manifest.image_shape
     mean, std = normalization(manifest, recipe)
     size = [channels, recipe.resize or height, recipe.resize or width]
@@ -136,7 +136,7 @@ def open_split(
     """
     training = split == "train"
     file = manifest.splits["test" if split == "test" else "train"]
-    records = records_of(split, file.images, recipe.validation)
+    records = split_records(split, file.images, recipe.validation)
     if training:
         check_training(manifest, recipe, file.images if records is None else len(records), rank_info.world_size)
     mean, std = normalization(manifest, recipe)
@@ -151,7 +151,7 @@ def open_split(
         drop_last=training and recipe.drop_last,
         augment=recipe.augment,
         resize=recipe.resize,
-        side=manifest.image_shape[:2],
+        image_size=manifest.image_shape[:2],
         classes=len(manifest.classes),
         seed=seed,
     )
@@ -168,7 +168,7 @@ def open_split(
 
 
 def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: int) -> None:
-    """Raises UserError where `images` training images cannot be batched and cropped as the recipe requires."""
+    """Raises UserError if `images` training images cannot be batched and cropped as the recipe requires."""
     if recipe.batch_size % world_size:
         raise UserError(
             f"batch size {recipe.batch_size}: expected a multiple of the {world_size} ranks; "
@@ -192,8 +192,8 @@ def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: 
         raise UserError(f"--recipe.augment.cutout {recipe.augment.cutout}: expected at most the images' side of {side}")
 
 
-def records_of(split: Split, images: int, held_out: int) -> np.ndarray | None:
-    """The records of a split within its file, in ascending order, (n,) int64; None for all.
+def split_records(split: Split, images: int, held_out: int) -> np.ndarray | None:
+    """Returns the records of a split within its file, in ascending order, (n,) int64; None for all.
 
     Every run holds out the same images, so that runs with different seeds are comparable.
 
@@ -203,7 +203,7 @@ def records_of(split: Split, images: int, held_out: int) -> np.ndarray | None:
     if split == "test" or not held_out:
         return None
     if held_out >= images:
-        raise UserError(f"--recipe.validation {held_out}: expected less than the {images} training images")
+        raise UserError(f"--recipe.validation {held_out}: expected fewer than the {images} training images")
     order = epoch_order(images, HELD_OUT_SEED, 0)
     return np.sort(order[:held_out] if split == "validation" else order[held_out:])
 
@@ -219,12 +219,12 @@ def open_test_of_run(config: RunConfig, data: Path | None, device: torch.device)
     """Opens the whole test split that a run was evaluated on.
 
     Args:
-        config: the run's run.json.
+        config: the contents of the run's run.json.
         data: the prepared dataset; None for the folder stored in run.json.
-        device: of the batches.
+        device: the device of the batches.
 
     Raises:
-        UserError: the dataset is missing, damaged, or not the one of the run.
+        UserError: the dataset is missing, damaged, or not the dataset of the run.
     """
     return _open_of_run(config, data, device, "test")
 
@@ -240,7 +240,7 @@ def _open_of_run(config: RunConfig, data: Path | None, device: torch.device, spl
     if manifest.fingerprint != config.dataset.fingerprint:
         raise UserError(
             f"--data {folder}: expected the dataset of the run, {config.dataset.name} "
-            f"{config.dataset.fingerprint}, found {manifest.name} {manifest.fingerprint}; give that one"
+            f"{config.dataset.fingerprint}, found {manifest.name} {manifest.fingerprint}; pass the dataset of the run"
         )
     recipe = replace(config.recipe, batch_size=1)  # any batch size will do
     return open_split(folder, manifest, split, recipe, RankInfo(device))

@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-RANK = 13  # the stream of random numbers of `rank_seed`; runner.data.augment has the others
+RANK = 13  # random number stream of `rank_seed`; the other streams are in runner.data.augment
 BATCH = 1  # in the high word of Philox's counter, far from the numbers used by `epoch_order`
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..samples-1, (N,) int64, as a function of (seed, epoch)."""
+    """Returns a permutation of 0..samples-1, (N,) int64, as a function of (seed, epoch)."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     return generator.permutation(samples)
 
 
 def batch_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
-    """A generator for a whole batch, as a function of (seed, epoch, step)."""
+    """Returns a generator for a whole batch, as a function of (seed, epoch, step)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, step, BATCH]))
 
 
 def rank_seed(seed: int, rank: int) -> int:
-    """The seed of a rank's own generator, different for every (seed, rank)."""
+    """Returns the seed of a rank's own generator, different for every (seed, rank)."""
     return int(random_bits(np.array([rank]), seed, 0, RANK)[0] >> np.uint64(1))
 
 
 def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """64 random bits for each sample, (N,) uint64: a hash of (seed, epoch, stream, sample).
+    """Returns 64 random bits for each sample, (N,) uint64: a hash of (seed, epoch, stream, sample).
 
     The hash applies the finalizer of splitmix64 (Steele, Lea, Flood 2014) once per input.
     """
@@ -42,13 +42,13 @@ def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.n
 
 
 def random_below(bound: int, samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """A uniform integer in 0..bound-1 for each sample, (N,) int64: the high 32 bits, scaled."""
+    """Returns a uniform integer in 0..bound-1 for each sample, (N,) int64: the high 32 bits, scaled."""
     high = random_bits(samples, seed, epoch, stream) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
 def random_between(low: float, high: float, samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """A uniform number in low..high for each sample, (N,) float32."""
+    """Returns a uniform number in low..high for each sample, (N,) float32."""
     fraction = (random_bits(samples, seed, epoch, stream) >> np.uint64(11)).astype(np.float64) / 2**53
     return (low + (high - low) * fraction).astype(np.float32)
 

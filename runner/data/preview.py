@@ -36,7 +36,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Preview:
-    """Draw every augmentation of the first training images of an epoch."""
+    """Draw the first training images of an epoch under every kind of augmentation."""
 
     data: Path
     """Folder made by `python -m data_prep prepare`."""

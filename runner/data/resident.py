@@ -14,7 +14,7 @@ class ResidentBatches(BatchStream):
     Args:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
-        options: of the stream.
+        options: how the batches are made.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, options: StreamOptions) -> None:
@@ -22,6 +22,6 @@ class ResidentBatches(BatchStream):
         self.images = torch.from_numpy(images).to(self.device)
 
     def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields, for each batch, all images and the indices of the batch; images are not copied."""
+        """Yields all images of the split, without copying them, and the indices of each batch."""
         for index in torch.from_numpy(samples).to(self.device).split(sizes):
             yield self.images, index

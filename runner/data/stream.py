@@ -30,7 +30,7 @@ class StreamOptions:
         drop_last: drop the last partial batch of an epoch.
         augment: random augmentation of training images.
         resize: side in pixels of the images in a batch, bilinear; 0 keeps their size.
-        side: height and width in pixels of the images in the split.
+        image_size: height and width in pixels of the images in the split.
         classes: number of classes in the split.
         seed: random seed of order and augmentation.
     """
@@ -45,7 +45,7 @@ class StreamOptions:
     drop_last: bool = False
     augment: Augment | None = None
     resize: int = 0
-    side: tuple[int, int] = (32, 32)
+    image_size: tuple[int, int] = (32, 32)
     classes: int = 10
     seed: int = 0
 
@@ -68,12 +68,12 @@ class BatchStream(ABC):
         # (x - mean) / std as one multiplication and one addition for each channel.
         scale = torch.tensor([1 / s for s in options.std], dtype=torch.float32, device=self.device)
         shift = [-m / s for m, s in zip(options.mean, options.std, strict=True)]
-        self.normalized = Output(reflect, scale, torch.tensor(shift, dtype=torch.float32, device=self.device))
+        self.normalized_output = Output(reflect, scale, torch.tensor(shift, dtype=torch.float32, device=self.device))
         ones, zeros = torch.ones(3, device=self.device), torch.zeros(3, device=self.device)
-        self.unchanged = Output(reflect, ones, zeros, torch.uint8)
+        self.raw_output = Output(reflect, ones, zeros, torch.uint8)
 
     def with_seed(self, seed: int) -> Self:
-        """A stream over the same split with the order and augmentation of another seed."""
+        """Returns a stream over the same split with the order and augmentation of another seed."""
         other = copy.copy(self)
         other.options = replace(self.options, seed=seed)
         return other
@@ -92,13 +92,13 @@ class BatchStream(ABC):
         return min(self.options.batch_size, self.num_images - step * self.options.batch_size)
 
     def slice_of(self, step: int) -> slice:
-        """The positions of this rank's part of global batch `step` in the epoch's order."""
+        """Returns the positions of this rank's part of global batch `step` in the epoch's order."""
         start, size = step * self.options.batch_size, self.size_of(step)
         rank, world_size = self.options.rank, self.options.world_size
         return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
     def order_of(self, epoch: int) -> np.ndarray:
-        """The order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
+        """Returns the order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
         if self.options.training:
             return order.epoch_order(self.num_images, self.options.seed, epoch)
         return np.arange(self.num_images)
@@ -110,25 +110,25 @@ class BatchStream(ABC):
         local_samples = [epoch_order[self._positions(step)] for step in steps]
         sizes = [len(samples) for samples in local_samples]
         samples = np.concatenate([epoch_order[:0], *local_samples])
-        # Augmentation is sampled and copied to the device once an epoch; a batch only takes slices.
-        params = augment.sample_params(self.augment, samples, options.side, options.seed, epoch).to(self.device)
+        # Augmentation is sampled and copied to the device once per epoch; each batch only takes a slice.
+        params = augment.sample_params(self.augment, samples, options.image_size, options.seed, epoch).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
         stop = 0
         for step, size, (images, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
             batch, stop = slice(stop, stop + size), stop + size
             images, targets = self._transform(images, index, params[batch]), labels[batch]
             if self.mixes and self.augment:
-                mix_params = mixing.sample_params(self.augment, options.side, options.seed, epoch, step)
+                mix_params = mixing.sample_params(self.augment, options.image_size, options.seed, epoch, step)
                 images, targets = mixing.mix(images, targets, mix_params, options.classes)
             yield self._to_model_input(images), targets
 
     def first_images(self, count: int) -> torch.Tensor:
-        """The first `count` images of the split as in evaluation, (count, 3, H, W) float32."""
+        """Returns the first `count` images of the split as in evaluation, (count, 3, H, W) float32."""
         return self.clean_images(np.arange(min(count, self.num_images)))
 
     def clean_images(self, samples: np.ndarray) -> torch.Tensor:
-        """The images of `samples` (n,) as in evaluation, without augmentation: (n, 3, H, W) float32, normalized."""
-        params = augment.sample_params(None, samples, self.options.side, self.options.seed, 0).to(self.device)
+        """Returns images `samples` (n,) as in evaluation, without augmentation: (n, 3, H, W) float32, normalized."""
+        params = augment.sample_params(None, samples, self.options.image_size, self.options.seed, 0).to(self.device)
         ((images, index),) = self.read(samples, [len(samples)])
         return self._to_model_input(self._transform(images, index, params))
 
@@ -145,13 +145,13 @@ class BatchStream(ABC):
         return start + np.arange(local_slice.start - start - 1, local_slice.stop - start) % size
 
     def _transform(self, images: torch.Tensor, index: torch.Tensor, params: AugmentParams) -> torch.Tensor:
-        """Gathers images[index], augments them as `params` say, and normalizes: (n, H, W, 3) float32."""
+        """Gathers images[index], augments them with `params`, and normalizes: (n, H, W, 3) float32."""
         crops = Crops(index, params.row, params.column, params.flip)
         if params.changes_pixels:
-            images = augment.augment_pixels(crop.make(images, crops, self.unchanged), params)
-            images = images * self.normalized.scale + self.normalized.shift
+            images = augment.augment_pixels(crop.make_batch(images, crops, self.raw_output), params)
+            images = images * self.normalized_output.scale + self.normalized_output.shift
         else:
-            images = crop.make(images, crops, self.normalized)
+            images = crop.make_batch(images, crops, self.normalized_output)
         return augment.augment_normalized(images, params, self.augment)
 
     def _to_model_input(self, images: torch.Tensor) -> torch.Tensor:
@@ -168,8 +168,8 @@ class BatchStream(ABC):
         """Reads the pixels of consecutive batches.
 
         Args:
-            samples: (M,) int64, of all batches, concatenated.
-            sizes: of the batches; they sum to M.
+            samples: (M,) int64, the samples of all batches, concatenated.
+            sizes: number of samples in each batch; they sum to M.
 
         Yields:
             For each batch: images (K, H, W, 3) uint8, and the indices (n,) int64 of the batch's images among them,

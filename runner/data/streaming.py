@@ -19,7 +19,7 @@ from runner.data.kernels import crop
 from runner.data.stream import BatchStream, StreamOptions
 from runner.system import cpu
 
-BATCH_TIMEOUT = 60.0  # seconds for a batch; a reader that takes longer has hung
+BATCH_TIMEOUT = 60.0  # seconds to wait for a batch; a reader that takes longer has hung
 
 
 class ReaderError(RuntimeError):
@@ -30,9 +30,9 @@ class StreamingBatches(BatchStream):
     """A stream over a .beton file that stays on disk.
 
     Args:
-        path: the file, whose hash and layout the caller has checked.
-        labels: (N,) int64, of the records of the split.
-        options: of the stream.
+        path: the .beton file, whose hash and layout the caller has checked.
+        labels: (N,) int64, the labels of the records of the split.
+        options: how the batches are made.
         records: (N,) int64, the records of the file that form the split; None for all.
         workers: decoding threads.
 
@@ -64,14 +64,14 @@ class StreamingBatches(BatchStream):
     def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the images (n, H, W, 3) uint8 of each batch and arange(n), both on the device."""
         if len(samples) == 0:  # FFCV cannot read an empty epoch
-            empty = torch.empty((0, *self.options.side, 3), dtype=torch.uint8, device=self.device)
+            empty = torch.empty((0, *self.options.image_size, 3), dtype=torch.uint8, device=self.device)
             yield from ((empty, torch.arange(0, device=self.device)) for _ in sizes)
             return
-        with cpu.torch_threads_kept():
+        with cpu.preserve_torch_num_threads():
             loader = self._ffcv_loader()
             loader.traversal_order.samples = samples if self.records is None else self.records[samples]
             chunks = _iterate_with_timeout(iter(loader), self.path)
-        images = torch.empty((0, *self.options.side, 3), dtype=torch.uint8)
+        images = torch.empty((0, *self.options.image_size, 3), dtype=torch.uint8)
         for size in sizes:
             buffered = [images]
             while sum(map(len, buffered)) < size:
@@ -116,9 +116,9 @@ class StreamingBatches(BatchStream):
 
 
 def _iterate_with_timeout(epoch_iterator: Any, path: Path) -> Iterator[torch.Tensor]:
-    """Yields FFCV's batches, (n, H, W, 3) uint8, as views of its reused buffers: copy one before the next is read.
+    """Yields FFCV's batches, (n, H, W, 3) uint8, as views of its reused buffers: copy each one before reading the next.
 
-    FFCV's `next` waits forever on a queue that a dead thread never fills; this waits on the same queue with a limit.
+    FFCV's `next` waits forever on a queue that a dead thread never fills; this one waits on it with a timeout.
 
     Raises:
         ReaderError: the reader died, or a batch takes longer than BATCH_TIMEOUT.
@@ -127,7 +127,7 @@ def _iterate_with_timeout(epoch_iterator: Any, path: Path) -> Iterator[torch.Ten
         while True:
             deadline = time.monotonic() + BATCH_TIMEOUT
             while True:
-                alive = epoch_iterator.is_alive()  # asked first, because its last batch may come before it ends
+                alive = epoch_iterator.is_alive()  # checked first, because it may deliver its last batch and end
                 try:
                     item = epoch_iterator.output_queue.get(timeout=0.5)
                     break

@@ -1,1 +1,1 @@
-"""Exports runs to ONNX, builds engines, scores both, and measures latencies; each step reads the files of the last."""
+"""Exports runs to ONNX, builds engines, checks both, and measures latency; each step reads the previous one's files."""

@@ -1,7 +1,7 @@
-"""Builds TensorRT engines of a run's ONNX files with TensorRT 10.12+ or 11, or with TensorRT for RTX, and runs them.
+"""Builds engines from a run's ONNX files with TensorRT 10.12+ or 11, or with TensorRT for RTX, and runs them.
 
-The libraries share one API. Networks are always strongly typed, so an engine has the precision of its graph, whatever
-flags the builder gets. TensorRT for RTX builds without a GPU.
+The libraries share one API. Networks are always strongly typed, so an engine has the precision of its graph regardless
+of the builder's flags. TensorRT for RTX builds without a GPU.
 """
 
 import importlib
@@ -22,12 +22,16 @@ from runner.run.schema import BatchRange, EngineSidecar
 from runner.system import environment
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-TIMING_CACHE = "timing.cache"  # the builder's measurements of kernels, beside the engines
-LOW_PRECISION = {"fp16": "HALF", "int8": "INT8"}  # arithmetic that a file's precision requires, if not FLOAT
+TIMING_CACHE = "timing.cache"  # kernel timings from earlier builds, stored next to the engines
+LOW_PRECISION = {"fp16": "HALF", "int8": "INT8"}  # data type that each precision computes in; FLOAT for others
 ARITHMETIC = ("CONVOLUTION", "MATRIX_MULTIPLY", "DECONVOLUTION")
-MOVES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # layers without arithmetic, across which the builder fuses Q/DQ pairs
+DATA_MOVEMENT_LAYERS = (
+    "SHUFFLE",
+    "SQUEEZE",
+    "UNSQUEEZE",
+)  # layers that only move data; the builder fuses Q/DQ pairs across them
 WIDTH = {"FLOAT": 32, "HALF": 16, "BF16": 16, "INT8": 8, "FP8": 8}  # bits
-# How the inspector writes the type of a tensor, within a longer description.
+# Patterns for a tensor's data type in the longer format description that the inspector reports.
 INSPECTED = {"FLOAT": r"\bFP32\b|\bFloat\b", "HALF": r"\bFP16\b|\bHalf\b", "INT8": r"\bI(?:nt|NT)8\b"}
 
 
@@ -37,11 +41,11 @@ class EngineOptions:
 
     Attributes:
         backend: "tensorrt", "tensorrt-rtx" or "auto".
-        batch: smallest, optimal and largest batch.
-        targets: compute capabilities to build for, like "SM89" (TensorRT for RTX). If empty: for this machine's GPU,
-            or, without one, for any GPU from Ampere on.
-        optimization_level: 0 to 5, how long the builder searches for fast kernels; None for its default.
-        timing_cache: start from the measurements of earlier builds, and store new ones (TensorRT).
+        batch: minimum, optimal and maximum batch size.
+        targets: compute capabilities to build for, such as "SM89" (TensorRT for RTX only). If empty, builds for this
+            machine's GPU, or for any GPU from Ampere on if there is none.
+        optimization_level: 0 to 5; higher levels search longer for fast kernels. None uses the builder's default.
+        timing_cache: whether to reuse kernel timings from earlier builds and store new ones (TensorRT only).
     """
 
     backend: str = "auto"
@@ -52,14 +56,14 @@ class EngineOptions:
 
 
 def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
-    """Builds `deploy/model.<kind>.<backend>.engine` and writes its sidecar, `….engine.json`.
+    """Builds the engine `deploy/model.<kind>.<backend>.engine` from an ONNX file, and its sidecar `….engine.json`.
 
     Returns:
         The sidecar.
 
     Raises:
-        UserError: a backend, batch or target that is not available here; the parser or builder rejects the graph; or
-            the network does not have the file's precision.
+        UserError: the backend, batch size or target is not available here, the parser or builder rejects the graph,
+            or the precision of the network differs from the file's.
     """
     _check_options(file, options)
     backend, trt = load(options.backend)
@@ -123,9 +127,7 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
 def _check_options(file: OnnxFile, options: EngineOptions) -> None:
     smallest, optimal, largest = options.batch
     if not 1 <= smallest <= optimal <= largest <= onnx.LARGEST_BATCH:
-        raise UserError(
-            f"--batch {smallest} {optimal} {largest}: expected 1 ≤ MIN ≤ OPT ≤ MAX ≤ {onnx.LARGEST_BATCH}, rising"
-        )
+        raise UserError(f"--batch {smallest} {optimal} {largest}: expected 1 ≤ MIN ≤ OPT ≤ MAX ≤ {onnx.LARGEST_BATCH}")
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise UserError(f"--optimization-level {options.optimization_level}: expected 0 to 5")
     if file.precision == "int8-cpu":
@@ -153,25 +155,25 @@ def _builder_config(
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    """Gives the builder the stored measurements, or none if they are of another GPU or version."""
+    """Loads the stored timing cache into the builder, or an empty one if it is for another GPU or version."""
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def layer_precisions(network: Any) -> dict[str, dict[str, int]]:
-    """Counts a parsed network's layers by layer type and arithmetic type: {"CONVOLUTION": {"HALF": 20}}.
+    """Counts a parsed network's layers by layer type and the data type they compute in: {"CONVOLUTION": {"HALF": 20}}.
 
-    The arithmetic type is that of the layer's widest input. An input that comes from a DQ layer, possibly through
-    layers that only move values, counts with the type before dequantization, because the builder fuses the Q/DQ pair
-    into a kernel of that type.
+    A layer computes in the data type of its widest input. If an input comes from a DQ layer, possibly through layers
+    that only move data, its type before dequantization counts, because the builder fuses the Q/DQ pair into a kernel
+    of that type.
     """
     quantized = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if _kind(layer) == "DEQUANTIZE":
             quantized[layer.get_output(0).name] = _dtype(layer.get_input(0))
-        elif _kind(layer) in MOVES and layer.get_input(0).name in quantized:
+        elif _kind(layer) in DATA_MOVEMENT_LAYERS and layer.get_input(0).name in quantized:
             quantized[layer.get_output(0).name] = quantized[layer.get_input(0).name]
     counts: dict[str, Counter[str]] = {}
     for index in range(network.num_layers):
@@ -185,13 +187,13 @@ def layer_precisions(network: Any) -> dict[str, dict[str, int]]:
 
 
 def weights_bytes(log: list[str]) -> int | None:
-    """Size of an engine's weights in bytes, from its builder's log; None if the log does not have it."""
+    """Returns the size of an engine's weights in bytes from the builder's log; None if the log does not report it."""
     matches = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log]
     return next((int(match[1]) for match in reversed(matches) if match), None)
 
 
 def check_precision(file: OnnxFile, precisions: dict[str, dict[str, int]]) -> None:
-    """Raises UserError if a network's arithmetic does not have the precision in its file's name."""
+    """Raises UserError if a network does not compute in the precision of its ONNX file."""
     expected = LOW_PRECISION.get(file.precision, "FLOAT")
     actual: Counter[str] = Counter()
     for kind in ARITHMETIC:
@@ -203,7 +205,7 @@ def check_precision(file: OnnxFile, precisions: dict[str, dict[str, int]]) -> No
 
 
 def inspected_precisions(layers: list[Any]) -> dict[str, int]:
-    """Counts the tensors between an engine's layers by type, as far as the inspector reports types."""
+    """Counts the tensors between an engine's layers by data type, as far as the inspector reports it."""
     tensors = [tensor for layer in layers if isinstance(layer, dict) for tensor in layer.get("Outputs", ())]
     formats = [str(tensor.get("Format/Datatype", "")) for tensor in tensors if isinstance(tensor, dict)]
     counts = {kind: sum(bool(re.search(pattern, line)) for line in formats) for kind, pattern in INSPECTED.items()}
@@ -211,7 +213,7 @@ def inspected_precisions(layers: list[Any]) -> dict[str, int]:
 
 
 def check_inspected(file: OnnxFile, layers: list[Any]) -> None:
-    """Raises UserError if the inspector reports an engine's tensor types, and none is the file's precision."""
+    """Raises UserError if the inspector reports an engine's data types and none matches the file's precision."""
     counts, expected = inspected_precisions(layers), LOW_PRECISION.get(file.precision, "FLOAT")
     if counts and expected not in counts:
         raise UserError(f"{file.path}: expected {expected} in the engine for {file.precision}, found {counts}")
@@ -226,9 +228,9 @@ def _dtype(tensor: Any) -> str:
 
 
 def _inspect(trt: ModuleType, log: "_Log", plan: bytes, name: str, batch: int) -> list[Any] | None:
-    """The inspector's description of an engine's layers at a batch size; None if this GPU cannot load the engine.
+    """Describes an engine's layers at a batch size with the inspector; returns None if this GPU cannot load the engine.
 
-    `name` is that of the input tensor.
+    `name` is the name of the input tensor.
     """
     runtime = trt.Runtime(log.logger)
     loaded = runtime.deserialize_cuda_engine(plan)
@@ -241,7 +243,7 @@ def _inspect(trt: ModuleType, log: "_Log", plan: bytes, name: str, batch: int) -
 
 
 def load(backend: str) -> tuple[str, ModuleType]:
-    """Imports the library of a backend.
+    """Imports the TensorRT library of a backend.
 
     Returns:
         The backend's name, with "auto" resolved, and its module.
@@ -256,7 +258,7 @@ def load(backend: str) -> tuple[str, ModuleType]:
             reason = str(error).splitlines()[0]
             raise UserError(f"--backend {backend}: its libraries do not load ({reason}); install them") from None
         if backend == "tensorrt" and not environment.count_gpus():
-            raise UserError("--backend tensorrt: builds on a GPU only, found none; use --backend tensorrt-rtx")
+            raise UserError("--backend tensorrt: expected a GPU to build on, found none; use --backend tensorrt-rtx")
         return backend, module
     for name in MODULES:
         try:
@@ -267,7 +269,12 @@ def load(backend: str) -> tuple[str, ModuleType]:
 
 
 def smallest(backend: str) -> int:
-    """Builds an engine of one layer and returns its size in bytes. Raises as `load`, and RuntimeError."""
+    """Builds a one-layer engine and returns its size in bytes.
+
+    Raises:
+        UserError: as in `load`.
+        RuntimeError: the build fails.
+    """
     _, trt = load(backend)
     log = _Log(trt)
     builder = trt.Builder(log.logger)
@@ -286,7 +293,7 @@ def sidecar_of(engine: Path) -> Path:
 
 
 def built(run: Run, file: OnnxFile) -> list[EngineSidecar]:
-    """The verified sidecars of the engines built of a file. Raises as `verify`."""
+    """Verifies and returns the sidecars of the engines built from an ONNX file. Raises UserError like `verify`."""
     sidecars = [
         sidecar
         for sidecar in run.read_engines()
@@ -303,23 +310,23 @@ def verify(run: Run, sidecar: EngineSidecar) -> None:
     An engine can contain code that TensorRT executes: verify it before deserializing it.
 
     Raises:
-        UserError: one of the files is missing or has another hash.
+        UserError: one of the files is missing, or its hash differs.
     """
     for name, expected in ((sidecar.engine, sidecar.sha256), (sidecar.onnx, sidecar.onnx_sha256)):
         file = run.folder / name
         if not file.is_file() or sha256_of(file) != expected:
             raise UserError(
-                f"{file}: expected SHA-256 {expected[:12]}… of {sidecar.engine}.json, found another file; build it "
+                f"{file}: expected SHA-256 {expected[:12]}… from {sidecar.engine}.json, found another file; build it "
                 f"again: runner engine {run.folder}"
             )
 
 
 class RunningEngine:
-    """A built engine on the GPU, called with torch tensors.
+    """An engine loaded on the GPU and called with torch tensors.
 
     Args:
-        run: run of the engine.
-        sidecar: one that `verify` has just passed.
+        run: the run that the engine belongs to.
+        sidecar: the engine's sidecar, which `verify` must have checked just before.
 
     Raises:
         UserError: the engine was built by another version of the library, or does not load.
@@ -331,7 +338,7 @@ class RunningEngine:
         _, trt = load(sidecar.backend)
         if sidecar.version != trt.__version__:
             raise UserError(
-                f"{sidecar.engine}: built by {sidecar.provider}, here is {trt.__version__}; build it again: "
+                f"{sidecar.engine}: built by {sidecar.provider}, but {trt.__version__} is installed; build it again: "
                 f"runner engine {run.folder}"
             )
         self.torch = torch
@@ -348,9 +355,10 @@ class RunningEngine:
         self.output = next(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
 
     def _create_context(self, trt: ModuleType) -> Any:
-        """Creates the execution context; TensorRT for RTX compiles kernels for a new shape at once, not in background.
+        """Creates the execution context, in which TensorRT for RTX compiles the kernels for a new shape immediately.
 
-        By default it runs fallback kernels until then, and a CUDA graph captured meanwhile would keep these.
+        By default, it compiles them in the background and runs fallback kernels meanwhile, which a CUDA graph captured
+        then would keep.
         """
         if self.sidecar.backend != "tensorrt-rtx":
             return self.engine.create_execution_context()
@@ -362,13 +370,13 @@ class RunningEngine:
         """Computes logits on torch's current stream.
 
         Args:
-            images: (n, …) on the GPU, of the shape and type that the engine's front end takes.
+            images: (n, …) on the GPU, with the shape and type that the engine's front end expects.
 
         Returns:
             (n, classes) float32 on the GPU.
 
         Raises:
-            UserError: a batch size or shape for which the engine was not built.
+            UserError: the engine was not built for this batch size or shape.
         """
         images = self.set_input(images)
         shape = tuple(self.context.get_tensor_shape(self.output))
@@ -377,7 +385,7 @@ class RunningEngine:
         return logits
 
     def run_in_batches(self, images: Any) -> Any:
-        """As `__call__`, for any number of images: splits them, and pads a last batch that is too small."""
+        """Like `__call__`, but for any number of images: splits them into batches, and pads the last one if needed."""
         limits = self.sidecar.batch
         logits = []
         for batch in images.split(limits.max):
@@ -387,7 +395,7 @@ class RunningEngine:
         return self.torch.cat(logits)
 
     def set_input(self, images: Any) -> Any:
-        """Sets the context to the images' shape, and returns them contiguous. Raises as `__call__`."""
+        """Sets the context's input shape and returns the images, made contiguous. Raises UserError like `__call__`."""
         limits, shape = self.sidecar.batch, list(self.sidecar.inputs[0][1])
         if list(images.shape[1:]) != shape[1:] or not limits.min <= len(images) <= limits.max:
             raise UserError(
@@ -399,7 +407,7 @@ class RunningEngine:
         return images
 
     def enqueue(self, images: Any, logits: Any) -> None:
-        """Computes logits into a tensor on torch's current stream, without synchronizing: CUDA graphs can hold it."""
+        """Computes `logits` on torch's current stream without synchronizing, so that CUDA graphs can capture it."""
         self.context.set_tensor_address(self.input, images.data_ptr())
         self.context.set_tensor_address(self.output, logits.data_ptr())
         if not self.context.execute_async_v3(self.torch.cuda.current_stream().cuda_stream):

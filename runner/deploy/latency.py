@@ -1,7 +1,7 @@
-"""Measures the latency of a run: the model in torch, eager and compiled, onnxruntime, and TensorRT engines.
+"""Measures the latency of a run's model in torch (eager and compiled), in onnxruntime, and as TensorRT engines.
 
 The method follows trtexec and MLPerf's single-stream scenario: a warm-up of fixed duration, then single calls for a
-minimum duration and count; percentiles are of all calls, without trimming. On a GPU, CUDA events time the input copy,
+minimum duration and count; percentiles are over all calls, untrimmed. On a GPU, CUDA events time the input copy,
 the computation and the output copy separately, with pinned memory; engines and the compiled model replay a CUDA graph.
 On the CPU, a call is timed as a whole, with a fixed number of threads that do not spin.
 
@@ -34,11 +34,11 @@ from runner.system import cpu, cuda, environment, launcher
 from runner.training import checkpoint
 
 WARMUP_SECONDS = 0.5
-WIDE_SPREAD = 1.5  # ratio of p90 to p50 from which a row carries a warning
-COMPILED_LIMIT = {"fp32": 1e-3, "fp16": 3e-2}  # difference from eager logits, as a share of the largest logit
+WIDE_SPREAD = 1.5  # ratio of p90 to p50 above which a row gets a warning
+COMPILED_LIMIT = {"fp32": 1e-3, "fp16": 3e-2}  # maximum difference from eager logits, relative to the largest
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
 Backend = Literal["eager", "compiled", "onnxruntime", "engine"]
-Steps = dict[str, Callable[[], Any]]  # of one call: "compute", and on a GPU "copy_in" and "copy_out" before it
+Steps = dict[str, Callable[[], Any]]  # of one call: "compute", preceded on a GPU by "copy_in" and "copy_out"
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class BenchOptions:
 
     Attributes:
         batches: batch sizes.
-        precisions: of ONNX files and engines. Eager and compiled models run in fp32, and on a GPU in fp16 as well.
-        backends: what runs the model.
-        seconds, repeats: minimum duration and number of calls of each measurement.
-        threads: on the CPU; None for all usable cores.
+        precisions: precisions of the ONNX files and engines. Eager and compiled models run in fp32, and on a GPU also
+            in fp16.
+        backends: backends that run the model.
+        seconds, repeats: minimum duration and minimum number of calls per measurement.
+        threads: number of CPU threads; None for all usable cores.
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -63,7 +64,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Call:
-    """One call for a batch, and how its computation is launched on a GPU, if there is a choice."""
+    """The steps of one call on a batch, and how the computation is launched on a GPU if there is a choice."""
 
     steps: Steps
     launched_as: str | None = None
@@ -71,12 +72,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """Something to measure; or, with `row.not_measured`, the reason why it is not.
+    """A model, session or engine to measure; if it cannot run here, `row.not_measured` gives the reason.
 
     Attributes:
-        row: the row without the fields that depend on the batch.
-        prepare: returns the call for a batch on the host, (n, 3, H, W) float32.
-        smallest, largest: range of batch sizes.
+        row: the row of the report, without the fields that depend on the batch size.
+        prepare: builds the call for a batch of images in host memory, (n, 3, H, W) float32.
+        smallest, largest: minimum and maximum batch size.
     """
 
     row: LatencyRow
@@ -86,23 +87,23 @@ class Target:
 
 
 def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str, str]) -> LatencyReport:
-    """Measures all that is requested and can run here; writes `deploy/latency.json` after each row.
+    """Measures everything that is requested and can run here, and updates `deploy/latency.json` after each row.
 
-    Earlier rows stay if they are of other backends, precisions or batch sizes, of current files and engines, and if
+    Keeps earlier rows for other backends, precisions or batch sizes if their files and engines are current, and if
     weights, hardware, versions and method are the same.
 
     Args:
-        run: a run that is exported and has passed the gate.
+        run: a run that has been exported and has passed the gate.
         options: what to measure.
-        device: where to compute.
-        environ: the process environment, for what the launcher has set.
+        device: device to compute on.
+        environ: the process environment, which contains the launcher's variables.
 
     Returns:
-        The report with the rows of this call: one for each backend, precision and batch size; what cannot run here
-        has a row with the reason.
+        A report with the rows of this call, one per backend, precision and batch size. What cannot run here has a row
+        with the reason.
 
     Raises:
-        UserError: a batch size out of range; a file that is not exported, or has not passed the gate.
+        UserError: a batch size is out of range, or a file has not been exported or has not passed the gate.
     """
     if max(options.batches) > onnx.LARGEST_BATCH:
         raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
@@ -113,7 +114,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
         cpu.prepare()
         torch.set_num_threads(options.threads or torch.get_num_threads())
     else:
-        cuda.exact_fp32()
+        cuda.disable_tf32()
     report = _new_report(run, options, selected)
     earlier = _comparable_rows(run, report)
     rows: list[LatencyRow] = []
@@ -129,10 +130,10 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
 
 
 def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
-    """A report without rows."""
+    """Creates a report on this machine, without rows."""
     hardware = environment.describe_hardware()
     if device == "cpu":
-        hardware = replace(hardware, gpus=None, cuda=None)  # not used
+        hardware = replace(hardware, gpus=None, cuda=None)  # the measurement does not use them
     return LatencyReport(
         run=str(run.folder),
         weights=onnx.weights_sha256(run),
@@ -147,7 +148,7 @@ def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
 
 
 def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
-    """Rows of the existing report, if it was measured like the new one, of files and engines that still exist."""
+    """Returns the existing report's rows for current files and engines; none if it was measured differently."""
     earlier = run.read_latency()
     if earlier is None or replace(earlier, load=report.load, rows=[]) != report:
         return []
@@ -157,12 +158,12 @@ def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
 
 
 def _key(row: LatencyRow) -> tuple[Any, ...]:
-    """What a row is about; a later row replaces an earlier one with the same key."""
+    """Identifies what a row measures; a new row replaces an earlier one with the same key."""
     return row.backend, row.provider, row.precision, row.batch
 
 
 def _targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device: str) -> Iterator[Target]:
-    """Opens everything requested; what cannot run here becomes a target with the reason."""
+    """Yields a target for everything that is requested; a target that cannot run here has the reason."""
     precisions: tuple[Precision, ...] = ("fp32",) if device == "cpu" else ("fp32", "fp16")
     for backend in ("eager", "compiled"):
         if backend in options.backends:
@@ -187,7 +188,7 @@ def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> 
         host = torch.from_numpy(images)
         forward: Callable[[torch.Tensor], torch.Tensor] = model
         if backend == "compiled":
-            torch.compiler.reset()  # compile for each batch size, as an engine's kernels are chosen
+            torch.compiler.reset()  # compile for each batch size, just as engines select kernels for one
             forward = torch.compile(model, mode="max-autotune" if device == "cuda" else None, dynamic=False)
             inputs = host.to(device, dtype).contiguous(memory_format=torch.channels_last)
             expected, actual = model(inputs).float(), forward(inputs).float()
@@ -196,7 +197,7 @@ def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> 
         if device == "cpu":
             inputs = host.to(memory_format=torch.channels_last)
             return Call({"compute": lambda: forward(inputs)})
-        host = host.to(dtype).contiguous(memory_format=torch.channels_last)  # so that copying does not convert
+        host = host.to(dtype).contiguous(memory_format=torch.channels_last)  # so that the copy does not convert
         on_device = host.cuda()
         logits = forward(on_device).clone()  # a compiled model reuses its output's memory
         return Call(_copies(host, on_device, logits) | {"compute": lambda: forward(on_device)})
@@ -231,7 +232,7 @@ def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Targ
     for sidecar in sidecars:
         row = replace(row, provider=sidecar.provider)
         if device != "cuda":
-            yield Target(replace(row, not_measured="an engine runs on a GPU, measured on the CPU here"))
+            yield Target(replace(row, not_measured="engines run on a GPU, but this measurement is on the CPU"))
             continue
         try:
             running = engine.RunningEngine(run, sidecar)
@@ -253,7 +254,7 @@ def _engine_target(
             compute, launched_as = _as_graph(enqueue), "CUDA graph"
         except RuntimeError as error:  # some engines cannot be captured
             reason = str(error).splitlines()[0][:120]
-            compute, launched_as = enqueue, f"stream of kernels, because it cannot be captured: {reason}"
+            compute, launched_as = enqueue, f"separate kernels, because no CUDA graph could be captured: {reason}"
         return Call(_copies(host, on_device, logits) | {"compute": compute}, launched_as)
 
     row = replace(
@@ -267,7 +268,7 @@ def _engine_target(
 
 
 def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
-    """Captures work on the GPU in a CUDA graph, and returns the function that replays it."""
+    """Captures GPU work in a CUDA graph, and returns a function that replays it."""
     for _ in range(3):
         call()
     graph = torch.cuda.CUDAGraph()
@@ -277,7 +278,7 @@ def _as_graph(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -> Steps:
-    """Copies between pinned memory and the device."""
+    """Returns the steps that copy images and logits between pinned host memory and the device."""
     pinned, out = host.pin_memory(), torch.empty_like(logits, device="cpu").pin_memory()
     return {
         "copy_in": lambda: on_device.copy_(pinned, non_blocking=True),
@@ -286,7 +287,7 @@ def _copies(host: torch.Tensor, on_device: torch.Tensor, logits: torch.Tensor) -
 
 
 def _measure_target(target: Target, shape: list[int], options: BenchOptions, device: str) -> Iterator[LatencyRow]:
-    """Measures a target at each batch size, on random images of a shape (3, H, W)."""
+    """Measures a target at each batch size, on random images of the given shape (3, H, W)."""
     if target.row.not_measured:
         yield target.row
         return
@@ -305,7 +306,7 @@ def _measure_target(target: Target, shape: list[int], options: BenchOptions, dev
             yield replace(row, not_measured="not enough GPU memory")
             torch.cuda.empty_cache()
             continue
-        sm_mhz = _sm_clock() if device == "cuda" else None  # directly after work, before the clock drops
+        sm_mhz = _sm_clock() if device == "cuda" else None  # right after the measurement, before the clock drops
         yield replace(row, **figures, launched_as=call.launched_as, sm_mhz=sm_mhz)
 
 
@@ -313,10 +314,10 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
     """Times a call.
 
     Args:
-        steps: the steps of the call by name. Percentiles are those of `compute`; the others are copies.
-        images: number of images in a call.
-        seconds, repeats: minimum duration and number of calls.
-        device: "cuda" times with CUDA events, "cpu" with the clock, even if there is a GPU.
+        steps: the steps of the call by name. Percentiles are computed for `compute`; the other steps are copies.
+        images: number of images per call.
+        seconds, repeats: minimum duration and minimum number of calls.
+        device: "cuda" times with CUDA events; "cpu" times with the system clock, even if there is a GPU.
 
     Returns:
         Fields of `LatencyRow`: percentiles in milliseconds, images per second at p50, the number of calls, the p50 of
@@ -337,19 +338,19 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
     figures |= {f"{name}_p50_ms": float(np.median(copy)) for name, copy in times.items()}
     figures |= {"images_per_second": images * 1e3 / figures["p50_ms"], "calls": len(compute)}
     if (spread := figures["p90_ms"] / figures["p50_ms"]) > WIDE_SPREAD:
-        figures["warning"] = f"p90 is {spread:.1f} times p50: something else ran"
+        figures["warning"] = f"p90 is {spread:.1f} times p50: other programs were running"
     return figures
 
 
 def _time_by_clock(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the CPU."""
+    """Times a call on the CPU, in milliseconds."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
 
 
 def _time_by_events(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the GPU."""
+    """Times a call on the GPU, in milliseconds."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -359,7 +360,7 @@ def _time_by_events(call: Callable[[], Any]) -> float:
 
 
 def _sm_clock() -> int | None:
-    """The current clock rate of the GPU's multiprocessors in MHz; None if the driver does not report it."""
+    """Returns the current SM clock of the GPU in MHz; None if the driver does not report it."""
     uuid = torch.cuda.get_device_properties(0).uuid  # CUDA_VISIBLE_DEVICES renumbers devices
     command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
     try:
@@ -372,11 +373,11 @@ def show(reports: list[LatencyReport]) -> None:
     """Prints the rows of each run as a table.
 
     Raises:
-        UserError: they were measured on different hardware.
+        UserError: the reports were measured on different hardware.
     """
     machines = {str(report.hardware) for report in reports}
     if len(machines) > 1:
-        raise UserError(f"rows of {' and of '.join(sorted(machines))}: expected one machine; measure them again on it")
+        raise UserError(f"rows from {' and '.join(sorted(machines))}: expected one machine; measure all runs on one")
     print(f"latency on {machines.pop()}")
     for report in reports:
         print(f"\n{report.run}")

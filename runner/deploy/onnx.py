@@ -1,9 +1,9 @@
-"""Exports a run to ONNX: a file for each precision, and for each of two front ends.
+"""Exports a run to ONNX, with one file per precision and front end.
 
 model.<precision>.onnx       normalized images (batch, 3, H, W) float32 to logits (batch, classes) float32
 model.<precision>.raw.onnx   decoded pixels (batch, H, W, 3) uint8 to the same logits; the graph normalizes them
 
-The precision is that of the arithmetic inside the graph; see precision.py.
+The precision is the one that the graph computes in; see precision.py.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import msgspec
 from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
+from runner.common.text import without_controls
 from runner.run.folder import Run
 from runner.run.schema import Export, FrontEnd, Manifest, OnnxMetadata, Precision, RunConfig
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 INPUT, RAW_INPUT, OUTPUT = "images", "pixels", "logits"
 LARGEST_BATCH = 4096
-QUICK_IMAGES = 64
-QUICK_LIMIT = 1e-3  # largest difference of fp32 logits in the quick check, as a share of the largest logit
+CHECK_IMAGES = 64
+MAX_LOGIT_ERROR = 1e-3  # maximum difference between fp32 logits in the quick check, relative to the largest logit
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class OnnxFile:
     """An ONNX file of a run.
 
     Attributes:
-        path: where it is.
-        precision: of its arithmetic.
-        raw: whether it takes uint8 pixels.
-        sha256: its current hash.
+        path: path of the file.
+        precision: precision that the graph computes in.
+        raw: whether the graph takes uint8 pixels.
+        sha256: SHA-256 of the file's current contents.
     """
 
     path: Path
@@ -53,17 +54,17 @@ class OnnxFile:
 
     @property
     def name(self) -> str:
-        """`fp16`, or `fp16.raw`."""
+        """Precision and front end, as in the file name: `fp16` or `fp16.raw`."""
         return name_of(self.precision, self.raw)
 
     @property
     def front_end(self) -> FrontEnd:
-        """Which input it takes, as written in JSON files."""
-        return "raw" if self.raw else "normalised"
+        """The kind of input that the graph takes, as written in JSON files."""
+        return FrontEnd.RAW if self.raw else FrontEnd.NORMALIZED
 
 
 def name_of(precision: Precision, raw: bool) -> str:
-    """The part of a file name between `model.` and `.onnx`."""
+    """Returns the part of a file name between `model.` and `.onnx`."""
     return f"{precision}.raw" if raw else precision
 
 
@@ -75,7 +76,7 @@ def path_of(run: Run, precision: Precision, raw: bool = False) -> Path:
 def export(run: Run) -> OnnxFile:
     """Writes `deploy/model.fp32.onnx` and checks its logits against the model's on random images.
 
-    The file holds its weights, and as metadata what a server needs: see `OnnxMetadata`.
+    The file contains the weights, and metadata that a server needs (see `OnnxMetadata`).
 
     Raises:
         RuntimeError: the logits differ; the file is not kept.
@@ -87,21 +88,21 @@ def export(run: Run) -> OnnxFile:
 
     cpu.prepare()
     shape = run.config().input.shape
-    weights = weights_sha256(run)  # before loading them, because a run that still trains may write newer ones
-    # Traced in channels_last, flattening becomes an index computation in the graph.
+    weights = weights_sha256(run)  # before loading them: a run that is still training may write newer ones
+    # When traced in channels_last, flattening becomes an index computation in the graph.
     model = checkpoint.load_model(run).to(memory_format=torch.contiguous_format)
 
     def check(path: Path) -> None:
         from runner.deploy.session import Session
 
-        images = torch.randn(QUICK_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(CHECK_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(images)
         if not expected.isfinite().all():
             raise UserError(f"{run.folder}: its weights give logits that are not finite; train it again")
         difference = (torch.from_numpy(Session(path)(images.numpy())) - expected).abs().max()
-        if not difference <= QUICK_LIMIT * expected.abs().max():
-            raise RuntimeError(f"{path}: logits differ from the model's by {difference:.3g} on {QUICK_IMAGES} images")
+        if not difference <= MAX_LOGIT_ERROR * expected.abs().max():
+            raise RuntimeError(f"{path}: logits differ from the model's by {difference:.3g} on {CHECK_IMAGES} images")
 
     return write(run, to_proto(model, shape), "fp32", raw=False, weights=weights, check=check)
 
@@ -137,7 +138,7 @@ def write(
     Args:
         run: the run.
         proto: the graph.
-        precision, raw: which of the run's files it becomes.
+        precision, raw: precision and front end, which select the file to write.
         weights: SHA-256 of the weights in the graph.
         check: raises if the file must not be kept.
     """
@@ -170,7 +171,7 @@ def _metadata_of(run: Run, precision: Precision, raw: bool, weights: str) -> dic
     values = {
         "classes": config.dataset.classes,
         "precision": precision,
-        "front_end": "raw" if raw else "normalised",
+        "front_end": FrontEnd.RAW if raw else FrontEnd.NORMALIZED,
         "shape": config.input.shape,
         "image_shape": config.dataset.image_shape,
         "fit": config.dataset.source.get("fit", "stretch"),
@@ -192,9 +193,9 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
 
     Args:
         path: the file.
-        shape: of one input image: (3, H, W), or (H, W, 3) for the raw front end.
+        shape: shape of one input image: (3, H, W), or (H, W, 3) for the raw front end.
         classes: number of classes.
-        raw, fp16: kind of file.
+        raw, fp16: whether the file has the raw front end, and whether it is an fp16 file.
 
     Raises:
         RuntimeError: the logits have another shape, or are not finite.
@@ -206,24 +207,24 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
     generator = np.random.default_rng(0)
     images: np.ndarray
     if raw:
-        images = generator.integers(0, 256, (QUICK_IMAGES, *shape), dtype=np.uint8)
+        images = generator.integers(0, 256, (CHECK_IMAGES, *shape), dtype=np.uint8)
     else:
-        images = generator.standard_normal((QUICK_IMAGES, *shape), dtype=np.float32)
+        images = generator.standard_normal((CHECK_IMAGES, *shape), dtype=np.float32)
     logits = Session(path, fp16=fp16)(images)
-    if logits.shape != (QUICK_IMAGES, classes):
-        raise RuntimeError(f"{path}: expected logits of shape {(QUICK_IMAGES, classes)}, found {logits.shape}")
+    if logits.shape != (CHECK_IMAGES, classes):
+        raise RuntimeError(f"{path}: expected logits of shape {(CHECK_IMAGES, classes)}, found {logits.shape}")
     if not np.isfinite(logits).all():
         raise RuntimeError(f"{path}: expected finite logits, found infinity or NaN")
 
 
 def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
-    """Returns a copy of a graph that takes decoded pixels: (batch, H, W, 3) uint8 in place of `images`.
+    """Returns a copy of a graph that takes decoded pixels, (batch, H, W, 3) uint8, in place of `images`.
 
-    Normalizes and resizes in float32, in that order, as in training. Resizing is bilinear; torchvision's antialiasing
-    makes no difference when images are enlarged.
+    The copy normalizes and resizes in float32, in that order, as in training. Resizing is bilinear; torchvision's
+    antialiasing makes no difference when images are upscaled.
 
     Raises:
-        UserError: images would have to be made smaller.
+        UserError: images would have to be downscaled.
     """
     import numpy as np
     from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -245,8 +246,8 @@ def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
     if resized:
         if height > shape[1] or width > shape[2]:
             raise UserError(
-                f"--raw: expected images of at most {shape[1]} × {shape[2]}, found {height} × {width}; making them "
-                "smaller needs antialiasing: leave --raw out, and resize before the model"
+                f"--raw: expected images of at most {shape[1]} × {shape[2]}, found {height} × {width}; "
+                "downscaling needs antialiasing: omit --raw, and resize images before the model"
             )
         constants["raw_factors"] = np.array([1, 1, shape[1] / height, shape[2] / width], dtype=np.float32)
         inputs = ["raw_small", "", "raw_factors"]
@@ -262,7 +263,7 @@ def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
 
 
 def exported(run: Run, precision: Precision = "fp32", raw: bool = False) -> OnnxFile:
-    """Returns a run's ONNX file of a precision and front end.
+    """Returns a run's ONNX file for a precision and front end.
 
     Raises:
         UserError: it is missing, was changed after export, or was exported from other weights.
@@ -295,7 +296,7 @@ def all_exported(run: Run) -> list[OnnxFile]:
 
 
 def _find(run: Run, precision: Precision, raw: bool) -> OnnxFile | str:
-    """A run's file if it is current; otherwise a phrase that describes what is there."""
+    """Returns a run's file if it is current, or else a phrase for error messages that says what is there instead."""
     path = path_of(run, precision, raw)
     if not path.is_file():
         return "none"
@@ -303,23 +304,23 @@ def _find(run: Run, precision: Precision, raw: bool) -> OnnxFile | str:
     entry = run.read_exports().get(path.name)
     if entry is None or entry.sha256 != file.sha256:
         return "one that was changed after its export"
-    return file if entry.weights == weights_sha256(run) else "one of other weights"
+    return file if entry.weights == weights_sha256(run) else "one exported from other weights"
 
 
 def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
     """Reads an ONNX file that may come from an untrusted source, and its metadata.
 
     Raises:
-        UserError: it is not an ONNX file of `runner export`; or it refers to external data, which could be any file
+        UserError: the file was not written by `runner export`, or it refers to external data, which could be any file
             on this machine.
     """
     import onnx
 
     if not path.is_file():
-        raise UserError(f"{path}: expected an ONNX file, there is none")
+        raise UserError(f"{path}: expected an ONNX file, found none")
     try:
         proto = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf has exception types of several modules
+    except Exception as error:  # protobuf raises exceptions from several modules
         raise UserError(f"{path}: expected an ONNX file: {_first_line(error)}") from None
     tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
     if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors):
@@ -329,7 +330,8 @@ def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
     except onnx.checker.ValidationError as error:
         raise UserError(f"{path}: expected a valid ONNX file: {_first_line(error)}") from None
     try:
-        metadata = {entry.key: msgspec.json.decode(entry.value) for entry in proto.metadata_props}
+        values = {entry.key: without_controls(entry.value.encode()) for entry in proto.metadata_props}
+        metadata = {key: msgspec.json.decode(value) for key, value in values.items()}
         return proto, msgspec.convert(metadata, OnnxMetadata)
     except msgspec.MsgspecError as error:
         raise UserError(f"{path}: expected metadata of runner export: {error}; export it again") from None
@@ -340,7 +342,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph or function, including those of nested graphs."""
+    """Yields every constant of a graph or function, including those of nested graphs."""
     yield from getattr(graph, "initializer", ())
     for sparse in getattr(graph, "sparse_initializer", ()):
         yield from (sparse.values, sparse.indices)

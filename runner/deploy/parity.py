@@ -1,7 +1,7 @@
-"""The parity gate: scores exported files on the whole test set beside the model in torch.
+"""The parity gate: compares exported files with the model in torch on the whole test set.
 
 `deploy/parity.json` has a row for each file and each engine that runs here; `runner bench` measures only those whose
-row passed. A row that failed names the operator at which its values depart from those of the fp32 file.
+row passed. A failed row names the operator at which the values diverge from those of the fp32 file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +41,10 @@ from runner.training.evaluate import Evaluation, evaluate
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # smallest share of images with the model's top class
-ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # largest drop that quantization may cause
+AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # minimum share of images with the same top class
+ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantization may cause
 CULPRIT_IMAGES = 16
-CULPRIT_LEAST = 1e-4  # smallest relative error added by an operator that is named
+MIN_CULPRIT_ERROR = 1e-4  # an operator is named only if it adds at least this relative error
 Backend = Literal["onnxruntime", "engine"]
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "engine")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -59,7 +59,7 @@ class Candidate:
         backend: "onnxruntime" or "engine".
         provider: onnxruntime's execution provider, or the engine's library and version.
         forward: maps images to logits.
-        engine_sha256: hash of the engine, if it is one.
+        engine_sha256: SHA-256 of the engine; None for onnxruntime.
     """
 
     file: OnnxFile
@@ -74,34 +74,34 @@ def compare(
 ) -> ParityReport:
     """Scores the model and its exported files on every test image, and writes the report to `deploy/parity.json`.
 
-    On the CPU, onnxruntime runs the files. On a GPU, its CUDA provider does, and so do the engines built of them; the
-    model is then scored in fp16 in torch as well.
+    On the CPU, onnxruntime runs the files. On a GPU, onnxruntime's CUDA provider runs them, the engines built from them
+    are scored too, and so is the torch model in fp16.
 
     Args:
         run: run with a checkpoint.
         files: files to score.
         data: prepared dataset; None for the run's own.
         device: "cpu" or "cuda".
-        backends: backends that must run here; if empty, those that do.
+        backends: backends that must run here; if empty, all that can run.
 
     Returns:
         The report. It keeps earlier rows of other files that still exist.
 
     Raises:
-        UserError: the dataset is another one, or none of the backends runs here.
+        UserError: the dataset is not the run's, or no backend runs here.
     """
     if device == "cpu":
         cpu.prepare()
     else:
-        cuda.exact_fp32()
+        cuda.disable_tf32()
     config = run.config()
     batches = open_test_of_run(config, data, torch.device(device))
     classes = len(config.dataset.classes)
     candidates, not_scored = _open_candidates(run, files, device, backends)
     if not candidates:
         message = (
-            f"--backend {' '.join(backends or BACKENDS)}: nothing here runs that on {device}; engines run on a GPU, "
-            f"and are built by: runner engine {run.folder}"
+            f"--backend {' '.join(backends or BACKENDS)}: not available here on {device}; engines run on a GPU, and "
+            f"are built with: runner engine {run.folder}"
         )
         raise UserError("; ".join(entry.reason for entry in not_scored) or message)
     with progress("score model and exports", (1 + len(candidates)) * batches.num_images) as advance:
@@ -120,7 +120,7 @@ def compare(
             measured = evaluate(lambda images: half(images.half()), batches, classes)
             scores = asdict(_compare_scores("fp16", baseline, measured))
             weights = onnx.weights_sha256(run)
-            torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, place=this_machine())]
+            torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, machine=this_machine())]
     report = ParityReport(
         run=str(run.folder),
         dataset=config.dataset.name,
@@ -137,7 +137,7 @@ def compare(
 
 
 def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> list[ParityRow]:
-    """Earlier rows that `rows` do not replace, and whose files are current."""
+    """Returns the earlier rows that `rows` do not replace and whose files are current."""
     replaced = {(row.onnx, row.provider) for row in rows}
     current = {str(file.path.relative_to(run.folder)): file.sha256 for file in onnx.all_exported(run)}
     return [
@@ -146,24 +146,24 @@ def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> li
 
 
 def this_machine() -> Machine:
-    """The machine and library version for which a new row holds."""
+    """Returns this machine and its onnxruntime version, for which new rows are valid."""
     hardware, versions = environment.describe_hardware(), environment.package_versions()
     return Machine(cpu=hardware.cpu, gpus=hardware.gpus, onnxruntime=versions.get("onnxruntime-gpu"))
 
 
 def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str | None = None) -> Gate:
-    """Returns the gate's result for a file, or for an engine of it, on a provider and this kind of machine.
+    """Returns the gate's result for a file, or for an engine built from it, on a provider and this kind of machine.
 
     Raises:
-        UserError: it has not been scored, or failed.
+        UserError: the file or engine has not been scored, or has failed.
     """
     wanted = file.sha256, provider, engine_sha256, this_machine()
     report = run.read_parity()
     for row in report.rows if report else []:
-        if (row.onnx_sha256, row.provider, row.engine_sha256, row.place) == wanted:
+        if (row.onnx_sha256, row.provider, row.engine_sha256, row.machine) == wanted:
             if row.passed:
                 return row.gate
-            raise UserError(f"{file.path}: failed the gate on {provider} ({row}); it is not measured")
+            raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not measured")
     raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}")
 
 
@@ -171,25 +171,25 @@ def require_torch_passed(run: Run, precision: Precision) -> None:
     """Checks that the model in torch, in a precision below fp32, has passed the gate on this kind of machine.
 
     Raises:
-        UserError: it has not been scored, or failed.
+        UserError: the model has not been scored, or has failed.
     """
     wanted = precision, onnx.weights_sha256(run), this_machine()
     report = run.read_parity()
     for row in report.torch if report else []:
-        if (row.precision, row.weights, row.place) == wanted:
+        if (row.precision, row.weights, row.machine) == wanted:
             if row.passed:
                 return
             raise UserError(f"{run.folder}: torch in {precision} failed the gate (limit: {row.limit})")
-    raise UserError(f"{run.folder}: torch in {precision} is not scored here yet; first: runner parity {run.folder}")
+    raise UserError(f"{run.folder}: torch in {precision} has not been scored here; first: runner parity {run.folder}")
 
 
 def _open_candidates(
     run: Run, files: list[OnnxFile], device: str, backends: Sequence[Backend]
 ) -> tuple[list[Candidate], list[NotScored]]:
-    """Opens what runs the files here, and lists what does not run, with the reason.
+    """Opens each file with every backend that runs here, and lists those that do not run, with the reason.
 
     Raises:
-        UserError: a backend in `backends` does not run.
+        UserError: a backend in `backends` does not run here.
     """
     candidates, not_scored = [], []
     for file in files:
@@ -235,12 +235,12 @@ def _row(
         provider=candidate.provider,
         classes_predicted=measured.num_predicted_classes,
         culprit=None if scores.passed else find_culprit(run, candidate, images, device),
-        place=this_machine(),
+        machine=this_machine(),
     )
 
 
 def _compare_scores(precision: Precision, baseline: Evaluation, measured: Evaluation) -> Scores:
-    """Compares an evaluation with that of the fp32 model in torch, and applies the limit of its precision."""
+    """Compares an evaluation with the baseline, the fp32 model in torch, and applies the limit for the precision."""
     agreement = (baseline.predicted == measured.predicted).double().mean().item()
     change = measured.accuracy - baseline.accuracy
     if precision in AGREEMENT:
@@ -259,7 +259,7 @@ def _compare_scores(precision: Precision, baseline: Evaluation, measured: Evalua
         agreement=agreement,
         class_change=[None if old is None or new is None else new - old for old, new in accuracies],
         largest_logit_difference=difference if finite else None,
-        limit=limit if finite else f"{limit}, of finite logits",
+        limit=limit if finite else f"{limit}, and finite logits",
         passed=passed and finite,
     )
 
@@ -271,10 +271,11 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
     relative error of its output minus the largest one of its inputs.
 
     Args:
-        run: run of the file.
-        candidate: the failed one. The search uses its normalized front end, whose graph the raw one contains.
+        run: the run that the file belongs to.
+        candidate: the failed candidate. The search uses the file with the normalized front end, whose graph is part of
+            the raw one.
         images: (n, 3, H, W) float32, normalized.
-        device: where the file was scored. Of an engine, the ONNX file is searched, on the CPU.
+        device: device on which the file was scored. For an engine, the ONNX file is searched, on the CPU.
     """
     file = candidate.file
     if file.precision == "fp32":
@@ -296,8 +297,8 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
             if name in errors and np.isfinite(before):
                 added[name] = (errors[name] - before, f"{node.op_type} {node.name or name}")
     worst = max(added, key=lambda name: added[name][0], default=None)
-    if worst is None or added[worst][0] < CULPRIT_LEAST:
-        return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is {candidate.provider}'s"
+    if worst is None or added[worst][0] < MIN_CULPRIT_ERROR:
+        return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is in {candidate.provider}"
     difference, operator = added[worst]
     return f"{operator} (relative error {errors[worst]:.2g}, {errors[worst] - difference:.2g} before it)"
 
@@ -305,9 +306,9 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
 def _relative_errors(
     reference: "ModelProto", suspect: "ModelProto", images: np.ndarray, device: str
 ) -> dict[str, float]:
-    """Relative errors of the tensors that two graphs share, by name; the reference runs on the CPU.
+    """Returns the relative errors of the tensors that two graphs share, by name; the reference runs on the CPU.
 
-    Marks these tensors as outputs in both graphs.
+    Modifies both graphs: marks these tensors as outputs.
     """
     from onnx import helper
 

@@ -3,8 +3,8 @@
 The precision is part of the graph, because a strongly typed TensorRT network takes it from there: fp16 is a graph of
 fp16 operators, int8 a graph with explicit Q/DQ pairs. Both are made with onnxruntime's own tools.
 
-There are two int8 graphs, because none is fast everywhere: TensorRT needs symmetric int8 activations (S8S8), and the
-CPU's kernels are fast for unsigned ones (U8S8).
+There are two int8 graphs, because neither is fast everywhere: TensorRT needs symmetric int8 activations (S8S8),
+and the CPU's kernels are fast for unsigned ones (U8S8).
 """
 
 import contextlib
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 CALIBRATION_BATCH = 32
-WEIGHTED = ["Conv", "Gemm", "MatMul"]
-# They sum squares or exponentials, which overflow fp16 long before their inputs do.
-SENSITIVE = ["LayerNormalization", "Softmax"]
+QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
+# These operators sum squares or exponentials, which overflow fp16 long before their inputs do.
+FP32_OPS = ["LayerNormalization", "Softmax"]
 
 
 def convert(run: Run, precision: Precision, calibration: np.ndarray | None, method: Calibration = "minmax") -> OnnxFile:
-    """Writes the ONNX file of a lower precision, made from the fp32 one.
+    """Converts a run's fp32 ONNX file to a lower precision, and writes the result.
 
     Args:
-        run: exported in fp32.
+        run: run that has been exported in fp32.
         precision: "fp16", "int8" (for TensorRT) or "int8-cpu".
-        calibration: for int8, the images from which activation ranges are estimated: (N, 3, H, W) float32, normalized.
-        method: how ranges are estimated.
+        calibration: for int8, images for estimating the activation ranges, (N, 3, H, W) float32, normalized.
+        method: how the activation ranges are estimated.
 
     Raises:
         UserError: the run has not been exported in fp32.
@@ -54,13 +54,13 @@ def convert(run: Run, precision: Precision, calibration: np.ndarray | None, meth
 
 
 def add_raw_front_end(run: Run, precision: Precision) -> OnnxFile:
-    """Writes the version with a raw front end of an ONNX file that was exported before."""
+    """Writes a version of an exported ONNX file with the raw front end."""
     proto, metadata = onnx.read(onnx.exported(run, precision).path)
     return _write_checked(run, onnx.with_raw_input(proto, run.config()), precision, raw=True, metadata=metadata)
 
 
 def _write_checked(run: Run, proto: "ModelProto", precision: Precision, raw: bool, metadata: OnnxMetadata) -> OnnxFile:
-    """Writes a graph if it passes the quick check; `metadata` is that of the file from which it was made."""
+    """Writes a graph if it passes the quick check; `metadata` comes from the file that it was made from."""
     check = partial(
         onnx.check_finite,
         shape=metadata.image_shape if raw else metadata.shape,
@@ -72,24 +72,24 @@ def _write_checked(run: Run, proto: "ModelProto", precision: Precision, raw: boo
 
 
 def _to_fp16(proto: "ModelProto") -> "ModelProto":
-    """Converts all operators except SENSITIVE and the converter's own exceptions; inputs and outputs stay fp32."""
+    """Converts all operators except FP32_OPS ones and those the converter skips; inputs and outputs stay fp32."""
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     _unshare_constants(proto.graph)
-    fp32_operators = [*float16.DEFAULT_OP_BLOCK_LIST, *SENSITIVE]
+    fp32_operators = [*float16.DEFAULT_OP_BLOCK_LIST, *FP32_OPS]
     fp16 = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=fp32_operators)
     OnnxModel(fp16).topological_sort()  # the converter appends casts after the operators that read them
-    del fp16.graph.value_info[:]  # partly outdated types
+    del fp16.graph.value_info[:]  # some of these types are outdated
     return fp16
 
 
 def _unshare_constants(graph: Any) -> None:
-    """Copies the constants of each SENSITIVE operator: the converter gives casts of shared ones duplicate names."""
+    """Gives each FP32_OPS operator its own constants: the converter gives casts of shared ones duplicate names."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for number, node in enumerate(graph.node):
         for index, name in enumerate(node.input):
-            if node.op_type in SENSITIVE and name in constants:
+            if node.op_type in FP32_OPS and name in constants:
                 node.input[index] = f"{name}.{number}"
                 graph.initializer.add().CopyFrom(constants[name])
                 graph.initializer[-1].name = node.input[index]
@@ -98,9 +98,9 @@ def _unshare_constants(graph: Any) -> None:
 def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> "ModelProto":
     """Inserts Q/DQ pairs; weights are quantized per output channel, biases stay fp32.
 
-    For TensorRT, only inputs of operators with weights are quantized: it fuses an activation into the preceding
-    convolution only if no pair is between them. The CPU's kernels pass int8 to each other, so there all supported
-    operators are quantized.
+    For TensorRT, only the inputs of operators with weights are quantized, because TensorRT fuses an activation into the
+    preceding convolution only if there is no Q/DQ pair between them. The CPU's kernels pass int8 to each other, so all
+    supported operators are quantized for the CPU.
     """
     import onnx as library
     from onnxruntime import quantization
@@ -111,12 +111,12 @@ def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Cal
     if precision == "int8":
         settings = {
             "activation_type": QuantType.QInt8,
-            "op_types_to_quantize": WEIGHTED,
+            "op_types_to_quantize": QUANTIZED_OPS,
             "extra_options": {
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": WEIGHTED,
+                "OpTypesToExcludeOutputQuantization": QUANTIZED_OPS,
             },
         }
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -162,13 +162,13 @@ def _quiet() -> Iterator[None]:
 
 
 def calibration_images(run: Run, data: Path | None, count: int) -> np.ndarray:
-    """Training images of the run's dataset, preprocessed as for evaluation; every call returns the same ones.
+    """Returns training images of the run's dataset, preprocessed as for evaluation; always the same images.
 
     Returns:
         (count, 3, H, W) float32, normalized.
 
     Raises:
-        UserError: the dataset is missing, damaged, or another one; or it has fewer training images.
+        UserError: the dataset is missing, damaged or not the run's, or it has fewer than `count` training images.
     """
     import torch
 

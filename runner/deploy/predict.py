@@ -1,6 +1,6 @@
 """Classifies images with an exported model. An ONNX file suffices: its metadata describe its input and its classes.
 
-A model with the raw front end takes uint8 pixels; for the other one, images are normalized here.
+A model with the raw front end takes uint8 pixels; for other models, images are normalized here.
 """
 
 import io
@@ -20,10 +20,10 @@ from runner.common.errors import UserError
 from runner.deploy import onnx
 from runner.deploy.session import PROVIDERS, Session
 from runner.run.folder import Run
-from runner.run.schema import EngineSidecar, OnnxMetadata
+from runner.run.schema import EngineSidecar, FrontEnd, OnnxMetadata
 
-LARGEST_JPEG = 65_500  # pixels of a side
-COLUMNS, TILE, CAPTION = 8, 128, 49  # of the contact sheet: images in a row; pixels of an image and of its caption
+LARGEST_JPEG = 65_500  # maximum width and height of a JPEG file in pixels
+COLUMNS, TILE, CAPTION = 8, 128, 49  # contact sheet: images per row; side of a tile and height of a caption, in pixels
 Forward = Callable[[np.ndarray], np.ndarray]
 
 
@@ -34,7 +34,7 @@ class Prediction:
     Attributes:
         image: path of the image.
         label: name of the class.
-        probability: of that class.
+        probability: probability of that class.
     """
 
     image: str
@@ -46,15 +46,15 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     """Classifies images, and draws a contact sheet if requested.
 
     Args:
-        model: an ONNX file; a run, for its ONNX file that passed the gate; or an engine with its sidecar beside it
-            (on a GPU).
+        model: an ONNX file; a run folder, to use its ONNX file that passed the gate; or, on a GPU, an engine with its
+            sidecar next to it.
         images: image files, or folders of them.
         batch: batch size; the last batch may be smaller.
         device: "cpu" or "cuda", for ONNX files.
-        sheet: PNG file to draw; None for none.
+        sheet: PNG or JPEG file to draw the contact sheet to; None draws none.
 
     Raises:
-        UserError: an unreadable image or model, a model without metadata, or a batch size that it does not take.
+        UserError: an image or the model cannot be read, the model has no metadata, or the batch size is too large.
     """
     if sheet is not None:
         _check_sheet(sheet)
@@ -69,7 +69,7 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     for batch_paths in track(batches, "predict", len(batches)):
         decoded = [decode(str(path), _content(path)) for path in batch_paths]
         pixels = np.stack([np.asarray(fit(image, width, height, metadata.fit)) for image in decoded])
-        inputs = pixels if metadata.front_end == "raw" else _normalize(pixels, metadata)
+        inputs = pixels if metadata.front_end == FrontEnd.RAW else _normalize(pixels, metadata)
         logits = forward(inputs).astype(np.float64)
         if logits.shape != (len(batch_paths), len(metadata.classes)):
             raise UserError(f"{model}: has {len(metadata.classes)} classes, but returns logits {logits.shape}")
@@ -80,14 +80,14 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
         for path, row in zip(batch_paths, probabilities, strict=True):
             predictions.append(Prediction(str(path), metadata.classes[int(row.argmax())], float(row.max())))
     if unused:
-        print(f"runner: not used, because they are no images: {list_some(unused)}", file=sys.stderr)
+        print(f"runner: not used, because they are not images: {list_some(unused)}", file=sys.stderr)
     if sheet is not None:
         draw(predictions, sheet)
     return predictions
 
 
 def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files, and the images in and below the folders, those sorted by path; and the other files in them."""
+    """Returns the image files, those in folders and subfolders sorted by path, and the folders' other files."""
     paths, unused = [], []
     for path in images:
         if path.is_dir():
@@ -111,19 +111,19 @@ def _content(path: Path) -> bytes:
 
 
 def _check_sheet(path: Path) -> None:
-    """Raises UserError where a contact sheet cannot be written."""
+    """Raises UserError if a contact sheet cannot be written to this path."""
     from PIL import Image
 
     known = Image.registered_extensions().get(path.suffix.lower()) in ("PNG", "JPEG")
     if not known or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--sheet {path}: expected a name that ends in .png or .jpg, in a folder that can be written")
+        raise UserError(f"--sheet {path}: expected a name that ends in .png or .jpg, in a writable folder")
 
 
 def _passed_file(run: Run, device: str) -> Path:
-    """The most precise ONNX file of a run that passed the gate, with normalized input."""
+    """Returns a run's most precise ONNX file with normalized input that passed the gate on the device."""
     report, exported = run.read_parity(), {file.sha256: file for file in onnx.all_exported(run)}
     passed = {row.precision: row.onnx_sha256 for row in (report.rows if report else [])
-              if row.passed and row.provider == PROVIDERS[device] and row.front_end == "normalised"}  # fmt: skip
+              if row.passed and row.provider == PROVIDERS[device] and row.front_end == FrontEnd.NORMALIZED}  # fmt: skip
     for precision in onnx.PRECISIONS:
         if passed.get(precision) in exported:
             return exported[passed[precision]].path
@@ -137,11 +137,11 @@ def _normalize(pixels: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
     """Normalizes and resizes as in training.
 
     Args:
-        pixels: (n, H, W, 3) uint8 of the dataset's size.
-        metadata: of the model.
+        pixels: (n, H, W, 3) uint8, of the dataset's image size.
+        metadata: metadata of the model.
 
     Returns:
-        (n, 3, H, W) float32 of the model's size.
+        (n, 3, H, W) float32, of the model's input size.
     """
     from PIL import Image
 
@@ -158,7 +158,7 @@ def _normalize(pixels: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
 
 
 def _load(model: Path, device: str) -> tuple[Forward, OnnxMetadata]:
-    """Returns a function from images to logits, and the metadata of its ONNX file."""
+    """Loads a model; returns a function that maps images to logits, and the metadata of the ONNX file."""
     if model.suffix == ".engine":
         return _load_engine(model)
     _, metadata = onnx.read(model)
@@ -166,20 +166,20 @@ def _load(model: Path, device: str) -> tuple[Forward, OnnxMetadata]:
 
 
 def _load_engine(model: Path) -> tuple[Forward, OnnxMetadata]:
-    """As `_load`; the engine must be in the deploy folder of its run."""
+    """Like `_load`, for an engine, which must be in the deploy folder of its run."""
     import torch
 
     from runner.deploy import engine
 
     sidecar_path = engine.sidecar_of(model)
     if not sidecar_path.is_file():
-        raise UserError(f"{model}: expected its sidecar {sidecar_path.name} beside it; engines run only with it")
+        raise UserError(f"{model}: expected its sidecar {sidecar_path.name} next to it, found none")
     run, sidecar = Run(model.parent.parent), files.read(sidecar_path, EngineSidecar)
     engine.verify(run, sidecar)
     if (run.folder / sidecar.engine).resolve() != model.resolve():
         raise UserError(f"{model}: expected the sidecar of this engine, found that of {sidecar.engine}")
     if not torch.cuda.is_available():
-        raise UserError(f"{model}: an engine runs on a GPU, found none; pass the ONNX file from which it was built")
+        raise UserError(f"{model}: expected a GPU to run the engine, found none; pass the ONNX file instead")
     running = engine.RunningEngine(run, sidecar)
     _, metadata = onnx.read(run.folder / sidecar.onnx)
 
@@ -201,10 +201,10 @@ def draw(predictions: list[Prediction], target: Path) -> None:
         path = Path(prediction.image)
         tile = decode(prediction.image, _content(path)).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
         sheet.paste(tile, (x + 4, y + 4))
-        label, name = (" ".join(text.split()) for text in (prediction.label, path.name))  # in one line each
+        label, name = (" ".join(text.split()) for text in (prediction.label, path.name))  # one line each
         lines = (label, "black"), (f"{prediction.probability:.1%}", "#666666"), (name, "#666666")
         for line, (text, color) in enumerate(lines):
-            while pen.textlength(text, font) > TILE - 10:  # the end of a name tells files apart
+            while pen.textlength(text, font) > TILE - 10:  # keep the end of a file name, which tells files apart
                 text = text[:-1] if line == 0 else f"…{text[2:]}"
             pen.text((x + 6, y + TILE + 15 * line), text, fill=color, font=font)
     content = io.BytesIO()

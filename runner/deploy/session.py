@@ -25,13 +25,13 @@ class Session:
     """Runs an ONNX file with one input.
 
     Args:
-        file: its path, or its contents.
-        device: "cpu" or "cuda". Where onnxruntime would silently fall back to the CPU, this raises.
+        file: path or contents of the ONNX file.
+        device: "cpu" or "cuda". Raises an error where onnxruntime would silently fall back to the CPU.
         threads: number of CPU threads; None for all usable cores.
-        plain: run the graph as written, without optimizations.
-        fp16: the graph has fp16 operators. These are optimized only once, because repeated fusion of their attention
-            crashes onnxruntime.
-        spinning: let threads spin between operators, at the cost of other processes.
+        plain: whether to run the graph as written, without optimizations.
+        fp16: whether the graph has fp16 operators. Such a graph is optimized in a single pass, because repeated
+            attention fusion crashes onnxruntime.
+        spinning: whether threads spin between operators, which slows down other processes.
 
     Raises:
         ProviderError: the requested provider is not available.
@@ -86,12 +86,12 @@ class Session:
             (n, classes) float32.
 
         Raises:
-            UserError: the graph takes images of another shape or type, or fails on these.
+            UserError: the graph takes images of another shape or type, or fails to run.
         """
         return self._run(images)[0]
 
     def all(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns every output by name. Raises as `__call__`."""
+        """Returns every output by name. Raises UserError like `__call__`."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self._run(images), strict=True))
 
@@ -135,12 +135,12 @@ class Session:
 
 def load_cuda_libraries() -> None:
     """Loads the CUDA provider's dependencies from the NVIDIA Python packages, which the linker does not search."""
-    with _captured_output():  # of libraries that it does not find; the session then raises ProviderError
+    with _captured_output():  # hides errors about missing libraries; the session then raises ProviderError
         onnxruntime.preload_dlls()
 
 
 def usable_providers() -> list[str]:
-    """The providers that really work here; onnxruntime lists all that it was built with."""
+    """Returns the execution providers that work here; onnxruntime itself lists all that it was built with."""
     from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -163,10 +163,10 @@ def usable_providers() -> list[str]:
 
 @contextlib.contextmanager
 def _captured_output() -> Iterator[list[str]]:
-    """Captures standard output and error of native code, where providers write their failures.
+    """Captures the standard output and error of native code, where providers report failures.
 
     Yields:
-        A list that holds the lines after the context has ended.
+        A list, which contains the captured lines once the context has ended.
     """
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:

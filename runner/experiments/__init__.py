@@ -1,22 +1,25 @@
-"""Experiments by name. Each module of this package is one paper and defines EXPERIMENTS, and optionally GRIDS.
+"""Experiments by name. Each module of this package describes one paper: it defines EXPERIMENTS, and optionally GRIDS.
 
-A new architecture is one entry in a module; a new paper is a new module. `--experiments-from` adds a module outside
-the package. Experiments name their architectures, so no module here imports torch.
+To add an architecture, add an entry to a module; to add a paper, add a module. `--experiments-from` adds a module
+outside the package. Experiments refer to architectures by name, so no module here imports torch.
 """
 
+import contextlib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from runner.common.errors import UserError
-from runner.config.recipe import Experiment
+from runner.config.recipe import Architecture, Experiment
+from runner.config.trust import TrustedCode
 
 
 def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
-    """All experiments, in the order of papers and of the rows in each.
+    """Returns all experiments by name, in the order of the papers and of the entries in each.
 
     Args:
         extra_modules: importable modules outside this package that define further EXPERIMENTS.
@@ -32,7 +35,7 @@ def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
 
 
 def load_grids(extra_modules: tuple[str, ...] = ()) -> dict[str, dict[str, Experiment]]:
-    """All grids by name; each is a dict of trials, which are experiments, by name. Raises as `load`."""
+    """Returns all grids by name; each is a dict of trials, which are experiments, by name. Raises as `load` does."""
     grids: dict[str, dict[str, Experiment]] = {}
     for module in _modules(extra_modules):
         _add(grids, getattr(module, "GRIDS", {}), module.__name__, extra_modules)
@@ -59,13 +62,51 @@ def _modules(extra: tuple[str, ...]) -> Iterator[ModuleType]:
 
 
 def _add(target: dict[str, Any], entries: dict[str, Any], module: str, extra: tuple[str, ...]) -> None:
-    """Adds the entries of a module to `target`, whose names must differ."""
+    """Adds the entries of a module to `target`; raises an error if a name already exists there."""
     for key, entry in entries.items():
         if key in target and module in extra:
-            raise UserError(f"--experiments-from {module}: expected new names, found {key!r}, which exists already")
+            raise UserError(f"--experiments-from {module}: expected new names, found {key!r}, which already exists")
         if key in target:
-            raise ValueError(f"{module}: {key!r} exists already")
+            raise ValueError(f"{module}: {key!r} already exists")
         target[key] = entry
+
+
+def check_trusted(architecture: Architecture, code: TrustedCode, record: Path) -> None:
+    """Checks that the model of a run folder may be imported, because importing and calling it runs its code.
+
+    Allowed are the models of registered experiments, and all that runner.models and the modules of `code` define.
+
+    Args:
+        architecture: from the run folder.
+        code: what the user trusts.
+        record: the file that names it, for the message.
+
+    Raises:
+        UserError: it may not.
+    """
+    grids = load_grids(code.experiments_from).values()
+    registered = [load(code.experiments_from), *grids]
+    if code.trust or any(
+        architecture.factory == e.architecture.factory for group in registered for e in group.values()
+    ):
+        return
+    module, _, name = architecture.factory.partition(":")
+    allowed = ("runner.models", *code.experiments_from)
+    # Not what such a module has imported, such as os.system.
+    if _is_within(module, allowed):
+        with contextlib.suppress(ImportError):
+            factory = getattr(importlib.import_module(module), name, None)
+            if _is_within(getattr(factory, "__module__", ""), allowed):
+                return
+    raise UserError(
+        f"{record}: expected a model of runner.models or of a module given by --experiments-from, found "
+        f"{architecture.factory}; --trust imports it all the same"
+    )
+
+
+def _is_within(module: str, packages: Sequence[str]) -> bool:
+    """Whether a module is one of the packages, or within one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def get(name: str, extra_modules: tuple[str, ...] = ()) -> Experiment:

@@ -1,16 +1,16 @@
-"""Beyond the papers: their future work, and current methods.
+"""Experiments beyond the papers: their future work, and current methods.
 
 Follows the future work of podeti.txt (ResNet-50, Vision Transformers, dropout in ResNet-18, transfer learning),
 sivva.txt (EfficientNet, ResNet) and soni.txt, with modern recipes: Nesterov momentum or AdamW, warmup, cosine decay,
 label smoothing, and mixup and CutMix for the transformer.
 
-Not specified, assumed here: the papers report no results, so there is none to reproduce. Transfer learning loads
-torchvision's ImageNet weights before training from torch's cache, a file, or the download, and checks them against
-the hash in their name.
+Not specified, assumed here: the papers report no results, so there is none to reproduce. Before training,
+transfer learning loads torchvision's ImageNet weights from torch's cache or a file, or downloads them, and checks them
+against the hash in the file name.
 
-`speedrun` aims at 94 % accuracy with test-time augmentation in the shortest time: images on the device, an
+`speedrun` aims at 94% accuracy with test-time augmentation in the shortest time: images on the device, an
 alternating flip, a whitening first layer, Muon for filters, label smoothing, and linear decay of the learning rate.
-The 94 % refer to the official images.
+The 94% refers to the official images.
 
 Reproduce: runner train speedrun --data data/cifar10, likewise the others. Time on one GPU: not measured.
 """

@@ -11,7 +11,7 @@ Not specified, assumed here:
   torch's default, row 3's twelve convolutions would not train with SGD at 5e-4;
 - momentum of SGD: 0.9. Weight decay in rows that mention it: 1e-3. Dropout in rows that mention it: 0.2, at the
   position of the listing;
-- 84 % for the listed network: the text reports it for its best model, listed as 5-3 and tabulated as 8-3.
+- 84% for the listed network: the text reports it for its best model, listed as 5-3 and tabulated as 8-3.
 The printed program never calls `eval()`, so it evaluates with dropout and batch norm in training mode; this project
 evaluates in evaluation mode. The paper rounds accuracies to whole numbers.
 

@@ -2,7 +2,7 @@
 
 Follows podeti.txt: sections 2.1 (architectures), 3.1 (augmentation), 4.1 (10 epochs, batch 128,
 CosineAnnealingLR), 4.2 (grid search) and "Summary of Best Hyperparameters" (the rows below and their
-validation accuracies, printed as "0.88%" and meaning 88 %).
+validation accuracies, printed as "0.88%" and meaning 88%).
 
 Not specified, assumed here:
 - the size of the validation split, held out of the training set: 5,000 images;
@@ -17,7 +17,7 @@ Not specified, assumed here:
 - the scheduler: per step, from the peak learning rate to zero over all steps.
 
 `podeti-grid` is the grid search of section 4.2: optimizer, learning rate, weight decay and augmentation for all
-three, and dropout for AlexNet, 64 trials.
+three models, and dropout for AlexNet: 64 trials.
 
 Reproduce: runner train podeti-alexnet --data data/cifar10, likewise the others and the trials of the grid. Time
 on one GPU: not measured.

@@ -2,8 +2,7 @@
 
 Follows sivva.txt: lines 19-20 (50,000 and 10,000 images, resized to 224, ImageNet's mean and standard deviation), 36-48
 (Model 1: pretrained MobileNetV2 with global max pooling, Adam 1e-3, batch 32, 5 epochs) and 68-76 (Model 2: global
-average pooling, SGD 1e-2 with momentum 0.8). Reported on lines 52-58 (train 75 %, test 73 %) and 80-84 (88 %, 85
-%).
+average pooling, SGD 1e-2 with momentum 0.8). Reported on lines 52-58 (train 75%, test 73%) and 80-84 (88%, 85%).
 
 Not specified, assumed here:
 - whether the features are frozen: all weights are trained (`--architecture.arguments.frozen` trains only the last

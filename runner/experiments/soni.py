@@ -2,7 +2,7 @@
 
 Follows soni.txt: lines 25-45 (the block, the backbone, the classifier), 31 and 47 (Model 1: two blocks, RMSprop
 1e-2, batch 64, 30 epochs), 59-63 (Model 2: four blocks from 64 to 128 channels, dropout, RMSprop 1e-3, batch 128,
-40 epochs) and the tables on 83-95: 52.92 % at epoch 30, 80.79 % at epoch 38 (80.40 % at epoch 40), on the test set.
+40 epochs) and the tables on 83-95: 52.92% at epoch 30, 80.79% at epoch 38 (80.40% at epoch 40), on the test set.
 
 Not specified, assumed here:
 - the block is the dynamic convolution of Y. Chen et al. 2020 with K = 3 branches in every block (the text states
@@ -13,7 +13,7 @@ Not specified, assumed here:
 - channels of the four blocks: 64, 64, 128, 128; dropout 0.5; one 2×2 max pooling after the last block;
 - normalization with mean and standard deviation 0.5, cross-entropy, no weight decay, the last partial batch dropped,
   torch's defaults for the other settings of RMSprop.
-The text also reports 52.45 % at epoch 26 for Model 1; the table has precedence.
+The text also reports 52.45% at epoch 26 for Model 1; the table takes precedence.
 
 Reproduce: runner train soni-2 --data data/cifar10, likewise soni-4. Time on one GPU: not measured.
 """

@@ -1,1 +1,1 @@
-"""The modules that papers built themselves, or that torchvision's need changing for. Named by experiments."""
+"""Architectures that papers define, or that adapt torchvision's models. Experiments refer to them by name."""

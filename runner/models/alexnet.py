@@ -9,7 +9,7 @@ from runner.common.errors import UserError
 class AlexNet(nn.Module):
     """Five 3×3 convolutions, the first with stride 2, 2×2 pooling, and three linear layers.
 
-    The feature map is 2×2 for images of 32×32. Maps images (N, 3, *image_size) to logits (N, classes).
+    The last feature map is 2×2 for 32×32 images. Maps images (N, 3, *image_size) to logits (N, classes).
     """
 
     def __init__(self, dropout: float, classes: int = 10, image_size: tuple[int, int] = (32, 32)) -> None:

@@ -1,6 +1,6 @@
 """Dynamic convolutions: parallel filters with weights computed from the whole image (soni.txt, Methods).
 
-The family of Y. Chen et al. 2020, "Dynamic Convolution: Attention over Convolution Kernels", arXiv:1912.03458.
+From the family of Y. Chen et al. 2020, "Dynamic Convolution: Attention over Convolution Kernels", arXiv:1912.03458.
 """
 
 import math

@@ -12,7 +12,7 @@ HIDDEN = (512, 256, 128)
 def repeats(convolutions: int) -> list[int]:
     """The number of convolutions of each width: distributed evenly, with the remainder at the largest widths.
 
-    5 yields one each, the listed network; 8 yields 1, 1, 2, 2, 2, as in VGG-11.
+    5 yields one of each width, the listed network; 8 yields 1, 1, 2, 2, 2, as in VGG-11.
     """
     minimum, remainder = divmod(convolutions, len(WIDTHS))
     return [minimum + (k >= len(WIDTHS) - remainder) for k in range(len(WIDTHS))]

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Differentiable all-reduce: sums a tensor over all ranks, and the gradients in the backward pass."""
+    """Differentiable all-reduce: sums a tensor over all ranks, and its gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,10 @@ class Pretrained(nn.Module):
     """Features of a torchvision network, one global pooling, dropout, and a linear layer.
 
     Args:
-        name: of the network, a key of WEIGHTS.
-        weights: a file with torchvision's ImageNet weights; "" for torch's cache, or the download.
+        name: name of the network, a key of WEIGHTS.
+        weights: file with torchvision's ImageNet weights; "" to use torch's cache, or download them.
         pooling: global pooling of the features.
-        dropout: before the last layer.
+        dropout: dropout probability before the last layer.
         frozen: freeze the features, including batch norm statistics, and train only the last layer.
         classes: number of classes.
 
@@ -73,7 +73,7 @@ class Pretrained(nn.Module):
         return self
 
     def initialize(self, first_images: Callable[[int], torch.Tensor]) -> None:
-        """Loads the ImageNet weights of the features; does not use images.
+        """Loads the ImageNet weights of the features; the images are not used.
 
         Raises:
             UserError: the file is missing, has the wrong hash, or cannot be downloaded.
@@ -95,14 +95,14 @@ class Pretrained(nn.Module):
 
 
 def weight_file(name: str, file: str) -> Path:
-    """Finds or downloads the file of a network's ImageNet weights, and checks the SHA-256 in torchvision's file name.
+    """Finds or downloads a network's ImageNet weights, and checks them against the SHA-256 in torchvision's file name.
 
     Args:
-        name: of the network, a key of WEIGHTS.
-        file: path of the file; "" for torch's cache, or the download.
+        name: name of the network, a key of WEIGHTS.
+        file: path of the file; "" to use torch's cache, or download it.
 
     Raises:
-        UserError: see Pretrained.initialize.
+        UserError: see `Pretrained.initialize`.
     """
     url = WEIGHTS[name].url
     file_name = url.rpartition("/")[2]

@@ -1,1 +1,1 @@
-"""Compares runs: reads their folders, and nothing else. Never imports torch."""
+"""Reports that compare runs, made from the run folders alone. Never imports torch."""

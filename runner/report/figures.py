@@ -4,7 +4,8 @@ import html
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from runner.report.collect import Outcome, RunRecord
+from runner.report.compare import Outcome
+from runner.report.run_record import RunRecord
 
 PALETTE = [
     "#4269d0",
@@ -22,7 +23,7 @@ Chart = dict[str, Any]
 
 
 def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Chart:
-    """Training (lines) and test (points) metric of every run over epochs."""
+    """Builds the chart of a metric over epochs: training as lines, test as lines with markers, for every run."""
     traces = []
     scale = 100 if metric == "accuracy" else 1
     for index, record in enumerate(records):
@@ -51,7 +52,7 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
 
 
 def reported(outcomes: Iterable[Outcome]) -> Chart | None:
-    """Reported and reproduced accuracy of every experiment, with error bars over several seeds; None without any."""
+    """Builds the chart of reported and reproduced accuracies, with error bars over seeds; None if there are none."""
     rows = [one for one in outcomes if one.reported and one.reproduced is not None]
     if not rows:
         return None
@@ -83,7 +84,7 @@ def reported(outcomes: Iterable[Outcome]) -> Chart | None:
 
 
 def _measured(name: str, outcomes: list[Outcome], labels: list[str]) -> Chart:
-    """The trace of reproduced accuracies; with deviations where there are some."""
+    """Builds a trace of reproduced accuracies, with their standard deviations as error bars if there are any."""
     deviations = [100 * one.reproduced_std for one in outcomes if one.reproduced_std is not None]
     error = {"error_x": {"type": "data", "array": deviations}} if deviations else {}
     return error | {
@@ -102,7 +103,7 @@ def _measured(name: str, outcomes: list[Outcome], labels: list[str]) -> Chart:
 
 
 def confusion(record: RunRecord, position: int) -> Chart | None:
-    """The confusion matrix of a finished run, colored by the share of each label's images."""
+    """Builds a run's confusion matrix, colored by the share of each label's images; None if the run is unfinished."""
     if record.summary is None:
         return None
     counts = record.summary.confusion
@@ -120,7 +121,7 @@ def confusion(record: RunRecord, position: int) -> Chart | None:
         "showscale": False,
     }
     layout = {
-        # Categories, or plotly would take numbers as positions.
+        # Categorical axes: otherwise, plotly would interpret numeric class names as positions.
         "xaxis": {"type": "category", "title": {"text": "predicted"}, "tickangle": -45, "automargin": True},
         "yaxis": {"type": "category", "title": {"text": "label"}, "autorange": "reversed", "automargin": True},
         "height": 480,

@@ -1,12 +1,14 @@
 """The comparison as Markdown tables, for a README or a pull request."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from runner.report import collect
-from runner.report.collect import RunRecord, Unreadable
+from runner.report import compare
+from runner.report.run_record import RunRecord, Unreadable, format_counts
 
 OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
+MARKUP = re.compile(r"[\\`*_\[\]]")
 LATENCY_TITLES = (
     "run", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "calls", "accuracy change", "agreement",
     "gate", "note",
@@ -14,7 +16,7 @@ LATENCY_TITLES = (
 
 
 def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
-    """Reported and reproduced accuracies, latencies by hardware with the parity of each file, folders not read."""
+    """Renders accuracies, latencies by hardware with the parity of each file, and the folders that were not read."""
     parts = [accuracies(records), latencies(records)]
     if unreadable:
         parts.append(
@@ -24,12 +26,12 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
 
 
 def accuracies(records: list[RunRecord]) -> str:
-    """Reported and reproduced accuracies, one row per experiment."""
+    """Renders the table of reported and reproduced accuracies, with one row per outcome, and its caption."""
     datasets = ", ".join(sorted({record.dataset for record in records}))
     hardware = ", ".join(sorted({str(record.config.hardware) for record in records}))
     parameters = {record.config.experiment: record.config.parameters for record in records}
     rows = []
-    for outcome in collect.outcomes(records):
+    for outcome in compare.outcomes(records):
         reported = outcome.reported
         count = parameters[outcome.experiment]
         rows.append(
@@ -45,8 +47,8 @@ def accuracies(records: list[RunRecord]) -> str:
             )
         )
     caption = (
-        f"{collect.counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are of the last "
-        "epoch on the test set, means over seeds ± deviation."
+        f"{format_counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are measured "
+        "on the test set after the last epoch: means over seeds ± standard deviation."
     )
     if one_class := [_code(record.name) for record in records if record.predicts_one_class]:
         names = ", ".join(one_class)
@@ -55,18 +57,18 @@ def accuracies(records: list[RunRecord]) -> str:
 
 
 def latencies(records: list[RunRecord]) -> str:
-    """Latencies by hardware with the parity of each file; empty if none were measured."""
+    """Renders a table of latencies per machine, with the parity of each file; empty if none were measured."""
     by_hardware: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.latency:
             by_hardware.setdefault(str(record.latency.hardware), []).extend(_latency_rows(record))
     return "\n\n".join(
-        f"Latency on {hardware}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
+        f"Latency on {plain(hardware)}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
     )
 
 
 def _latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
-    for cell in collect.row(record).latency:
+    for cell in compare.run_row(record).latency:
         yield (
             _code(record.name),
             cell.backend,
@@ -82,23 +84,23 @@ def _latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _code(text: str) -> str:
-    """A name as code, which a backtick or a line end in it would end."""
+    """Formats a name as inline code; replaces backticks and line breaks, which would end it."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def plain(text: str) -> str:
-    """Text from a run folder, without HTML and line ends."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    """Escapes Markdown and HTML in text from a run folder, and removes line breaks."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def percent(value: float | None, std: float | None) -> str:
-    """A share in 0..1 as `93.21 ± 0.15 %`; a dash for None."""
+    """Formats a fraction in 0..1 as `93.21 ± 0.15 %`; a dash for None."""
     if value is None:
         return "–"
     return f"{100 * value:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "") + " %"

@@ -92,12 +92,15 @@ function drawTradeoff() {
     const costs = points.map(point => Math.log10(point.cost)), range = [Math.min(...costs) - 0.3, Math.max(...costs) + 0.3];
     const front = {type: "scatter", mode: "lines", name: "Pareto front", x: best.map(point => point.cost), y: best.map(point => point.accuracy),
       line: {dash: "dot", width: 2, color: palette[9], shape: "hv"}, hoverinfo: "skip"};
+    if (!points.length) {
+      draw({id: `tradeoff-${number}`, data: [], layout: {height: 120, xaxis: {visible: false}, yaxis: {visible: false},
+        annotations: [{text: "None of these runs has both values.", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
+      continue;
+    }
     const traces = [...(complete.length ? [front, scatter(complete, "complete", "circle", labeled, best)] : []),
       ...(incomplete.length ? [scatter(incomplete, "incomplete", "circle-open", labeled, best)] : [])];
-    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: points.length > 0, legend: {orientation: "h", y: -0.3, itemsizing: "constant"},
-      xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", ...(points.length && {range, ...logTicks(...range)})},
-      yaxis: {title: {text: "test accuracy, %"}},
-      annotations: points.length ? [] : [{text: "none of these runs has both values", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
+    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: true, legend: {orientation: "h", y: -0.3, itemsizing: "constant"},
+      xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", range, ...logTicks(...range)}, yaxis: {title: {text: "test accuracy, %"}}}});
   }
 }
 function drawCurves() {

@@ -12,27 +12,29 @@ import msgspec
 
 from runner.common.errors import UserError
 from runner.common.files import write_atomically
-from runner.report import collect, figures
-from runner.report.collect import GateResult, LatencyCell, Row, RunRecord, Unreadable
+from runner.report import compare, figures
+from runner.report.compare import LatencyCell, RunRow
+from runner.report.grids import find_grids
+from runner.report.run_record import GateResult, RunRecord, Unreadable, format_counts
 from runner.run.schema import Dataset
 
-MAX_OVERLAID = 10  # runs whose curves are drawn at first
+MAX_OVERLAID = 10  # number of runs whose curves are drawn initially
 
 
 @dataclass(frozen=True)
 class PageRun:
-    """A run as the template shows it; with its pictures, or without them to keep the page small."""
+    """A run as the template shows it: with its pictures, or without them to keep the page small."""
 
     position: int
     record: RunRecord
-    row: Row
+    row: RunRow
     pictured: bool
     overlaid: bool
 
     @property
     def changes(self) -> str:
-        """What it changed of its experiment: `lr 0.01, epochs 2`."""
-        return collect.changes((name, value) for name, (_, value) in self.row.overrides.items())
+        """The settings that it changed in its experiment: `lr 0.01, epochs 2`."""
+        return compare.format_settings((name, value) for name, (_, value) in self.row.overrides.items())
 
     @property
     def verdict(self) -> str:
@@ -42,15 +44,14 @@ class PageRun:
             return "failed" if record.state == "failed" else "unfinished"
         gate = "not scored" if record.gate == "not scored" else f"gate {record.gate}"
         if record.gate == "failed":
-            gate += f": {', '.join(record.failed_files)}"
+            gate += f": {', '.join(record.failed_precisions)}"
         parts = ["incomplete" if record.incomplete else "", gate, "one class" if record.predicts_one_class else ""]
         return ", ".join(filter(None, parts))
 
     @property
     def comparable(self) -> bool:
         """Whether its accuracy may be compared with the paper's."""
-        changed = self.record.incomplete or self.row.overrides or self.row.teacher or self.row.started_from
-        return not changed and self.record.config.dataset.is_cifar10
+        return self.row.unchanged and not self.record.incomplete and self.record.config.dataset.is_cifar10
 
     @property
     def confusion(self) -> figures.Chart | None:
@@ -68,8 +69,8 @@ class PageRun:
         return _picture(self.record.run.figures / "mistakes.png") if self.pictured else None
 
     def for_script(self) -> dict[str, Any]:
-        """What the page's script draws of it."""
-        gated = collect.best_gated(self.row)
+        """Returns the run's data that the page's script draws."""
+        gated = compare.best_gated(self.row)
         engines = [cell.p50_ms for cell in self.row.latency if cell.backend == "engine"]
         return {
             "position": self.position,
@@ -77,8 +78,8 @@ class PageRun:
             "dataset": self.row.dataset,
             "incomplete": self.record.incomplete,
             "test_accuracy": self.row.test_accuracy,
-            "eager_ms": collect.p50_ms(self.row, "eager"),
-            "onnx_ms": collect.p50_ms(self.row, "onnxruntime"),
+            "eager_ms": compare.p50_ms(self.row, "eager"),
+            "onnx_ms": compare.p50_ms(self.row, "onnxruntime"),
             "gated_ms": gated.p50_ms if gated else None,
             "engine_ms": min(engines, default=None),
             "parameters": self.row.parameters,
@@ -89,12 +90,13 @@ class PageRun:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The lines at the top of the page.
+    """The summary at the top of the page.
 
     Attributes:
-        best: for each dataset its finished run with the highest test accuracy; a complete one, if there is any.
+        best: for each dataset, the finished run with the highest test accuracy; complete runs come before others.
         gate: finished runs by the result of the gate.
-        incomplete, unfinished, one_class: the runs that are.
+        incomplete, unfinished: the runs that are.
+        one_class: finished runs that predict one class for all images.
     """
 
     best: dict[str, PageRun]
@@ -105,7 +107,7 @@ class Verdict:
 
 
 def verdict(runs: Sequence[PageRun]) -> Verdict:
-    """Which run is best, and what is wrong with the others."""
+    """Summarizes which run is best on each dataset, and which runs have a problem."""
     finished = sorted(
         (run for run in runs if run.record.summary),
         key=lambda run: (run.record.incomplete, -(run.row.test_accuracy or 0)),
@@ -128,7 +130,7 @@ def write(records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] 
     """Writes the page to `out`.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the page cannot be written there.
     """
     page = render(records, unreadable)
     try:
@@ -138,11 +140,11 @@ def write(records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] 
 
 
 def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
-    """The page as HTML, with its style, scripts, charts and pictures inside."""
+    """Renders the page as HTML, with its style, scripts, charts and pictures embedded."""
     from plotly.offline import get_plotlyjs
 
     runs = page_runs(records)
-    outcomes, grids = collect.outcomes(records), collect.grids(records)
+    outcomes, grids = compare.outcomes(records), find_grids(records)
     datasets = sorted({record.dataset for record in records})
     reported = figures.reported(outcomes)
     charts = [figures.curves(records, "loss"), figures.curves(records, "accuracy"), *filter(None, [reported])]
@@ -162,9 +164,9 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
         has_reported_chart=reported is not None,
         deployments=latencies_by_hardware(runs),
         verdict=verdict(runs),
-        counts=collect.counts(records, unreadable),
-        p50_ms=collect.p50_ms,
-        best_gated=collect.best_gated,
+        counts=format_counts(records, unreadable),
+        p50_ms=compare.p50_ms,
+        best_gated=compare.best_gated,
         datasets=datasets,
         papers=sorted({record.config.paper for record in records}),
         provenance=_distinct_datasets(records),
@@ -192,17 +194,17 @@ def _template() -> Any:
 
 
 def page_runs(records: list[RunRecord]) -> list[PageRun]:
-    """Every run; the best of each architecture and dataset has its pictures."""
-    best = collect.best_of_architectures(records)
+    """Prepares all runs for the template; only the best one per architecture and dataset keeps its pictures."""
+    best = compare.best_of_architectures(records)
     overlaid = best[:MAX_OVERLAID] if len(records) > MAX_OVERLAID else range(len(records))
     return [
-        PageRun(position, record, collect.row(record), position in best, position in overlaid)
+        PageRun(position, record, compare.run_row(record), position in best, position in overlaid)
         for position, record in enumerate(records)
     ]
 
 
 def latencies_by_hardware(runs: Iterable[PageRun]) -> dict[str, list[tuple[PageRun, LatencyCell]]]:
-    """Latencies of all runs at batch 1, by the hardware that they were measured on."""
+    """Groups the latencies of all runs at batch size 1 by the hardware that they were measured on."""
     by_hardware: dict[str, list[tuple[PageRun, LatencyCell]]] = {}
     for run in runs:
         if run.record.latency:
@@ -212,7 +214,7 @@ def latencies_by_hardware(runs: Iterable[PageRun]) -> dict[str, list[tuple[PageR
 
 
 def _to_json(value: Any, **_: Any) -> str:
-    """JSON on one line, with spaces, where it can be wrapped."""
+    """Encodes a value as JSON on one line, with spaces at which it can be wrapped."""
     return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
 
 

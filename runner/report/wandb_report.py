@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.common.errors import UserError
 from runner.report import markdown
-from runner.report.collect import RunRecord, counts
+from runner.report.run_record import RunRecord, format_counts
 
 TITLE = "Architectures compared"
 METHOD = """\
@@ -33,7 +33,7 @@ def specification(records: list[RunRecord], project_path: str | None = None) -> 
     entity, _, project = (project_path or "/").partition("/")
     with _stdout_to_stderr(), _reproducible_panel_names():
         report = _report(records, entity, project)
-        # A run set without entity and project means the report's own, and needs no lookup.
+        # A run set without entity and project uses those of the report, and needs no lookup.
         return report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n"
 
 
@@ -41,7 +41,7 @@ def save(records: list[RunRecord], project_path: str) -> str:
     """Creates the report in W&B, or updates the one with the same title, and returns its URL.
 
     Raises:
-        UserError: W&B cannot be reached or refuses.
+        UserError: W&B cannot be reached, or refuses the report.
     """
     import wandb
 
@@ -88,14 +88,14 @@ def _report(records: list[RunRecord], entity: str, project: str) -> Any:
         project=project,
         entity=entity,
         title=TITLE,
-        description=f"{counts(records)}, on {', '.join(datasets)}"[:250],
+        description=f"{format_counts(records)}, on {', '.join(datasets)}"[:250],
         blocks=blocks,
         width="fluid",
     )
 
 
 def _cost_panels() -> list[Any]:
-    """Accuracy by latency, by parameters, and by experiment."""
+    """Builds panels of accuracy against latency, against parameters, and by experiment."""
     import wandb_workspaces.reports.v2 as wr
 
     return [
@@ -126,7 +126,7 @@ def _cost_panels() -> list[Any]:
 
 
 def _curve_panels() -> list[Any]:
-    """Loss and accuracy in training and on the test images, in two columns."""
+    """Builds panels of training and test loss and accuracy, in two columns."""
     import wandb_workspaces.reports.v2 as wr
 
     return [
@@ -136,12 +136,12 @@ def _curve_panels() -> list[Any]:
 
 
 def _group(record: RunRecord) -> str:
-    """The sweep that a run belongs to, or else its paper."""
+    """Returns the sweep that a run belongs to, or else its paper."""
     return record.config.group or record.config.paper
 
 
 def _run_set(name: str, records: list[RunRecord]) -> Any:
-    """These runs and no others of the project."""
+    """Builds a W&B run set that selects these runs and no others in the project."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
@@ -155,7 +155,7 @@ def _run_set(name: str, records: list[RunRecord]) -> Any:
 
 @contextlib.contextmanager
 def _reproducible_panel_names() -> Iterator[None]:
-    """Seeds the random numbers from which wandb-workspaces makes the names of panels."""
+    """Seeds the random numbers from which wandb-workspaces generates panel names."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -166,6 +166,6 @@ def _reproducible_panel_names() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Redirects what W&B prints, as standard output is for the result."""
+    """Redirects W&B's output to standard error, because standard output is for the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

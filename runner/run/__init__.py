@@ -1,1 +1,1 @@
-"""The run folder: its files, and what is in them."""
+"""The run folder: its files and their contents."""

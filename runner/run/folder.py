@@ -4,10 +4,10 @@ run.json         what was run: resolved config, versions, git commit, dataset, h
 metrics.jsonl    every metric, one JSON object per line: the source of truth that W&B mirrors
 summary.json     the outcome; its presence means that the run is finished
 ended.json       why the last attempt ended early, if it did
-predictions.npz  logits (N, classes) and labels (N,) on the test images at the end
+predictions.npz  logits (N, classes) and labels (N,) of the test images after training
 checkpoints/     step-N/: weights, and a manifest with their hash
 figures/         pictures of this run
-deploy/          ONNX, engines, parity, latencies
+deploy/          ONNX files, engines, parity report, latencies
 wandb/           W&B's own files
 lock             held by the process that trains
 """
@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from runner.common.console import list_some
 from runner.common.errors import UserError
 from runner.config.train_config import check_name
+from runner.config.trust import TrustedCode
 from runner.run.schema import (
     FORMAT,
     Ending,
@@ -44,85 +45,91 @@ from runner.run.schema import (
 )
 
 T = TypeVar("T")
-CLAIM_TIMEOUT = 60.0  # seconds to wait for the previous process to exit, possibly on another node
+LOCK_TIMEOUT = 60.0  # seconds to wait for the previous process to exit, possibly on another node
 State = Literal["complete", "running", "stopped", "failed", "crashed", "missing"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: the path of every file in it, and readers for them. Creating this value does not touch the disk."""
+    """A run folder: the path of every file in it, and readers for them. Creating this value does not touch the disk.
+
+    Attributes:
+        folder: its path.
+        code: which models may be built from it (see runner.experiments.check_trusted).
+    """
 
     folder: Path
+    code: TrustedCode = TrustedCode()
 
     @property
     def record(self) -> Path:
-        """run.json."""
+        """Path of run.json."""
         return self.folder / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """metrics.jsonl."""
+        """Path of metrics.jsonl."""
         return self.folder / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
-        """summary.json."""
+        """Path of summary.json."""
         return self.folder / "summary.json"
 
     @property
     def ended(self) -> Path:
-        """ended.json."""
+        """Path of ended.json."""
         return self.folder / "ended.json"
 
     @property
     def lock(self) -> Path:
-        """lock."""
+        """Path of the lock file."""
         return self.folder / "lock"
 
     @property
     def predictions(self) -> Path:
-        """predictions.npz."""
+        """Path of predictions.npz."""
         return self.folder / "predictions.npz"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
+        """Path of the folder of checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def figures(self) -> Path:
-        """Folder of pictures."""
+        """Path of the folder of figures."""
         return self.folder / "figures"
 
     @property
     def mistakes(self) -> Path:
-        """figures/mistakes.json."""
+        """Path of figures/mistakes.json."""
         return self.figures / "mistakes.json"
 
     @property
     def deploy(self) -> Path:
-        """Folder of ONNX files, engines and what was measured of them."""
+        """Path of the folder of ONNX files, engines and their measurements."""
         return self.folder / "deploy"
 
     @property
     def exports(self) -> Path:
-        """deploy/exports.json."""
+        """Path of deploy/exports.json."""
         return self.deploy / "exports.json"
 
     @property
     def parity(self) -> Path:
-        """deploy/parity.json."""
+        """Path of deploy/parity.json."""
         return self.deploy / "parity.json"
 
     @property
     def latency(self) -> Path:
-        """deploy/latency.json."""
+        """Path of deploy/latency.json."""
         return self.deploy / "latency.json"
 
     def check_links(self) -> None:
-        """Raises UserError if a symbolic link leads out of the folder: what reads it could publish private files.
+        """Raises UserError if a symbolic link leads out of the folder, since its readers could publish private files.
 
-        W&B's own files, which nothing reads, may have links to its logs elsewhere.
+        W&B's own files, which are never read, may contain links to W&B's logs elsewhere.
         """
         root = self.folder.resolve()
         for path in self.folder.rglob("*"):
@@ -130,22 +137,26 @@ class Run:
                 continue
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise UserError(
-                    f"{path}: a link that leads out of the run folder; replace it by the file, or remove it"
+                    f"{path}: a link that leads out of the run folder; replace it with the file, or remove it"
                 )
 
     def state(self) -> State:
-        """State: `stopped`: on request, with a checkpoint; `failed`: with a recorded reason; `crashed`: without one,
-        for example killed; `missing`: never started."""
+        """Returns the state of the run.
+
+        `stopped` means that it was stopped on request, with a checkpoint; `failed`, that it ended with a recorded
+        reason; `crashed`, that it ended without one, for example because it was killed; `missing`, that it was never
+        started.
+        """
         if self.summary.is_file():
             return "complete"
-        if is_claimed(self):
+        if is_locked(self):
             return "running"
         if ending := self.read_ending():
             return "stopped" if ending.stopped else "failed"
         return "crashed" if self.record.is_file() else "missing"
 
     def config(self) -> RunConfig:
-        """Reads run.json. Raises UserError if it is missing, damaged, or of a later version."""
+        """Reads run.json. Raises UserError if it is missing, damaged, or written by a later version."""
         if not self.record.is_file():
             raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
         version = _read(self.record, Version).format
@@ -154,27 +165,30 @@ class Run:
         return _read(self.record, RunConfig)
 
     def read_summary(self) -> Summary | None:
-        """What summary.json holds; None if the run is unfinished."""
+        """Reads summary.json; returns None if the run is unfinished."""
         return _read(self.summary, Summary) if self.summary.is_file() else None
 
     def read_ending(self) -> Ending | None:
-        """What ended.json holds, if the last attempt ended early."""
+        """Reads ended.json; returns None if the last attempt did not end early."""
         return _read(self.ended, Ending) if self.ended.is_file() else None
 
     def read_mistakes(self) -> list[Mistake]:
-        """What mistakes.json lists."""
+        """Reads mistakes.json; returns an empty list if it does not exist."""
         return _read(self.mistakes, Mistakes).mistakes if self.mistakes.is_file() else []
 
     def read_exports(self) -> dict[str, Export]:
-        """What was exported, by file name."""
+        """Reads exports.json, which lists the exported files by name; returns an empty dict if it does not exist."""
         return _read(self.exports, dict[str, Export]) if self.exports.is_file() else {}
 
     def read_parity(self) -> ParityReport | None:
-        """Reads parity.json; None if there is none."""
+        """Reads parity.json; returns None if it does not exist."""
         return _read(self.parity, ParityReport) if self.parity.is_file() else None
 
     def read_latency(self) -> LatencyReport | None:
-        """Reads latency.json; None if there is none. Earlier versions kept the gate's figures in parity.json alone."""
+        """Reads latency.json; returns None if it does not exist.
+
+        Earlier versions stored the results of the parity gate only in parity.json, from which they are filled in.
+        """
         if not self.latency.is_file():
             return None
         report = _read(self.latency, LatencyReport)
@@ -189,7 +203,7 @@ class Run:
         return replace(report, rows=rows)
 
     def sidecars(self) -> list[Path]:
-        """The paths of the JSON files that describe the engines."""
+        """Returns the paths of the JSON files that describe the engines."""
         return sorted(self.deploy.glob("model.*.engine.json"))
 
     def read_engines(self) -> list[EngineSidecar]:
@@ -202,16 +216,16 @@ def _read(path: Path, kind: type[T]) -> T:
     try:
         return decode(path.read_bytes(), kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error}); restore or remove it") from None
+        raise UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it") from None
 
 
 @contextlib.contextmanager
-def claimed_runs(
+def locked_runs(
     runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False
 ) -> Iterator[list[Run]]:
-    """Creates and locks run folders until the end of the context.
+    """Creates run folders and locks them until the context exits.
 
-    With `resuming`, a folder may contain a run already; with `overwrite`, its contents are deleted, but only after all
+    With `resuming`, a folder may already contain a run; with `overwrite`, its contents are deleted, but only after all
     folders are locked.
 
     Raises:
@@ -222,12 +236,12 @@ def claimed_runs(
         check_name(name)
         if run.record.exists() and not resuming and not overwrite:
             state = "a finished" if run.summary.exists() else "an unfinished"
-            raise UserError(f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite it")
+            raise UserError(f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite")
     with contextlib.ExitStack() as stack:
         try:
             for run in claimed:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_claim(run, CLAIM_TIMEOUT if resuming else 1))
+                stack.enter_context(_lock(run, LOCK_TIMEOUT if resuming else 1))
             for run in claimed:
                 if overwrite:
                     _refuse_foreign(run)
@@ -239,10 +253,10 @@ def claimed_runs(
         yield claimed
 
 
-def _claim(run: Run, timeout: float) -> IO[str]:
-    """Locks a run, waiting up to `timeout` seconds. Closing the file that it returns releases the lock.
+def _lock(run: Run, timeout: float) -> IO[str]:
+    """Locks a run folder, waiting up to `timeout` seconds. Closing the returned file releases the lock.
 
-    On file systems that have no locks, it returns without one.
+    On file systems that do not support locks, the function returns without a lock.
     """
     lock = run.lock.open("a+")
     deadline = time.monotonic() + timeout
@@ -266,17 +280,17 @@ def _claim(run: Run, timeout: float) -> IO[str]:
     return lock
 
 
-def finished_run(option: str, folder: Path) -> Run:
-    """Returns the run that an option names. Raises UserError if it has not finished."""
-    run = Run(folder)
+def finished_run(option: str, folder: Path, code: TrustedCode) -> Run:
+    """Returns the run in the folder given by an option. Raises UserError if the run is not finished."""
+    run = Run(folder, code)
     if (state := run.state()) != "complete":
         found = "none" if state == "missing" else f"one that is {state}"
         raise UserError(f"{option} {folder}: expected the folder of a finished run, found {found}; train it first")
     return run
 
 
-def is_claimed(run: Run) -> bool:
-    """Whether a process trains it now."""
+def is_locked(run: Run) -> bool:
+    """Returns whether a process is currently training the run."""
     try:
         with run.lock.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -288,10 +302,10 @@ def is_claimed(run: Run) -> bool:
 
 
 def _refuse_foreign(run: Run) -> None:
-    """Raises UserError if the folder holds files but no run, which --overwrite would delete."""
+    """Raises UserError if the folder contains files but no run, because --overwrite would delete the files."""
     others = sorted(path.name for path in run.folder.iterdir() if path != run.lock)
     if others and not run.record.exists():
-        raise UserError(f"--overwrite: {run.folder} is no run, but holds {list_some(others)}; choose another --name")
+        raise UserError(f"--overwrite: {run.folder} is not a run, but holds {list_some(others)}; choose another --name")
 
 
 def _delete_contents(run: Run) -> None:
@@ -304,15 +318,15 @@ def _delete_contents(run: Run) -> None:
 
 
 def find_runs(paths: list[Path]) -> list[Run]:
-    """Every run folder at or under the paths, without duplicates, sorted within each path.
+    """Returns every run folder at or below the paths, without duplicates, sorted within each path.
 
     Raises:
-        UserError: a path does not exist, or there is no run under it.
+        UserError: a path does not exist, or there is no run below it.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path}: expected a run folder or a folder of runs, there is none")
+            raise UserError(f"{path}: expected a run folder or a folder of runs, found no such folder")
         records = sorted(path.rglob("run.json"))
         if not records:
             raise UserError(f"{path}: expected a run folder or a folder of runs, found none; make one: runner train")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every metric of a run, one row a line."""
+"""Reads and writes metrics.jsonl, which has every metric of a run, one row per line."""
 
 import hashlib
 import os
@@ -12,16 +12,16 @@ from runner.run.folder import Run
 from runner.run.schema import MetricRow, decode
 
 
-def line_of(row: MetricRow) -> bytes:
-    """A row as it is written."""
+def encode_row(row: MetricRow) -> bytes:
+    """Returns a row encoded as a line of metrics.jsonl."""
     return msgspec.json.encode(row) + b"\n"
 
 
 def read_metrics(run: Run) -> list[MetricRow]:
-    """The rows; a last line that was cut short by a kill is left out.
+    """Reads all rows. A last line that is incomplete because the process was killed is skipped.
 
     Raises:
-        UserError: another line is damaged.
+        UserError: any other line is damaged.
     """
     if not run.metrics.is_file():
         return []
@@ -31,50 +31,50 @@ def read_metrics(run: Run) -> list[MetricRow]:
         try:
             rows.append(decode(line, MetricRow))
         except ValueError as error:
-            if number == len(lines):  # without a line end
+            if number == len(lines):  # incomplete, without a newline
                 break
             raise UserError(f"{run.metrics}: line {number}: damaged ({error}); remove the line") from None
     return rows
 
 
-class Mark(TypedDict):
-    """The size and SHA-256 of metrics.jsonl at a checkpoint, which has them in its training state."""
+class MetricsChecksum(TypedDict):
+    """The size and SHA-256 of metrics.jsonl at the time of a checkpoint, stored in its training state."""
 
     bytes: int
     sha256: str
 
 
-def sync_metrics(run: Run) -> Mark:
-    """Writes all rows to the disk, as a checkpoint of their step is about to be; returns what is there."""
+def sync_metrics(run: Run) -> MetricsChecksum:
+    """Syncs all rows to disk before the checkpoint of their step is written; returns the size and hash of the file."""
     if not run.metrics.is_file():
-        return Mark(bytes=0, sha256=hashlib.sha256().hexdigest())
+        return MetricsChecksum(bytes=0, sha256=hashlib.sha256().hexdigest())
     with run.metrics.open("rb") as file:
         os.fsync(file.fileno())
         content = file.read()
-    return Mark(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return MetricsChecksum(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def keep_metrics(run: Run, step: int, mark: Mark | None, anyway: bool) -> None:
-    """Removes the rows after a checkpoint: a resumed run writes them again.
+def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allow_missing: bool) -> None:
+    """Removes the rows after a checkpoint, because a resumed run writes them again.
 
     Args:
         run: the run folder.
-        step: of the checkpoint; 0 for none.
-        mark: of the checkpoint; None for none, and for one of an earlier version.
-        anyway: go on without the rows that are missing.
+        step: step of the checkpoint; 0 if there is none.
+        checksum: from the checkpoint; None if there is no checkpoint, or if an earlier version wrote it.
+        allow_missing: continue without the missing rows.
 
     Raises:
         UserError: rows from before the checkpoint are missing or damaged.
     """
     content = run.metrics.read_bytes() if run.metrics.is_file() else b""
-    if mark is not None and hashlib.sha256(content[: mark["bytes"]]).hexdigest() == mark["sha256"]:
-        content = content[: mark["bytes"]]
-    elif mark is not None and not anyway:
+    if checksum is not None and hashlib.sha256(content[: checksum["bytes"]]).hexdigest() == checksum["sha256"]:
+        content = content[: checksum["bytes"]]
+    elif checksum is not None and not allow_missing:
         raise UserError(
-            f"{run.metrics}: expected the {mark['bytes']} bytes of rows up to step {step}, found {len(content)} or "
-            "others; restore the file, or go on without them with --resume-anyway"
+            f"{run.metrics}: expected the {checksum['bytes']} bytes of rows up to step {step}, found {len(content)} or "
+            "different ones; restore the file, or continue without them with --resume-anyway"
         )
     else:
-        content = b"".join(line_of(row) for row in read_metrics(run) if row.global_step <= step)
+        content = b"".join(encode_row(row) for row in read_metrics(run) if row.global_step <= step)
     if content or run.metrics.is_file():
         write_atomically(run.metrics, content)

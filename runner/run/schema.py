@@ -1,38 +1,54 @@
-"""What the JSON files of a run folder hold, as types. Keys that a reader does not know are left alone.
+"""The types of the JSON files in a run folder. Readers ignore keys that they do not know.
 
-Readers of this version take the files of every earlier one; `format` rises when that ends. Numbers that are not finite
-are written as null, which is JSON; `decode` also reads NaN and Infinity as null.
+This version reads the files of every earlier version; `format` increases when that is no longer possible. Non-finite
+numbers are written as null, which is valid JSON; `decode` also reads NaN and Infinity as null.
 """
 
 import json
 import re
+from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from runner.common.text import without_controls
 from runner.config.recipe import Architecture, Fraction, NonNegative, Recipe, Reported
 from runner.config.train_config import TrainConfig
 
 T = TypeVar("T")
-Natural = Annotated[int, Meta(ge=0, le=2**53)]  # up to the largest that JavaScript, which draws the page, counts to
+Side = Annotated[int, Meta(ge=1, le=2**13)]  # side of an image that `predict` allocates
+Natural = Annotated[int, Meta(ge=0, le=2**53)]  # up to the largest exact integer in JavaScript, which draws the page
+Measured = Annotated[float, Meta(ge=0, le=1e12)]  # a table cannot show larger numbers
 
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 Calibration = Literal["minmax", "percentile"]  # how int8 estimates the ranges of activations
 Autocast = Literal["fp32", "bf16", "fp16"]
-FrontEnd = Literal["normalised", "raw"]
+
+
+class FrontEnd(StrEnum):
+    """The input of an ONNX file or engine: normalized images, or uint8 pixels that it normalizes itself."""
+
+    NORMALIZED = "normalized"
+    RAW = "raw"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "FrontEnd | None":
+        """Accepts the different spelling in files of earlier versions."""
+        return cls.NORMALIZED if value == "normalised" else None
 
 
 NOT_FINITE = re.compile(rb"\b(NaN|Infinity)\b")
 
 
 def decode(content: bytes, kind: type[T]) -> T:
-    """Decodes the JSON of a run folder. Some writers put NaN and Infinity into it, which JSON lacks: they become null.
+    """Decodes a JSON file of a run folder. NaN and Infinity, which some writers emit, become null.
 
     Raises:
-        ValueError: it is damaged, or does not match the type; the message names the key.
+        ValueError: the content is damaged, or does not match the type; the message names the key.
     """
+    content = without_controls(content)
     try:
         try:
             return msgspec.json.decode(content, type=kind, dec_hook=_from_text)
@@ -46,12 +62,12 @@ def decode(content: bytes, kind: type[T]) -> T:
 
 
 def _from_text(kind: type, value: Any) -> Any:
-    """Paths are text in JSON."""
+    """Decodes a value that JSON stores as text, such as a path."""
     return kind(value)
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A part of a file."""
+    """Base class of the JSON files and their parts."""
 
 
 class Hardware(Record, frozen=True, kw_only=True):
@@ -64,19 +80,19 @@ class Hardware(Record, frozen=True, kw_only=True):
     cuda: str | None = None
 
     def __str__(self) -> str:
-        """`2 × NVIDIA H200`, or `2 cores of AMD EPYC`."""
+        """Returns a short description, such as `2 × NVIDIA H200` or `2 cores of AMD EPYC`."""
         return f"{len(self.gpus)} × {self.gpus[0]}" if self.gpus else f"{self.cores} cores of {self.cpu}"
 
 
 class Git(Record, frozen=True, kw_only=True):
-    """The checkout that ran: its commit, and whether files differed from it. Empty outside of a checkout."""
+    """The git checkout of the running code: its commit, and whether files differ from it. Empty outside a checkout."""
 
     commit: str | None = None
     changed: bool | None = None
 
 
 class Dataset(Record, frozen=True, kw_only=True):
-    """The dataset of a run; mean and std per channel, in 0..255; image_shape is (H, W, 3)."""
+    """The dataset of a run. `mean` and `std` are per channel, in 0..255; `image_shape` is (H, W, 3)."""
 
     name: str
     fingerprint: str
@@ -89,12 +105,12 @@ class Dataset(Record, frozen=True, kw_only=True):
 
     @property
     def is_cifar10(self) -> bool:
-        """Whether it is all of CIFAR-10, or of a copy such as "CIFAR-10 (JPEG copy)"; `prepare` reserves the name."""
+        """Whether it is all of CIFAR-10 or of a copy, such as "CIFAR-10 (JPEG copy)". `prepare` reserves the name."""
         return (self.name + " ").startswith("CIFAR-10 ") and "limit_per_class" not in self.source
 
 
 class ModelInput(Record, frozen=True, kw_only=True):
-    """What a model is given: shape (3, H, W); mean and std per channel, in 0..255, subtracted and divided by."""
+    """The input of a model: its shape (3, H, W), and the mean and std per channel, in 0..255, that normalize it."""
 
     shape: list[int]
     mean: list[float]
@@ -102,7 +118,7 @@ class ModelInput(Record, frozen=True, kw_only=True):
 
 
 class Origin(Record, frozen=True, kw_only=True):
-    """The weights of another run: its experiment and folder, the checkpoint, and the hash of the weights."""
+    """The origin of weights from another run: its experiment, folder and checkpoint, and the hash of the weights."""
 
     experiment: str
     folder: str
@@ -111,7 +127,7 @@ class Origin(Record, frozen=True, kw_only=True):
 
 
 class Resumed(Record, frozen=True, kw_only=True):
-    """One resumption: from which step, on how many ranks, whether bit-identical, and what had changed by then."""
+    """One resumption of a run: its step and number of ranks, whether it is bit-identical, and what had changed."""
 
     step: int
     world_size: int
@@ -121,13 +137,13 @@ class Resumed(Record, frozen=True, kw_only=True):
 
 
 class Version(msgspec.Struct, frozen=True):
-    """The version of run.json, which is read before anything else of it."""
+    """The format version of run.json, which is read before the rest of the file."""
 
     format: int = FORMAT
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """run.json: what was trained and how, as resolved, and what it was trained on."""
+    """run.json: the resolved configuration of a run, and the dataset, hardware and software that it used."""
 
     format: int = FORMAT
     experiment: str
@@ -138,7 +154,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     architecture: Architecture
     recipe: Recipe
     overrides: dict[str, tuple[Any, Any]] = {}
-    """What differs from the registered experiment: [registered, ours] by dotted name."""
+    """Differences from the registered experiment, by dotted name: [registered value, value of this run]."""
     reported: Reported | None = None
     parameters: Natural | None = None
     macs: Natural | None = None
@@ -159,7 +175,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     group: str = ""
     resumed: list[Resumed] = []
     options: TrainConfig | None = None
-    """The options of `runner train` as given or by default, before they were resolved."""
+    """The options of `runner train`, given or default, before they were resolved."""
 
     @property
     def name(self) -> str:
@@ -168,10 +184,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(Record, frozen=True, kw_only=True):
-    """summary.json: the outcome of the last epoch, with the best beside it; accuracies in 0..1, losses in nats.
+    """summary.json: the results of the last epoch and of the best epoch. Accuracies are in 0..1, losses in nats.
 
-    The best epoch is chosen on the validation images where the recipe holds some out; else on the test images, which
-    makes `best_test_accuracy` no estimate of anything.
+    The best epoch is selected on the validation images if the recipe holds some out. Otherwise it is selected on the
+    test images, so `best_test_accuracy` is not a valid estimate of the accuracy.
     """
 
     experiment: str
@@ -205,7 +221,7 @@ METRICS = {
 
 
 class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
-    """A line of metrics.jsonl, at `global_step` optimizer steps: of training, or of an epoch with its evaluations."""
+    """A line of metrics.jsonl after `global_step` steps: metrics of training, or of an epoch and its evaluations."""
 
     global_step: int
     epoch: float
@@ -222,7 +238,7 @@ class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
 
 
 class Ending(Record, frozen=True, kw_only=True, rename={"reason": "told"}):
-    """ended.json: how the last attempt ended where that was before its time."""
+    """ended.json: how the last attempt to train the run ended, if it ended early."""
 
     stopped: bool
     reason: str = ""
@@ -237,7 +253,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 
 class Mistake(Record, frozen=True, kw_only=True):
-    """A test image that was taken for another class, by its index; classes by theirs."""
+    """A misclassified test image. The image and the classes are given by their indices."""
 
     sample: Natural
     label: Natural
@@ -246,20 +262,20 @@ class Mistake(Record, frozen=True, kw_only=True):
 
 
 class Mistakes(Record, frozen=True, kw_only=True):
-    """figures/mistakes.json: the mistakes of which the model was surest, those first."""
+    """figures/mistakes.json: the mistakes with the highest confidence, in descending order."""
 
     mistakes: list[Mistake]
 
 
 class Export(Record, frozen=True, kw_only=True):
-    """One entry of deploy/exports.json: the hash of an ONNX file, and that of the weights it was made from."""
+    """One entry of deploy/exports.json: the hash of an ONNX file, and of the weights from which it was exported."""
 
     sha256: str
     weights: str
 
 
 class Machine(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """What a row of the gate holds for, beside file and engine: processor, GPUs, and onnxruntime's version."""
+    """The machine for which a result of the parity gate is valid: processor, GPUs, and version of onnxruntime."""
 
     cpu: str
     gpus: list[str] | None = None
@@ -267,9 +283,10 @@ class Machine(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Scores(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """How far a model's logits are from those of the fp32 model in torch, on all test images.
+    """How much a model's logits differ from those of the fp32 model in torch, on all test images.
 
-    `agreement` is the share of images with the same top class; changes are ours less the model's.
+    `agreement` is the fraction of images with the same top class.
+    Changes are relative to the accuracy of the fp32 model.
     """
 
     images: Natural
@@ -286,7 +303,7 @@ class Scores(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Gate(Record, frozen=True, kw_only=True):
-    """What the gate found of the file that a latency is of."""
+    """The result of the parity gate for the ONNX file or engine whose latency is measured."""
 
     accuracy_change: float
     agreement: Fraction
@@ -294,13 +311,13 @@ class Gate(Record, frozen=True, kw_only=True):
 
 
 def _name_engine(row: "ParityRow | LatencyRow") -> None:
-    """`backend` is `engine` for every engine; earlier versions wrote the name of its library, which `provider` has."""
+    """Sets `backend` to `engine` for engines. Earlier versions wrote the library's name, which is in `provider`."""
     if row.backend.startswith("tensorrt"):
         msgspec.structs.force_setattr(row, "backend", "engine")
 
 
-class ParityRow(Scores, frozen=True, kw_only=True):
-    """A file, or an engine of it, as the gate scored it."""
+class ParityRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
+    """The result of the parity gate for an ONNX file, or for an engine built from it."""
 
     backend: str
     onnx: str
@@ -311,20 +328,20 @@ class ParityRow(Scores, frozen=True, kw_only=True):
     provider: str
     culprit: str | None = None
     classes_predicted: int | None = None
-    """How many classes it predicts over all images; with one, that it agrees with the model proves little."""
-    place: Machine | None = None
+    """Number of distinct classes predicted over all images; if it is one, agreement with the model proves little."""
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
         _name_engine(self)
 
     @property
     def predicts_one_class(self) -> bool:
-        """Whether it predicts the same class for all images."""
+        """Whether the same class is predicted for all images."""
         return self.classes_predicted == 1
 
     @property
     def gate(self) -> Gate:
-        """What a latency needs of it."""
+        """The part of the result that is stored with a latency."""
         return Gate(accuracy_change=self.accuracy_change, agreement=self.agreement, passed=self.passed)
 
     def __str__(self) -> str:
@@ -334,16 +351,16 @@ class ParityRow(Scores, frozen=True, kw_only=True):
         return scores if self.passed else f"{scores}, limit: {self.limit}; worst at {self.culprit}"
 
 
-class TorchRow(Scores, frozen=True, kw_only=True):
-    """The model itself in a lower precision, as torch runs it on a GPU."""
+class TorchRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
+    """The result of the parity gate for the model itself, run by torch on a GPU in a lower precision."""
 
     precision: Precision
     weights: str
-    place: Machine
+    machine: Machine
 
 
 class NotScored(Record, frozen=True, kw_only=True):
-    """What could not be scored, and why."""
+    """An ONNX file that could not be scored with a backend, and the reason."""
 
     onnx: str
     backend: str
@@ -351,7 +368,7 @@ class NotScored(Record, frozen=True, kw_only=True):
 
 
 class ParityReport(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """deploy/parity.json: the gate's rows, beside the accuracy of the model in torch."""
+    """deploy/parity.json: the results of the parity gate, and the accuracy of the model in torch."""
 
     run: str
     dataset: str
@@ -365,9 +382,9 @@ class ParityReport(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class LatencyRow(Record, frozen=True, kw_only=True):
-    """Latency of one backend, precision and batch size; without figures, and with the reason, where none was measured.
+    """The latency of one backend, precision and batch size, or in `not_measured` the reason why it was not measured.
 
-    Milliseconds are of computing alone; copies to and from a GPU have their own.
+    `p50_ms`, `p90_ms` and `p99_ms` cover only the computation; copies to and from a GPU are measured separately.
     """
 
     backend: str
@@ -379,10 +396,10 @@ class LatencyRow(Record, frozen=True, kw_only=True):
     launched_as: str | None = None
     gate: Gate | None = None
     batch: Natural | None = None
-    p50_ms: NonNegative | None = None
-    p90_ms: NonNegative | None = None
-    p99_ms: NonNegative | None = None
-    images_per_second: NonNegative | None = None
+    p50_ms: Measured | None = None
+    p90_ms: Measured | None = None
+    p99_ms: Measured | None = None
+    images_per_second: Measured | None = None
     calls: Natural | None = None
     copy_in_p50_ms: NonNegative | None = None
     copy_out_p50_ms: NonNegative | None = None
@@ -395,12 +412,12 @@ class LatencyRow(Record, frozen=True, kw_only=True):
 
     @property
     def measured(self) -> bool:
-        """Whether it has figures."""
+        """Whether the latency was measured."""
         return self.p50_ms is not None
 
 
 class Method(Record, frozen=True, kw_only=True):
-    """How latencies were measured: seconds of warm-up, and the least time and number of calls."""
+    """How latencies were measured: seconds of warmup, and the minimum duration and number of calls."""
 
     warmup_seconds: float
     seconds: float
@@ -408,7 +425,10 @@ class Method(Record, frozen=True, kw_only=True):
 
 
 class LatencyReport(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """deploy/latency.json: the rows measured on one machine, of weights with a hash; `load` is that of before."""
+    """deploy/latency.json: the latencies measured on one machine.
+
+    `weights` is the hash of the weights, and `load` the load average of the machine before the measurement.
+    """
 
     run: str
     weights: str
@@ -423,7 +443,7 @@ class LatencyReport(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class BatchRange(Record, frozen=True, kw_only=True):
-    """The least batch that an engine takes, the one it is best at, and the largest."""
+    """The smallest batch size that an engine accepts, the one that it is optimized for, and the largest."""
 
     min: int
     opt: int
@@ -431,7 +451,7 @@ class BatchRange(Record, frozen=True, kw_only=True):
 
 
 class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """model.*.engine.json: what an engine is, and the hashes by which it is known before anything loads it."""
+    """model.*.engine.json: the description of an engine, and the hashes that identify it before it is loaded."""
 
     engine: str
     sha256: str
@@ -460,7 +480,7 @@ class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
 
     @property
     def provider(self) -> str:
-        """What runs it: `tensorrt-rtx 1.2`."""
+        """The library that runs the engine and its version, such as `tensorrt-rtx 1.2`."""
         return f"{self.backend} {self.version}"
 
 
@@ -472,15 +492,15 @@ class OnnxDataset(Record, frozen=True, kw_only=True):
 
 
 class OnnxMetadata(Record, frozen=True, kw_only=True):
-    """The metadata of an ONNX file, each value as JSON: what a server needs. See ModelInput and Dataset."""
+    """The metadata that a server needs, stored in an ONNX file with each value as JSON. See ModelInput and Dataset."""
 
     classes: list[str]
     precision: Precision
     front_end: FrontEnd
-    shape: tuple[int, int, int]
-    image_shape: tuple[int, int, int]
+    shape: tuple[Side, Side, Side]
+    image_shape: tuple[Side, Side, Side]
     fit: Literal["crop", "pad", "stretch"] = "stretch"
-    """How an image of another size is brought to `image_shape`, as `prepare --fit` did."""
+    """How an image of another size is resized to `image_shape`, as by `prepare --fit`."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     experiment: str

@@ -1,1 +1,1 @@
-"""The machine: launch environment, CPU, GPU, watchdog."""
+"""Everything about the machine: the launch environment, CPU and GPU settings, and the watchdog."""

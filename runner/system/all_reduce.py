@@ -1,4 +1,4 @@
-"""One process of `runner doctor`'s all-reduce: sums the ranks of all processes, and rank 0 prints the sum."""
+"""The all-reduce test of `runner doctor`: each process contributes its rank, and rank 0 prints the sum."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""CPU settings: numbers of threads, and freed memory that stays with the process."""
+"""CPU settings: the number of threads, and the reuse of freed memory."""
 
 import contextlib
 import ctypes
@@ -12,11 +12,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 @contextlib.contextmanager
-def torch_threads_kept() -> Iterator[None]:
+def preserve_torch_num_threads() -> Iterator[None]:
     """Restores torch's number of threads on exit.
 
-    Importing ffcv sets it to one. Also, numba's OpenMP layer shares it with torch, so that every call of
-    numba.set_num_threads, such as FFCV's at the start of each epoch, changes torch's.
+    Importing ffcv sets this number to one. In addition, numba's OpenMP layer shares it with torch, so every call to
+    numba.set_num_threads, such as FFCV's at the start of each epoch, changes it.
     """
     import torch
 
@@ -31,7 +31,7 @@ def torch_threads_kept() -> Iterator[None]:
 def choose_openmp() -> None:
     """Selects OpenMP for numba's parallel loops, unless numba has already started its threads.
 
-    By default numba prefers TBB, whose threads sleep between loops: waking them takes as long as half a batch.
+    By default, numba prefers TBB, whose threads sleep between loops; waking them takes as long as half a batch.
     """
     import numba
 
@@ -39,8 +39,8 @@ def choose_openmp() -> None:
     config.THREADING_LAYER = "omp"
 
 
-def give_numba_torchs_threads() -> int:
-    """Sets the number of threads of numba's parallel loops to torch's, and returns it."""
+def sync_numba_num_threads() -> int:
+    """Sets the number of threads for numba's parallel loops to that of torch, and returns it."""
     import numba
     import torch
 
@@ -52,14 +52,14 @@ def give_numba_torchs_threads() -> int:
 
 
 def prepare(processes: int = 1) -> None:
-    """Sets torch's threads to this process's share of the usable cores, and keeps freed memory for reuse.
+    """Sets torch's number of threads to this process's share of the usable cores, and keeps freed memory for reuse.
 
-    The launcher gives a process one thread or all of them. By default, glibc maps fresh zeroed pages for every
-    activation of more than a few MiB and unmaps them right after, which makes memory-bound networks such as
-    MobileNetV2 much slower.
+    The launcher would give each process either one thread or all of them. By default, glibc maps new zeroed pages for
+    every activation larger than a few MiB and unmaps them immediately after use, which makes memory-bound networks
+    such as MobileNetV2 much slower.
 
     Args:
-        processes: processes of this launch on this node.
+        processes: number of processes of this launch on this node.
     """
     import torch
 

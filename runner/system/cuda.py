@@ -5,7 +5,7 @@ from collections.abc import MutableMapping
 import torch
 
 
-def exact_fp32() -> None:
+def disable_tf32() -> None:
     """Disables TF32, which rounds the inputs of float32 convolutions and matrix products to ten mantissa bits."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -14,8 +14,8 @@ def exact_fp32() -> None:
 def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[str, str]) -> None:
     """Makes a GPU the current device, and selects fast or deterministic kernels; does nothing on the CPU.
 
-    CPU kernels are deterministic anyway. Calling torch.use_deterministic_algorithms there would import the compiler,
-    which takes seconds, and two runs on two ranks were no longer bit-identical after it.
+    CPU kernels are always deterministic. On the CPU, torch.use_deterministic_algorithms would import the compiler,
+    which takes seconds, and after it two runs on two ranks were no longer bit-identical.
 
     Args:
         device: this rank's device.

@@ -1,4 +1,4 @@
-"""Versions, git commit and hardware, for `run.json`. Does not import torch by itself."""
+"""Collects versions, the git commit and the hardware for `run.json`. Does not import torch by itself."""
 
 import ctypes
 import importlib.metadata
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Returns the versions of Python and of the installed packages; `more` adds packages."""
+    """Returns the versions of Python and of the installed packages in PACKAGES and `more`."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
@@ -35,7 +35,10 @@ def package_versions(*more: str) -> dict[str, str]:
 
 
 def git_revision() -> Git:
-    """Returns the commit of the running code, and whether its checkout has changed or new files; empty outside one."""
+    """Returns the commit of the running code, and whether its checkout has changed or new files.
+
+    The result is empty if the code is not in a checkout.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -51,7 +54,7 @@ def git_revision() -> Git:
 
 
 def describe_hardware() -> Hardware:
-    """Returns processor, usable cores, memory, and the GPUs that torch sees; None without any, or without torch."""
+    """Returns processor, usable cores, memory, and the GPUs that torch sees: None without a GPU or without torch."""
     gpus, cuda = None, None
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -66,7 +69,7 @@ def describe_hardware() -> Hardware:
 
 
 def usable_cores() -> int:
-    """Returns the number of cores that this process may run on; a cgroup's quota of time is not considered."""
+    """Returns the number of cores that this process may run on, regardless of any CPU quota of its cgroup."""
     return len(os.sched_getaffinity(0))
 
 
@@ -76,9 +79,9 @@ def total_memory() -> int:
 
 
 def count_gpus() -> int:
-    """Returns the number of CUDA devices that this process sees, by the driver's API, which is faster than torch.
+    """Returns the number of CUDA devices that this process sees. The driver API that it uses is faster than torch.
 
-    It initializes CUDA: the process must not fork afterwards and use a GPU in the child.
+    It initializes CUDA, so the process must not fork afterwards and use a GPU in the child process.
     """
     count = ctypes.c_int()
     try:

@@ -60,9 +60,9 @@ def read(environ: Mapping[str, str]) -> Launch:
 
 
 def end_with_parent() -> None:
-    """Makes the kernel kill this process when its parent dies; exits if the parent is dead already.
+    """Makes the kernel kill this process when its parent dies; exits if the parent is already dead.
 
-    Otherwise the ranks of a launcher that is killed would keep training into the same folder.
+    Otherwise, after the launcher is killed, its ranks would continue to train and write to the same folder.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Process 1 adopts orphans; in a container it may be the launcher itself.
@@ -71,9 +71,9 @@ def end_with_parent() -> None:
 
 
 def outlive_parent() -> None:
-    """Undoes `end_with_parent`, for a process that still has to write a checkpoint when Ctrl-C has ended its launcher.
+    """Undoes `end_with_parent`, for a process that must write a checkpoint after Ctrl-C has ended its launcher.
 
-    accelerate's launcher of a single process does not wait for it.
+    accelerate's launcher for a single process does not wait for the process to exit.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, 0)
 
@@ -84,23 +84,23 @@ def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda"
     Args:
         requested: the user's --device.
         launch: how the process was started.
-        gpus: number of GPUs of this node.
+        gpus: number of GPUs on this node.
 
     Returns:
-        The device, and one line with the device and the reason.
+        The device, and a one-line message that states the device and the reason.
 
     Raises:
-        UserError: --device or the launch requires more GPUs than there are.
+        UserError: --device or the launch requires more GPUs than are available.
     """
     if requested == "cpu" or (requested == "auto" and launch.cpu):
-        reason = "--device cpu" if requested == "cpu" else "the launch configuration says so"
+        reason = "--device cpu" if requested == "cpu" else "selected by the launch configuration"
         return "cpu", f"device: cpu ({reason})"
     if requested == "auto" and not launch.by_accelerate and gpus == 0:
         return "cpu", "device: cpu (auto: this machine has no CUDA GPU)"
     required_by = "--device cuda" if requested == "cuda" else "this launch configuration"
     if gpus < launch.local_world_size:
         raise UserError(
-            f"{required_by} means {launch.local_world_size} CUDA GPU(s) on this node, found {gpus}; "
+            f"{required_by} requires {launch.local_world_size} CUDA GPU(s) on this node, found {gpus}; "
             "add --device cpu to train on the CPU, or lower --num_processes"
         )
     return "cuda", f"device: cuda ({launch.world_size} process(es))"

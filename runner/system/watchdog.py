@@ -1,4 +1,4 @@
-"""Exits a process that makes no progress, with the stacks of its threads, so that its peers end too."""
+"""Exits a process that makes no progress, after printing the stacks of its threads, so that its peers exit too."""
 
 import contextlib
 import faulthandler
@@ -9,22 +9,22 @@ import time
 from collections.abc import Callable, Iterator
 
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
-STARTUP_FACTOR = 3  # the limit is this much longer until the first step, because compiling a model takes time
+STARTUP_FACTOR = 3  # the limit before the first step is this many times longer, because compiling a model takes time
 
 
 @contextlib.contextmanager
 def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
     """Watches this process until the block exits.
 
-    A rank that hangs or is suspended blocks its peers in their next collective. The peers notice and exit with code
-    70, and then the launcher ends the rank that hangs.
+    A rank that hangs or is suspended blocks its peers in their next collective. The peers detect this and exit with
+    code 70, and the launcher then terminates the rank that hangs.
 
     Args:
         seconds: time without progress after which the process exits.
-        who: for the message, e.g. "rank 1 of 4".
+        who: name of this process in the message, such as "rank 1 of 4".
 
     Yields:
-        A function to call at every step, which resets the timer.
+        A function that resets the timer; call it at every step.
     """
     state = {"last": time.monotonic(), "limit": STARTUP_FACTOR * seconds}
     finished = threading.Event()
@@ -37,8 +37,8 @@ def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
             idle = time.monotonic() - state["last"]
             if idle > state["limit"]:
                 sys.stderr.write(
-                    f"runner: {who} made no step for {idle:.0f} s (--hang-timeout {seconds:g}): it hangs, or "
-                    "waits for a rank that does; its stacks follow, and it exits\n"
+                    f"runner: {who} completed no step for {idle:.0f} s (--hang-timeout {seconds:g}): it hangs, or "
+                    "waits for a rank that hangs; it exits after printing its stacks\n"
                 )
                 sys.stderr.flush()
                 faulthandler.dump_traceback(all_threads=True)

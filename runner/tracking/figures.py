@@ -12,17 +12,21 @@ from runner.run.metrics import read_metrics
 from runner.run.schema import Mistake, Mistakes, RunConfig
 
 SAMPLES = 32
-MOST_COUNTS = 30  # classes up to which a confusion matrix has numbers, and all of the names
+MAX_LABELED_CLASSES = 30  # most classes for which a confusion matrix shows all counts and names
 MAX_MISTAKES = 12
 
 
 def samples_of(images: int) -> np.ndarray:
-    """Indices of the test images to show, (n,) int64: evenly spaced, so the same for all runs of a dataset."""
+    """Returns the indices of the test images to show, (n,) int64: evenly spaced, so the same for all runs on a dataset.
+
+    Args:
+        images: number of test images.
+    """
     return np.linspace(0, images - 1, SAMPLES).astype(int)
 
 
 def mistakes_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Indices of the mistakes with the highest predicted probability, in descending order, (n,) int64.
+    """Returns the indices of the most confident mistakes, (n,) int64, in descending order of predicted probability.
 
     Args:
         logits: (N, classes) float32.
@@ -37,8 +41,8 @@ def write_mistakes(run: Run, images: np.ndarray) -> None:
     """Writes mistakes.png, the images side by side, and mistakes.json, their labels and predictions.
 
     Args:
-        run: has predictions.
-        images: (n, H, W, 3) uint8, the test images of `mistakes_of`.
+        run: a run with predictions.
+        images: (n, H, W, 3) uint8, the test images that `mistakes_of` selects.
     """
     from PIL import Image
 
@@ -66,16 +70,16 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def draw(run: Run, config: RunConfig, confusion: list[list[int]], images: np.ndarray) -> list[Path]:
-    """Draws all figures of a finished run into its `figures/`.
+    """Draws the curves, the confusion matrix and the samples of a finished run into its `figures/` folder.
 
     Args:
-        run: has metrics and predictions.
-        config: its run.json.
+        run: a run with metrics and predictions.
+        config: the contents of its run.json.
         confusion: number of test images by [label][predicted].
-        images: (n, H, W, 3) uint8, the test images of `samples_of`.
+        images: (n, H, W, 3) uint8, the test images that `samples_of` selects.
 
     Returns:
-        The files.
+        The paths of the figures.
     """
     classes, title = config.dataset.classes, f"{config.experiment} on {config.dataset.name}"
     predictions = np.load(run.predictions)
@@ -110,10 +114,10 @@ def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape) if len(classes) <= MOST_COUNTS else ():
+    for row, column in np.ndindex(*counts.shape) if len(classes) <= MAX_LABELED_CLASSES else ():
         color = "white" if shares[row, column] > 0.5 else "black"
         axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    ticks = range(0, len(classes), -(-len(classes) // MOST_COUNTS))
+    ticks = range(0, len(classes), -(-len(classes) // MAX_LABELED_CLASSES))
     names = [textwrap.shorten(classes[tick], 24, placeholder="…") for tick in ticks]
     axis.set_xticks(ticks, names, rotation=45, ha="right")
     axis.set_yticks(ticks, names)
@@ -129,7 +133,7 @@ def _draw_samples(
 
     probabilities = _softmax(logits)
     columns, column_width, row_height = SAMPLES // 4, 1.22, 1.45  # in image widths; two lines of text above each image
-    # One axis for all images: an axis for each makes drawing five times as slow.
+    # One axis for all images: one axis per image would make drawing five times slower.
     figure, axis = plt.subplots(figsize=(11, 6.4), layout="constrained")
     for position, (image, sample) in enumerate(zip(images, samples_of(len(labels)), strict=True)):
         left, top = position % columns * column_width, position // columns * row_height
@@ -147,7 +151,7 @@ def _draw_samples(
 
 
 def _pyplot() -> Any:
-    """matplotlib.pyplot, which draws to files, and takes no text for a formula: a class may have a `$` in its name."""
+    """Imports pyplot, set up to draw to files and not to parse text as formulas: a class name may contain a `$`."""
     import matplotlib
 
     matplotlib.use("agg")

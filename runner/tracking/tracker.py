@@ -1,4 +1,4 @@
-"""Logs metrics to metrics.jsonl first and to W&B second. Training never waits for W&B, and never fails with it."""
+"""Logs metrics to metrics.jsonl first and to W&B second. Training never waits for W&B and never fails because of it."""
 
 import sys
 import threading
@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 from runner.run.folder import Run
-from runner.run.metrics import line_of, read_metrics
+from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import MetricRow, RunConfig
 from runner.tracking import wandb_run
 
@@ -16,7 +16,7 @@ DEFAULT_BASE_URL = "https://api.wandb.ai"
 FINISH_TIMEOUT = 45.0  # seconds at the end for W&B to connect and to upload what is queued
 UPLOAD_RATE = 1e6  # bytes per second; the weights extend the timeout at this rate
 ONLINE_MODES = ("online", "shared")
-Action = Callable[[Any], Any]  # takes W&B's run
+Action = Callable[[Any], Any]  # called with the W&B run
 
 
 class Tracker:
@@ -29,31 +29,31 @@ class Tracker:
 
     def __init__(self, run: Run, config: RunConfig, environ: MutableMapping[str, str]) -> None:
         self.run, self.config, self.environ = run, config, environ
-        self.earlier_rows = len(read_metrics(run))  # of a resumed run; W&B may lack some of them
+        self.earlier_rows = len(read_metrics(run))  # rows from before a resume; W&B may lack some of them
         self.next_index = self.earlier_rows
         self.metrics = run.metrics.open("a", buffering=1)
         self.mode = cast(wandb_run.Mode, environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline"))
         self.actions: SimpleQueue[Action | None] = SimpleQueue()  # None ends the thread
         self.thread = threading.Thread(target=self._run_actions, name="wandb", daemon=True)
         self.hung = False
-        """W&B did not finish in time; its exit handler would wait forever, so the process must end by os._exit."""
+        """Whether W&B missed the time limit; its exit handler would wait forever, so exit the process with os._exit."""
 
     @property
     def status(self) -> str:
-        """Where it logs to, for the user."""
+        """A message that tells the user where W&B logs to."""
         if self.mode == "offline":
             return f"W&B: offline; upload with: runner sync {self.run.folder}"
         return f"W&B: {self.mode}"
 
     def log(self, row: MetricRow) -> None:
         """Writes a row to metrics.jsonl and queues it for W&B."""
-        self.metrics.write(line_of(row).decode())
+        self.metrics.write(encode_row(row).decode())
         index, self.next_index = self.next_index, self.next_index + 1
         self._enqueue(lambda remote: wandb_run.log(remote, row, index))
 
     def log_results(self) -> None:
         """Logs the results of the finished run: figures, tables, summary, weights."""
-        self._enqueue(lambda remote: wandb_run.conclude(remote, self.run, remote.settings.mode in ONLINE_MODES))
+        self._enqueue(lambda remote: wandb_run.log_results(remote, self.run, remote.settings.mode in ONLINE_MODES))
 
     def finish(self) -> None:
         """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `hung`."""
@@ -94,7 +94,7 @@ class Tracker:
 
     def _start(self) -> Any:
         """Starts a W&B run in the requested mode, or else offline; None if neither starts. Changes `environ`."""
-        wandb_run.keep_inside(self.run, self.environ)
+        wandb_run.keep_files_in_run_folder(self.run, self.environ)
         try:
             return wandb_run.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:
@@ -115,7 +115,7 @@ def _first_line(error: Exception) -> str:
 
 
 def base_url(environ: Mapping[str, str]) -> str:
-    """The address of W&B's server: WANDB_BASE_URL, or that of its settings."""
+    """Returns the URL of the W&B server from WANDB_BASE_URL, from W&B's settings, or by default."""
     import configparser
 
     folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
@@ -129,7 +129,7 @@ def base_url(environ: Mapping[str, str]) -> str:
 
 
 def has_key(environ: Mapping[str, str]) -> bool:
-    """Whether W&B's key is in the environment or in ~/.netrc."""
+    """Returns whether there is a W&B API key in the environment or in ~/.netrc."""
     if environ.get("WANDB_API_KEY"):
         return True
     import netrc

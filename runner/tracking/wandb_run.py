@@ -1,8 +1,8 @@
-"""A run folder as a W&B run: rows, figures, tables, summary, and artifacts with their lineage.
+"""Logs a run folder as a W&B run: rows, figures, tables, summary, and artifacts with their lineage.
 
 Training logs it live (tracker.py); `runner sync` replays it from files (wandb_sync.py). A row's step in W&B is its
 index in metrics.jsonl. W&B accepts each step once and in increasing order only, and a resumed run writes the same
-row at the same index again; so a resumed run, an outage or a second sync neither repeats nor loses a row. Charts use
+row at the same index again; so no row is repeated or lost by a resume, an outage or a second sync. Charts use
 `global_step` as the x-axis.
 """
 
@@ -22,15 +22,15 @@ from runner.run.schema import LatencyRow, MetricRow, RunConfig, Summary
 
 PROJECT = "training-runner"
 STEP = "global_step"
-INIT_TIMEOUT = 15  # seconds until W&B counts as unreachable
+INIT_TIMEOUT = 15  # seconds after which W&B counts as unreachable
 Mode = Literal["online", "offline", "shared", "disabled"]
-OWN_FOLDER = "/."  # suffix of the folders that this module sets, by which it knows them; it does not change the path
+OWN_FOLDER = "/."  # suffix that marks folders set by this module, without changing the path
 
 
-def keep_inside(run: Run, environ: MutableMapping[str, str]) -> None:
-    """Sets W&B's variables so that it keeps its files in the run folder and not in the home folder.
+def keep_files_in_run_folder(run: Run, environ: MutableMapping[str, str]) -> None:
+    """Sets W&B's environment variables so that it keeps its files in the run folder and not in the home folder.
 
-    The folder of its settings stays: they may name the user's own server.
+    Does not move the settings folder, because the settings may name the user's own server.
     """
     for name in [name for name, value in environ.items() if name.startswith("WANDB_") and not value]:
         del environ[name]  # W&B refuses empty values
@@ -64,41 +64,41 @@ def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, j
 
 
 def tags(config: RunConfig) -> list[str]:
-    """Architecture, dataset, precision."""
+    """Returns the W&B tags of a run: architecture, dataset and precision."""
     return [config.architecture.factory.rpartition(":")[2], config.dataset.name, config.precision]
 
 
 def log(remote: Any, row: MetricRow, index: int) -> None:
-    """Logs one row, which is at `index` in metrics.jsonl."""
+    """Logs one row of metrics; `index` is its line in metrics.jsonl, counted from 0."""
     remote.log(msgspec.to_builtins(row), step=index)
 
 
 def catch_up(remote: Any, run: Run, stop: int) -> int:
-    """Logs the rows before index `stop` that W&B lacks; returns how many."""
+    """Logs the rows before index `stop` that W&B lacks; returns the number of rows logged."""
     first = remote.starting_step
     for index, row in list(enumerate(read_metrics(run)))[first:stop]:
         log(remote, row, index)
     return max(0, stop - first)
 
 
-def conclude(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
+def log_results(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
     """Logs the results of a finished run: figures, tables, summary, and the weights as an artifact.
 
     W&B cannot record offline that a run used an artifact; `runner sync` does so later.
 
     Args:
-        remote: W&B's run.
-        run: is finished.
+        remote: the W&B run.
+        run: a finished run.
         online: whether W&B is online.
-        best: give the weights the alias `best`.
+        best: whether to give the weights the alias `best`.
 
     Returns:
-        The artifact of the weights.
+        The artifact with the weights.
     """
     import wandb
 
     config, summary = run.config(), read(run.summary, Summary)
-    # A separate step, after that of the last row: after an outage W&B may have all rows but not the figures.
+    # A separate step after the last row's: after an outage, W&B may have all rows but no figures.
     last = max(summary.steps + 1, len(read_metrics(run)))
     if remote.starting_step <= last:
         media = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(run.figures.glob("*.png"))}
@@ -115,7 +115,7 @@ def conclude(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
 
 
 def log_latencies(remote: Any, rows: list[LatencyRow]) -> None:
-    """Logs the measured latencies as a table, once, and in the summary."""
+    """Logs the measured latencies to the summary and, only the first time, as a table."""
     import wandb
 
     columns = ("backend", "provider", "precision", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
@@ -127,7 +127,7 @@ def log_latencies(remote: Any, rows: list[LatencyRow]) -> None:
 
 
 def latency_summary(rows: Iterable[LatencyRow]) -> dict[str, float]:
-    """Median latencies in milliseconds under their names in W&B's summary."""
+    """Returns the median latencies in milliseconds by their names in W&B's summary."""
     return {
         f"latency_p50_ms/{row.backend}_{row.precision}_batch{row.batch}": row.p50_ms
         for row in rows
@@ -136,7 +136,7 @@ def latency_summary(rows: Iterable[LatencyRow]) -> dict[str, float]:
 
 
 def _summary(run: Run, config: RunConfig, summary: Summary) -> dict[str, Any]:
-    """The scalars of summary.json, and what architectures are compared by: size, speed, reported accuracy."""
+    """Returns the scalars of summary.json, and the values for comparing runs: size, speed, reported accuracy."""
     values = {key: value for key, value in to_json(summary).items() if not isinstance(value, list | dict)}
     values |= {"parameters": config.parameters, "macs": config.macs}
     speeds = [row.images_per_second for row in read_metrics(run) if row.images_per_second is not None]
@@ -149,7 +149,7 @@ def _summary(run: Run, config: RunConfig, summary: Summary) -> dict[str, Any]:
 
 
 def _confusion_chart(classes: list[str], counts: list[list[int]]) -> Any:
-    """W&B's chart of a confusion matrix; counts by [label][predicted]."""
+    """Builds W&B's chart of a confusion matrix; `counts` is indexed by [label][predicted]."""
     import wandb
 
     rows = [[label, predicted, counts[i][j]] for i, label in enumerate(classes) for j, predicted in enumerate(classes)]
@@ -159,7 +159,7 @@ def _confusion_chart(classes: list[str], counts: list[list[int]]) -> Any:
 
 
 def _mistakes_table(run: Run, config: RunConfig) -> Any:
-    """The most confident mistakes, each with its image cut out of mistakes.png."""
+    """Builds a table of the most confident mistakes, each with its image cropped from mistakes.png."""
     import wandb
     from PIL import Image
 
@@ -174,7 +174,7 @@ def _mistakes_table(run: Run, config: RunConfig) -> Any:
 
 
 def _dataset_artifact(config: RunConfig) -> Any:
-    """The dataset as run.json describes it; the images are not uploaded."""
+    """Builds an artifact with run.json's description of the dataset; the images are not uploaded."""
     import wandb
 
     dataset = to_json(config.dataset)
@@ -186,7 +186,7 @@ def _dataset_artifact(config: RunConfig) -> Any:
 
 
 def _weights_artifact(run: Run, config: RunConfig, summary: Summary) -> Any:
-    """The last checkpoint's weights, and the manifest with their hash."""
+    """Builds an artifact of the last checkpoint's weights and the manifest with their hash."""
     last = max(run.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
     files = [last / name for name in ("model.safetensors", "manifest.json")]
     metadata = {"run": config.name, "test_accuracy": summary.test_accuracy}
@@ -194,7 +194,7 @@ def _weights_artifact(run: Run, config: RunConfig, summary: Summary) -> Any:
 
 
 def artifact(name: str, kind: str, files: list[Path], metadata: Mapping[str, Any]) -> Any:
-    """An artifact of files, which is not uploaded yet."""
+    """Builds an artifact of files, but does not upload it."""
     import wandb
 
     draft = wandb.Artifact(_artifact_name(name), kind, metadata=dict(metadata))
@@ -204,5 +204,5 @@ def artifact(name: str, kind: str, files: list[Path], metadata: Mapping[str, Any
 
 
 def _artifact_name(name: str) -> str:
-    """The name with the characters replaced that W&B does not allow in an artifact's name."""
+    """Replaces the characters that W&B does not allow in an artifact's name."""
     return "".join(character if character.isalnum() or character in "._-" else "-" for character in name).strip("-")

@@ -22,13 +22,20 @@ MARKER = "wandb/synced.json"
 
 
 class SyncMarker(msgspec.Struct):
-    """A hash of the records of a run that were uploaded last, and of the W&B project that they went to."""
+    """A hash of a run's records as last uploaded, and of the W&B project that they were uploaded to."""
 
     digest: str
 
 
 class Synced(msgspec.Struct, omit_defaults=True):
-    """The outcome of one run: its folder, the number of rows and whether anything was uploaded, or why not."""
+    """The result of syncing one run folder.
+
+    Attributes:
+        run: path of the run folder.
+        rows: number of rows uploaded.
+        new: whether anything was uploaded.
+        reason: why the run was not uploaded; None if it was, or did not need to be.
+    """
 
     run: str
     rows: int
@@ -37,13 +44,13 @@ class Synced(msgspec.Struct, omit_defaults=True):
 
 
 def sync(runs: list[Run], environ: MutableMapping[str, str]) -> list[Synced]:
-    """Uploads to W&B what it lacks of the run folders; skips those that did not change since they were uploaded.
+    """Uploads to W&B what it lacks from the run folders; skips those that have not changed since they were uploaded.
 
-    The weights of an experiment's best run get the alias `best`: see `best_run`. A run that is damaged, or that trains
-    now, is not uploaded; the reason is in the outcome.
+    The weights of an experiment's best run get the alias `best`; see `best_run`. A run that is damaged or still
+    training is not uploaded; its result gives the reason.
 
     Raises:
-        UserError: W&B cannot be reached, or refuses. What has been uploaded stays, and another call uploads the rest.
+        UserError: W&B cannot be reached, or refuses a run. Earlier uploads are kept, and another call uploads the rest.
     """
     return [_sync_one(run, environ) for run in track(runs, "sync", len(runs))]
 
@@ -75,13 +82,13 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
 
 
 def best_run(run: Run) -> Path | None:
-    """Returns the folder of the best finished run of an experiment, among the runs beside `run`.
+    """Returns the folder of the best finished run of an experiment, among `run` and the runs next to it.
 
-    It is the run with the highest accuracy on the validation images if the recipe holds some out, else on the test
-    images; None if the runs cannot be compared because they differ in their dataset or in the images held out.
+    The best run has the highest accuracy on the validation images if the recipe holds some out, or else on the test
+    images. Returns None if the runs cannot be compared, because their datasets or held-out images differ.
 
     Raises:
-        UserError: `run` is damaged. Damaged runs beside it are left out.
+        UserError: `run` is damaged. Damaged runs next to it are skipped.
     """
     experiment, scores, measured_on = run.config().experiment, [], set()
     for folder in run.folder.resolve().parent.iterdir():
@@ -102,7 +109,7 @@ def best_run(run: Run) -> Path | None:
 
 
 def _digest(run: Run, best: bool, environ: Mapping[str, str]) -> str:
-    """Returns a hash of the run's records, its exported files' sizes and times, and the project it would go to."""
+    """Returns a hash of the run's records, the sizes and times of its ONNX files, and the W&B project to upload to."""
     project = [environ.get(f"WANDB_{name}", "") for name in ("BASE_URL", "ENTITY", "PROJECT")]
     digest = hashlib.sha256(json.dumps([project, best]).encode())
     for path in (run.record, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
@@ -123,14 +130,14 @@ def _upload(run: Run, best: bool, environ: MutableMapping[str, str]) -> int:
     with _online(run, config, environ, "train") as remote:
         rows = wandb_run.catch_up(remote, run, len(read_metrics(run)))
         if run.summary.is_file():
-            weights = wandb_run.conclude(remote, run, online=True, best=best).wait()
+            weights = wandb_run.log_results(remote, run, online=True, best=best).wait()
     if weights and _onnx_files(run):
         _upload_deployment(run, config, weights, environ)
     return rows
 
 
 def _upload_deployment(run: Run, config: RunConfig, weights: Any, environ: MutableMapping[str, str]) -> None:
-    """Uploads ONNX files, engines and latencies, each as a W&B run that uses the artifacts it was made from."""
+    """Uploads ONNX files, engines and latencies, each in a W&B run that uses the artifacts it was made from."""
     onnx = _deploy_artifact(run, config, "onnx", _onnx_files(run))
     with _online(run, config, environ, "export") as remote:
         remote.use_artifact(weights)
@@ -160,8 +167,8 @@ def _deploy_artifact(run: Run, config: RunConfig, kind: str, files: list[Path]) 
 
 @contextlib.contextmanager
 def _online(run: Run, config: RunConfig, environ: MutableMapping[str, str], job: str) -> Iterator[Any]:
-    """W&B's run for a job; when the context ends, everything has been uploaded."""
-    wandb_run.keep_inside(run, environ)
+    """Opens the W&B run of a job; once the context has ended, everything has been uploaded."""
+    wandb_run.keep_files_in_run_folder(run, environ)
     with contextlib.redirect_stdout(sys.stderr):  # W&B prints, and standard output is for the result
         remote = wandb_run.start(run, config, environ, "online", job)
         try:

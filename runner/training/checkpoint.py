@@ -1,4 +1,4 @@
-"""Checkpoints: weights as safetensors with a manifest of hashes, in a folder that is written atomically."""
+"""Writes and reads checkpoints: folders with weights as safetensors and a manifest of hashes, written atomically."""
 
 import contextlib
 import errno
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
+from runner import experiments
 from runner.common.errors import UserError
 from runner.common.files import read, sha256_of
 from runner.run.folder import Run
@@ -35,7 +36,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written. The previous one is intact."""
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, during training.
 
     The tensors to save must be copies, because the next training step changes the originals.
@@ -46,7 +47,7 @@ class Writer:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Path] | None = None
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -67,7 +68,7 @@ class Writer:
         """Waits until the last checkpoint is on disk.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the last checkpoint could not be written.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -103,7 +104,7 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
     try:
         _write_files(staging, run, weights, step, state)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # also to leave room for the reason on a full disk
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, also makes room to record the reason
         raise
     if folder.exists():  # in a run that was resumed from an earlier step
         replaced = run.checkpoints / f".{folder.name}.replaced"
@@ -119,13 +120,13 @@ def _write_files(
     staging: Path, run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None
 ) -> None:
     """Writes and syncs the files of a checkpoint. Arguments as in `save`."""
-    # safetensors stores no memory formats, so tensors must be contiguous.
+    # safetensors does not store memory formats, so tensors must be contiguous.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     dataset = run.config().dataset.name  # also stored in the file, which may be copied elsewhere
     _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))
     if state is not None:
-        buffer = io.BytesIO()  # torch.save to a file reports a full disk as an unexpected position
-        torch.save(state | {"run_config": run.record.read_text()}, buffer)  # of which training it is
+        buffer = io.BytesIO()  # when writing to a file, torch.save reports a full disk as an unexpected position
+        torch.save(state | {"run_config": run.record.read_text()}, buffer)  # identifies the training that wrote it
         _write(staging / STATE, buffer.getbuffer())
     hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
     manifest = Manifest(step=step, dataset=dataset, sha256=hashes)
@@ -134,11 +135,17 @@ def _write_files(
 
 
 def keep_last(run: Run, *keep: Path) -> None:
-    """Removes all checkpoints except `keep`, by default except the last one."""
+    """Removes all checkpoints except `keep`; by default, keeps only the last one."""
     keep = keep or (latest(run),)
     for folder in run.checkpoints.iterdir():
-        if folder not in keep and re.match(r"\.?step-", folder.name):
-            shutil.rmtree(folder)
+        if folder in keep or not re.match(r"\.?step-", folder.name):
+            continue
+        # Rename first: on NFS, a file that another process has open is not removed, and would leave half a checkpoint.
+        removed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
+        with contextlib.suppress(OSError):  # the new checkpoint is complete; the next save tries again
+            if folder != removed:
+                folder.rename(removed)
+            shutil.rmtree(removed)
 
 
 def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
@@ -171,16 +178,16 @@ def check_resumable(folder: Path) -> str:
     return sha256_of(folder / MANIFEST)
 
 
-def read_state_as_chosen(folder: Path, manifest_sha256: str, seconds: float) -> dict[str, Any]:
-    """Reads the checkpoint that rank 0 chose; on a shared file system it may become visible here only later.
+def wait_for_state(folder: Path, manifest_sha256: str, seconds: float) -> dict[str, Any]:
+    """Reads the state of the checkpoint that rank 0 chose; on a shared file system, it may become visible with a delay.
 
     Args:
-        folder: of the checkpoint.
-        manifest_sha256: of its manifest, as rank 0 read it.
-        seconds: how long to try.
+        folder: the checkpoint folder.
+        manifest_sha256: SHA-256 of its manifest, as read by rank 0.
+        seconds: how long to retry.
 
     Raises:
-        UserError: it could not be read in time, or is another one.
+        UserError: the checkpoint could not be read in time, or differs from the one on rank 0.
     """
     end = time.monotonic() + seconds
     while True:
@@ -211,7 +218,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def latest(run: Run) -> Path:
-    """The folder of the checkpoint with the highest step, by name.
+    """Returns the checkpoint folder with the highest step in its name.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -226,11 +233,12 @@ def load_model(run: Run) -> nn.Module:
     """Builds the model of a run with its latest weights, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: the run has no checkpoint, or the weights do not match the manifest.
+        UserError: the run has no checkpoint, the weights do not match the manifest, or the model is not trusted.
     """
     folder = latest(run)
     _check(folder, (WEIGHTS,))
     config = run.config()
+    experiments.check_trusted(config.architecture, run.code, run.record)
     _, height, width = config.input.shape
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         model = config.architecture.build(len(config.dataset.classes), (height, width))
@@ -249,7 +257,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _check(folder: Path, names: Iterable[str] = ()) -> None:
-    """Raises UserError if a file, or one of `names`, does not match the hash in the manifest."""
+    """Raises UserError if a file, or one of `names` if given, does not match its hash in the manifest."""
     hashes = read(folder / MANIFEST, Manifest).sha256
     if not hashes or not set(names) <= hashes.keys():
         raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")

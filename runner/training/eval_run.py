@@ -30,14 +30,14 @@ def evaluate_run(
 
     Args:
         run: the run folder.
-        data: the prepared dataset; None for the one of the run.
-        device: of the computation.
-        precision: of autocast; "run" for that of training.
-        views: of test-time augmentation; "run" for those of the recipe.
+        data: folder of the prepared dataset; None for the dataset of the run.
+        device: device to evaluate on.
+        precision: autocast precision; "run" for the precision of training.
+        views: views for test-time augmentation; "run" for those of the recipe.
         environ: the process environment.
 
     Returns:
-        The metrics by name, as printed and as JSON; with test-time augmentation they end in `_augmented`.
+        The metrics by name, for printing and for JSON; names of those with test-time augmentation end in `_augmented`.
     """
     config = run.config()
     selected, message = launcher.device(device, launcher.read(environ), torch.cuda.device_count())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Views = Literal["none", "flip", "flip-shift"]
-"""The views of an image whose logits test-time augmentation averages; see `augmented_views`."""
+"""The views of an image over which test-time augmentation averages the logits; see `augmented_views`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def top5(self) -> float:
-        """Top-5 accuracy, in 0..1; 1 with up to five classes."""
+        """Top-5 accuracy, in 0..1; always 1 for five or fewer classes."""
         hits = self.logits.topk(min(5, self.logits.shape[1]), dim=1).indices == self.labels[:, None]
         return hits.any(1).double().mean().item()
 
@@ -71,7 +71,7 @@ class Evaluation:
         Guo et al. 2017, arXiv:1706.04599.
         """
         confidence = self.logits.double().softmax(1).amax(1)
-        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # of (0, 1/15], (1/15, 2/15], …
+        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # intervals (0, 1/15], (1/15, 2/15], …
         hits = (self.predicted == self.labels).double()
         distance = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, confidence - hits)
         return distance.abs().sum().item() / self.num_images
@@ -84,7 +84,7 @@ class Evaluation:
         return counts.reshape(classes, classes).tolist()
 
     def metrics(self) -> dict[str, float | list[float | None]]:
-        """Returns all metrics by name but the confusion matrix."""
+        """Returns all metrics except the confusion matrix, by name."""
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
@@ -94,7 +94,7 @@ class Evaluation:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of `predictions.npz`."""
+        """Returns the arrays for `predictions.npz`, by name."""
         return {"logits": self.logits.numpy(), "labels": self.labels.numpy()}
 
 
@@ -120,14 +120,14 @@ def evaluate(
     advance: Callable[[float], None] = lambda amount: None,
     views: Views = "none",
 ) -> Evaluation:
-    """Evaluates a model, in evaluation mode, or a function from images to logits on the batches of all ranks.
+    """Evaluates a model (in evaluation mode) or a function from images to logits, on the batches of all ranks.
 
     Every rank writes the logits of its slices into its rows of a table of zeros; the sum over ranks is the complete
     table. A column of counts verifies that every image was evaluated exactly once.
 
     Args:
         forward: maps images of `batches` to logits (N, num_classes), on any device.
-        batches: of the split, in file order.
+        batches: this rank's slices of the split, in file order.
         num_classes: number of classes.
         sum_over_ranks: the all-reduce; the identity for one rank.
         advance: called after each batch with the number of images that this rank evaluated.
@@ -154,7 +154,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _evaluation_mode(forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Puts a module into evaluation mode, and restores its mode; does nothing with a function."""
+    """Puts a module into evaluation mode, and restores its mode on exit; does nothing for a function."""
     if not isinstance(forward, nn.Module):
         yield
         return
@@ -169,8 +169,8 @@ def _evaluation_mode(forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterato
 def augmented_views(images: torch.Tensor, kind: Views) -> list[tuple[float, torch.Tensor]]:
     """Returns the views of images (n, 3, H, W) for test-time augmentation, each with its weight; weights sum to 1.
 
-    "none" is only the image. "flip" adds its mirror image. "flip-shift" also adds both shifted by one pixel up and
-    left, and by one pixel down and right, with reflected edges: the unshifted views together have half of the weight,
+    "none" returns only the image. "flip" adds its mirror image. "flip-shift" also adds both shifted by one pixel up and
+    left, and by one pixel down and right, with reflected edges; the unshifted views together have half of the weight,
     as in airbench's `infer_mirror_translate`.
     """
     if kind == "none":

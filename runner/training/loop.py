@@ -1,7 +1,6 @@
 """The training loop: read `train`, then `train_step`.
 
-Ranks and precision live in the Accelerator and in the batches, which give every rank its slice of the same global
-batches.
+The Accelerator handles ranks and precision; the batches give every rank its slice of the same global batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from runner.training.evaluate import Evaluation, Views, evaluate
 from runner.training.loss import Loss, make_loss
 from runner.training.meter import LOG_EVERY, Meter, require_finite
 from runner.training.model import masked_state_dict
-from runner.training.state import TrainState, settle_buckets, to_cpu
+from runner.training.state import TrainState, rebuild_ddp_buckets, to_cpu
 
 
 class StoppedError(RuntimeError):
@@ -56,10 +55,10 @@ class LoopHooks:
     """How a run is checkpointed, stopped and resumed.
 
     Attributes:
-        checkpoint_every: optimizer steps between checkpoints within an epoch; each evaluation has one as well.
-        evaluate_every: epochs between evaluations; the last epoch always has one.
-        resume: the state of a checkpoint, to resume from.
-        should_stop: whether this rank was asked to stop.
+        checkpoint_every: optimizer steps between checkpoints; each evaluation is followed by a checkpoint as well.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        resume: the state of the checkpoint to resume from; None for a new run.
+        should_stop: returns whether this rank was asked to stop.
         heartbeat: called after every step and every evaluated batch.
     """
 
@@ -70,7 +69,7 @@ class LoopHooks:
     heartbeat: Callable[[], None] = lambda: None
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint was asked for after this many steps."""
+        """Returns whether `checkpoint_every` requires a checkpoint after `step` steps."""
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
 
 
@@ -79,11 +78,11 @@ class TrainResult:
     """The evaluations after the last epoch, and the best epoch.
 
     Attributes:
-        test: on the test images.
-        augmented: the same with test-time augmentation, where the recipe asks for it.
-        validation: on the validation images, where the recipe holds some out.
-        steps, epochs: how long training was.
-        best: the metrics of the epoch with the best accuracy, on the validation images where there are any.
+        test: the evaluation on the test images.
+        augmented: the same with test-time augmentation; None if the recipe does not use it.
+        validation: the evaluation on the validation images; None if the recipe holds out none.
+        steps, epochs: number of optimizer steps and epochs trained.
+        best: the metrics of the epoch with the best accuracy, on the validation images if there are any.
     """
 
     test: Evaluation
@@ -106,28 +105,28 @@ def train(
     log: Callable[[MetricRow], None] = lambda row: None,
     hooks: LoopHooks = LoopHooks(),
 ) -> TrainResult:
-    """Trains a model, evaluates it between epochs, and leaves a checkpoint of the last.
+    """Trains a model, evaluates it after epochs as `hooks` say, and saves a checkpoint after the last epoch.
 
     Args:
-        model: with its first weights (see runner.training.model), the same on every rank.
+        model: model with its initial weights (see runner.training.model), the same on every rank.
         recipe: how to train it.
-        data: this rank's slices.
+        data: this rank's slices of the splits.
         accelerator: device, ranks and precision.
-        run: where checkpoints go.
-        seed: of dropout; order and augmentation have it already.
+        run: the run folder, for checkpoints.
+        seed: random seed for dropout; `data` already has the seed of order and augmentation.
         max_steps: stop after this many optimizer steps; the learning rate is scheduled for the whole recipe.
-        teacher: a model on the device to learn from beside the labels.
-        log: receives the rows of metrics, the same on every rank.
+        teacher: model on the device for knowledge distillation, in addition to the labels; None for none.
+        log: called with each row of metrics, on every rank.
         hooks: how the run is checkpointed, stopped and resumed.
 
     Raises:
         DivergedError: a loss or a weight is not finite.
-        StoppedError: a rank was asked to stop; all stopped at the same step, and the checkpoint is written.
-        CheckpointError: a checkpoint could not be written; the previous one stays.
+        StoppedError: a rank was asked to stop; all ranks stopped at the same step, after a checkpoint was written.
+        CheckpointError: a checkpoint could not be written; the previous one is intact.
     """
     state = TrainState(model, recipe, accelerator)
     loss_fn = make_loss(recipe, teacher, accelerator.autocast)
-    torch.manual_seed(rank_seed(seed, accelerator.process_index))  # each rank has its own dropout
+    torch.manual_seed(rank_seed(seed, accelerator.process_index))  # dropout differs between ranks
     steps_per_epoch = len(data.train)
     total_steps = recipe.epochs * steps_per_epoch
     last_step = min(total_steps, max_steps or total_steps)
@@ -135,14 +134,14 @@ def train(
         restore(state, hooks.resume, loss_fn, data.train, recipe, last_step)
 
     def evaluate_splits(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
-        found = {name: score(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
+        found = {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
                  for name, split in splits.items()}  # fmt: skip
         for name, evaluation in found.items():
             require_finite(evaluation.loss, f"the {name} loss", f"at step {state.step}")
         return found
 
     def save_or_stop(evaluated: bool = False) -> None:
-        stopping = state.step < last_step and any_rank(hooks.should_stop, state.step, accelerator)
+        stopping = state.step < last_step and any_rank_stops(hooks.should_stop, state.step, accelerator)
         if evaluated or stopping or hooks.checkpoint_due(state.step):
             save(state, writer, evaluated)
         if stopping:
@@ -150,7 +149,7 @@ def train(
             raise StoppedError(state.step)
 
     evaluations: dict[str, Evaluation] = {}
-    writer = checkpoint.Writer(run)
+    writer = checkpoint.CheckpointWriter(run)
     with writer, progress("train", last_step, shown=accelerator.is_main_process) as advance:
         advance(state.step)
         while state.step < last_step:
@@ -176,7 +175,7 @@ def train(
             row = replace(row, **state.meter.epoch(), **metrics_of(evaluations))
             log(row)
             if evaluate_now:
-                state.best = max(state.best or row, row, key=accuracy_to_choose_by)
+                state.best = max(state.best or row, row, key=selection_accuracy)
             save_or_stop(evaluate_now)
     if not evaluations:  # resumed at the last step
         evaluations = evaluate_splits(data.evaluated)
@@ -188,15 +187,19 @@ def train(
 
 
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
-    """An empty row of metrics at the current step."""
+    """Returns an empty row of metrics for the current step."""
     return MetricRow(global_step=state.step, epoch=state.step / steps_per_epoch)
 
 
 def restore(
     state: TrainState, saved: dict[str, Any], loss_fn: Loss, batches: Batches, recipe: Recipe, last_step: int
 ) -> None:
-    """Restores the state of a checkpoint; at the last step, it may have been written before the evaluation."""
-    settle_buckets(state, loss_fn, batches, recipe)
+    """Restores the state of a checkpoint.
+
+    A checkpoint of the last step may have been written before buffers were averaged for evaluation; they are averaged
+    here.
+    """
+    rebuild_ddp_buckets(state, loss_fn, batches, recipe)
     state.load_state_dict(saved)
     if state.step == last_step and not saved.get("evaluated", True):
         average_buffers(state.eval_model, state.accelerator)
@@ -208,12 +211,12 @@ def train_step(
     """One optimizer step on this rank's slice of a global batch: images (n, 3, H, W), targets (n,) or (n, classes)."""
     accelerator = state.accelerator
     ranks = accelerator.num_processes
-    micro_batches = min(recipe.accumulate, batch_size // ranks)  # the same on all ranks
-    for micro_images, micro_targets, is_last in split(images, targets, micro_batches):
+    count = min(recipe.accumulate, batch_size // ranks)  # the same on all ranks
+    for micro_images, micro_targets, is_last in micro_batches(images, targets, count):
         with nullcontext() if is_last else accelerator.no_sync(state.ddp):
             logits = state.ddp(micro_images)
             loss = loss_fn(logits, micro_targets, micro_images)
-            # DDP averages over ranks as if all had the same number of images; those of a last batch may not.
+            # DDP averages over ranks as if all had the same number of images; in a last batch they may not.
             accelerator.backward(loss * len(micro_targets) * (ranks / batch_size))
         state.meter.add(loss, logits, micro_targets)
     if recipe.clip_gradient:
@@ -225,35 +228,41 @@ def train_step(
         state.ema.update(state.model, state.step)
 
 
-def split(images: torch.Tensor, targets: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
-    """Cuts a batch into `count` micro-batches; yields images, targets, and whether it is the last."""
+def micro_batches(
+    images: torch.Tensor, targets: torch.Tensor, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Splits a batch into `count` micro-batches; yields the images and targets of each, and whether it is the last."""
     pairs = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
     for number, (micro_images, micro_targets) in enumerate(pairs, 1):
         yield micro_images, micro_targets, number == count
 
 
-def save(state: TrainState, writer: checkpoint.Writer, evaluated: bool) -> None:
-    """Has a checkpoint written in the background; a collective call. Raises DivergedError."""
+def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool) -> None:
+    """Starts writing a checkpoint in the background; all ranks must call it.
+
+    Raises:
+        DivergedError: a loss or a weight is not finite; nothing was written.
+    """
     state.meter.check(state.step, state.eval_model)
     everything = state.state_dict() | {"evaluated": evaluated}
     if state.accelerator.is_main_process:
-        everything["metrics"] = dict(sync_metrics(writer.run))  # on the disk before the checkpoint is
+        everything["metrics"] = dict(sync_metrics(writer.run))  # synced to disk before the checkpoint
         writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)
 
 
-def any_rank(asks: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
-    """Whether any rank asks for something; the same answer on all of them.
+def any_rank_stops(should_stop: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
+    """Returns whether any rank was asked to stop; the answer is the same on all ranks.
 
-    On the CPU ranks are asked after every step. On several GPUs only where metrics wait for the device anyway.
+    Checked after every step; on several GPUs, only at steps at which metrics wait for the device anyway.
     """
     if accelerator.num_processes == 1:
-        return asks()
+        return should_stop()
     if accelerator.device.type != "cpu" and step % LOG_EVERY:
         return False
-    return bool(accelerator.reduce(torch.tensor(float(asks()), device=accelerator.device), "sum"))
+    return bool(accelerator.reduce(torch.tensor(float(should_stop()), device=accelerator.device), "sum"))
 
 
-def score(
+def evaluate_split(
     model: nn.Module,
     batches: Batches,
     classes: int,
@@ -261,9 +270,9 @@ def score(
     views: Views = "none",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluates on all ranks together, in the precision of training.
+    """Evaluates a model on a split, on all ranks together, in the precision of training.
 
-    The model itself is called: DDP's forward would wait for ranks that have no images left.
+    Calls the model without DDP, whose forward would wait for ranks that have no images left.
     """
     images = batches.num_images / accelerator.num_processes
     with progress("evaluate", images, shown=accelerator.is_main_process) as advance, accelerator.autocast():
@@ -276,7 +285,7 @@ def score(
 
 
 def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:
-    """Loss and accuracy by split, by their names in MetricRow."""
+    """Returns the loss and accuracy of each split, by their names in MetricRow."""
     return {
         f"{split}_{name}": value
         for split, evaluation in evaluations.items()
@@ -284,8 +293,8 @@ def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     }
 
 
-def accuracy_to_choose_by(row: MetricRow) -> float:
-    """The accuracy by which the best epoch is chosen: on the validation images, or else on the test images."""
+def selection_accuracy(row: MetricRow) -> float:
+    """Returns the accuracy that selects the best epoch: on the validation images, or else on the test images."""
     accuracy = row.test_accuracy if row.validation_accuracy is None else row.validation_accuracy
     assert accuracy is not None, "only rows of evaluations are compared"
     return accuracy

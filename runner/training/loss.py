@@ -15,7 +15,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def make_loss(
     recipe: Recipe, teacher: nn.Module | None, autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> Loss:
-    """The loss of a recipe, a function of logits (N, classes), targets, and images (N, 3, H, W).
+    """Returns the loss of a recipe, as a function of logits (N, classes), targets, and images (N, 3, H, W).
 
     Targets are labels (N,) or probabilities (N, classes). With a teacher, adds knowledge distillation (Hinton et al.
     2015, arXiv:1503.02531): the KL divergence between teacher and student at the recipe's temperature, multiplied by

@@ -1,4 +1,4 @@
-"""Means of loss and accuracy over training steps."""
+"""Computes the mean loss and accuracy over training steps, and detects divergence."""
 
 import math
 import time
@@ -16,24 +16,24 @@ class DivergedError(RuntimeError):
 
 
 class Meter:
-    """Sums loss and correct predictions on the device, so that no step waits for it.
+    """Sums the loss and the number of correct predictions on the device, so that no step waits for the device.
 
     Args:
-        accelerator: its ranks share the means.
-        state: of an earlier meter, to continue from.
+        accelerator: reduces the sums over all ranks.
+        state: the state dict of an earlier meter to continue from; None to start from zero.
     """
 
     def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None) -> None:
         state = state or {}
         self.accelerator = accelerator
         zeros = torch.zeros(2, dtype=torch.float64)
-        self.sums = state.get("sums", zeros).to(accelerator.device)  # of loss and correct predictions, on this rank
+        self.sums = state.get("sums", zeros).to(accelerator.device)  # loss and correct predictions, on this rank
         self.images = state.get("images", 0)
         self.epoch_sums = state.get("epoch_sums", [0.0, 0.0, 0.0])  # loss, correct and images, over all ranks
         self.since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's sums."""
+        """Returns this rank's sums."""
         return {"sums": self.sums.cpu(), "images": self.images, "epoch_sums": self.epoch_sums}
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class Meter:
         self.images += len(targets)
 
     def window(self, step: int) -> dict[str, float]:
-        """Means over all ranks since the last call, by their names in MetricRow.
+        """Returns the means over all ranks since the last call, by their names in MetricRow.
 
         Raises:
             DivergedError: the loss is not finite, on any rank.
@@ -64,7 +64,7 @@ class Meter:
         }
 
     def epoch(self) -> dict[str, float]:
-        """Means over all ranks and the windows of the epoch, by their names in MetricRow."""
+        """Returns the means over all ranks and over the windows of the epoch, by their names in MetricRow."""
         loss, correct, images = self.epoch_sums
         return {"train_epoch_loss": loss / images, "train_epoch_accuracy": correct / images}
 
@@ -78,6 +78,6 @@ class Meter:
 
 
 def require_finite(value: float, what: str, when: str) -> None:
-    """Raises DivergedError unless a value, the same on all ranks, is finite."""
+    """Raises DivergedError if `value`, which is the same on all ranks, is not finite."""
     if not math.isfinite(value):
         raise DivergedError(f"{what} is {value} {when}")

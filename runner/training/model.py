@@ -11,7 +11,7 @@ from runner.config.recipe import Architecture, Recipe
 from runner.run.folder import Run
 from runner.training import checkpoint
 
-SIDES = (8, 16, 32, 64, 224)  # image sizes that an error message can suggest
+SUGGESTED_SIZES = (8, 16, 32, 64, 224)  # image sizes that an error message can suggest
 
 
 def build_model(
@@ -29,16 +29,16 @@ def build_model(
     pretrained weights. If the recipe prunes, the smallest weights are then masked with 0.
 
     Args:
-        architecture: of the model.
-        recipe: for pruning and the memory format.
-        seed: of the random weights.
+        architecture: the architecture to build.
+        recipe: sets pruning and the memory format.
+        seed: random seed for the initial weights.
         first_images: returns the first n training images, (n, 3, H, W) float32, normalized, without augmentation.
-        start: the run whose weights are loaded instead of random or pretrained ones; None for none.
+        start: the run whose weights are loaded; None for random or pretrained weights.
         classes: number of classes; by default that of CIFAR-10.
         shape: (3, H, W) of the model's input; by default that of CIFAR-10.
 
     Raises:
-        UserError: invalid arguments, images of a size that the architecture cannot take, or weights that are missing
+        UserError: invalid arguments, an image size that the architecture does not support, or weights that are missing
             or do not match the model.
     """
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def build_model(
                 f"--start-from {start.folder}: expected the weights of this architecture: {error}"
             ) from None
     elif hasattr(model, "initialise"):
-        raise UserError(f"{architecture.factory}: its method initialise() is called initialize() now; rename it")
+        raise UserError(f"{architecture.factory}: expected a method initialize(), found initialise(); rename it")
     elif (initialize := getattr(model, "initialize", None)) is not None:
         initialize(first_images)
     if recipe.prune:
@@ -66,7 +66,7 @@ def build_for(architecture: Architecture, classes: int, shape: tuple[int, int, i
     """Builds an architecture, and checks that it maps one image (3, H, W) to logits (1, classes).
 
     Raises:
-        UserError: it does not; the message suggests image sizes that it takes.
+        UserError: the architecture does not; the message suggests image sizes that it supports.
     """
     channels, height, width = shape
 
@@ -75,16 +75,16 @@ def build_for(architecture: Architecture, classes: int, shape: tuple[int, int, i
         with torch.no_grad():
             return model, model(torch.zeros(1, channels, height, width)).shape
 
-    def takes(side: int) -> bool:
+    def accepts(side: int) -> bool:
         try:
             return build(side, side) is not None
-        except Exception:  # networks refuse a size in many ways
+        except Exception:  # networks reject a size in many ways
             return False
 
     try:
         model, found = build(height, width)
     except Exception as error:
-        sides = [side for side in SIDES if takes(side)]
+        sides = [side for side in SUGGESTED_SIZES if accepts(side)]
         if not sides:  # the size is not the reason
             raise
         raise UserError(
@@ -101,7 +101,7 @@ def build_for(architecture: Architecture, classes: int, shape: tuple[int, int, i
 
 
 def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The weights of convolutions and linear layers, as (module, name) pairs for torch.nn.utils.prune.
+    """Returns the weights of convolutions and linear layers, as (module, name) pairs for torch.nn.utils.prune.
 
     Excludes the output layer of attention, because torch reads its weight without calling the layer, which would
     bypass the mask.
@@ -110,7 +110,7 @@ def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def masked_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with pruning masks applied, which the model loads without pruning."""
+    """Returns the state dict with pruning masks applied, for loading into a model without pruning."""
     state = model.state_dict()
     masked = {}
     for name, tensor in state.items():
@@ -126,8 +126,8 @@ def count_parameters_and_macs(model: nn.Module, shape: tuple[int, int, int]) -> 
     """Counts trainable parameters, and multiply-accumulates of convolutions and matrix products for one image.
 
     Args:
-        model: on the CPU.
-        shape: (3, H, W) of the image.
+        model: a model on the CPU.
+        shape: image shape (3, H, W).
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -14,7 +14,7 @@ from runner.config.recipe import Constant, Cosine, Linear, OneCycle, Schedule, S
 
 
 def build_optimizer(recipe: recipes.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds the recipe's optimizer for the trainable parameters of `model`, in torch's fused form if there is one."""
+    """Builds the recipe's optimizer for the trainable parameters of `model`, fused where torch supports it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     match recipe:
         case recipes.SGD(lr, momentum, nesterov, weight_decay):
@@ -58,7 +58,7 @@ def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum; in groups with `orthogonal`, the update is orthogonalized.
+    """SGD with Nesterov momentum; in parameter groups with `orthogonal`, the update is orthogonalized.
 
     Filters (out, in, kH, kW) are treated as matrices (out, in × kH × kW); torch.optim.Muon supports only matrices.
     """
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "unit_rows": False})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # it takes none
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # takes no closure
         """Updates all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
@@ -102,10 +102,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """Approximates the nearest orthogonal matrix: singular values become 0.7 to 1.2, singular vectors are unchanged.
 
-    Newton-Schulz iteration in bf16 with an odd polynomial of degree five and the coefficients of K. Jordan's Muon.
+    Uses Newton-Schulz iteration in bf16 with an odd polynomial of degree five and the coefficients of K. Jordan's Muon.
 
     Args:
-        matrix: (rows, columns) of any float dtype, which is also that of the result.
+        matrix: (rows, columns), of any float dtype; the result has the same dtype.
         iterations: number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -120,9 +120,10 @@ def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class EMA:
-    """An exponential moving average of a model's weights, which is evaluated and saved instead of them.
+    """An exponential moving average of a model's weights, which is evaluated and saved in their place.
 
-    torch's AveragedModel reads its counter from the device in every step, which synchronizes with the GPU.
+    Replaces torch's AveragedModel, which reads its counter from the device at every step and thus synchronizes with
+    the GPU.
 
     Attributes:
         module: a copy of the model with averaged parameters and current buffers.
@@ -154,11 +155,11 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, step
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The learning rate of an optimizer step, as a fraction of its peak.
+    """Returns the learning rate of an optimizer step, as a fraction of its peak.
 
     Args:
-        schedule: of the learning rate.
-        step: 0 to steps - 1.
+        schedule: the learning rate schedule.
+        step: the optimizer step, from 0 to steps - 1.
         steps: number of steps of the full recipe, even if the run stops early.
     """
     warmup = schedule.warmup * steps

@@ -1,4 +1,4 @@
-"""run.json and summary.json, and whether a run may be resumed."""
+"""Builds the contents of run.json and summary.json, and checks whether a run may be resumed."""
 
 import sys
 from pathlib import Path
@@ -38,18 +38,18 @@ def run_config(
     wandb_id: str,
     group: str,
 ) -> RunConfig:
-    """What run.json says of a run that starts.
+    """Builds the contents of run.json for a new run.
 
     Args:
         config: the options of `runner train`.
         registered: the experiment without overrides.
-        manifest: of the dataset.
-        accelerator: device, ranks and precision.
-        rank_info: which loader was selected.
+        manifest: the manifest of the dataset.
+        accelerator: provides device, ranks and precision.
+        rank_info: selects the loader.
         run: the run folder.
-        seed: of this run.
-        model: for its parameters and MACs, where the experiment does not state them.
-        wandb_id, group: of W&B's run.
+        seed: the random seed of the run.
+        model: its parameters and MACs are counted if the experiment does not state them.
+        wandb_id, group: ID and group of the W&B run.
     """
     before = Experiment(registered.architecture, registered.recipe, registered.paper)
     after = Experiment(config.architecture, config.recipe, registered.paper)
@@ -101,7 +101,7 @@ def run_config(
 
 
 def origin(folder: Path) -> Origin:
-    """The weights of another run that this one uses."""
+    """Describes the latest weights of another run, which this run uses."""
     run = Run(folder)
     weights = checkpoint.latest(run)
     sha256 = read(weights / checkpoint.MANIFEST, schema.Manifest).sha256[checkpoint.WEIGHTS]
@@ -111,7 +111,7 @@ def origin(folder: Path) -> Origin:
 
 
 def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result: TrainResult) -> Summary:
-    """What summary.json says of a finished run."""
+    """Builds the contents of summary.json for a finished run."""
     test, best, validation = result.test, result.best, result.validation
     held_out: dict[str, Any] = {}
     if validation is not None:
@@ -143,17 +143,17 @@ def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result
     )
 
 
-# What has to be the same for a run to be resumed; and what a checkpoint fits only as it is.
-SAME = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
-FIXED = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
+# Fields that must be the same to resume a run; and those that must match the checkpoint even with --resume-anyway.
+RESUME_FIELDS = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
+IMMUTABLE_PREFIXES = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
 
 
 def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dict[str, Any] | None) -> RunConfig:
-    """run.json of a run that is resumed: its own, with where it was resumed; at step 0 without a checkpoint.
+    """Builds run.json of a resumed run: its own contents, and the step from which it resumes (0 without a checkpoint).
 
     Raises:
-        UserError: this is another training than the one that was started, or than that of the checkpoint, and
-            --resume-anyway was not given or cannot help.
+        UserError: this training differs from the one that was started, or from that of the checkpoint, and
+            --resume-anyway was not given or does not allow it; or the record of the training is missing.
     """
     step, ranks = (state["step"], state["world_size"]) if state else (0, current.world_size)
     own = run.config() if run.record.is_file() else None
@@ -163,12 +163,12 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     changed = changes_since(own, current) | changes_since(before, current) if own else changes_since(before, current)
     if changed and not config.resume_anyway:
         lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
-        raise UserError(f"{run.folder}: expected the training that was started, found {lines}; or --resume-anyway")
-    if fixed := [name for name in changed if state and name.startswith(FIXED)]:
+        raise UserError(f"{run.folder}: expected the training that was started, found {lines}; or use --resume-anyway")
+    if fixed := [name for name in changed if state and name.startswith(IMMUTABLE_PREFIXES)]:
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
     before = own or before
     same_code = before.git.commit == current.git.commit
-    bitwise = same_code and not changed and ranks == current.world_size and adds_alike(before, current)
+    bitwise = same_code and not changed and ranks == current.world_size and same_summation_order(before, current)
     if not bitwise:
         print(f"runner: {run.folder}: resumed from step {step}, not bit-identical", file=sys.stderr)
     resumption = Resumed(
@@ -187,7 +187,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
 
 
 def config_of(state: dict[str, Any]) -> RunConfig:
-    """run.json of the training that wrote a checkpoint. Raises UserError if it is of another version."""
+    """Reads the run.json of the training that wrote a checkpoint. Raises UserError if its version is not supported."""
     try:
         return schema.decode(state["run_config"].encode(), RunConfig)
     except ValueError as error:
@@ -195,14 +195,14 @@ def config_of(state: dict[str, Any]) -> RunConfig:
 
 
 def changes_since(before: RunConfig, current: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """What differs between two trainings, as [before, current] by dotted name."""
-    changed = differences({key: getattr(before, key) for key in SAME}, {key: getattr(current, key) for key in SAME})
+    """Returns the settings that differ between two trainings, as (before, current) by dotted name."""
+    changed = differences(*({key: getattr(config, key) for key in RESUME_FIELDS} for config in (before, current)))
     if before.dataset.fingerprint != current.dataset.fingerprint:
         changed["dataset"] = (before.dataset.fingerprint, current.dataset.fingerprint)
     return changed
 
 
-def adds_alike(before: RunConfig, now: RunConfig) -> bool:
-    """Whether sums are computed in the same order: it follows from ranks, threads, and the kernels of the machine."""
+def same_summation_order(before: RunConfig, now: RunConfig) -> bool:
+    """Returns whether sums are in the same order, which depends on ranks, threads, and the kernels of the machine."""
     keys = ("world_size", "device", "threads", "deterministic", "hardware", "versions")
     return all(getattr(before, key) == getattr(now, key) for key in keys)

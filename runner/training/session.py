@@ -1,4 +1,4 @@
-"""Runs `runner train`: setup, one training run per seed, and what happens when training fails.
+"""Runs `runner train`: setup, one training run per seed, and the handling of failures.
 
 Options, data, weights and device are checked before any folder is created.
 """
@@ -33,33 +33,33 @@ from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
 from runner.data.open import RankInfo, Split, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
-from runner.run.folder import Run, claimed_runs, finished_run
-from runner.run.metrics import keep_metrics
+from runner.run.folder import Run, finished_run, locked_runs
+from runner.run.metrics import truncate_metrics
 from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, any_rank, train
+from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, any_rank_stops, train
 from runner.training.meter import DivergedError
 from runner.training.model import build_model
-from runner.training.progress import EpochLines
+from runner.training.progress import EpochPrinter
 
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-SAME_INTERRUPT = 1.0  # seconds within which a second SIGINT is the first one, handed on
+FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the first one, forwarded by the launcher
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 VISIBLE_WITHIN = 60.0  # seconds for a checkpoint to become visible on the other nodes
-COLLECTIVE_GRACE = 60  # seconds that a collective has beyond --hang-timeout, so that our watchdog reports first
+COLLECTIVE_GRACE = 60  # extra seconds for collectives beyond --hang-timeout, so that our watchdog reports first
 
 
 class RunTracker(Protocol):
     """The tracker interface that training uses (see runner.tracking). Only rank 0 has one."""
 
-    hung: bool  # did not finish in time; its exit handler would wait forever
+    hung: bool  # whether it did not finish in time; its exit handler would wait forever
 
     @property
     def status(self) -> str:
-        """A line that says where it logs to."""
+        """A line that says where the tracker logs to."""
 
     def log(self, row: MetricRow) -> None:
         """Logs one row of metrics."""
@@ -76,7 +76,7 @@ class Tracking:
     """Callbacks for logging and plotting, passed in by the command, so that training does not import them.
 
     Attributes:
-        tracker: makes the tracker of a run.
+        tracker: creates the tracker of a run.
         draw: draws the figures of a finished run, given its evaluation and a function that reads test images by index.
     """
 
@@ -102,7 +102,7 @@ class TrainingOutcome:
 def run_training(
     config: TrainConfig, registered: Experiment, environ: MutableMapping[str, str], tracking: Tracking
 ) -> TrainingOutcome:
-    """Trains as the options say, once for each seed.
+    """Trains with the given options, once for each seed.
 
     Raises:
         UserError: data, name, weights or device cannot be used (before any folder is created); or the ranks or the
@@ -114,7 +114,7 @@ def run_training(
             return _run_training(config, registered, environ, tracking, stopped)
         except UserError:
             if stopped() and int(environ.get("LOCAL_RANK", 0)) > 0:
-                raise SystemExit(EXIT_BAD_INPUT) from None  # the launcher ends this rank: the first has said the error
+                raise SystemExit(EXIT_BAD_INPUT) from None  # the launcher ends this rank; the first prints the error
             raise
 
 
@@ -137,8 +137,8 @@ def _run_training(
     prepare_device(config, launch, rank_info.device, environ)
     manifest = open_manifest(config.data)
     streams = open_streams(config, manifest, rank_info)
-    teacher = load_teacher(config.teacher, manifest, config.recipe) if config.teacher else None
-    # The first model now, so that weights that cannot be used are refused before anything is written.
+    teacher = load_teacher(config, manifest) if config.teacher else None
+    # Build the first model now, so that unusable weights are refused before anything is written.
     first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
     refuse_to_overwrite_sources(config)
     if config.resume not in ("auto", "never") and not Path(config.resume, checkpoint.MANIFEST).is_file():
@@ -147,7 +147,7 @@ def _run_training(
         if launch.rank == 0:
             names = list(config.run_names().values())
             resuming = config.resume != "never"
-            stack.enter_context(claimed_runs(config.runs, config.experiment, names, resuming, config.overwrite))
+            stack.enter_context(locked_runs(config.runs, config.experiment, names, resuming, config.overwrite))
         accelerator = create_accelerator(config, launch, device)
         stack.callback(destroy_process_group, accelerator)
         if accelerator.is_main_process:
@@ -176,7 +176,7 @@ class Session:
     stopped: Callable[[], bool]
 
     def train_seeds(self, first_model: nn.Module) -> TrainingOutcome:
-        """Trains every seed in turn; `first_model` is that of the first seed."""
+        """Trains every seed in turn; `first_model` is the model of the first seed."""
         config = self.config
         runs = {seed: Run(config.runs / config.experiment / name) for seed, name in config.run_names().items()}
         states = {seed: resume_state(config, run, self.accelerator) for seed, run in runs.items()}
@@ -184,8 +184,8 @@ class Session:
         summaries: list[Summary] = []
         hung = False
         for index, (seed, run) in enumerate(runs.items()):
-            if index and any_rank(self.stopped, 0, self.accelerator):
-                raise SystemExit(EXIT_STOPPED)  # with every seed before this one complete
+            if index and any_rank_stops(self.stopped, 0, self.accelerator):
+                raise SystemExit(EXIT_STOPPED)  # every seed before this one is complete
             if self.scaler_state:  # fp16: every seed starts with the same loss scale
                 self.accelerator.scaler.load_state_dict(self.scaler_state)
             model = models.pop(seed, None) or initial_model(config, seed, self.manifest, self.streams["train"])
@@ -203,7 +203,7 @@ class Session:
 
     def make_run_config(self, run: Run, seed: int, model: nn.Module, state: dict[str, Any] | None) -> RunConfig:
         """Builds the contents of run.json, from the existing file when resuming. All ranks must call it."""
-        reserved = self.environ.get("WANDB_RUN_ID") if len(self.config.all_seeds) == 1 else None  # by W&B's agent
+        reserved = self.environ.get("WANDB_RUN_ID") if len(self.config.all_seeds) == 1 else None  # set by W&B's agent
         wandb_id = broadcast_object_list([reserved or secrets.token_hex(4)])[0]
         group = self.environ.get("WANDB_RUN_GROUP", self.registered.paper)
         new = record.run_config(
@@ -222,7 +222,7 @@ class SeedRun:
     """The run of one seed, from run.json to summary.json.
 
     Attributes:
-        tracker: on rank 0; None on the other ranks.
+        tracker: the tracker of the run on rank 0; None on the other ranks.
     """
 
     def __init__(
@@ -233,10 +233,10 @@ class SeedRun:
         self.last_step = min(total_steps, session.config.max_steps or total_steps)
         if state and state["step"] > self.last_step:
             raise UserError(
-                f"{run.folder}: expected to train on from step {state['step']}, found an end at step {self.last_step}; "
+                f"{run.folder}: expected to continue from step {state['step']}, found an end at step {self.last_step}; "
                 "raise --max-steps or --recipe.epochs"
             )
-        self.stop_file = session.config.stop_file or run.folder / STOP_FILE
+        self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
         self.tracker: RunTracker | None = None
         self.result: TrainResult | None = None
 
@@ -268,12 +268,12 @@ class SeedRun:
             raise
 
     def should_stop(self) -> bool:
-        """Whether this rank received a signal, or, on the first rank of a node, the stop file exists."""
+        """Returns whether this rank received a stop signal, or, on the first rank of a node, the stop file exists."""
         if self.session.stopped():
             return True
         if not self.session.accelerator.is_local_main_process:
             return False
-        return os.path.exists(self.stop_file)  # noqa: PTH110 - Path.exists raises errors of the file system
+        return any(os.path.exists(file) for file in self.stop_files)  # noqa: PTH110 - Path.exists raises some errors
 
     def start_run(self) -> RunTracker:
         """Writes run.json, discards metrics logged after the last checkpoint, and returns the tracker.
@@ -282,24 +282,24 @@ class SeedRun:
             UserError: metrics from before the checkpoint are missing, and --resume-anyway was not given.
         """
         step = self.state["step"] if self.state else 0
-        mark = self.state.get("metrics") if self.state else None
-        keep_metrics(self.run, step, mark, anyway=self.session.config.resume_anyway)
+        checksum = self.state.get("metrics") if self.state else None
+        truncate_metrics(self.run, step, checksum, allow_missing=self.session.config.resume_anyway)
         if step < self.last_step or any(entry.changed for entry in self.run_config.resumed[-1:]):
-            # First, so that it never stands beside a run.json that it is not of.
+            # Delete the summary first, so that it never exists beside the run.json of another training.
             self.run.summary.unlink(missing_ok=True)
         write(self.run.record, self.run_config)
         self.run.ended.unlink(missing_ok=True)
         return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
-        """Says where the run is; returns a function that logs a row, and prints it if it is that of an epoch."""
+        """Prints the run folder and tracker status; returns a function that logs rows and prints those of epochs."""
         print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
         start_step = self.state["step"] if self.state else 0
-        lines = EpochLines(self.session.config.recipe.epochs, start_step, self.last_step)
+        printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.last_step)
 
         def log(row: MetricRow) -> None:
             tracker.log(row)
-            lines.log(row)
+            printer.log(row)
 
         return log
 
@@ -317,12 +317,12 @@ class SeedRun:
         if self.tracker:
             print(f"runner: {self.run.folder}: {failure.reason}", file=sys.stderr)
             with contextlib.suppress(OSError):
-                if stopped:
-                    self.stop_file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # rows may be left that do not fit on a full disk
+                for file in self.stop_files if stopped else ():
+                    file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a full disk, the remaining rows may not fit
                 self.tracker.finish()
-        if isinstance(error, StoppedError | DivergedError):  # on all ranks
-            # As soon as one rank exits, the launcher ends the others: rank 0 may still be writing.
+        if isinstance(error, StoppedError | DivergedError):  # raised on all ranks
+            # Wait for rank 0, which may still be writing: as soon as one rank exits, the launcher ends the others.
             with contextlib.suppress(RuntimeError):
                 accelerator.wait_for_everyone()
         if self.tracker and self.tracker.hung:
@@ -357,14 +357,14 @@ def prepare_device(
     """Configures threads, kernels and memory. Raises UserError for fp16 on the CPU."""
     if device.type == "cpu":
         cpu.prepare(launch.local_world_size)
-        of_launch = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        check_precision(of_launch if config.precision == "launch" else config.precision, device.type)
+        launch_precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        check_precision(launch_precision if config.precision == "launch" else config.precision, device.type)
     cuda.prepare(device, config.deterministic, environ)
     crop.prepare(device)
 
 
 def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -> dict[Split, BatchStream]:
-    """The splits that the recipe uses. Raises UserError as `open_split` does."""
+    """Opens the splits that the recipe uses. Raises UserError as `open_split` does."""
     splits: list[Split] = ["train", "test"]
     if config.recipe.validation:
         splits.append("validation")
@@ -372,8 +372,8 @@ def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -
 
 
 def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream) -> nn.Module:
-    """The model that a seed starts with. Raises UserError as `build_model` does."""
-    start = finished_run("--start-from", config.start_from) if config.start_from else None
+    """Builds the initial model of a seed. Raises UserError as `build_model` does."""
+    start = finished_run("--start-from", config.start_from, config.code) if config.start_from else None
     channels, height, width = model_input(manifest, config.recipe).shape
     return build_model(
         config.architecture, config.recipe, seed, train_stream.first_images, start, len(manifest.classes),
@@ -382,7 +382,7 @@ def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stre
 
 
 def refuse_to_overwrite_sources(config: TrainConfig) -> None:
-    """Raises UserError where --overwrite would delete what this run reads."""
+    """Raises UserError if --overwrite would delete files that this run reads."""
     resumed = None if config.resume in ("auto", "never") else Path(config.resume)
     sources = [folder for folder in (config.data, config.start_from, config.teacher, resumed) if folder]
     for name in config.run_names().values():
@@ -428,7 +428,7 @@ def destroy_process_group(accelerator: Accelerator) -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why training ended early, in one line with what to do, and the exit code."""
+    """Why training ended early, in one line with a remedy, and the exit code."""
 
     exit_code: int
     reason: str
@@ -462,7 +462,7 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGUSR1, SIGTERM or Ctrl-C was received.
+    """Yields a function that returns whether SIGUSR1, SIGTERM or Ctrl-C was received.
 
     A second Ctrl-C ends the process at once, without a checkpoint.
     """
@@ -479,7 +479,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             interrupted = now
             launcher.outlive_parent()
             os.write(2, b"runner: stopping with a checkpoint; Ctrl-C again ends at once\n")  # print is not reentrant
-        elif now - interrupted > SAME_INTERRUPT:  # otherwise it is the first, which the launcher hands on
+        elif now - interrupted > FORWARDED_INTERRUPT_SECONDS:  # otherwise it is the first, forwarded by the launcher
             os.write(2, b"runner: interrupted\n")
             os._exit(EXIT_INTERRUPTED)
 
@@ -492,7 +492,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def resume_state(config: TrainConfig, run: Run, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The state that a run is resumed from, the same on all ranks; None for a new run. A collective call.
+    """Returns the state to resume a run from, the same on all ranks; None for a new run. All ranks must call it.
 
     Rank 0 chooses the checkpoint, because ranks on other nodes may see other files.
 
@@ -510,11 +510,11 @@ def resume_state(config: TrainConfig, run: Run, accelerator: Accelerator) -> dic
     (choice,) = broadcast_object_list(chosen)
     if isinstance(choice, str):
         raise UserError(choice)
-    return choice and checkpoint.read_state_as_chosen(choice[0], choice[1], VISIBLE_WITHIN)
+    return choice and checkpoint.wait_for_state(choice[0], choice[1], VISIBLE_WITHIN)
 
 
 def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
-    """The folder of the checkpoint to resume from and the SHA-256 of its manifest; None for a new run."""
+    """Returns the folder of the checkpoint to resume from and the SHA-256 of its manifest; None for a new run."""
     if config.resume != "auto":
         return Path(config.resume), checkpoint.check_resumable(Path(config.resume))
     folder, damaged = checkpoint.newest_intact(run)
@@ -525,18 +525,20 @@ def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
     return None if folder is None else (folder, checkpoint.check_resumable(folder))
 
 
-def load_teacher(folder: Path, manifest: Manifest, recipe: Recipe) -> nn.Module:
-    """Loads the model of a finished run as the teacher for distillation.
+def load_teacher(config: TrainConfig, manifest: Manifest) -> nn.Module:
+    """Loads the model of a finished run, `config.teacher`, as the teacher for distillation.
 
     Raises:
         UserError: the run has not finished, or was trained on other classes, or on images of another size or
             normalization.
     """
-    run = finished_run("--teacher", folder)
+    assert config.teacher
+    folder = config.teacher
+    run = finished_run("--teacher", folder, config.code)
     teacher = run.config()
     if teacher.dataset.classes != list(manifest.classes):
         raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}")
-    expected = model_input(manifest, recipe)
+    expected = model_input(manifest, config.recipe)
     if teacher.input != expected:
         raise UserError(f"--teacher {folder}: expected a run on images like {expected}, found {teacher.input}")
     return checkpoint.load_model(run).requires_grad_(False)

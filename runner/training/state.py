@@ -1,4 +1,4 @@
-"""Everything that changes while a model trains, and what a checkpoint needs so that resuming is bit-identical."""
+"""The training state: everything that changes while a model trains, saved and restored bit by bit."""
 
 import random
 from typing import Any
@@ -20,21 +20,23 @@ from runner.training.optim import EMA, build_optimizer
 
 
 class TrainState:
-    """Model, optimizer, averaged weights, and how far training is. `load_state_dict` takes weights_only=True files.
+    """Model, optimizer, averaged weights, and progress of training.
+
+    `load_state_dict` accepts state dicts loaded with torch.load(weights_only=True).
 
     Args:
-        model: with its first weights, on the CPU; moved to the device.
-        recipe: how it is trained.
-        accelerator: device, ranks and precision.
+        model: model with its initial weights, on the CPU; it is moved to the device.
+        recipe: how the model is trained.
+        accelerator: provides device, ranks and precision.
 
     Attributes:
-        model: the module itself.
-        ddp: what training calls: the model compiled, where the recipe says so, and wrapped by DDP on several ranks.
-        optimizer: as accelerate prepared it.
-        ema: averaged weights, or None.
-        step: optimizer steps done.
+        model: the module itself, neither compiled nor wrapped.
+        ddp: the model as called in training: compiled if the recipe says so, and wrapped in DDP on several ranks.
+        optimizer: the optimizer, as prepared by accelerate.
+        ema: the averaged weights, or None.
+        step: number of completed optimizer steps.
         best: the metrics of the best epoch so far.
-        meter: sums behind the next row of metrics.
+        meter: sums for the next row of metrics.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -51,16 +53,16 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and exported: the averaged weights where there are any."""
+        """The model that is evaluated and exported: with averaged weights if there are any."""
         return self.ema.module if self.ema else self.model
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything on the CPU, complete on every rank; a collective call."""
+        """Returns a copy of the state on the CPU, complete on every rank; all ranks must call it."""
         scaler = self.accelerator.scaler
         # Until the epoch ends, each rank has batch-norm statistics of its own.
-        local = to_cpu({"meter": self.meter.state_dict(), "buffers": dict(statistics_of(self.model))})
-        ranks = gather_object([local | {"generators": generators(self.accelerator.device)}])
+        local = to_cpu({"meter": self.meter.state_dict(), "buffers": dict(trained_buffers(self.model))})
+        ranks = gather_object([local | {"generators": rng_state(self.accelerator.device)}])
         return to_cpu(
             {
                 "step": self.step,
@@ -76,9 +78,10 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores everything; generators last, because all else may draw from them.
+        """Restores the state; generators last, because the other steps may draw from them.
 
-        With another number of ranks than before, those that exist take over the generators; dropout then differs.
+        With a different number of ranks than before, each rank takes the generators of one of the saved ranks, and
+        dropout differs.
         """
         self.step = state["step"]
         self.best = msgspec.convert(state["best"], MetricRow) if state["best"] else None
@@ -90,17 +93,17 @@ class TrainState:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rank, ranks = self.accelerator.process_index, state["ranks"]
         source = ranks[rank % len(ranks)]
-        for name, buffer in statistics_of(self.model):
+        for name, buffer in trained_buffers(self.model):
             buffer.copy_(source["buffers"][name])
         if state["world_size"] == self.accelerator.num_processes:
             sums = ranks[rank]["meter"]
-        else:  # the sums since the last row, over all ranks, go to the first
+        else:  # rank 0 takes the sums of all ranks since the last row
             sums = _sum_meters([entry["meter"] for entry in ranks]) if rank == 0 else {}
         self.meter = Meter(self.accelerator, sums)
-        set_generators(source["generators"], self.accelerator.device)
+        set_rng_state(source["generators"], self.accelerator.device)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Restores the optimizer, but keeps this run's settings: with --resume-anyway they may have changed."""
+        """Restores the optimizer, but keeps this run's settings, which may have changed with --resume-anyway."""
         groups = self.optimizer.param_groups
         current = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.optimizer.load_state_dict(state)
@@ -108,30 +111,31 @@ class TrainState:
             group.update(settings | {"lr": group["lr"], "peak_lr": settings["lr"]})
 
 
-def settle_buckets(state: TrainState, loss_fn: Loss, batches: Batches, recipe: Recipe) -> None:
-    """Brings DDP's gradient buckets to where they are after its first steps, before a state is loaded.
+def rebuild_ddp_buckets(state: TrainState, loss_fn: Loss, batches: Batches, recipe: Recipe) -> None:
+    """Makes DDP rebuild its gradient buckets, as it does in its first steps, before a state is loaded.
 
-    DDP rebuilds its buckets after the first backward pass. The first step of a resumed run would still reduce in the
-    first layout, in another order than the run that never stopped, and differ in the last bits.
+    DDP rebuilds its buckets after the first backward pass. If a resumed run did so only after its first
+    step, that step would reduce gradients in the initial layout, in a different order than in the uninterrupted run,
+    and differ in the last bits.
     """
     if state.accelerator.num_processes < 2:
         return
     state.ddp.train()
     for _ in range(2):
-        # One micro-batch, as memory may not have room for more: buckets do not depend on the batch.
+        # One micro-batch, because memory may not have room for more; buckets do not depend on the batch.
         images, targets = (part.tensor_split(recipe.accumulate)[0] for part in next(batches.epoch(0)))
         state.accelerator.backward(loss_fn(state.ddp(images), targets, images))
     state.ddp.zero_grad()
 
 
-def statistics_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that training changes: batch-norm statistics, but not the masks of a pruned model."""
+def trained_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Returns the buffers that training changes, such as batch-norm statistics, but not the masks of a pruned model."""
     masks = {f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters() if name.endswith("_orig")}
     return [(name, buffer) for name, buffer in model.named_buffers() if name not in masks]
 
 
-def generators(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's random generators, as tensors and integers."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Returns the states of the random number generators of Python, NumPy and torch, as tensors and plain values."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = legacy
@@ -144,8 +148,8 @@ def generators(device: torch.device) -> dict[str, Any]:
     }
 
 
-def set_generators(state: dict[str, Any], device: torch.device) -> None:
-    """Restores the states of `generators`."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restores the states that `rng_state` returns."""
     version, words = state["python"]
     random.setstate((version, tuple(words.tolist()), None))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -156,7 +160,7 @@ def set_generators(state: dict[str, Any], device: torch.device) -> None:
 
 
 def to_cpu(value: Any) -> Any:
-    """A deep copy of nested dicts and lists with every tensor on the CPU."""
+    """Returns a deep copy of nested dicts and lists with every tensor on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -16,13 +16,13 @@ TORCHVISION_FOLDER, CIFAR10_CLASSES = CIFAR10.python_folder, CIFAR10.classes
 
 
 def pixels(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images (N, 32, 32, 3) and labels that cover every class."""
+    """Returns random images (N, 32, 32, 3) and labels that cover every class."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 10
 
 
 def batches(per_file: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of each of the six official files."""
+    """Returns the images and labels of each of the six official files."""
     names = [name for split in PICKLE_FILES.values() for name in split]
     return {name: pixels(per_file, seed) for seed, name in enumerate(names)}
 
@@ -49,7 +49,7 @@ def python_archive(path: Path, contents: dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def cifar100(layout: str) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The files of a small archive in a layout of CIFAR-100, and the images and labels by split."""
+    """Returns the files of a small archive in a layout of CIFAR-100, and its images and labels by split."""
     contents = {split: (pixels(100, seed)[0], np.arange(100)) for seed, split in enumerate(("train", "test"))}
     files = {}
     for split, (images, labels) in contents.items():

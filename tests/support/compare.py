@@ -1,4 +1,4 @@
-"""Whether two runs came to the same, bit by bit."""
+"""Compares two runs bit by bit."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from runner.training import checkpoint
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer and generators to the bit, and every row of metrics but for its speed."""
+    """Asserts that weights, optimizer, generators and metrics are bit-identical, except for the training speed."""
     for name, tensor in weights(one).items():
         np.testing.assert_array_equal(tensor, weights(other)[name], err_msg=name)
     states = [checkpoint.read_state(checkpoint.latest(Run(run))) for run in (one, other)]
@@ -29,7 +29,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def _assert_equal(one: object, other: object, where: str) -> None:
-    """Nested dictionaries and lists of tensors, to the bit."""
+    """Asserts that nested dictionaries and lists of tensors are bit-identical."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):
@@ -44,6 +44,6 @@ def _assert_equal(one: object, other: object, where: str) -> None:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    """The weights of a finished run, by name; its one checkpoint's."""
+    """Returns the weights of a finished run by name, from its only checkpoint."""
     (folder,) = (run / "checkpoints").iterdir()
     return load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Writes run folders without training: they have every file of a real one, the same for the same count."""
+"""Writes run folders without training; they have every file of a real run, and the same content for the same count."""
 
 import itertools
 import random
@@ -8,8 +8,9 @@ from runner import experiments
 from runner.common.files import write as write_file
 from runner.config.recipe import Experiment
 from runner.run.folder import Run
-from runner.run.metrics import line_of
+from runner.run.metrics import encode_row
 from runner.run.schema import (
+    FrontEnd,
     Gate,
     Hardware,
     LatencyReport,
@@ -27,7 +28,7 @@ BACKENDS = (("eager", "fp32", 1.2), ("onnxruntime", "fp32", 0.7), ("onnxruntime"
 
 
 def write(folder: Path, count: int) -> None:
-    """Writes `count` finished runs: of podeti-grid, then of every experiment, then further seeds of them."""
+    """Writes `count` finished runs: of podeti-grid, then of every experiment, then of further seeds."""
     rng = random.Random(0)
     known = [*experiments.load_grids()["podeti-grid"].items(), *experiments.load().items()]
     seeds: dict[str, int] = {}
@@ -71,7 +72,7 @@ def write_run(run: Run, name: str, experiment: Experiment, seed: int, wandb_id: 
     parities = [
         ParityRow(
             backend="onnxruntime", onnx=f"deploy/model.{precision}.onnx", onnx_sha256=precision, precision=precision,
-            front_end="normalised", provider="CPU", images=10_000, accuracy=accuracy, accuracy_change=0.0,
+            front_end=FrontEnd.NORMALIZED, provider="CPU", images=10_000, accuracy=accuracy, accuracy_change=0.0,
             agreement=1.0, class_change=[0.0] * 10, largest_logit_difference=1e-5, limit="agreement ≥ 99.99 %",
             passed=True,
         )
@@ -89,4 +90,4 @@ def write_run(run: Run, name: str, experiment: Experiment, seed: int, wandb_id: 
         (run.record, config), (run.summary, summary), (run.parity, parity), (run.latency, latency),
     ):  # fmt: skip
         write_file(path, content)
-    run.metrics.write_bytes(b"".join(map(line_of, rows)))
+    run.metrics.write_bytes(b"".join(map(encode_row, rows)))

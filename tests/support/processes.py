@@ -1,4 +1,4 @@
-"""Starting the project's commands as real processes, and waiting for what they do."""
+"""Starts the project's commands as real processes, and waits for their effects."""
 
 import contextlib
 import os
@@ -24,9 +24,9 @@ Running = warm.Process | subprocess.Popen[str]
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment of a command under test: no settings of the person who runs the tests, and no W&B.
+    """Returns the environment of a command under test, without the user's own settings and with W&B disabled.
 
-    Tests that are about W&B name a WANDB_MODE.
+    Tests of W&B pass a WANDB_MODE.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -34,7 +34,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def python(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ: str) -> Done:
-    """`python ARGUMENTS` in a fresh process, to its end."""
+    """Runs `python ARGUMENTS` in a fresh process until it ends."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout, env=clean_environment(**environ),
@@ -52,14 +52,14 @@ def start(
     session: bool = True,
     **environ: str,
 ) -> Running:
-    """`python -m ARGUMENTS` under way, forked warm where the variables of `environ` let it.
+    """Starts `python -m ARGUMENTS`; forks it from a warm process (see `warm`) if the variables of `environ` allow it.
 
     Args:
-        arguments: module and its arguments.
-        cwd: its folder.
+        arguments: the module and its arguments.
+        cwd: working directory of the process.
         stdout, stderr: subprocess.PIPE, subprocess.STDOUT (for stderr), or a file.
-        session: in a process group of its own, for `os.killpg`.
-        environ: variables beside `clean_environment`.
+        session: whether to start a new process group, for `os.killpg`.
+        environ: variables in addition to `clean_environment`.
     """
     words = ["-m", *map(str, arguments)]
     if any(name.startswith(warm.COLD) for name in environ):
@@ -89,7 +89,7 @@ def start(
 
 
 def module(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ: str) -> Done:
-    """`python -m ARGUMENTS`, to its end. See `start`."""
+    """Runs `python -m ARGUMENTS` until it ends; see `start`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = start(*arguments, cwd=cwd, stdout=out, stderr=err, session=False, **environ)
         try:
@@ -102,49 +102,49 @@ def module(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ
 
 
 def runner(*arguments: object, **options: object) -> Done:
-    """`runner ARGUMENTS`, to its end."""
+    """Runs `runner ARGUMENTS` until it ends."""
     return module("runner", *arguments, **options)
 
 
 def on_ranks(ranks: int) -> list[object]:
-    """The module and options that start so many gloo ranks of the module that follows."""
+    """Returns the module and options that start `ranks` gloo ranks of the module that follows."""
     return ["accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml", "--num_processes", ranks, "-m"]
 
 
 def launch(ranks: int, *arguments: object, **options: object) -> Done:
-    """`accelerate launch ... -m runner ARGUMENTS --device cpu` with so many gloo ranks, to its end."""
+    """Runs `accelerate launch ... -m runner ARGUMENTS --device cpu` with `ranks` gloo ranks until it ends."""
     device = () if "--device" in arguments else ("--device", "cpu")
     return module(*on_ranks(ranks), "runner", *arguments, *device, **options)
 
 
 def start_ranks(ranks: int, *arguments: object, **environ: str) -> Running:
-    """A `runner ...` on so many gloo ranks that is under way, in a process group of its own."""
+    """Starts `runner ARGUMENTS` on `ranks` gloo ranks, in a new process group."""
     return start(*on_ranks(ranks), "runner", *arguments, **environ)
 
 
 def wait_until(what: Callable[[], bool], seconds: float = 240, running: Running | None = None) -> None:
-    """Waits for something to be so; fails the test after `seconds`, or where the process that does it has ended."""
+    """Waits until `what()` is true; fails the test after `seconds`, or if the process `running` ends first."""
     until = time.monotonic() + seconds
     while not what():
         if running is not None and running.poll() is not None and not what():
-            pytest.fail(f"ended with exit code {running.returncode} before it was waited for")
+            pytest.fail(f"ended with exit code {running.returncode} before the condition was true")
         if time.monotonic() > until:
-            pytest.fail(f"not within {seconds} s")
+            pytest.fail(f"condition not true within {seconds} s")
         time.sleep(0.02)
 
 
 def wait_for_step(run: Path, step: int, seconds: float = 240, running: Running | None = None) -> None:
-    """Until a checkpoint of `step` or later is there."""
+    """Waits until there is a checkpoint of `step` or later."""
     wait_until(lambda: any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step-*")), seconds, running)
 
 
 def children_of(process: int) -> list[int]:
-    """The processes that a process has started, as the ranks of a launcher."""
+    """Returns the processes that a process has started, such as the ranks of a launcher."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def descendants_of(process: int) -> list[int]:
-    """The processes under one, at any depth; those that end meanwhile are left out."""
+    """Returns all descendants of a process; those that end meanwhile are left out."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for child in children_of(process):
@@ -153,7 +153,7 @@ def descendants_of(process: int) -> list[int]:
 
 
 def gone(processes: list[int], seconds: float) -> bool:
-    """Whether all have ended within so many seconds."""
+    """Returns whether all processes end within `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         states = [Path(f"/proc/{process}/stat") for process in processes]
@@ -165,6 +165,6 @@ def gone(processes: list[int], seconds: float) -> bool:
 
 @contextlib.contextmanager
 def taken_port() -> Iterator[int]:
-    """A port that someone listens on."""
+    """Yields a port that is in use."""
     with socket.create_server(("", 0)) as server:
         yield server.getsockname()[1]

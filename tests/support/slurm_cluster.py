@@ -13,7 +13,7 @@ from runner.system.environment import usable_cores
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")  # states of a job that has not ended
-NODES = 3  # two that train, and a spare for a lost one
+NODES = 3  # two that train, and a spare to replace a lost one
 
 
 def missing() -> list[str]:
@@ -152,7 +152,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         )
 
     def submit(self, *arguments: object, cwd: Path, environ: dict[str, str]) -> int:
-        """Submits a job by sbatch; returns its number."""
+        """Submits a job with sbatch; returns its number."""
         result = subprocess.run(
             ["sbatch", "--parsable", *map(str, arguments)],
             capture_output=True,

@@ -10,7 +10,7 @@ FULL, FIRST, LAST = 1, 2, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """Every record of the file, as wandb's protobuf message."""
+    """Yields every record of the file as a protobuf message of wandb."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content = path.read_bytes()
@@ -32,7 +32,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The logged rows, without wandb's internal keys."""
+    """Returns the logged rows, without wandb's internal keys."""
     rows = []
     for record in records(path):
         if record.WhichOneof("record_type") == "history":

@@ -1,7 +1,7 @@
 """A mock of W&B's server: the part of its HTTP API that training, sync and reports use.
 
 It stores runs, their history lines by offset, summaries, artifacts by digest, files, and reports. `status`, `delay`
-and `after_rows` make it fail or slow; it answers no request while a test holds `lock`.
+and `after_rows` make it fail or slow down; it answers no request while a test holds `lock`.
 """
 
 import base64
@@ -29,7 +29,7 @@ def end_clients(process: int) -> None:
 
 
 class Server:
-    """A context manager that serves from threads of this process; `url` is WANDB_BASE_URL."""
+    """Context manager that serves from threads of this process; `url` is the value for WANDB_BASE_URL."""
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
@@ -40,7 +40,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.status = 200  # 500 refuses everything
         self.delay = 0.0  # seconds before each answer
-        # Called after each row with their number; a ConnectionError from it drops the rest of the request.
+        # Called after each row with the number of rows; a ConnectionError from it drops the rest of the request.
         self.after_rows: Callable[[int], None] = lambda rows: None
         self.lock = threading.RLock()
 
@@ -86,7 +86,7 @@ class Server:
         return f"http://127.0.0.1:{self.http.server_port}"
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """The rows of a run, without W&B's internal keys."""
+        """Returns the rows of a run, without W&B's internal keys."""
         rows = [json.loads(line) for line in self.runs[run]["history"]]
         return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 

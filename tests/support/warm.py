@@ -1,9 +1,9 @@
-"""Processes that have imported torch and the rest already: forked from one that has done nothing else.
+"""Forks processes in which torch and other modules are already imported, from a server that has done nothing else.
 
-Most of a short test is imports. A process forked here is one like any other, with a pid, arguments, environment,
-folder, streams and exit code of its own; only its imports have happened. Where it starts a `python -m ...` in turn,
-as launchers, sweeps and the quickstart do, that is forked from it. Tests of imports, and of what the environment
-does to a Python that starts, use fresh processes.
+A short test spends most of its time on imports. A forked process is like any other, with its own pid, arguments,
+environment, working directory, streams and exit code, but its imports are already done. If it starts `python -m ...`
+itself, as launchers, sweeps and the quickstart do, that process is forked from it. Tests of imports, and of environment
+variables that take effect when Python starts, use fresh processes.
 
     python -m tests.support.warm SOCKET
 """
@@ -27,19 +27,20 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-# What commands import when they run. Not onnxruntime, which starts threads: they would be missing in a child; not
-# wandb, which makes a folder and removes it when a process ends: the first child would take it from the others.
+# Modules that commands import. Not onnxruntime, because it starts threads, which a child would lack; not wandb,
+# because it creates a folder and removes it when a process ends: the first child would remove it for all others.
 IMPORTS = (
     "torch", "torchvision", "accelerate", "numba", "numpy", "onnx", "tyro", "rich.progress", "safetensors.torch",
     "runner.cli", "runner.training.session", "runner.deploy.onnx", "torch.onnx", "torch._dynamo", "jinja2",
     "accelerate.commands.launch", "torch.distributed.run", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "launch.sweep", "data_prep.cli",
 )  # fmt: skip
-COLD = ("HOME", "XDG_", "OMP_", "GOMP_", "LD_", "PYTHON")  # variables that count when a process starts
+# Prefixes of environment variables that take effect when a process starts.
+COLD = ("HOME", "XDG_", "OMP_", "GOMP_", "LD_", "PYTHON")
 
 
 def can_fork(command: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether a command is a Python module whose environment does not concern the imports."""
+    """Returns whether a command runs a Python module in an environment that does not affect the imports."""
     changed = {name for name in {*environ, *os.environ} if environ.get(name) != os.environ.get(name)}
     changed -= {"OMP_NUM_THREADS"}  # launchers set it, and the runner sets torch's threads by itself
     words = [word for word in command[:3] if word != "-u"]
@@ -47,7 +48,7 @@ def can_fork(command: Sequence[str], environ: Mapping[str, str]) -> bool:
 
 
 class Server:
-    """The process that forks, and this end of its socket."""
+    """The process that forks, and the socket to it."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -61,7 +62,7 @@ class Server:
     def start(
         self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str], out: int, err: int, session: bool
     ) -> "Process":
-        """Runs `python ARGUMENTS` in a child with these files as its streams."""
+        """Runs `python ARGUMENTS` in a child whose output streams are the descriptors `out` and `err`."""
         request = {"arguments": list(arguments), "cwd": str(cwd), "environ": dict(environ), "session": session}
         content = json.dumps(request).encode()
         status, theirs = socket.socketpair()
@@ -74,7 +75,7 @@ class Server:
 
 
 class Process:
-    """A forked process, with as much of `subprocess.Popen` as tests use."""
+    """A forked process, with the part of the `subprocess.Popen` interface that tests use."""
 
     def __init__(self, pid: int, status: socket.socket) -> None:
         self.pid, self.returncode = pid, None
@@ -83,11 +84,11 @@ class Process:
         self._status = status
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """Returns the exit code, or None while the process runs."""
         return self._read(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the exit code; raises subprocess.TimeoutExpired."""
+        """Waits for the process and returns its exit code; raises subprocess.TimeoutExpired."""
         if self._read(timeout) is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
         assert self.returncode is not None
@@ -106,15 +107,15 @@ class Process:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
-        """Reads both streams to their ends, and waits."""
+        """Reads both streams to the end, and waits for the process."""
         found: dict[str, str] = {}
         streams = {name: stream for name in ("stdout", "stderr") if (stream := getattr(self, name))}
         threads = [
@@ -143,11 +144,11 @@ class Process:
 
 def serve(descriptor: int) -> dict[str, Any] | None:
     """Forks a child for each request until there are no more; returns the request in a child, None at the end."""
-    subprocess.Popen, os.execve = ForkingPopen, execve  # before others take them by name
+    subprocess.Popen, os.execve = ForkingPopen, execve  # before other modules import them by name
     for name in IMPORTS:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # else a collection in a child would copy every page
+    gc.freeze()  # otherwise a garbage collection in a child would copy every page
     end = socket.socket(fileno=descriptor)
     running: dict[int, tuple[int, socket.socket]] = {}  # by pidfd
     while True:
@@ -185,7 +186,7 @@ def serve(descriptor: int) -> dict[str, Any] | None:
 
 
 class ForkingPopen(subprocess.Popen):
-    """`subprocess.Popen` that forks this process where it would start a Python module."""
+    """`subprocess.Popen` that forks this process if the command is a Python module."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
         pass_fds, cwd, env, _, _, shell, *pipes = rest[:12]
@@ -218,7 +219,7 @@ class ForkingPopen(subprocess.Popen):
 
 
 def execve(path: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
-    """`os.execve` that keeps what this process has imported where it would become a Python module."""
+    """`os.execve` that keeps the imports of this process if the command is a Python module."""
     if path != sys.executable or not can_fork(command, environ):
         _execve(path, command, environ)
     become(command[command.index("-m") :], environ)
@@ -228,7 +229,7 @@ _execve = os.execve
 
 
 def become(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Runs `python ARGUMENTS` in this process, and ends it as Python would, but for freeing what was imported."""
+    """Runs `python ARGUMENTS` in this process, and ends it as Python would, but without freeing imported modules."""
     code: Any = 1
     try:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
@@ -258,7 +259,7 @@ def become(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
 
 
 def main() -> None:
-    """The server, and in each child of it the program that was asked for."""
+    """Runs the server and, in each of its children, the requested program."""
     request = serve(int(sys.argv[1]))
     if request is not None:
         os.chdir(request["cwd"])

@@ -1,1 +1,1 @@
-"""All evidence that needs a GPU, by one command, `python -m runner.benchmarks.gpu`: a module for each part."""
+"""All measurements that need a GPU, run by `python -m runner.benchmarks.gpu`; each part is a module."""

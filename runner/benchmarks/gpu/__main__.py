@@ -3,8 +3,8 @@
     python -m runner.benchmarks.gpu --data data/cifar10 --out gpu --minutes 30
 
 Each part runs in its own process with a share of the time, and writes a JSON file that is complete after each of its
-findings, so that a crash loses no results. The same command resumes: findings stay, and those that failed or lacked
-something are tried again. Optional packages may be missing; the summary lists what could not be measured.
+findings, so that a crash loses no results. The same command resumes: findings are kept, and those that failed or
+were missing are measured again. Optional packages may be missing; the summary lists what could not be measured.
 `--rehearse` runs every part in miniature on the CPU.
 """
 
@@ -58,17 +58,17 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class GpuBenchmark:
-    """Fill every table that needs a GPU: tests, correctness, speed, profile, speed run, papers, deployment."""
+    """Measure everything that needs a GPU: tests, correctness, speed, profile, speed run, papers, deployment."""
 
     data: Path
-    """Folder made by `python -m data_prep prepare`."""
+    """Dataset folder written by `python -m data_prep prepare`."""
     out: Path
     """Folder for the results, NAME-gpu.json for each part, and for the runs that are trained; a second call
     resumes there."""
     minutes: Annotated[float, Meta(gt=0, le=1e6)] = 30.0
     """Total time, which the parts share."""
     only: tuple[PartName, ...] = ()
-    """Only these parts."""
+    """Run only these parts."""
     peer: Path | None = None
     """Python script of another project that trains on CIFAR-10 repeatedly, to compare the speed run with, such as
     airbench94_muon.py. It is run in a folder where airbench's scripts find the same images."""
@@ -76,7 +76,7 @@ class GpuBenchmark:
     """Regular expression of the lines that hold a result, with the groups `accuracy` and `seconds`; by default
     airbench's."""
     rehearse: Flag = False
-    """Run every part in miniature on the CPU. Its results are named NAME-rehearsal.json, and are no
+    """Run every part in miniature on the CPU. Its results are named NAME-rehearsal.json, and are not
     measurements."""
     part: Annotated[PartName | None, tyro.conf.arg(help="Run this part in this process.")] = None
 
@@ -152,7 +152,7 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def show(context: Context, codes: dict[str, int]) -> bool:
-    """Prints what each part has measured, and what not and why; returns whether there was no failure.
+    """Prints what each part measured, and what is missing and why; returns whether nothing failed.
 
     Args:
         context: the benchmark's context.
@@ -171,7 +171,7 @@ def show(context: Context, codes: dict[str, int]) -> bool:
                 messages.append(f"{key}: {len(finding['failed_tests'])} tests failed")
             failed |= "failed" in finding or bool(finding.get("failed_tests"))
         if code != 0:
-            messages.append(f"ended with exit code {code}; the same command continues")
+            messages.append(f"ended with exit code {code}; rerun the same command to continue")
         measured = sum(map(was_measured, findings.values()))
         table.add_row(name, f"{measured} of {len(findings)}", "\n".join(messages))
     print_table(table)

@@ -1,4 +1,4 @@
-"""What every part of the GPU benchmark receives: its data, scale and time, and how it runs commands."""
+"""The context of a part of the GPU benchmark: its data, scale and time, and how it runs commands."""
 
 import subprocess
 import sys
@@ -35,25 +35,25 @@ class OutOfTimeError(MissingError):
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The size of the measurements.
 
     Attributes:
-        rounds: turns of each candidate that is compared.
-        steps: optimizer steps in a turn.
-        batch: images of a training step.
+        rounds: number of measurements per candidate.
+        steps: optimizer steps per measurement.
+        batch: images per training step.
         losses: optimizer steps over which precisions and ranks are compared.
-        trained_in: precisions of training; fp16 needs a GPU.
-        killed: optimizer steps of the run that is killed.
+        trained_in: precisions to train in; fp16 needs a GPU.
+        killed: optimizer steps of the run that is killed and resumed.
         product: side of the square matrices whose product measures the peak.
         architectures: experiments whose steps are measured; empty for one of every architecture.
         modes: modes of torch.compile, see `speed.MODES`.
-        scripts: other benchmarks to run; their own tests cover them.
-        seeds: trainings of the speed run.
-        speedrun: changes of its recipe.
-        reproduced: experiments that are trained; empty for all.
-        training: options of their training.
+        scripts: other benchmarks to run; none in a rehearsal, because their own tests cover them.
+        seeds: number of trainings in the speed run.
+        speedrun: changes to the recipe of the speed run.
+        reproduced: experiments that the part `papers` trains; empty for all.
+        training: options for training them.
         deployed: experiments that are exported and measured.
-        brief: optimizer steps to train those that have not been trained.
+        brief: optimizer steps for deployed experiments that have not been trained in full.
         precisions, batches: precisions and batch sizes of exported models.
         seconds: minimum time of each latency measurement.
     """
@@ -110,7 +110,7 @@ MINIATURE = Scale(
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs of a part.
+    """The inputs of a part of the GPU benchmark.
 
     Attributes:
         data, manifest: the prepared dataset.
@@ -131,7 +131,7 @@ class Context:
 
     @property
     def scale(self) -> Scale:
-        """How much is measured."""
+        """The size of the measurements."""
         return MINIATURE if self.rehearse else Scale()
 
     @property
@@ -145,7 +145,7 @@ class Context:
         return 2 if self.rehearse else environment.count_gpus()
 
     def left(self) -> float:
-        """Returns the seconds that are left."""
+        """Returns the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def command(self, *argv: object, cwd: Path | None = None) -> str:
@@ -188,7 +188,7 @@ class Context:
         )
 
     def training(self, name: str, run: str, *options: object, processes: int = 1) -> tuple[Run, list[object]]:
-        """Returns a run folder, and Python's arguments that train it, or resume it if it exists."""
+        """Returns a run, and the arguments of Python that train it, or resume it if it exists."""
         runs = self.out / "runs"
         argv = ["-m", "runner", "train", name, "--data", self.data, "--runs", runs, "--name", run]
         argv += ["--resume", "auto", "--device", self.device, *options]
@@ -197,7 +197,7 @@ class Context:
         return Run(runs / name / run), argv
 
     def train(self, name: str, run: str, *options: object, processes: int = 1) -> Run:
-        """Trains, and returns the finished run. Raises as `command` does."""
+        """Trains, and returns the finished run; raises the exceptions of `command`."""
         trained, argv = self.training(name, run, *options, processes=processes)
         self.command(*argv)
         return trained

@@ -1,4 +1,4 @@
-"""Part 2: correctness on the GPU: batches, precisions, resuming after a kill, and ranks."""
+"""Part 2 of the GPU benchmark, correctness: batches, precisions, resuming after a kill, and ranks."""
 
 import shutil
 import signal
@@ -21,7 +21,7 @@ AUGMENTATIONS = {
     "cutout": Augment(crop_padding=4, flip="random", cutout=8),
     "jitter": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
 }
-BATCHES = 3  # that are compared for each augmentation
+BATCHES = 3  # number of batches to compare per augmentation
 
 
 def measure(context: Context, ledger: Ledger) -> None:
@@ -37,9 +37,9 @@ def measure(context: Context, ledger: Ledger) -> None:
 
 
 def batches(context: Context, augment: Augment) -> dict[str, Any]:
-    """Compares batches on the GPU and on the CPU as pixels in 0..255, with the normalization inverted and rounded.
+    """Compares GPU batches with CPU batches as pixels in 0..255, after undoing the normalization and rounding.
 
-    Color jitter computes in floating point, so that some pixels may differ by one.
+    Color jitter computes in floating point, so some pixels may differ by one.
     """
     import torch
 
@@ -72,7 +72,7 @@ def _experiment(context: Context) -> tuple[str, list[object]]:
 
 
 def _training_losses(run: Run) -> dict[int, float]:
-    """Returns the training loss of every window by its last step."""
+    """Returns the training loss of every window of steps, by the last step of the window."""
     return {row.global_step: row.train_loss for row in read_metrics(run) if row.train_loss is not None}
 
 
@@ -95,7 +95,7 @@ def loss_differences(ledger: Ledger) -> dict[str, Any]:
 
 
 def _relative_difference(expected: list[float], actual: list[float]) -> dict[str, float]:
-    """Returns the mean and the maximum over all windows."""
+    """Returns the mean and the maximum relative difference over all windows."""
     differences = [abs(b - a) / abs(a) for a, b in zip(expected, actual, strict=True)]
     return {"mean": sum(differences) / len(differences), "most": max(differences)}
 
@@ -153,7 +153,7 @@ def _weights_sha256(run: Run) -> str:
 def one_rank(context: Context) -> dict[str, Any]:
     """Checks that the gradients of DDP with one process are bit-identical to those without DDP.
 
-    Deterministic kernels need cuBLAS's variable, see `VARIABLES` in `__main__`.
+    Deterministic kernels need an environment variable of cuBLAS; see `VARIABLES` in `__main__`.
     """
     import torch
     import torch.nn.functional as F
@@ -183,7 +183,7 @@ def one_rank(context: Context) -> dict[str, Any]:
 def all_ranks(context: Context, ledger: Ledger) -> dict[str, Any]:
     """Compares the loss on all GPUs of the node with that on one, for the same global batches and synced batch norm."""
     if context.gpus < 2:
-        raise MissingError("one GPU here")
+        raise MissingError("only one GPU")
     one_process = ledger.measured.get("losses/fp32")
     if one_process is None:
         raise MissingError("no losses of one process to compare with")

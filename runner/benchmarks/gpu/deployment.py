@@ -1,4 +1,4 @@
-"""Measures ONNX files and engines: parity on every test image first, then latency by precision and batch size."""
+"""Part 7 of the GPU benchmark: parity of ONNX files and engines on all test images, then their latency."""
 
 from functools import partial
 from typing import Any
@@ -80,7 +80,7 @@ def engine(context: Context, run: Run, precision: Precision) -> dict[str, Any]:
 
 
 def parity(context: Context, run: Run, precision: Precision, backend: str) -> dict[str, Any]:
-    """Scores a file or its engine, and returns the gate's rows of this backend, passed or not."""
+    """Scores an ONNX file or its engine, and returns the parity gate's rows for this backend, passed or not."""
     if backend == "engine" and not engines.built(run, onnx.exported(run, precision)):
         raise MissingError("no engine")
     if backend == "onnxruntime" and not has_provider(context):
@@ -91,7 +91,7 @@ def parity(context: Context, run: Run, precision: Precision, backend: str) -> di
         context.command("-m", "runner", "parity", run.folder, *options)
     except MissingError:
         raise
-    except RuntimeError as error:  # also if a row did not pass
+    except RuntimeError as error:  # also raised if a row did not pass
         failure = error
     report = run.read_parity()
     rows = [row for row in report.rows if (row.precision, row.backend) == (precision, backend)] if report else []
@@ -120,5 +120,5 @@ def latency(context: Context, run: Run, precision: Precision, backend: str, seco
 
 
 def has_provider(context: Context) -> bool:
-    """Whether onnxruntime works on the device of this part."""
+    """Returns whether onnxruntime has a provider for the device of this part."""
     return PROVIDERS[context.device] in usable_providers()

@@ -23,7 +23,7 @@ Finding = dict[str, Any]  # a measurement; or {"missing": reason} or {"failed": 
 
 
 class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
-    """NAME-gpu.json: where and on what a part was measured, and its findings by name.
+    """The content of NAME-gpu.json: hardware, versions and dataset of a part, and its findings by name.
 
     Attributes:
         ended: True once the part has run to its end.
@@ -43,7 +43,9 @@ class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
     experiments: Any = UNSET
 
 
-SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")  # within one file
+# The same for all findings of a file.
+# Fields that must be the same for all findings of a file.
+SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")
 
 
 class Ledger:
@@ -54,7 +56,7 @@ class Ledger:
         name: the part's name.
 
     Raises:
-        UserError: the file holds findings of another machine, dataset or version of the code.
+        UserError: the file holds findings for another machine, dataset or version of the code.
     """
 
     def __init__(self, context: Context, name: str) -> None:
@@ -99,7 +101,7 @@ class Ledger:
         Args:
             name: name of the finding.
             measure: measures it.
-            derived: computed from other findings; it is computed again, because there may be more of them.
+            derived: whether it is computed from other findings; it is then computed again, as there may be new ones.
 
         Returns:
             The finding; None if it is missing or failed.
@@ -125,7 +127,7 @@ class Ledger:
         self.write()
         print(f"  {name}: {finding.get('missing') or finding.get('failed') or 'done'}", flush=True)
         if "CUDA error" in finding.get("failed", ""):
-            raise SystemExit(f"  {name}: this process can no longer use the GPU; the same command continues")
+            raise SystemExit(f"  {name}: this process can no longer use the GPU; rerun the same command to continue")
         return finding if was_measured(finding) else None
 
     def write(self) -> None:

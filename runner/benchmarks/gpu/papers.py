@@ -1,4 +1,4 @@
-"""Part 6: trains every experiment in full, the cheapest first, as far as the time allows."""
+"""Part 6 of the GPU benchmark: trains every experiment in full, the cheapest first, as far as the time allows."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ SEED = "seed-0"
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Trains, and writes the outcomes that the README's table of papers is made from."""
+    """Trains the experiments, and writes the outcomes from which the README's table of papers is generated."""
     images = context.manifest.splits["train"].images
     known = experiments.load()
     names = context.scale.reproduced or tuple(known)
@@ -38,7 +38,7 @@ def train(context: Context, name: str, experiment: Experiment) -> dict[str, Any]
     options += ["--precision", "fp32" if context.rehearse else "bf16", *context.scale.training]
     try:
         run = context.train(name, SEED, *options, processes=processes)
-    except RefusedError as error:  # ImageNet weights, without a network
+    except RefusedError as error:  # e.g. ImageNet weights are needed, and there is no network
         raise MissingError(str(error)) from None
     (outcome,) = to_json(collect_outcomes([run]))
     return {key: outcome[key] for key in ("test_accuracy", "reproduced", "difference", "epochs") if key in outcome}

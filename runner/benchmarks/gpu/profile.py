@@ -1,4 +1,4 @@
-"""Part 4: where the time of a step goes, by torch's profiler: shares, a figure and a sentence."""
+"""Part 4 of the GPU benchmark: where the time of a step goes, by torch's profiler, as shares, figure and text."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ from runner.benchmarks.gpu.context import Context
 from runner.benchmarks.gpu.ledger import Ledger
 from runner.benchmarks.gpu.speed import WARMUP, step_of, timed
 
-BATCHES = {"podeti-resnet18": 512, "speedrun": 2000}  # images of a step, by experiment
+BATCHES = {"podeti-resnet18": 512, "speedrun": 2000}  # images per step, by experiment
 # The kind of a kernel is the first whose pattern matches its name. On the CPU, operators take the place of kernels.
 KINDS = {
     "convolution": r"conv(?!ert)|fprop|dgrad|wgrad|implicit_gemm",
@@ -24,7 +24,7 @@ KINDS = {
     "elementwise": r"elementwise|vectorized|aten::|triton",
 }
 COLORS = "tab10"
-TOP = 12  # kernels that are listed
+TOP = 12  # number of kernels to list
 
 
 def measure(context: Context, ledger: Ledger) -> None:

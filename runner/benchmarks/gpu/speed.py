@@ -1,4 +1,4 @@
-"""Part 3: the speed of loading, of training steps and of the runner, relative to the GPU's peak."""
+"""Part 3 of the GPU benchmark: the speed of loading, training steps and the runner, relative to the GPU's peak."""
 
 import gc
 import time
@@ -17,10 +17,11 @@ from runner.common.files import read
 from runner.config.recipe import Experiment
 from runner.system.environment import usable_cores
 
-FLOPS_PER_MAC = 6  # of training: two each for the forward pass, and the gradients of inputs and of weights
-MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # of torch.compile; CUDA graphs
+FLOPS_PER_MAC = 6  # in training: two each for the forward pass, the gradients of the inputs, and those of the weights
+# Modes of torch.compile; "reduce-overhead" uses CUDA graphs.
+MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
 FIRST = "podeti-resnet18"
-WARMUP = 3  # calls
+WARMUP = 3  # calls before a measurement
 
 
 def measure(context: Context, ledger: Ledger) -> None:
@@ -73,7 +74,7 @@ def peaks(context: Context) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], times: int, rounds: int, device: str) -> list[float]:
-    """Returns the mean seconds of `times` calls in every round, after WARMUP calls."""
+    """Returns the mean seconds per call in each round of `times` calls, after WARMUP calls."""
     for _ in range(WARMUP):
         call()
     seconds = []
@@ -118,7 +119,7 @@ def step_of(context: Context, experiment: Experiment, batch: int, mode: str | No
     Args:
         context: the part's context.
         experiment: what is trained.
-        batch: images of a step.
+        batch: images per step.
         mode: mode of torch.compile; None for eager mode.
 
     Returns:
@@ -175,7 +176,7 @@ def step_with_loader(context: Context, name: str) -> dict[str, Any]:
 
 
 def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -> dict[str, Any]:
-    """Measures images per second of one architecture, its share of the GPU's peak, and its peak memory."""
+    """Measures the images per second of one architecture, its share of the GPU's peak, and its peak memory."""
     import torch
 
     scale, experiment = context.scale, experiments.get(name)

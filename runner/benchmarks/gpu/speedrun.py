@@ -1,4 +1,4 @@
-"""Part 5: seconds to train a model from scratch to its final accuracy, over many seeds, against a peer's script."""
+"""Part 5 of the GPU benchmark: seconds to train from scratch, over many seeds, compared with a peer's script."""
 
 import gc
 import re
@@ -24,13 +24,13 @@ from runner.run.folder import Run
 
 NAME = "speedrun"
 WARMUP_SEED = 2**31
-BLOCKS = 2  # of seeds, so that the runner and the peer take turns
+BLOCKS = 2  # blocks of seeds, between which the runner and the peer take turns
 # A row of airbench's table; its last columns are the accuracy with test-time augmentation and the seconds.
 AIRBENCH_ROW = r"eval\s*\|[^|]*\|[^|]*\|\s*(?P<accuracy>[\d.]+)\s*\|\s*(?P<seconds>[\d.]+)"
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Trains eager, compiled, and by the peer's script, in turn."""
+    """Trains in eager mode, compiled, and with the peer's script, in turn."""
     size = -(-context.scale.seeds // BLOCKS)
     for block in range(BLOCKS):
         seeds = range(block * size, (block + 1) * size)
@@ -41,7 +41,7 @@ def measure(context: Context, ledger: Ledger) -> None:
 
 
 class SpeedRun:
-    """Trains by the runner's own loop, with the data on the device.
+    """Trains with the runner's own loop and the data on the device.
 
     The clock runs from before the model is built until it has been scored with test-time augmentation. Unlike
     airbench's, the time includes building the model, scoring it without augmentation, and writing the checkpoint.
@@ -75,7 +75,7 @@ class SpeedRun:
             model=self.experiment.architecture.build(),
             wandb_id="", group="",
         )  # fmt: skip
-        write(self.run.record, record)  # which checkpoints read
+        write(self.run.record, record)  # checkpoints read this file
 
     def __call__(self, seed: int) -> tuple[float, float]:
         """Trains one seed; returns the seconds and the accuracy."""
@@ -128,7 +128,7 @@ def run_peer(context: Context, trainings: int) -> dict[str, Any]:
 
     Raises:
         MissingError: there is no peer, or the time was up.
-        RuntimeError: it printed fewer results.
+        RuntimeError: the script printed fewer results.
     """
     if context.peer is None:
         raise MissingError("no --peer")

@@ -1,4 +1,4 @@
-"""Part 1: the tests that need a GPU."""
+"""Part 1 of the GPU benchmark: the tests that need a GPU."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,7 @@ from runner.benchmarks.gpu.ledger import Ledger
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Runs all of them."""
+    """Runs all tests that need a GPU."""
     ledger.once("pytest", lambda: pytest(context))
 
 
@@ -23,7 +23,7 @@ def pytest(context: Context) -> dict[str, Any]:
     options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
     try:
         context.command("-m", "pytest", "-m", "gpu", "-q", *options, tests, cwd=ROOT)
-    except RuntimeError as error:  # a test has failed, which is in the report, or pytest itself has
+    except RuntimeError as error:  # a test failed, which the report shows, or pytest itself failed
         if not report.is_file():
             raise MissingError(str(error)) from None
     return read(ElementTree.parse(report).getroot())

@@ -1,4 +1,4 @@
-"""`crop.make` as a compiled CPU loop, cached on disk.
+"""`crop.make_batch` as a compiled CPU loop, cached on disk.
 
 The loop is memory-bound, because the images of a batch are scattered over the split. Each thread therefore
 prefetches the next image while it works on the current one.
@@ -58,10 +58,10 @@ def make(
     threads: int,
     out: np.ndarray,
 ) -> None:
-    """Gathers, crops, flips and normalizes into `out` (n, H, W, 3), float32 or uint8; see `crop.make`.
+    """Gathers, crops, flips and normalizes into `out` (n, H, W, 3), float32 or uint8; see `crop.make_batch`.
 
     A row of pixels is a vector of 3 W values, with scale and shift repeated along it, so that the inner loops have
-    no branches and are vectorized. One function because the loops over threads, images and rows share its buffers.
+    no branches and are vectorized. One function, because the loops over threads, images and rows share its buffers.
     """
     count, height, width, channels = out.shape
     length = width * channels

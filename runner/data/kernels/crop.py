@@ -8,7 +8,7 @@ import torch
 
 
 def prepare(device: torch.device) -> None:
-    """Loads what `make` needs on a device in a background thread.
+    """Loads what `make_batch` needs on a device, in a background thread.
 
     Importing numba and loading the compiled loop takes as long as reading the images, and can overlap with it.
     """
@@ -18,7 +18,7 @@ def prepare(device: torch.device) -> None:
 
 @functools.cache
 def load_loop() -> None:
-    """Compiles the CPU loop for both output types, or loads it from the cache; once in a process.
+    """Compiles the CPU loop for both output types, or loads it from the cache; once per process.
 
     Must run before FFCV creates a Loader, which marks numba's type of byte arrays as read-only in the whole process.
     """
@@ -64,14 +64,14 @@ class Output(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def make(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+def make_batch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
     """Gathers, crops, flips and normalizes: images (M, H, W, 3) uint8 to a batch (n, H, W, 3) of `output.dtype`."""
-    implementation = {"cpu": in_numba, "cuda": in_triton}.get(images.device.type, in_torch)
+    implementation = {"cpu": make_batch_numba, "cuda": make_batch_triton}.get(images.device.type, make_batch_torch)
     return implementation(images, crops, output)
 
 
-def in_torch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
-    """`make` in torch operations, on any device: the reference implementation."""
+def make_batch_torch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make_batch` in torch operations, on any device: the reference implementation."""
     _, height, width, _ = images.shape
     index, row, column, flip = crops
     y = torch.arange(height, device=images.device) + row[:, None]
@@ -86,8 +86,8 @@ def in_torch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor
     return (pixels.float() * output.scale + output.shift).to(output.dtype)
 
 
-def in_numba(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
-    """`make` as a compiled loop on the CPU, with as many threads as torch uses."""
+def make_batch_numba(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make_batch` as a compiled loop on the CPU, with as many threads as torch uses."""
     from runner.data.kernels import cpu as kernel
     from runner.system import cpu
 
@@ -96,14 +96,14 @@ def in_numba(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor
     batch = torch.empty((len(crops.samples), *images.shape[1:]), dtype=dtype)
     samples, row, column, flip = (tensor.numpy() for tensor in crops)
     scale, shift = output.scale.numpy(), output.shift.numpy()
-    with cpu.torch_threads_kept():
-        threads = cpu.give_numba_torchs_threads()
+    with cpu.preserve_torch_num_threads():
+        threads = cpu.sync_numba_num_threads()
         kernel.make(images.numpy(), samples, row, column, flip, output.reflect, scale, shift, threads, batch.numpy())
     return batch.to(output.dtype)
 
 
-def in_triton(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
-    """`make` as one Triton kernel on a GPU."""
+def make_batch_triton(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:
+    """`make_batch` as one Triton kernel on a GPU."""
     from runner.data.kernels import gpu
 
     batch = torch.empty((len(crops.samples), *images.shape[1:]), dtype=output.dtype, device=images.device)

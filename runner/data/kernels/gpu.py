@@ -1,4 +1,4 @@
-"""`crop.make` as one Triton kernel: one thread per value, no intermediate results in memory."""
+"""`crop.make_batch` as one Triton kernel: one thread per value, no intermediate results in memory."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ BLOCK = 1024  # values per program
 
 
 @triton.jit
-def _make(  # type: ignore[no-untyped-def]  # Triton gives types when it compiles
+def _make(  # type: ignore[no-untyped-def]  # Triton infers types when it compiles
     images, index, row, column, flip, scale, shift, out,
     height, width, reflect: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def make(
     shift: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Gathers, crops, flips and normalizes into `out` (n, H, W, 3) of any dtype; see `crop.make`."""
+    """Gathers, crops, flips and normalizes into `out` (n, H, W, 3) of any dtype; see `crop.make_batch`."""
     count, height, width, channels = out.shape
     assert channels == 3
     if count:

@@ -2,7 +2,8 @@
 
 `train 5 1 SIGKILL` sends the signal to rank 1 in its fifth forward pass of training; `eval 3 0 SIGKILL` in the third
 pass of evaluation; `commit 2 0 SIGKILL` just before the second checkpoint is renamed; `train 5 1 NAN` makes the
-logits of that pass NaN; `train 5 1 SLEEP2` sleeps half a second in that pass and each later one, in the first two
+logits of that pass NaN; `train 5 1 STALL` sleeps ten minutes in that pass, in the first start of a SLURM job;
+`train 5 1 SLEEP2` sleeps half a second in that pass and each later one, in the first two
 starts of a SLURM job.
 """
 
@@ -20,7 +21,7 @@ from tests.support.models.tiny import Tiny
 
 
 class Ending(Tiny):
-    """Tiny with a fault at the moment of END."""
+    """Tiny with a fault at the moment that END defines."""
 
     def __init__(self, **arguments: float) -> None:
         super().__init__(**arguments)
@@ -52,6 +53,9 @@ class Ending(Tiny):
             elif self.passes[moment] == self.count:
                 if self.fault == "NAN":
                     return logits * torch.nan
+                if self.fault == "STALL":
+                    time.sleep(600 if os.environ["SLURM_RESTART_COUNT"] == "0" else 0)
+                    return logits
                 os.kill(os.getpid(), getattr(signal, self.fault))
         return logits
 

@@ -1,4 +1,4 @@
-"""The tests' experiments, imported 5 seconds later by the first rank than by the others."""
+"""A test experiment that the first rank imports 5 seconds later than the other ranks."""
 
 import os
 import time

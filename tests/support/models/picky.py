@@ -1,4 +1,4 @@
-"""A network that asserts a size, as torchvision's do."""
+"""A network that asserts a minimum image size, as torchvision's networks do."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tests.support.models.tiny import Tiny
 
 
 class Picky(Tiny):
-    """Takes images of at least 64 pixels a side."""
+    """Accepts only images of at least 64 pixels per side."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

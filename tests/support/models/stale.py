@@ -1,4 +1,4 @@
-"""A network whose ranks see the run folder as on a shared file system that is late.
+"""Simulates a run folder on a shared file system that shows new files late.
 
 For STALE seconds after the start, listings on rank 1 lack the newest checkpoint.
 """
@@ -16,7 +16,7 @@ START, GLOB = time.monotonic(), Path.glob
 
 
 def late_glob(folder: Path, pattern: str, **options: Any) -> Iterator[Path]:
-    """As Path.glob."""
+    """Replaces Path.glob; hides the newest checkpoint until STALE seconds after the start."""
     found = list(GLOB(folder, pattern, **options))
     if pattern == "step-*" and time.monotonic() - START < float(os.environ["STALE"]):
         found = sorted(found, key=lambda path: int(path.name.removeprefix("step-")))[:-1]

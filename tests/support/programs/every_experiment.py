@@ -1,9 +1,9 @@
-"""Started by test_experiments.py under `accelerate launch`: trains experiments two steps and evaluates them.
+"""Trains experiments for two steps and evaluates them; test_experiments.py runs it under `accelerate launch`.
 
 python -m tests.support.programs.every_experiment DATA FOLDER {fp32,bf16} NAME...
 
 Batches of four images keep it short; architecture, optimizer, schedule and everything else are the experiment's.
-The files with ImageNet weights stand in as random ones: this is about training, not about the download.
+Random weights replace the ImageNet weights, because this tests training, not the download.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
             again = evaluate(checkpoint.load_model(run), splits["test"], 10)
             found[name]["change"] = (again.logits - outcome.test.logits).abs().max().item()
         if accelerator.is_main_process:
-            shutil.rmtree(run.folder)  # all of them are gigabytes
+            shutil.rmtree(run.folder)  # all runs together take gigabytes
         accelerator.free_memory()
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
@@ -67,7 +67,7 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
 
 
 def random_weights(folder: Path, name: str) -> Path:
-    """A file of the layout of torchvision's ImageNet weights."""
+    """Returns a file of random weights in the layout of torchvision's ImageNet weights."""
     path = folder / f"{name}.pth"
     if not path.exists():
         torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Saves a checkpoint over and over, in processes that are killed just before their first change on disk, their
-second, and so on until one lives; prints as JSON how many changes there are, and after which no whole one was
-found.
+"""Saves a checkpoint repeatedly, in processes that are killed just before their first change on disk, their second,
+and so on, until one survives.
 
-Runs with the library made of killer.c preloaded. Arguments: a folder to work in; `replace` to save the step that is
-there already.
+Prints as JSON how many changes there are, and after which of them no intact checkpoint was found. Runs with the library
+built from killer.c preloaded. Arguments: a folder to work in, and optionally `replace` to save a step that already
+exists.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ def main(folder: Path, replace: bool) -> None:
             lost.append([k, damaged])
         if status == 0:
             break
-        # Going on from there, and saving again, leaves that one and the one before, and no rubbish.
+        # Saving again from there leaves the new checkpoint and the previous one, and no other files.
         checkpoint.save(run, weights, 3, state)
         before = "step-1" if replace or not found else f"step-{found['step']}"
         expected = {before, "step-3"}

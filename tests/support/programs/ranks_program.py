@@ -1,4 +1,4 @@
-"""Started by test_ranks.py under `accelerate launch`: trains each case, and writes the losses of its steps.
+"""Trains each case, and writes the losses of its steps; test_ranks.py runs it under `accelerate launch`.
 
 python -m tests.support.programs.ranks_program DATA OUT {plain,norm}-{float32,float64}-STEPS...
 """
@@ -33,8 +33,8 @@ def main(data: str, out: str, *cases: str) -> None:
 
 def losses(accelerator: Accelerator, data: Path, dtype: torch.dtype, steps: int, kind: str) -> list[float]:
     recipe = Recipe(100, 60, SGD(0.05), augment=Augment(crop_padding=4, flip="random"))
-    place = RankInfo(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
-    batches = open_split(data, open_manifest(data), "train", recipe, place, seed=3)
+    rank_info = RankInfo(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
+    batches = open_split(data, open_manifest(data), "train", recipe, rank_info, seed=3)
     torch.manual_seed(0)
     model = norm.convert_sync_batch_norm(Tiny(norm=kind == "norm")).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
