@@ -29,6 +29,7 @@ COMMANDS = {"train": TrainConfig, **cli.COMMANDS, **OUTSIDE_RUNNER}
 TEXT = st.sampled_from(["a", "b-1", "data/cifar10", *list(ALL)[:3]])
 ALIASES = {"--recipe.epochs": "--epochs", "--recipe.batch-size": "--batch-size"}
 ALIASES |= {"--recipe.optimizer.lr": "--lr", "--recipe.optimizer.weight-decay": "--weight-decay"}
+UNNAMED = ("code",)  # fields whose options have no prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Drawn:
 
     @property
     def name(self) -> str:
-        return f"--{'.'.join(self.path).replace('_', '-')}"
+        return f"--{'.'.join(part for part in self.path if part not in UNNAMED).replace('_', '-')}"
 
 
 def unmarked(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -114,6 +115,8 @@ def written(draw: st.DrawFn, option: Drawn, default: Any) -> list[list[str]]:
     if not isinstance(option.value, tuple):
         return [[f"{name}={option.value}"] if draw(st.booleans()) else [name, str(option.value)]]
     words = [str(value) for value in option.value]
+    if option.path == ("code", "experiments_from"):  # takes one value at each use
+        return [[f"{name}={word}"] if draw(st.booleans()) else [name, word] for word in words]
     if not isinstance(default, tuple) or (len(default) in (2, 3) and len(words) == len(default)):
         return [[name, *words]]
     cut = draw(st.integers(0, len(words) - 1))

@@ -488,7 +488,7 @@ def test_predict_needs_only_the_file(small_data: Path, source: Source, tmp_path:
     """Images are resized to the dataset's size, and then as in training, with either front end."""
     recipe = dataclasses.replace(tiny.EXPERIMENTS["tiny-norm"].recipe, resize=40)
     larger = dataclasses.replace(tiny.EXPERIMENTS["tiny-norm"], recipe=recipe)
-    run = untrained("larger", larger, small_data, tmp_path / "runs")
+    run = trusted(untrained("larger", larger, small_data, tmp_path / "runs").folder)
     files = [exporter.export(run), precision.add_raw_front_end(run, "fp32")]
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -185,7 +185,7 @@ def test_an_agent_trains_on_the_cpu_if_asked_to_or_without_a_gpu(
     ("options", "message"),
     [
         (["--seeds", "1"], "--seeds 1: expected no --seeds; an agent trains one seed; use --seed"),
-        (["--name", "mine"], "--name mine: expected no --name; runs of a W&B sweep are called"),
+        (["--name", "mine"], "--name mine: expected no --name; runs of a W&B sweep are named"),
         (["--device", "cuda"], "--device cuda: expected a GPU, found none"),
     ],
 )

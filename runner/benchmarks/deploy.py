@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from runner.benchmarks import measure, program
-from runner.commands.options import Code
+from runner.commands.options import Code, open_run
 from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 
@@ -42,7 +42,7 @@ class DeployBenchmark:
         ratios: dict[str, measure.Ratio] = {}
         goals: dict[str, str] = {}
         for folder in self.runs:
-            run = Run(folder, self.code)
+            run = open_run(folder, self.code)
             experiment = run.config().experiment
             name = experiment.replace("-", "_")
             with tempfile.TemporaryDirectory() as scratch:

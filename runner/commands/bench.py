@@ -6,11 +6,10 @@ from typing import Literal
 
 import msgspec
 
-from runner.commands.options import Code, Device, Flag, Precision, RunFolders
+from runner.commands.options import Code, Device, Flag, Precision, RunFolders, open_run
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Positive
 from runner.config.trust import TrustedCode
-from runner.run.folder import Run
 from runner.system.environment import usable_cores
 
 
@@ -51,7 +50,7 @@ class Bench:
         options = latency.BenchOptions(
             self.batch, self.precision, self.backend, self.seconds, self.repeats, self.threads
         )
-        reports = [latency.bench(Run(run, self.code), options, self.device, environ) for run in self.runs]
+        reports = [latency.bench(open_run(run, self.code), options, self.device, environ) for run in self.runs]
         if self.json:
             print(msgspec.json.encode(reports).decode())
         else:

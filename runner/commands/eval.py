@@ -5,10 +5,9 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Literal
 
-from runner.commands.options import Code, Device, Flag, RunFolder
+from runner.commands.options import Code, Device, Flag, RunFolder, open_run
 from runner.commands.output import note_unfinished, print_result
 from runner.config.trust import TrustedCode
-from runner.run.folder import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Eval:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.training.eval_run import evaluate_run
 
-        run = Run(self.run, self.code)
+        run = open_run(self.run, self.code)
         note_unfinished(run)
         result = evaluate_run(run, self.data, self.device, self.precision, self.test_augmentation, environ)
         print_result(result, self.json)

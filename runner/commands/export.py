@@ -6,13 +6,12 @@ import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from runner.commands.options import Calibration, Code, Flag, Precision, RunFolder
+from runner.commands.options import Calibration, Code, Flag, Precision, RunFolder, open_run
 from runner.commands.output import note_unfinished
 from runner.common.console import track
 from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.config.trust import TrustedCode
-from runner.run.folder import Run
 
 FOR_INT8 = ("data", "calibration", "calibration_method")
 
@@ -41,7 +40,7 @@ class Export:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.deploy import onnx, precision
 
-        run = Run(self.run, self.code)
+        run = open_run(self.run, self.code)
         if not any(kind.startswith("int8") for kind in self.precision):
             for field in dataclasses.fields(self):
                 if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:

@@ -8,9 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from runner.commands.options import Code, Device, Flag, Precision, RunFolder
+from runner.commands.options import Code, Device, Flag, Precision, RunFolder, open_run
 from runner.config.trust import TrustedCode
-from runner.run.folder import Run
 from runner.system import environment, launcher
 
 
@@ -35,7 +34,7 @@ class Parity:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.deploy import onnx, parity
 
-        run = Run(self.run, self.code)
+        run = open_run(self.run, self.code)
         for kind in self.precision or ("fp32",):
             onnx.exported(run, kind)
         files = [file for file in onnx.all_exported(run) if not self.precision or file.precision in self.precision]

@@ -43,6 +43,7 @@ class Option:
         accepts: function that returns whether a word can be a value of the option.
         expected: description of the values, for error messages.
         is_prefix: whether a dict key follows the name, as in `--architecture.arguments.dropout`.
+        appends: whether each use of the option adds one value, so that positional arguments may follow it.
         path: dotted path of the field that the option sets, such as `recipe.optimizer.lr`.
     """
 
@@ -52,6 +53,7 @@ class Option:
     accepts: Callable[[str], bool] = any_word
     expected: str = "a value"
     is_prefix: bool = False
+    appends: bool = False
     path: str = ""
 
 
@@ -64,12 +66,14 @@ class ParsedOption:
         values: all values of the option.
         ambiguous: indices of the values that could be the positional argument instead.
         is_flag: whether the option was given without a value.
+        appends: see Option.
     """
 
     spelling: str
     values: list[str]
     ambiguous: list[int] = field(default_factory=list)
     is_flag: bool = False
+    appends: bool = False
 
 
 @dataclass
@@ -103,6 +107,8 @@ class CommandLine:
                     words += [option.spelling]
                 case [value]:
                     words += [f"{name}={value}"]
+                case values if option.appends:
+                    words += [f"{name}={value}" for value in values]
                 case values:
                     words += [name, *values]
         return words
@@ -130,6 +136,7 @@ def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]
         if not nested:
             option = replace(_option(hint, f"--{dotted}"), path=field_path)
             option = replace(option, has_negative=hint is bool and tyro.conf.FlagCreatePairsOff not in metadata)
+            option = replace(option, appends=tyro.conf.UseAppendAction in metadata)
             aliases = [alias for item in metadata for alias in getattr(item, "aliases", None) or ()]
             options |= dict.fromkeys([option.name, *aliases], option)
             if option.has_negative:
@@ -240,7 +247,8 @@ def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
     """Removes the values of an option that already has `count` values from the front of the remaining words."""
     values: list[str] = []
     while remaining and remaining[0] != "--" and not _is_option(remaining[0]) and option.accepts(remaining[0]):
-        if option.nargs is not None and count + len(values) >= option.nargs:
+        most = 1 if option.appends else option.nargs
+        if most is not None and count + len(values) >= most:
             break
         values.append(remaining.pop(0))
     return values
@@ -281,7 +289,7 @@ def _check_values(option: Option, spelling: str, values: list[str], equals: str,
 
 def _add(line: CommandLine, option: Option, spelling: str, values: list[str], equals: bool) -> None:
     """Adds an option and its checked values to a command line. Raises UserError if the option is repeated."""
-    name, added = option.name, ParsedOption(spelling, values)
+    name, added = option.name, ParsedOption(spelling, values, appends=option.appends)
     if option.nargs == 0 and values:  # =true or =false
         owner, _, last = option.name.removeprefix("--").rpartition(".")
         negative = f"--{owner}.no-{last}" if owner else f"--no-{last}"
