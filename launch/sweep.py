@@ -77,7 +77,7 @@ class Sweep:
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = ONE_NODE
     dry_run: Flag = False
     """Print the state of each trial and what would be trained, and do nothing."""
-    experiments_from: tuple[str, ...] = ()
+    experiments_from: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Importable modules outside the package that define additional EXPERIMENTS or GRIDS."""
     as_wandb_sweep: Path | None = None
     """Instead of training, write the grid to this file as the definition of a W&B sweep (YAML), for `wandb sweep` and

@@ -101,6 +101,9 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         raise UserError(f"{line.positional[1]}: expected no further word; runner train takes one NAME")
     for name, option in line.options.items():
         key = name.removeprefix("--architecture.arguments.").replace("-", "_")
+        if key != name.replace("-", "_") and key not in experiment.architecture.arguments:
+            known = ", ".join(experiment.architecture.arguments) or "none"
+            raise UserError(f"{name}: no such argument of {line.positional[0]}; expected one of: {known}")
         if option.is_flag and not isinstance(experiment.architecture.arguments.get(key, False), bool):
             raise UserError(f"{name}: expected a value, found none")
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)

@@ -498,6 +498,7 @@ def test_predict_needs_only_the_file(small_data: Path, source: Source, tmp_path:
         picture.save(pictures / f"{k:03}.png")
         pixels.append(np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)))
     (pictures / "note.txt").write_text("no image")
+    (pictures / "._000.png").write_bytes(b"not an image either")
     config = run.config()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.input.mean, config.input.std))
     images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) - mean) / std
@@ -509,7 +510,7 @@ def test_predict_needs_only_the_file(small_data: Path, source: Source, tmp_path:
         done = runner("predict", path, pictures, "--batch", 2, "--json", "--sheet", tmp_path / "sheet.jpg")
         assert done.returncode == 0, done.stderr
         (tmp_path / "sheet.jpg").unlink()
-        assert f"not used, because they are not images: {pictures / 'note.txt'}" in done.stderr
+        assert f"hidden or not images: {pictures / '._000.png'}, {pictures / 'note.txt'}" in done.stderr
         predictions = json.loads(done.stdout)
         assert [Path(one["image"]).name for one in predictions] == [f"{k:03}.png" for k in (0, 7, 42, 99, 150)]
         assert [one["label"] for one in predictions] == [config.dataset.classes[k] for k in probabilities.argmax(1)]

@@ -222,6 +222,7 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     assert started.returncode == 0, started.stderr
     run = Run(tmp_path / "tiny" / "a")
     foreign = ["--resume", run.checkpoints / "step-2"]
+    earlier = shutil.copytree(run.checkpoints / "step-2", tmp_path / "step-2")
     for other, difference in (
         ([*words, "--name", "b", *foreign], "recipe.optimizer.lr: 0.2 → 0.05, seed: 5 → 0"),
         (["train", "tiny-norm", *words[2:], "--name", "b", "--seed", 5, *foreign], "experiment: tiny → tiny-norm"),
@@ -238,6 +239,9 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     shorter = runner(*words, "--name", "a", "--resume", "auto", "--max-steps", 1)
     assert shorter.returncode == 2
     assert "expected to continue from step 3, found an end at step 1" in shorter.stderr
+    older = runner(*words, "--name", "a", "--resume", earlier, "--max-steps", 2)
+    assert older.returncode == 2
+    assert "expected to continue from step 2, found an end at step 2" in older.stderr
 
 
 def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:

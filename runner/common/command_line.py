@@ -166,13 +166,17 @@ def _option(hint: Any, name: str) -> Option:
         kinds = get_args(hint)
         accepts, expected = _accepts(kinds[0])
         return Option(name, None if kinds[-1] is Ellipsis else len(kinds), accepts=accepts, expected=expected)
-    return Option(name, 1)
+    accepts, expected = _accepts(hint)
+    return Option(name, 1, accepts=accepts, expected=expected)
 
 
 def _accepts(hint: Any) -> tuple[Callable[[str], bool], str]:
     """Returns a predicate for words that can be values of this type, and a description of such words. The parser uses
     the predicate to find the end of a list."""
     hint, _ = _split_annotated(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        return _accepts(kinds[0]) if len(kinds) == 1 else (any_word, "a value")
     if get_origin(hint) is Literal:
         return lambda word: word in get_args(hint), " or ".join(get_args(hint))
     if hint not in (int, float):
@@ -246,7 +250,9 @@ def _take_positional(line: CommandLine, is_known: Callable[[str], bool]) -> None
 def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
     """Removes the values of an option that already has `count` values from the front of the remaining words."""
     values: list[str] = []
-    while remaining and remaining[0] != "--" and not _is_option(remaining[0]) and option.accepts(remaining[0]):
+    while remaining and remaining[0] != "--" and not _is_option(remaining[0]):
+        if option.nargs != 1 and not option.accepts(remaining[0]):
+            break
         most = 1 if option.appends else option.nargs
         if most is not None and count + len(values) >= most:
             break
@@ -273,6 +279,8 @@ def _check_values(option: Option, spelling: str, values: list[str], equals: str,
         raise UserError(f"{spelling} '': expected a value, found an empty one; omit the option to leave it unset")
     if option.nargs == 0 and equals and not (option.has_negative and values[0].lower() in ("true", "false")):
         raise UserError(f"{spelling}={values[0]}: expected no value; it is a flag")
+    if option.nargs == 1 and values and not option.accepts(values[0]):
+        raise UserError(f"{spelling} {values[0]}: expected {option.expected}")
     if option.nargs != 1 and option.nargs != 0:
         for value in values:
             if value.startswith("-") and not NEGATIVE.fullmatch(value):

@@ -80,7 +80,7 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
         for path, row in zip(batch_paths, probabilities, strict=True):
             predictions.append(Prediction(str(path), metadata.classes[int(row.argmax())], float(row.max())))
     if unused:
-        print(f"runner: not used, because they are not images: {list_some(unused)}", file=sys.stderr)
+        print(f"runner: not used, because they are hidden or not images: {list_some(unused)}", file=sys.stderr)
     if sheet is not None:
         draw(predictions, sheet)
     return predictions
@@ -91,9 +91,12 @@ def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
     paths, unused = [], []
     for path in images:
         if path.is_dir():
-            found = files.files_below(path)
-            paths += [file for file in found if file.suffix.lower() in SUFFIXES]
-            unused += [str(file) for file in found if file.suffix.lower() not in SUFFIXES]
+            for file in files.files_below(path):
+                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)  # such as ._1.png of macOS
+                if file.suffix.lower() in SUFFIXES and not hidden:
+                    paths.append(file)
+                else:
+                    unused.append(str(file))
         elif path.is_file():
             paths.append(path)
         else:

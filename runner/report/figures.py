@@ -31,6 +31,7 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
             points = [(row.epoch, getattr(row, f"{split}_{metric}")) for row in record.metrics]
             points = [(epoch, scale * value) for epoch, value in points if value is not None]
             if points:
+                shown = split == "test" or all(getattr(row, f"test_{metric}") is None for row in record.metrics)
                 x, y = zip(*points, strict=True)
                 traces.append(
                     {
@@ -38,8 +39,9 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
                         "mode": mode,
                         "x": x,
                         "y": y,
-                        "name": f"{record.name} {split}",
+                        "name": record.name if shown else f"{record.name} {split}",
                         "legendgroup": record.name,
+                        "showlegend": shown,
                         "run": index,
                         "line": {"color": PALETTE[index % len(PALETTE)], "width": width},
                         "marker": {"size": 9},
@@ -47,7 +49,7 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
                     }
                 )
     unit = ", %" if metric == "accuracy" else ", nats"
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": metric + unit}}}
+    layout = {"xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero"}, "yaxis": {"title": {"text": metric + unit}}}
     return {"id": f"curve-{metric}", "data": traces, "layout": layout}
 
 

@@ -3,11 +3,14 @@ const {charts, runs, datasets, grids, palette} = JSON.parse(document.getElementB
 const dark = matchMedia("(prefers-color-scheme: dark)"), $ = id => document.getElementById(id);
 const table = $("table"), body = table.tBodies[0];
 
+const legend = {orientation: "h", yref: "container", yanchor: "bottom", y: 0};
+
 function withTheme(layout) {
   const text = dark.matches ? "#e8eaed" : "#1b1e23", line = dark.matches ? "#363b44" : "#d9dce1";
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line};
   return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: text, family: "system-ui, sans-serif"},
-    margin: {l: 60, r: 20, t: 30, b: 60}, legend: {orientation: "h", y: -0.3}, ...layout,
+    margin: {l: 60, r: 20, t: 30, b: 60}, modebar: {bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text},
+    legend, ...layout,
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis}};
 }
 // Numbers on a heat map must be legible on its darkest and lightest cells in both color schemes.
@@ -64,10 +67,12 @@ function logTicks(low, high) {
   return {tickmode: "array", tickvals: ticks, ticktext: ticks.map(tick => compact.format(tick))};
 }
 const size = run => run.parameters ? 8 + 6 * Math.sqrt(run.parameters / 1e6) : 10;
-function scatter(points, name, symbol, labeled, best) {
+function scatter(points, name, symbol, labeled, best, [low, high]) {
+  // At the edges of the chart, a name is written inward.
+  const side = cost => { const share = (Math.log10(cost) - low) / (high - low); return share < 0.25 ? "right" : share > 0.75 ? "left" : "center"; };
   return {type: "scatter", mode: "markers+text", name, x: points.map(point => point.cost), y: points.map(point => point.accuracy),
     text: points.map(point => labeled.has(point) ? point.run.name : ""), cliponaxis: false,
-    textposition: points.map(point => best.indexOf(point) % 2 > 0 ? "bottom center" : "top center"),
+    textposition: points.map(point => `${best.indexOf(point) % 2 > 0 ? "bottom" : "top"} ${side(point.cost)}`),
     customdata: points.map(point => [point.run.name, point.run.parameters ? point.run.parameters.toLocaleString("en") : "not counted"]),
     marker: {symbol, size: points.map(point => size(point.run)), color: points.map(point => palette[point.run.position % palette.length]), opacity: 0.85, line: {width: 2}},
     hovertemplate: "%{customdata[0]}<br>%{y:.2f} %, %{x:,}<br>%{customdata[1]} parameters<extra></extra>"};
@@ -97,16 +102,21 @@ function drawTradeoff() {
         annotations: [{text: "None of these runs has both values.", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
       continue;
     }
-    const traces = [...(complete.length ? [front, scatter(complete, "complete", "circle", labeled, best)] : []),
-      ...(incomplete.length ? [scatter(incomplete, "incomplete", "circle-open", labeled, best)] : [])];
-    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: true, legend: {orientation: "h", y: -0.3, itemsizing: "constant"},
+    const traces = [...(complete.length ? [front, scatter(complete, "complete", "circle", labeled, best, range)] : []),
+      ...(incomplete.length ? [scatter(incomplete, "incomplete", "circle-open", labeled, best, range)] : [])];
+    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: true, ...withLegend(1), height: 420,
       xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", range, ...logTicks(...range)}, yaxis: {title: {text: "test accuracy, %"}}}});
   }
+}
+// Room below the x-axis for a legend of so many lines; of more than ten, the rest is scrolled to.
+function withLegend(lines) {
+  const height = 24 * Math.min(Math.max(lines, 1), 10);
+  return {height: 340 + height, margin: {l: 60, r: 20, t: 30, b: 60 + height}, legend: {...legend, maxheight: height}};
 }
 function drawCurves() {
   const selected = overlaid();
   for (const chart of charts.filter(chart => chart.id.startsWith("curve-")))
-    draw({...chart, data: chart.data.filter(trace => selected.has(trace.run))});
+    draw({...chart, data: chart.data.filter(trace => selected.has(trace.run)), layout: {...chart.layout, ...withLegend(selected.size)}});
 }
 function drawVisible() { drawTradeoff(); drawCurves(); }
 

@@ -229,6 +229,11 @@ def latest(run: Run) -> Path:
     return folders[-1]
 
 
+def is_newest(run: Run, folder: Path) -> bool:
+    """Returns whether a folder is the checkpoint of a run with the highest step."""
+    return any(newest.resolve() == folder.resolve() for newest in _folders(run)[-1:])
+
+
 def load_model(run: Run) -> nn.Module:
     """Builds the model of a run with its latest weights, on the CPU, in evaluation mode.
 

@@ -231,7 +231,11 @@ class SeedRun:
         self.session, self.run, self.seed, self.run_config, self.state = session, run, seed, run_config, state
         total_steps = session.config.recipe.epochs * len(session.streams["train"])
         self.last_step = min(total_steps, session.config.max_steps or total_steps)
-        if state and state["step"] > self.last_step:
+        given = session.config.resume not in ("auto", "never")
+        older = given and not checkpoint.is_newest(
+            run, Path(session.config.resume)
+        )  # which the results would not be of
+        if state and (state["step"] > self.last_step or (older and state["step"] == self.last_step)):
             raise UserError(
                 f"{run.folder}: expected to continue from step {state['step']}, found an end at step {self.last_step}; "
                 "raise --max-steps or --recipe.epochs"
