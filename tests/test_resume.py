@@ -370,11 +370,13 @@ def test_another_training_is_refused_with_the_difference(small_data: Path, data:
     assert done.returncode == 2
     assert "dataset:" in done.stderr
     assert files() == before
+    wandb_id = Run(run).config().wandb_id
     done = resumed(small_data, tmp_path, "--recipe.optimizer.lr", 0.01, "--resume-anyway")
     assert done.returncode == 0, done.stderr
     config = Run(run).config()
     assert config.recipe.optimizer.lr == 0.01
     assert config.resumed[0].changed == {"recipe.optimizer.lr": (0.05, 0.01)}
+    assert config.wandb_id != wandb_id
     state = checkpoint.read_state(checkpoint.latest(Run(run)))
     assert [group["peak_lr"] for group in state["optimizer"]["param_groups"]] == [0.01]
     done = resumed(small_data, tmp_path, "--recipe.ema", 0.9, "--resume-anyway")

@@ -83,7 +83,7 @@ def test_two_nodes_train_one_model(submitted: Submitted) -> None:
 
 def test_the_wandb_key_does_not_leave_the_submitting_process(submitted: Submitted) -> None:
     """It is in no file of SLURM, the runner or W&B, in no command line, and never printed."""
-    assert "not handed to SLURM" in submitted.output
+    assert "not passed to SLURM" in submitted.output
     assert submitted.environments > 0, "SLURM stores environments elsewhere now"
     assert submitted.with_key == []
     assert CANARY not in submitted.output

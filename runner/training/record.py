@@ -181,7 +181,8 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     return msgspec.structs.replace(
         own if own and not changed else current,
         max_steps=current.max_steps,
-        wandb_id=own.wandb_id if own else current.wandb_id,
+        # W&B accepts each step once, so another training needs another W&B run, which gets all rows.
+        wandb_id=own.wandb_id if own and not changed else current.wandb_id,
         resumed=[*before.resumed, resumption],
     )
 

@@ -54,7 +54,7 @@ class Ending(Tiny):
                 if self.fault == "NAN":
                     return logits * torch.nan
                 if self.fault == "STALL":
-                    time.sleep(600 if os.environ["SLURM_RESTART_COUNT"] == "0" else 0)
+                    time.sleep(600 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 0)
                     return logits
                 os.kill(os.getpid(), getattr(signal, self.fault))
         return logits
