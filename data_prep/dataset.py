@@ -7,7 +7,7 @@ import numpy as np
 
 from runner.common.errors import UserError
 
-RESERVED = ("CIFAR-10", "SYNTHETIC-10")  # prefixes of names, also of CIFAR-100, that are reserved for these datasets
+RESERVED_PREFIXES = ("CIFAR-10", "SYNTHETIC-10")  # compared in upper case; the first also covers CIFAR-100
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,24 @@ def renamed(source: Source, name: str) -> Source:
     """Returns the dataset with another name.
 
     Raises:
-        UserError: the name is reserved for another dataset, or has characters that cannot be printed.
+        UserError: the name is reserved for another dataset, empty, not printable, or surrounded by spaces.
     """
-    if not name.isprintable() or name != name.strip():
+    if not name or not name.isprintable() or name != name.strip():
         raise UserError(f"--name {name!r}: expected printable characters, without spaces around them")
-    if name.upper().startswith(RESERVED) and not (
-        source.name.upper().startswith(RESERVED) and name.startswith(source.name)
-    ):
+    is_own = name == source.name or name.startswith(f"{source.name} ")  # such as "CIFAR-10 (resized)"
+    if name.upper().startswith(RESERVED_PREFIXES) and not is_own:
         raise UserError(f"--name {name}: expected another name for {source.name}; this name is reserved")
     return replace(source, name=name)
 
 
-def limited(split: Split, per_class: int) -> Split:
+def limit_split(split: Split, per_class: int) -> Split:
     """Returns the first `per_class` images of each class, in their original order."""
     selected = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]
     rows = np.sort(np.concatenate(selected))
     return Split(split.images[rows], split.labels[rows])
 
 
-def limit(source: Source, per_class: int) -> Source:
-    """Returns a dataset with the first `per_class` images of each class in both splits."""
-    train, test = limited(source.train, per_class), limited(source.test, per_class)
+def limit_source(source: Source, per_class: int) -> Source:
+    """Returns a dataset with the first `per_class` images of each class in both splits, and records the limit."""
+    train, test = limit_split(source.train, per_class), limit_split(source.test, per_class)
     return replace(source, train=train, test=test, provenance={**source.provenance, "limit_per_class": per_class})

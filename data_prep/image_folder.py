@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import images
 from data_prep.archive import Member
-from data_prep.dataset import RESERVED, Source, Split
+from data_prep.dataset import RESERVED_PREFIXES, Source, Split
 from data_prep.official import CIFAR10
 from runner.common.console import list_some, track
 from runner.common.errors import UserError
@@ -156,5 +156,5 @@ def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffi
         name = whole.name if whole.is_dir() else ARCHIVE_SUFFIX.sub("", whole.name)
         name = (whole.stem if name == whole.name and not whole.is_dir() else name).strip(". ") or "images"
         name = "".join(letter if letter.isprintable() else "_" for letter in name)
-        return f"images of {name}" if name.upper().startswith(RESERVED) else name
+        return f"images of {name}" if name.upper().startswith(RESERVED_PREFIXES) else name
     return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"

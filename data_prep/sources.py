@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep import image_folder, synthetic
 from data_prep.archive import Archive
-from data_prep.dataset import Source, Split, limit, limited
+from data_prep.dataset import Source, Split, limit_source, limit_split
 from data_prep.images import Fit
 from data_prep.official import BY_SOURCE, CIFAR10, DATASETS, Official, load_splits
 from runner.common.console import progress
@@ -26,7 +26,7 @@ from runner.common.files import files_below, sha256_of
 
 CONNECT_TIMEOUT = 20.0  # seconds
 CIFAR10_CLASSES = CIFAR10.classes
-__all__ = ["CIFAR10_CLASSES", "Source", "SourceUnreachableError", "Split", "download", "limited", "load"]
+__all__ = ["CIFAR10_CLASSES", "Source", "SourceUnreachableError", "Split", "download", "limit_split", "load"]
 
 
 # Exceptions raised when a damaged or password-protected archive is read.
@@ -85,7 +85,7 @@ def load(
         loaded = _from_folder(path, sha256, size, fit) if path.is_dir() else _from_archive(path, sha256, size, fit)
     except PermissionError as error:
         raise UserError(f"--source {path}: no permission to read {error.filename}; grant it") from None
-    return loaded if limit_per_class is None else limit(loaded, limit_per_class)
+    return loaded if limit_per_class is None else limit_source(loaded, limit_per_class)
 
 
 def _refuse(source: object, sha256: str | None = None, size: int | None = None) -> None:

@@ -74,7 +74,7 @@ def data(once: Once, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def small(source: Source) -> Source:
     """50 training and 20 test images of each class."""
-    train, test = sources.limited(source.train, 50), sources.limited(source.test, 20)
+    train, test = sources.limit_split(source.train, 50), sources.limit_split(source.test, 20)
     return replace(source, train=train, test=test, provenance={**source.provenance, "limited": True})
 
 

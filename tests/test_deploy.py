@@ -107,7 +107,7 @@ def few(once: Once, source: Source) -> Path:
     """A dataset of 20 training and 6 test images of each class."""
 
     def make(folder: Path) -> None:
-        train, test = sources.limited(source.train, 20), sources.limited(source.test, 6)
+        train, test = sources.limit_split(source.train, 20), sources.limit_split(source.test, 6)
         provenance = {**source.provenance, "limited": True}
         beton.write(dataclasses.replace(source, train=train, test=test, provenance=provenance), folder / "data")
 

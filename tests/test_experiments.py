@@ -156,7 +156,7 @@ def test_the_loss_falls_on_a_fixed_batch(name: str) -> None:
 def test_every_experiment_trains_two_steps_and_evaluates(
     small: Source, tmp_path: Path, processes: int, precision: str, names: list[str]
 ) -> None:
-    few = replace(small, train=sources.limited(small.train, 2), test=sources.limited(small.test, 1))
+    few = replace(small, train=sources.limit_split(small.train, 2), test=sources.limit_split(small.test, 1))
     beton.write(few, tmp_path / "data")
     program = ["tests.support.programs.every_experiment", tmp_path / "data", tmp_path, precision, *names]
     done = module(*on_ranks(processes), *program, timeout=3000)  # bf16 is slow on processors without it

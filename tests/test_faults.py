@@ -34,12 +34,12 @@ def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: 
     with start_ranks(3, *words, END="train 9 1 SIGSTOP") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 7)
         ranks = children_of(process.pid)
-        _, told = process.communicate(timeout=200)
+        _, output = process.communicate(timeout=200)
     assert process.returncode == 1
     for rank in (0, 2):
-        assert f"runner: rank {rank} of 3 completed no step for" in told
-    assert "rank 1 of 3 completed" not in told
-    assert "in train" in told  # a stack
+        assert f"runner: rank {rank} of 3 completed no step for" in output
+    assert "rank 1 of 3 completed" not in output
+    assert "in train" in output  # a stack
     assert len(ranks) == 3
     assert gone(ranks, 5)
 

@@ -101,7 +101,7 @@ def resume(data: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def images(once: Once, small: Source) -> Path:
     """A dataset with a few images of each class."""
-    train, test = (sources.limited(getattr(small, split), count // 10) for split, count in IMAGES.items())
+    train, test = (sources.limit_split(getattr(small, split), count // 10) for split, count in IMAGES.items())
     few = replace(small, train=train, test=test)
     return once("rehearsal", lambda folder: beton.write(few, folder / "data")) / "data"
 
@@ -154,7 +154,7 @@ def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
         shares = found["profile", name]["shares"]
         assert sum(shares.values()) == pytest.approx(1)
         assert next(iter(shares)) in ("convolution", "matrix product")  # the largest share is the first
-        assert f"A step of {name} spends" in found["profile", name]["told"]
+        assert f"A step of {name} spends" in found["profile", name]["summary"]
     assert (rehearsed / "profile.png").read_bytes().startswith(b"\x89PNG")
     together = found["speedrun", "together"]
     assert together["peer"]["trainings"] == 2

@@ -22,7 +22,7 @@ def synthetic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if not os.environ.get("CIFAR10_IMAGES"):
         return request.getfixturevalue("small_data")
     whole = sources.load("synthetic")
-    train, test = sources.limited(whole.train, 50), sources.limited(whole.test, 20)
+    train, test = sources.limit_split(whole.train, 50), sources.limit_split(whole.test, 20)
     folder = tmp_path_factory.mktemp("synthetic") / "small"
     beton.write(replace(whole, train=train, test=test, provenance={**whole.provenance, "limited": True}), folder)
     return folder

@@ -227,7 +227,7 @@ def test_labels_name_what_differs_where_no_override_does(mixed: list[RunRecord])
     assert labels == ["podeti-mobilenetv2 (precision fp32)", "podeti-mobilenetv2 (precision bf16)"]
 
 
-def test_runs_and_datasets_of_one_name_are_told_apart(mixed: list[RunRecord], tmp_path: Path) -> None:
+def test_runs_and_datasets_of_one_name_are_distinguished(mixed: list[RunRecord], tmp_path: Path) -> None:
     one, two = (replace(mixed[0], run=Run(Path("/a") / root / mixed[0].config.name)) for root in ("x/runs", "y/runs"))
     dataset = msgspec.structs.replace(one.config.dataset, fingerprint="fedcba9876543210")
     three = replace(mixed[2], config=msgspec.structs.replace(mixed[2].config, dataset=dataset))

@@ -295,7 +295,7 @@ def test_overwrite_deletes_nothing_but_a_run(small_data: Path, tmp_path: Path) -
 
 
 @pytest.mark.processes
-def test_no_rank_leaves_before_the_first_has_told_w_and_b(small_data: Path, tmp_path: Path) -> None:
+def test_no_rank_leaves_before_the_first_has_logged_to_w_and_b(small_data: Path, tmp_path: Path) -> None:
     """The launcher ends the ranks that are left as soon as one has gone."""
     done = launch(2, *arguments(small_data, tmp_path), END="train 9 0 SIGUSR1", WANDB_MODE="offline")
     assert done.returncode == 1
@@ -311,9 +311,9 @@ def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None
     with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 3)
         process.terminate()
-        _, told = process.communicate(timeout=240)
+        _, output = process.communicate(timeout=240)
     assert process.returncode == 1
-    assert "stopped at step" in told
+    assert "stopped at step" in output
 
 
 @pytest.mark.processes

@@ -229,10 +229,26 @@ def test_what_a_zip_may_hold_beside_images(tmp_path: Path) -> None:
 def test_a_folder_names_its_dataset(folder: str, name: str, tmp_path: Path) -> None:
     source = sources.load(str(archives.folder(tmp_path / folder, archives.image_files(per_class=1))))
     assert source.name == name
-    for other in ("CIFAR-10 mine", " x", "x\ny", "", "CIFAR-100"):
+    for other in ("CIFAR-10 mine", " x", "x\ny", "", " ", "CIFAR-100"):
         with pytest.raises(UserError, match=r"--name"):
-            renamed(source, other or " ")
+            renamed(source, other)
     assert renamed(source, "mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("CIFAR-10", True), ("CIFAR-10 (resized)", True), ("mine", True), ("CIFAR-100", False), ("CIFAR-10x", False),
+     ("cifar-10", False), ("synthetic-10", False)],
+)  # fmt: skip
+def test_cifar10_is_never_called_another_dataset(name: str, allowed: bool) -> None:
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    split = sources.Split(images, np.zeros(1, np.int64))
+    source = sources.Source("CIFAR-10", sources.CIFAR10_CLASSES, split, split, {})
+    if allowed:
+        assert renamed(source, name).name == name
+    else:
+        with pytest.raises(UserError, match=f"--name {name}: expected another name for CIFAR-10"):
+            renamed(source, name)
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Compares the speed of resident and streaming batches with torchvision's DataLoader and FFCV's own Loader.
+"""Compares the speed of resident and streaming batches with torch's DataLoader and FFCV's own Loader.
 
-All use the same split, batch size and augmentation (crop with padding 4, flip, normalize to float32): torchvision as
-in its documentation (v2 transforms, worker processes), FFCV as in its CIFAR example. They take turns, and ratios are
-taken within each round. The time until the first batch is measured separately.
+Resident batches come from a split that is on the device as a whole; streaming ones are read by FFCV. All have the same
+batch size and augmentation (crop with padding 4, flip, normalize to float32) and come from the training split, of which
+the DataLoader gets the first third. It runs torchvision's v2 transforms in worker processes; FFCV's pipeline is adapted
+from its CIFAR example. They take turns, and ratios are taken within each round. The time to the first batch is measured
+once, before that; it does not include opening the loaders, which for resident batches and the DataLoader reads the
+split, but it includes FFCV's compilation.
 
     python -m runner.benchmarks.loader --data data/cifar10 --json loader.json
 """
@@ -29,19 +32,19 @@ from runner.system.environment import usable_cores
 
 GOALS = {"ratio_resident_to_torchvision": "≥ 50", "ratio_resident_to_ffcv": "≥ 8"}
 PADDING = 4
-Epoch = Callable[[int], Iterator[Any]]  # maps the number of an epoch to its batches of images and labels
+LoaderFn = Callable[[int], Iterator[Any]]  # iterates over the batches of an epoch, given its number if that matters
 
 
 @dataclass(frozen=True)
 class LoaderBenchmark:
-    """Compare the loaders on a prepared dataset, in turn, and print the ratios of their rates."""
+    """Compare the loaders on a prepared dataset, in turn; print ratios of their rates and times to the first batch."""
 
     data: Path
     """Dataset folder written by `python -m data_prep prepare`."""
     batch_size: Count = 512
     """Images per batch."""
     workers: Annotated[int, Meta(ge=1, le=1024)] = 2
-    """Worker processes of torchvision's DataLoader, and decoding threads of FFCV."""
+    """Worker processes of torch's DataLoader, and decoding threads of FFCV and of the streaming loader."""
     rounds: measure.Rounds = measure.MIN_ROUNDS
     """Number of measurements per loader."""
     json: Path | None = None
@@ -50,9 +53,9 @@ class LoaderBenchmark:
     def __call__(self) -> None:
         cpu.prepare()
         manifest = open_manifest(self.data)
-        epochs = loaders(self, manifest, torch.device("cpu"))
-        seconds = {name: _seconds_to_first_batch(epoch) for name, epoch in epochs.items()}
-        measured = measure.in_turn(rates(self, manifest, epochs), self.rounds, "measure loaders")
+        epoch_fns = loaders(self, manifest, torch.device("cpu"))
+        seconds = {name: _seconds_to_first_batch(epoch) for name, epoch in epoch_fns.items()}
+        measured = measure.in_turn(rate_measurements(self, manifest, epoch_fns), self.rounds, "measure loaders")
         first_batch = {
             f"ratio_first_batch_{name}_to_ffcv": measure.spread([seconds[name] / seconds["ffcv"]])
             for name in ("resident", "streaming", "torchvision")
@@ -65,26 +68,28 @@ class LoaderBenchmark:
             "cores": usable_cores(),
         }
         results = ratios(measured) | first_batch
-        measure.report_ratios("images per second", results, GOALS, {"settings": settings}, self.json)
+        measure.report_ratios("loaders", results, GOALS, {"settings": settings}, self.json)
 
 
-def loaders(benchmark: LoaderBenchmark, manifest: Manifest, device: torch.device) -> dict[str, Epoch]:
-    """Returns every loader by name; their batches are on the device."""
-    baselines = {"torchvision": torchvision_loader(benchmark, manifest), "ffcv": ffcv_loader(benchmark, manifest)}
+def loaders(options: LoaderBenchmark, manifest: Manifest, device: torch.device) -> dict[str, LoaderFn]:
+    """Returns a function for every loader, by name, that iterates over an epoch of batches on the device."""
+    baselines = {"torchvision": torchvision_loader(options, manifest), "ffcv": ffcv_loader(options, manifest)}
     return {
-        "resident": training_loader(benchmark, manifest, "resident", device),
-        "streaming": training_loader(benchmark, manifest, "streaming", device),
+        "resident": training_loader(options, manifest, "resident", device),
+        "streaming": training_loader(options, manifest, "streaming", device),
         **{name: epoch if device.type == "cpu" else _to_device(epoch, device) for name, epoch in baselines.items()},
     }
 
 
-def rates(benchmark: LoaderBenchmark, manifest: Manifest, epochs: dict[str, Epoch]) -> dict[str, Callable[[], float]]:
+def rate_measurements(
+    options: LoaderBenchmark, manifest: Manifest, epoch_fns: dict[str, LoaderFn]
+) -> dict[str, Callable[[], float]]:
     """Returns, for every loader, a function that iterates over batches and returns images per second."""
-    per_epoch = manifest.splits["train"].images // benchmark.batch_size
+    per_epoch = manifest.splits["train"].images // options.batch_size
     # Whole epochs only: a reader that stops in the middle of one would keep working during the next turn.
     # torchvision's epoch has a third of the images, so that its turn is not much longer than the others'.
     batches = {"resident": 12 * per_epoch, "streaming": per_epoch, "torchvision": per_epoch // 3, "ffcv": per_epoch}
-    return {name: _rate(epoch, batches[name], benchmark.batch_size) for name, epoch in epochs.items()}
+    return {name: _rate_measurement(epoch, batches[name], options.batch_size) for name, epoch in epoch_fns.items()}
 
 
 def ratios(measured: dict[str, list[float]]) -> dict[str, measure.Ratio]:
@@ -94,15 +99,15 @@ def ratios(measured: dict[str, list[float]]) -> dict[str, measure.Ratio]:
 
 
 def training_loader(
-    benchmark: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice, device: torch.device
-) -> Epoch:
-    """Returns the loader that `runner train` uses."""
-    recipe = Recipe(1, benchmark.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip="random"))
-    rank_info = RankInfo(device, loader=loader, workers=benchmark.workers)
-    return open_split(benchmark.data, manifest, "train", recipe, rank_info).epoch
+    options: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice, device: torch.device
+) -> LoaderFn:
+    """Returns a function that iterates over an epoch of the loader that `runner train` uses."""
+    recipe = Recipe(1, options.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip="random"))
+    rank_info = RankInfo(device, loader=loader, workers=options.workers)
+    return open_split(options.data, manifest, "train", recipe, rank_info).epoch
 
 
-def _to_device(epoch: Epoch, device: torch.device) -> Epoch:
+def _to_device(epoch: LoaderFn, device: torch.device) -> LoaderFn:
     def on_device(number: int) -> Iterator[Any]:
         for images, labels in epoch(number):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -110,8 +115,10 @@ def _to_device(epoch: Epoch, device: torch.device) -> Epoch:
     return on_device
 
 
-def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
-    """Returns torch's DataLoader over images in memory, with torchvision's v2 transforms on one image at a time.
+def torchvision_loader(options: LoaderBenchmark, manifest: Manifest) -> LoaderFn:
+    """Returns a function that iterates over torch's DataLoader, with torchvision's transforms on one image at a time.
+
+    Its dataset is the first third of the training images, in memory.
 
     Raises:
         UserError: the split has fewer than three batches.
@@ -119,9 +126,9 @@ def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     from torchvision.transforms import v2
 
     split = manifest.splits["train"]
-    if benchmark.batch_size > split.images // 3:
-        raise UserError(f"batch size {benchmark.batch_size}: expected at most a third of {split.images} images")
-    images, labels = beton_file.read(benchmark.data / "train.beton", split, manifest)
+    if options.batch_size > split.images // 3:
+        raise UserError(f"batch size {options.batch_size}: expected at most a third of {split.images} images")
+    images, labels = beton_file.read(options.data / "train.beton", split, manifest)
     transform = v2.Compose(
         [
             v2.RandomCrop(manifest.image_shape[0], padding=PADDING),
@@ -130,16 +137,16 @@ def torchvision_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
             v2.Normalize([m / 255 for m in manifest.mean], [s / 255 for s in manifest.std]),
         ]
     )
-    samples = len(labels) // benchmark.batch_size // 3 * benchmark.batch_size
+    samples = len(labels) // options.batch_size // 3 * options.batch_size
     planes = torch.from_numpy(images[:samples]).permute(0, 3, 1, 2).contiguous()
     loader = torch.utils.data.DataLoader(
         _Images(planes, labels.tolist()[:samples], transform),
-        benchmark.batch_size,
+        options.batch_size,
         shuffle=True,
-        num_workers=benchmark.workers,
+        num_workers=options.workers,
         drop_last=True,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=benchmark.workers > 0,
+        persistent_workers=options.workers > 0,
     )
     return lambda epoch: iter(loader)
 
@@ -155,8 +162,8 @@ class _Images(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
-    """Returns FFCV's Loader with the operations of its CIFAR example (flip, translate, normalize), in random order."""
+def ffcv_loader(options: LoaderBenchmark, manifest: Manifest) -> LoaderFn:
+    """Returns a function that iterates over FFCV's Loader, shuffled, with flip, translation and normalization."""
     cpu.choose_openmp()
     with cpu.preserve_torch_num_threads():
         from ffcv import transforms
@@ -174,9 +181,9 @@ def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
         ]
         label = [IntDecoder(), transforms.ToTensor(), transforms.Squeeze()]
         loader = Loader(
-            str(benchmark.data / "train.beton"),
-            batch_size=benchmark.batch_size,
-            num_workers=benchmark.workers,
+            str(options.data / "train.beton"),
+            batch_size=options.batch_size,
+            num_workers=options.workers,
             order=OrderOption.RANDOM,
             drop_last=True,
             pipelines={"image": image, "label": label},
@@ -189,13 +196,13 @@ def ffcv_loader(benchmark: LoaderBenchmark, manifest: Manifest) -> Epoch:
     return epoch
 
 
-def _seconds_to_first_batch(epoch: Epoch) -> float:
+def _seconds_to_first_batch(epoch: LoaderFn) -> float:
     start = time.perf_counter()
     next(iter(epoch(0)))
     return time.perf_counter() - start
 
 
-def _rate(epoch: Epoch, batches: int, batch_size: int) -> Callable[[], float]:
+def _rate_measurement(epoch: LoaderFn, batches: int, batch_size: int) -> Callable[[], float]:
     """Returns a function that iterates over a number of batches and returns images per second."""
     numbers = count(1)
 

@@ -240,7 +240,7 @@ def architectures() -> str:
         best = max(filter(None, modes), key=lambda finding: finding["images_per_second"]["median"])
         rates = [f"{finding['images_per_second']['median']:,.0f}" if finding else MISSING for finding in modes]
         limit = best.get("limit_images_per_second")
-        utilization = [f"{limit:,.0f}", f"{best['utilisation']:.0%}"] if limit else ["–", "–"]
+        utilization = [f"{limit:,.0f}", f"{best['utilization']:.0%}"] if limit else ["–", "–"]
         rows.append([f"`{name}`", *rates, *utilization, f"{best['peak_memory_gib']:.1f}"])
     titles = ["img/s of", "eager", "compiled", "CUDA graphs", "limit of arithmetic", "best ÷ limit", "GiB"]
     return _with_machine("speed", table(titles, rows or [_missing_row(titles)]))
@@ -270,7 +270,7 @@ def speedrun() -> str:
 
 def profile() -> str:
     """Returns what a training step spends its time on, as text and as a figure."""
-    texts = [finding["told"] for finding in read_findings("profile").values() if "told" in finding]
+    texts = [finding["summary"] for finding in read_findings("profile").values() if "summary" in finding]
     if not texts:
         return f"Where the time of a step goes: {MISSING}."
     return "\n\n".join([*texts, "![Shares of the device time of a step](results/profile.png)"])

@@ -18,27 +18,37 @@ from runner.report.grids import find_grids
 from runner.report.run_record import GateResult, RunRecord, Unreadable, format_counts
 from runner.run.schema import Dataset
 
-MAX_OVERLAID = 10  # number of runs whose curves are drawn initially
+MAX_OVERLAID = 10  # most runs whose curves are drawn initially
 
 
 @dataclass(frozen=True)
 class PageRun:
-    """A run as the template shows it: with its pictures, or without them to keep the page small."""
+    """A run as the template shows it.
+
+    Attributes:
+        position: index among the records; names its HTML anchor and charts.
+        record, row: what its folder holds, and its row of figures.
+        embeds_pictures: whether the page contains its pictures; not those of all runs, to keep the page small.
+        shows_curves: whether its learning curves are drawn initially.
+    """
 
     position: int
     record: RunRecord
     row: RunRow
-    pictured: bool
-    overlaid: bool
+    embeds_pictures: bool
+    shows_curves: bool
 
     @property
     def changes(self) -> str:
-        """The settings that it changed in its experiment: `lr 0.01, epochs 2`."""
+        """The settings that differ from the registered experiment, abbreviated: `lr 0.01, epochs 2`."""
         return compare.format_settings((name, value) for name, (_, value) in self.row.overrides.items())
 
     @property
-    def verdict(self) -> str:
-        """Whether it is complete, and the result of the gate: `incomplete, gate passed`."""
+    def status(self) -> str:
+        """`failed` or `unfinished` without a summary; else whether it is incomplete, and the gate's result.
+
+        The gate compares exported files with the model in torch on the whole test set (see runner.deploy.parity).
+        """
         record = self.record
         if record.summary is None:
             return "failed" if record.state == "failed" else "unfinished"
@@ -55,23 +65,23 @@ class PageRun:
 
     @property
     def confusion(self) -> figures.Chart | None:
-        """Its confusion matrix."""
+        """The chart of its confusion matrix; None for an unfinished run."""
         return figures.confusion(self.record, self.position)
 
     @property
     def samples(self) -> str | None:
         """Its picture of test images, in base64."""
-        return _picture(self.record.run.figures / "samples.png") if self.pictured else None
+        return _picture(self.record.run.figures / "samples.png") if self.embeds_pictures else None
 
     @property
     def mistakes(self) -> str | None:
         """Its picture of mistakes, in base64."""
-        return _picture(self.record.run.figures / "mistakes.png") if self.pictured else None
+        return _picture(self.record.run.figures / "mistakes.png") if self.embeds_pictures else None
 
     def for_script(self) -> dict[str, Any]:
         """Returns the run's data that the page's script draws."""
         gated = compare.best_gated(self.row)
-        engines = [cell.p50_ms for cell in self.row.latency if cell.backend == "engine"]
+        engines = [cell.p50_ms for cell in self.row.latency if cell.backend == "engine" and cell.batch == 1]
         return {
             "position": self.position,
             "name": self.row.name,
@@ -89,14 +99,15 @@ class PageRun:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Overview:
     """The summary at the top of the page.
 
     Attributes:
         best: for each dataset, the finished run with the highest test accuracy; complete runs come before others.
         gate: finished runs by the result of the gate.
-        incomplete, unfinished: the runs that are.
-        one_class: finished runs that predict one class for all images.
+        incomplete: finished runs that ended after fewer epochs than their recipe has.
+        unfinished: runs without a summary.
+        one_class: finished runs of which an exported file predicts the same class for all images.
     """
 
     best: dict[str, PageRun]
@@ -106,7 +117,7 @@ class Verdict:
     one_class: list[PageRun]
 
 
-def verdict(runs: Sequence[PageRun]) -> Verdict:
+def summarize_runs(runs: Sequence[PageRun]) -> Overview:
     """Summarizes which run is best on each dataset, and which runs have a problem."""
     finished = sorted(
         (run for run in runs if run.record.summary),
@@ -117,7 +128,7 @@ def verdict(runs: Sequence[PageRun]) -> Verdict:
     for run in finished:
         best.setdefault(run.row.dataset, run)
         gate.setdefault(run.record.gate, []).append(run)
-    return Verdict(
+    return Overview(
         best=dict(sorted(best.items())),
         gate=gate,
         incomplete=[run for run in finished if run.record.incomplete],
@@ -163,7 +174,7 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
         grids=grids,
         has_reported_chart=reported is not None,
         deployments=latencies_by_hardware(runs),
-        verdict=verdict(runs),
+        overview=summarize_runs(runs),
         counts=format_counts(records, unreadable),
         p50_ms=compare.p50_ms,
         best_gated=compare.best_gated,
@@ -171,7 +182,7 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
         papers=sorted({record.config.paper for record in records}),
         provenance=_distinct_datasets(records),
         hardware=hardware,
-        basis=f"{', '.join(datasets)}; trained on {', '.join(hardware)}",  # in the caption of every chart
+        basis=f"{', '.join(datasets)}; trained on {', '.join(hardware)}",  # in the captions of charts of all runs
         # "<" could end the script element; JSON may escape it.
         data=msgspec.json.encode(script_data).decode().replace("<", "\\u003c"),
         plotly=get_plotlyjs(),

@@ -13,15 +13,11 @@ lock             held by the process that trains
 """
 
 import contextlib
-import fcntl
-import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from msgspec.structs import replace
 
@@ -29,6 +25,7 @@ from runner.common.console import list_some
 from runner.common.errors import UserError
 from runner.config.train_config import check_name
 from runner.config.trust import TrustedCode
+from runner.run import lock
 from runner.run.schema import (
     FORMAT,
     Ending,
@@ -149,7 +146,7 @@ class Run:
         """
         if self.summary.is_file():
             return "complete"
-        if is_locked(self):
+        if lock.is_locked(self.lock):
             return "running"
         if ending := self.read_ending():
             return "stopped" if ending.stopped else "failed"
@@ -221,12 +218,12 @@ def _read(path: Path, kind: type[T]) -> T:
 
 @contextlib.contextmanager
 def locked_runs(
-    runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False
+    runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False, job: str = ""
 ) -> Iterator[list[Run]]:
     """Creates run folders and locks them until the context exits.
 
     With `resuming`, a folder may already contain a run; with `overwrite`, its contents are deleted, but only after all
-    folders are locked.
+    folders are locked. `job` is the id of this process's batch job.
 
     Raises:
         UserError: a name is invalid, or a folder contains a run, is locked by another process, or cannot be written.
@@ -241,7 +238,7 @@ def locked_runs(
         try:
             for run in claimed:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(run, LOCK_TIMEOUT if resuming else 1))
+                stack.enter_context(lock.locked(run.lock, LOCK_TIMEOUT if resuming else 1, job))
             for run in claimed:
                 if overwrite:
                     _refuse_foreign(run)
@@ -253,33 +250,6 @@ def locked_runs(
         yield claimed
 
 
-def _lock(run: Run, timeout: float) -> IO[str]:
-    """Locks a run folder, waiting up to `timeout` seconds. Closing the returned file releases the lock.
-
-    On file systems that do not support locks, the function returns without a lock.
-    """
-    lock = run.lock.open("a+")
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(
-                    f"{run.folder}: {lock.read().strip() or 'another process'} trains it; wait for it, or choose "
-                    "another --name"
-                ) from None
-            time.sleep(0.5)
-        except OSError:  # a file system without locks
-            break
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
-
-
 def finished_run(option: str, folder: Path, code: TrustedCode) -> Run:
     """Returns the run in the folder given by an option. Raises UserError if the run is not finished."""
     run = Run(folder, code)
@@ -287,18 +257,6 @@ def finished_run(option: str, folder: Path, code: TrustedCode) -> Run:
         found = "none" if state == "missing" else f"one that is {state}"
         raise UserError(f"{option} {folder}: expected the folder of a finished run, found {found}; train it first")
     return run
-
-
-def is_locked(run: Run) -> bool:
-    """Returns whether a process is currently training the run."""
-    try:
-        with run.lock.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _refuse_foreign(run: Run) -> None:

@@ -68,7 +68,7 @@ def profile_step(context: Context, name: str, batch: int) -> dict[str, Any]:
         "busy": busy,
         "shares": shares,
         "kernels": {kernel[:120]: time / total for kernel, time in Counter(microseconds).most_common(TOP)},
-        "told": summarize(name, shares, busy),
+        "summary": summarize(name, shares, busy),
     }
 
 

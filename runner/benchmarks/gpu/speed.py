@@ -103,7 +103,7 @@ def loader(context: Context) -> dict[str, Any]:
     workers = min(8, usable_cores())
     benchmark = loaders.LoaderBenchmark(context.data, size, workers, scale.rounds)
     epochs = loaders.loaders(benchmark, context.manifest, torch.device(context.device))
-    candidates = loaders.rates(benchmark, context.manifest, epochs)
+    candidates = loaders.rate_measurements(benchmark, context.manifest, epochs)
     rates = in_turn(candidates, scale.rounds, "measure loaders")
     return {
         "batch_size": size,
@@ -205,7 +205,7 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     if peak is not None and experiment.macs:
         flops = peak["bf16_flops"]["median"]
         limit = flops / (FLOPS_PER_MAC * experiment.macs)
-        finding |= {"limit_images_per_second": limit, "utilisation": rate["median"] / limit}
+        finding |= {"limit_images_per_second": limit, "utilization": rate["median"] / limit}
     return finding
 
 

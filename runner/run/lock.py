@@ -1,0 +1,141 @@
+"""The lock of a run folder: held by the process that trains it, also where nodes share no file locks.
+
+`flock` is released when its process dies, but NFS and Lustre may be mounted so that it does not exist, or holds on one
+node only. So the lock file also names its owner, and the owner touches it every few seconds.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from runner.common.errors import UserError
+
+HEARTBEAT = 10.0  # seconds between two signs of life
+STALE = 45.0  # seconds without one after which an owner on another node counts as dead
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """The process that trains a run: its host, and the batch job that started it, if any."""
+
+    pid: int
+    host: str
+    job: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f", job {self.job}," if self.job else "")
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
+    """Locks a run folder until the context exits.
+
+    Args:
+        path: the lock file, which is created if needed.
+        timeout: seconds to wait for another owner.
+        job: id of this process's batch job. An earlier owner with the same id is dead, because a job runs once at a
+            time.
+
+    Raises:
+        UserError: another process still holds the lock.
+        OSError: the file cannot be written.
+    """
+    own = Owner(os.getpid(), socket.gethostname(), job)
+    with path.open("a+") as file:
+        _acquire(file, path, own, timeout)
+        file.truncate(0)
+        file.write(msgspec.json.encode(own).decode())
+        file.flush()
+        ended = threading.Event()
+        heartbeat = threading.Thread(target=_beat, args=(path, ended), name="lock", daemon=True)
+        heartbeat.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            heartbeat.join()
+            with contextlib.suppress(OSError):
+                file.truncate(0)  # no owner
+
+
+def _acquire(file: IO[str], path: Path, own: Owner, timeout: float) -> None:
+    """Waits for the file lock and for the end of an owner that the file lock does not know."""
+    deadline = time.monotonic() + timeout
+    while True:
+        blocked, problem = False, ""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            blocked = True
+        except OSError as error:
+            problem = str(error.strerror)
+        owner = _read(path) if blocked else _living_owner(path, has_locks=not problem)
+        if not blocked and (owner is None or (own.job and owner.job == own.job)):
+            if problem:
+                reason = "a process on another node that trains the same run is noticed by its heartbeat alone"
+                print(f"runner: {path}: no file locks here ({problem}); {reason}", file=sys.stderr)
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path.parent}: {owner or 'another process'} trains it; wait for it, or choose another --name"
+            )
+        time.sleep(0.5)
+
+
+def is_locked(path: Path) -> bool:
+    """Returns whether a process is currently training the run of a lock file."""
+    has_locks = True
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        has_locks = False
+    return _living_owner(path, has_locks) is not None
+
+
+def _living_owner(path: Path, has_locks: bool) -> Owner | None:
+    """Returns the owner that a lock file names, if it is alive although this process could lock the file.
+
+    On this node, file locks have the answer, or else the process number; of another node, the heartbeat.
+    """
+    owner = _read(path)
+    try:
+        if owner is None:
+            return None
+        if owner.host != socket.gethostname():
+            return owner if abs(time.time() - path.stat().st_mtime) < STALE else None
+        if has_locks or owner.pid == os.getpid():
+            return None
+        os.kill(owner.pid, 0)
+    except PermissionError:  # of another user
+        pass
+    except OSError:
+        return None
+    return owner
+
+
+def _read(path: Path) -> Owner | None:
+    """Returns the owner that a lock file names; None without one, or of an earlier version."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Owner)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    """Touches a lock file until `ended` is set."""
+    while not ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)

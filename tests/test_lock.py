@@ -1,0 +1,113 @@
+"""The lock of a run folder, also where nodes share no file locks."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from runner.common.errors import UserError
+from runner.run import lock
+from runner.run.folder import Run
+from runner.run.lock import Owner, is_locked, locked
+from tests.support.configs import CONFIG
+from tests.support.processes import TINY, runner
+
+ELSEWHERE = Owner(1, "another-node", "7")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "lock"
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is mounted without locks."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_the_owner_is_named_and_then_forgotten(file: Path) -> None:
+    assert not is_locked(file)
+    with locked(file, 1, "7"):
+        assert is_locked(file)
+        assert msgspec.json.decode(file.read_bytes(), type=Owner) == Owner(os.getpid(), socket.gethostname(), "7")
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on .*, job 7, trains it"),
+            locked(file, 0),
+        ):
+            pass
+    assert not is_locked(file)
+    assert file.read_bytes() == b""
+
+
+def test_an_owner_on_another_node_is_alive_while_it_gives_signs(file: Path) -> None:
+    """This node could lock the file, because file locks are not shared."""
+    file.write_bytes(msgspec.json.encode(ELSEWHERE))
+    assert is_locked(file)
+    with pytest.raises(UserError, match="process 1 on another-node, job 7, trains it"), locked(file, 0, "8"):
+        pass
+    os.utime(file, (0, time.time() - lock.STALE - 1))
+    assert not is_locked(file)
+    with locked(file, 0, "8"):
+        pass
+
+
+def test_a_job_that_is_queued_again_does_not_wait_for_itself(file: Path) -> None:
+    file.write_bytes(msgspec.json.encode(ELSEWHERE))
+    with locked(file, 0, "7"):
+        assert is_locked(file)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_file_locks_the_process_counts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    file.write_bytes(msgspec.json.encode(Owner(other.pid, socket.gethostname())))
+    assert is_locked(file)
+    with pytest.raises(UserError, match=f"process {other.pid} on"), locked(file, 0):
+        pass
+    other.kill()
+    other.wait()
+    assert not is_locked(file)
+    with locked(file, 0):
+        assert "no file locks here (No locks available); a process on another node" in capsys.readouterr().err
+
+
+def test_the_owner_gives_signs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    with locked(file, 0):
+        os.utime(file, (0, 0))
+        end = time.monotonic() + 60
+        while file.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 0
+
+
+def test_a_lock_of_an_earlier_version_is_no_owner(file: Path) -> None:
+    file.write_text("process 1 on somewhere\n")
+    assert not is_locked(file)
+    with locked(file, 0):
+        pass
+
+
+def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny" / "seed-0")
+    run.folder.mkdir(parents=True)
+    run.record.write_bytes(msgspec.json.encode(CONFIG, enc_hook=str))
+    run.lock.write_bytes(msgspec.json.encode(ELSEWHERE))
+    assert run.state() == "running"
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--overwrite"]
+    done = runner(*words)
+    assert done.returncode == 2
+    assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
+    assert run.record.exists()
