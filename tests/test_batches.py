@@ -57,7 +57,18 @@ EVERYTHING = Recipe(
     SGD(0.1),
     drop_last=False,
     resize=40,
-    augment=Augment(4, "reflect", "alternating", 0.4, 0.3, 0.2, 0.1, cutout=8, mixup=0.2, cutmix=1.0),
+    augment=Augment(
+        crop_padding=4,
+        crop_fill="reflect",
+        flip="alternating",
+        brightness=0.4,
+        contrast=0.3,
+        saturation=0.2,
+        hue=0.1,
+        cutout=8,
+        mixup=0.2,
+        cutmix=1.0,
+    ),
 )
 
 
@@ -185,17 +196,37 @@ GOLDEN_ORDER = [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
 GOLDEN_BITS = [17964823697111478408, 18027570692173722940, 11203626095865337575]
 
 
+CHANGES = {
+    "crop_padding": 4, "crop_fill": "reflect", "flip": "random", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5,
+    "hue": 0.2, "cutout": 8, "mixup": 1.0, "cutmix": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augment)])
+def test_every_augmentation_changes_the_images_of_training(small_data: Path, name: str) -> None:
+    """And not those of evaluation. A new one needs a value in CHANGES."""
+    without = {"crop_padding": 4} if name == "crop_fill" else {}
+    settings = (without, {**without, name: CHANGES[name]})
+    before, after = (dataclasses.replace(PLAIN, augment=Augment(**setting)) for setting in settings)
+    for split, differ in (("train", True), ("test", False)):
+        images = [
+            torch.cat([images for images, _ in opened(small_data, split=split, recipe=recipe).epoch(0)])
+            for recipe in (before, after)
+        ]
+        assert torch.equal(*images) != differ
+
+
 class Arrays:
     """AugmentParams as numpy arrays."""
 
     def __init__(self, params: augment.AugmentParams) -> None:
         for name, tensor in vars(params).items():
-            setattr(self, name, tensor.numpy())
+            setattr(self, name, None if tensor is None else tensor.numpy())
 
 
 def test_offsets_and_flips_are_uniform_and_independent() -> None:
     samples = np.arange(50_000)
-    everything = Augment(4, flip="random", cutout=8, hue=0.1)
+    everything = Augment(crop_padding=4, flip="random", cutout=8, hue=0.1)
     first, second = (Arrays(augment.sample_params(everything, samples, (32, 32), 0, epoch)) for epoch in (0, 1))
     uniform = [
         (first.row + 4, 9),

@@ -63,8 +63,8 @@ def test_the_committed_table_has_every_experiment() -> None:
 
 PATHS = {
     "plain": replace(RECIPE, augment=Augment()),
-    "reflected": replace(RECIPE, augment=Augment(4, "reflect", "alternating")),
-    "jitter": replace(RECIPE, augment=Augment(4, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)),
+    "reflected": replace(RECIPE, augment=Augment(crop_padding=4, crop_fill="reflect", flip="alternating")),
+    "jitter": replace(RECIPE, augment=Augment(crop_padding=4, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)),
     "cutout": replace(RECIPE, augment=Augment(cutout=8)),
     "mixup": replace(RECIPE, augment=Augment(mixup=0.2)),
     "cutmix": replace(RECIPE, augment=Augment(cutmix=1.0), label_smoothing=0.1),
@@ -74,8 +74,11 @@ PATHS = {
     "accumulated": replace(RECIPE, accumulate=3),
     "contiguous": replace(RECIPE, channels_last=False),
     "everything": replace(
-        RECIPE, augment=Augment(4, "reflect", "random", 0.4, 0.3, 0.2, 0.1, 8, 0.2, 1.0), ema=0.9, accumulate=2,
-        clip_gradient=1.0, resize=40, label_smoothing=0.1, optimizer=AdamW(0.1),
+        RECIPE, ema=0.9, accumulate=2, clip_gradient=1.0, resize=40, label_smoothing=0.1, optimizer=AdamW(0.1),
+        augment=Augment(
+            crop_padding=4, crop_fill="reflect", flip="random", brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1,
+            cutout=8, mixup=0.2, cutmix=1.0,
+        ),
     ),
     "Adam": replace(RECIPE, optimizer=Adam(0.1)),
     "AdamW": replace(RECIPE, optimizer=AdamW(0.1)),

@@ -10,9 +10,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from data_prep import beton, sources
+from runner.config.recipe import differences
+from runner.run.folder import Run
 from tests.support.processes import ROOT, runner
 
 
@@ -47,6 +50,19 @@ def test_an_old_run_is_scored_and_exported(old: Path, synthetic: Path) -> None:
         assert done.returncode == 0, done.stderr
     rows = json.loads((old / "deploy" / "parity.json").read_text())["rows"]
     assert {row["precision"] for row in rows} == {"fp32", "int8"}
+
+
+def test_a_run_of_before_a_setting_existed_is_equal_to_one_of_today(old: Path) -> None:
+    """It is resumed, and is in one group with later runs in reports."""
+    record = json.loads((old / "run.json").read_text())
+    config = Run(old).config()
+    for name in ("hue", "cutout"):
+        del record["recipe"]["augment"][name]
+    del record["recipe"]["prune"]
+    (old / "run.json").write_text(json.dumps(record))
+    earlier = Run(old).config()
+    assert differences({"recipe": config.recipe}, {"recipe": earlier.recipe}) == {}
+    assert msgspec.json.encode(earlier.recipe) == msgspec.json.encode(config.recipe)
 
 
 def test_an_old_run_is_resumed(old: Path, synthetic: Path) -> None:

@@ -27,7 +27,14 @@ from runner.config.recipe import (
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(3, 64, SGD(0.1, 0.8, nesterov=True), Cosine(0.1, 0.01), Augment(4, "reflect", "alternating"), "half"),
+        Recipe(
+            3,
+            64,
+            SGD(0.1, 0.8, nesterov=True),
+            Cosine(0.1, 0.01),
+            Augment(crop_padding=4, crop_fill="reflect", flip="alternating"),
+            "half",
+        ),
         Recipe(1, 1, Muon(0.1, unit_rows=True), Step((0.2, 0.9)), validation=5, ema=0.9),
         Recipe(1, 1, AdamW(0.1, decay_vectors=True), OneCycle()),
         Recipe(1, 1, RMSprop(0.1), Linear(0.1)),

@@ -201,7 +201,7 @@ Optimizer = SGD | Adam | AdamW | RMSprop | Muon
 Schedule = Constant | Step | Cosine | Linear | OneCycle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Augment:
     """Random augmentations of training images, applied in this order; each is a function of (seed, epoch, sample)."""
 

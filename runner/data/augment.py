@@ -1,7 +1,7 @@
 """Random augmentation of training images: all random parameters are sampled before any pixel is touched."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -12,6 +12,10 @@ from runner.data import color, order
 # One stream of random numbers for each use, so that adding a use does not change the others.
 CROP_ROW, CROP_COLUMN, FLIP, CUTOUT_ROW, CUTOUT_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
 JITTER_ORDER = 9  # streams 9 to 12; 13 is order.RANK; the next free stream is 14
+
+
+# Parameters of the crop and of `augment_normalized`; all others are of `augment_pixels`.
+NOT_OF_PIXELS = ("row", "column", "flip", "cutout_center")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class AugmentParams:
     @property
     def changes_pixels(self) -> bool:
         """Whether `augment_pixels` does anything; if not, cropping and normalizing are one pass."""
-        return self.jitter_factors is not None
+        return any(getattr(self, field.name) is not None for field in fields(self) if field.name not in NOT_OF_PIXELS)
 
     def to(self, device: torch.device) -> "AugmentParams":
         """Copies the parameters to a device."""
@@ -47,11 +51,8 @@ class AugmentParams:
         return self._map(lambda tensor: tensor[images])
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "AugmentParams":
-        optional = (self.cutout_center, self.jitter_factors, self.jitter_order)
-        return AugmentParams(
-            *(function(tensor) for tensor in (self.row, self.column, self.flip)),
-            *(None if tensor is None else function(tensor) for tensor in optional),
-        )
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AugmentParams(**{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def sample_params(
@@ -74,16 +75,15 @@ def sample_params(
         flip = below(2, FLIP) == 1
     elif augment.flip == "alternating":
         flip = below(2, FLIP, epoch=0) == epoch % 2
-    cutout_center = jitter_factors = jitter_order = None
+    optional: dict[str, np.ndarray] = {}
     if augment.cutout:
-        cutout_center = np.stack([below(image_size[0], CUTOUT_ROW), below(image_size[1], CUTOUT_COLUMN)], 1)
+        optional["cutout_center"] = np.stack([below(image_size[0], CUTOUT_ROW), below(image_size[1], CUTOUT_COLUMN)], 1)
     if any(augment.jitter):
-        jitter_factors, jitter_order = _sample_jitter(augment, samples, seed, epoch)
+        optional["jitter_factors"], optional["jitter_order"] = _sample_jitter(augment, samples, seed, epoch)
     crop = (below(2 * padding + 1, CROP_ROW) - padding, below(2 * padding + 1, CROP_COLUMN) - padding, flip)
-    optional = (cutout_center, jitter_factors, jitter_order)
     return AugmentParams(
         *(torch.from_numpy(array) for array in crop),
-        *(None if array is None else torch.from_numpy(array) for array in optional),
+        **{name: torch.from_numpy(array) for name, array in optional.items()},
     )
 
 

@@ -4,6 +4,7 @@ This version reads the files of every earlier version; `format` increases when t
 numbers are written as null, which is valid JSON; `decode` also reads NaN and Infinity as null.
 """
 
+import dataclasses
 import json
 import re
 from enum import StrEnum
@@ -177,10 +178,27 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     options: TrainConfig | None = None
     """The options of `runner train`, given or default, before they were resolved."""
 
+    def __post_init__(self) -> None:
+        for part in (self.architecture, self.recipe, self.reported, self.options):
+            if part is not None:
+                _set_defaults(part)
+
     @property
     def name(self) -> str:
         """`experiment/run`."""
         return f"{self.experiment}/{self.run}"
+
+
+def _set_defaults(value: Any) -> None:
+    """Sets the fields of a dataclass that were missing in its JSON, which an earlier version wrote.
+
+    msgspec leaves them to the class, and would not encode them: two equal recipes would differ.
+    """
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        object.__setattr__(value, field.name, item)
+        if dataclasses.is_dataclass(item):
+            _set_defaults(item)
 
 
 class Summary(Record, frozen=True, kw_only=True):
