@@ -15,6 +15,7 @@ import pytest
 
 from runner import experiments
 from runner.common import console
+from runner.deploy import latency
 from runner.run.folder import Run
 from tests.support import archives
 from tests.support.processes import ROOT, TINY, clean_environment, module, python, runner
@@ -59,6 +60,20 @@ def test_a_table_fits_a_terminal_of_80_columns_and_cuts_nothing() -> None:
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines[1:]] == list(experiments.load())
     assert "…" not in "".join(lines)
+
+
+def test_a_table_through_a_pipe_has_80_columns_and_cuts_nothing(
+    deployed_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = runner("list").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert set(experiments.load()) <= {line.split()[0] for line in lines if line.split()}
+    report = Run(deployed_run).read_latency()
+    latency.show([report])
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\S  +\S", line)]  # of the table
+    assert max(map(len, lines)) <= 80
+    for row in report.rows:
+        assert not row.measured or any(row.backend in line and row.precision in line for line in lines)
 
 
 def test_show_says_what_a_run_is_and_how_far(deployed_run: Path) -> None:
@@ -212,6 +227,16 @@ BAD = {
     "not exported": ("runner bench {run}", "runner export"),
     "too many threads": ("runner bench {run} --threads 100000", "usable cores"),
     "too long a wait": ("runner train tiny --data {data} --runs {new} --hang-timeout 1e300", "--hang-timeout"),
+    "no number to wait": (
+        "runner train tiny --data {data} --runs {new} --hang-timeout nan",
+        "--hang-timeout nan",
+    ),
+    "no end of the wait": ("runner train tiny --data {data} --runs {new} --hang-timeout inf", "--hang-timeout inf"),
+    "a path for a module": (
+        "runner train tiny --data {data} --runs {new} --experiments-from ./mine",
+        "--experiments-from ./mine: expected an importable module",
+    ),
+    "no dataset": ("runner train soni-2 --data {new} --runs {new}", "prepare --source official --out"),
     "no factory": (
         "runner train tiny --data {data} --runs {new} --architecture.factory no.such:Net",
         "--architecture.factory no.such:Net: expected module:callable",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 
 from runner import cli
 from runner.common.errors import UserError
+from runner.common.files import write
 from runner.report import collect, compare, markdown, page
 from runner.run.folder import Run, find_runs
 from runner.run.metrics import read_metrics
@@ -222,6 +224,13 @@ def test_a_value_that_no_page_can_show_is_refused(
     with pytest.raises(UserError) as refused:
         collect.read(own)
     assert message in str(refused.value)
+
+
+@given(st.recursive(st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_no_file_of_ours_holds_a_number_that_json_lacks(value: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "file.json", {"value": value})
+        json.loads((Path(folder) / "file.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 @pytest.mark.parametrize(

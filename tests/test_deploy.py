@@ -537,6 +537,18 @@ def test_external_data_is_refused(own: Run, where: str, tmp_path: Path) -> None:
         exporter.read(path)
 
 
+def test_predict_of_a_run_takes_a_file_that_passed_and_no_other(own: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    picture = tmp_path / "picture.png"
+    assert runner("predict", own.folder, picture).returncode == 0
+    report = own.read_parity()
+    for rows in ([replace(row, passed=False) for row in report.rows], []):
+        write(own.parity, replace(report, rows=rows))
+        done = runner("predict", own.folder, picture)
+        assert done.returncode == 2
+        assert "expected an ONNX file that passed the gate on cpu, found none" in done.stderr
+
+
 def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"no model")
     (tmp_path / "broken.png").write_bytes(b"no image")

@@ -69,6 +69,21 @@ def test_a_job_that_is_queued_again_does_not_wait_for_itself(file: Path) -> None
         assert is_locked(file)
 
 
+def test_the_lock_of_a_lost_node_is_replaced(file: Path) -> None:
+    """As on NFS, whose server keeps it."""
+    file.write_bytes(msgspec.json.encode(ELSEWHERE))
+    with file.open() as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="process 1 on another-node"), locked(file, 0):
+            pass
+        os.utime(file, (0, time.time() - lock.STALE - 1))
+        assert is_locked(file)
+        os.utime(file, (0, time.time() - lock.LOST - 1))
+        assert not is_locked(file)
+        with locked(file, 0):
+            assert is_locked(file)
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_without_file_locks_the_process_counts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

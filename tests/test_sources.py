@@ -53,6 +53,27 @@ def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
         sources.load(str(path), sha256="0" * 64)
 
 
+@pytest.mark.parametrize("name", sources.BY_SOURCE)
+def test_a_named_source_is_refused_by_its_hash_before_it_is_parsed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = sources.BY_SOURCE[name]
+    served = tmp_path / Path(dataset.url).name
+    served.write_bytes(b"no archive at all")
+    monkeypatch.setitem(sources.BY_SOURCE, name, replace(dataset, url=served.as_uri()))
+    expected = dataset.sha256[served.name]
+    with pytest.raises(UserError, match=f"expected SHA-256 {expected}, received {sha256_of(served)}"):
+        sources.load(name, downloads=tmp_path / "downloads")
+    assert list((tmp_path / "downloads").iterdir()) == []
+
+
+def test_the_hashes_of_cifar100() -> None:
+    assert sorted(sources.BY_SOURCE["cifar100"].sha256.values()) == [
+        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    ]
+
+
 def trust_md5(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content in files.items():
         monkeypatch.setitem(CIFAR10.python_md5, Path(name).name, hashlib.md5(content).hexdigest())

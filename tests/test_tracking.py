@@ -13,7 +13,7 @@ import pytest
 
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
-from runner.tracking.tracker import DEFAULT_BASE_URL, base_url
+from runner.tracking.account import DEFAULT_BASE_URL, DEFAULT_HOSTS, base_url, has_key
 from tests.support import wandb_file
 from tests.support.processes import ROOT, clean_environment, python, wait_until
 from tests.support.wandb_server import Server, end_clients
@@ -83,6 +83,35 @@ def test_the_users_own_server_is_found_in_the_settings_of_wandb(train, tmp_path:
     assert (
         base_url({"WANDB_BASE_URL": "http://other", "WANDB_CONFIG_DIR": str(home / ".config/wandb")}) == "http://other"
     )
+
+
+def test_a_run_folder_cannot_name_the_server(tiny_run: Path, tmp_path: Path) -> None:
+    """The key would go there."""
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "tiny" / "seed-0", ignore=shutil.ignore_patterns("wandb")))
+    (folder / "wandb").mkdir()
+    with Server() as server, Server() as hostile:
+        for place in (folder, tmp_path):
+            (place / "wandb").mkdir(exist_ok=True)
+            (place / "wandb" / "settings").write_text(f"[default]\nbase_url = {hostile.url}\n")
+        config = tmp_path / "config"
+        config.mkdir()
+        (config / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+        environ = {"WANDB_CONFIG_DIR": str(config), "WANDB_API_KEY": KEY, "WANDB_MODE": "", "WANDB_BASE_URL": ""}
+        done = python("-m", "runner", "sync", folder, cwd=tmp_path, **environ)
+        assert done.returncode == 0, done.stderr
+        assert server.history(Run(folder).config().wandb_id)
+        assert hostile.runs == {}
+
+
+def test_a_login_of_either_of_wandbs_hosts_is_found(tmp_path: Path) -> None:
+    import wandb
+
+    assert wandb.Settings.model_fields["base_url"].default == DEFAULT_BASE_URL
+    for host in (*DEFAULT_HOSTS, "other"):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+        (tmp_path / "netrc").chmod(0o600)
+        environ = {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+        assert has_key(environ) == (host != "other")
 
 
 def test_disabled_writes_only_local_files(train) -> None:

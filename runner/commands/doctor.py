@@ -25,7 +25,7 @@ from runner.commands.options import Flag
 from runner.common.console import new_table, print_table, track
 from runner.common.errors import UserError
 from runner.system import environment
-from runner.tracking import tracker
+from runner.tracking import account
 
 ENOUGH_SPACE = 10 * 2**30  # bytes; the runs of a sweep can take that much
 ALL_REDUCE_SECONDS = 180
@@ -222,7 +222,7 @@ def wandb(environ: Mapping[str, str]) -> Finding:
     mode = environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         return Finding("W&B", "warning", f"WANDB_MODE={mode}", "unset it to go online")
-    url = environ.get("WANDB_BASE_URL", tracker.DEFAULT_BASE_URL)
+    url = account.base_url(environ)
     host = urlsplit(url)
     port = host.port or (443 if host.scheme == "https" else 80)
     try:
@@ -231,7 +231,7 @@ def wandb(environ: Mapping[str, str]) -> Finding:
                 ssl.create_default_context().wrap_socket(plain, server_hostname=host.hostname).close()
     except OSError as error:
         return Finding("W&B", "warning", f"{url}: {error}", "set WANDB_MODE=offline to avoid waiting; sync later")
-    if not tracker.has_key(environ):
+    if not account.has_key(environ):
         remedy = "run wandb login; without a key, runs are offline"
         return Finding("W&B", "warning", f"{url} answers, but there is no API key", remedy)
     return Finding("W&B", "well", f"{url} answers, and there is an API key")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from runner.commands.options import Flag
+from runner.common.text import printable
 from runner.config.recipe import Count
 
 
@@ -38,4 +39,4 @@ class Predict:
             print(json_format.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
             return
         for prediction in predictions:
-            print(f"{prediction.image}: {prediction.label} {prediction.probability:.1%}")
+            print(f"{printable(prediction.image)}: {prediction.label} {prediction.probability:.1%}")

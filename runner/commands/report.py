@@ -56,10 +56,12 @@ class Report:
             write_atomically(self.markdown, markdown.render(records, unreadable).encode())
         if self.wandb_spec is not None or self.wandb is not None:
             from runner.report import wandb_report
+            from runner.tracking.account import choose_server
 
             if self.wandb_spec is not None:
                 write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb).encode())
             if self.wandb is not None:
+                choose_server(environ)
                 print(f"W&B report: {wandb_report.save(records, self.wandb)}", file=sys.stderr)
         if self.json:
             rows = [compare.run_row(record) for record in records]

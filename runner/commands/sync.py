@@ -23,7 +23,7 @@ class Sync:
         from runner.common.console import EXIT_BAD_INPUT
         from runner.run.folder import find_runs
         from runner.tracking import wandb_sync
-        from runner.tracking.tracker import has_key
+        from runner.tracking.account import has_key
 
         if not self.runs:
             raise UserError("RUNS: expected at least one run folder or folder of runs")

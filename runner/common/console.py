@@ -140,7 +140,7 @@ def new_table(*titles: str, title: str | None = None) -> "Table":
 
 
 def print_table(table: "Table") -> None:
-    """Prints a table at the width of the terminal or, if the output is a pipe, with each row on one line.
+    """Prints a table at the width of the terminal, or in 80 columns through a pipe.
 
     The first column, which names the row, is not wrapped unless it would fill the terminal, so that it can be copied.
     """
@@ -148,7 +148,7 @@ def print_table(table: "Table") -> None:
 
     name = table.columns[0]
     name.no_wrap = all(len(str(cell)) <= LONGEST_NAME for cell in name.cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 80).print(table)
 
 
 def list_some(names: Sequence[str], most: int = 3) -> str:

@@ -17,6 +17,7 @@ from data_prep.images import SUFFIXES, decode, fit
 from runner.common import files
 from runner.common.console import list_some, track
 from runner.common.errors import UserError
+from runner.common.text import printable
 from runner.deploy import onnx
 from runner.deploy.session import PROVIDERS, Session
 from runner.run.folder import Run
@@ -96,7 +97,7 @@ def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
                 if file.suffix.lower() in SUFFIXES and not hidden:
                     paths.append(file)
                 else:
-                    unused.append(str(file))
+                    unused.append(printable(file))
         elif path.is_file():
             paths.append(path)
         else:

@@ -1,7 +1,6 @@
 """Reads run folders for a report, and separates damaged ones."""
 
 import os
-from pathlib import Path
 
 import msgspec
 
@@ -11,9 +10,6 @@ from runner.report.compare import run_row
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
-
-PICTURES = ("samples.png", "mistakes.png")  # files in figures/ that the page embeds
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
@@ -52,20 +48,11 @@ def read(run: Run) -> RunRecord:
             reason=ending.reason if ending else "",
         )
         run_row(record)  # raises if a value cannot be shown
-        for name in PICTURES:
-            _check_png(run.figures / name)
+        run.check_pictures()
     except (OSError, msgspec.ValidationError) as error:
         raise UserError(f"{run.folder}: damaged ({error}); restore or remove it") from None
     _check_classes(record)
     return record
-
-
-def _check_png(path: Path) -> None:
-    """Raises UserError if a file exists but is not a PNG file."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
-                raise UserError(f"{path}: expected a PNG file; remove it")
 
 
 def _check_classes(record: RunRecord) -> None:

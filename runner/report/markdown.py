@@ -71,7 +71,7 @@ def _latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
     for cell in compare.run_row(record).latency:
         yield (
             _code(record.name),
-            cell.backend,
+            plain(cell.backend),
             cell.precision,
             str(cell.batch),
             *(f"{figure:.2f}" for figure in (cell.p50_ms, cell.p90_ms, cell.p99_ms)),

@@ -42,6 +42,7 @@ from runner.run.schema import (
 )
 
 T = TypeVar("T")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LOCK_TIMEOUT = 60.0  # seconds to wait for the previous process to exit, possibly on another node
 State = Literal["complete", "running", "stopped", "failed", "crashed", "missing"]
 
@@ -136,6 +137,17 @@ class Run:
                 raise UserError(
                     f"{path}: a link that leads out of the run folder; replace it with the file, or remove it"
                 )
+
+    def check_pictures(self) -> None:
+        """Raises UserError if a picture is not a PNG file: its readers would choose a decoder by its content."""
+        for path in sorted(self.figures.glob("*.png")):
+            try:
+                with path.open("rb") as file:
+                    is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}); remove it") from None
+            if not is_png:
+                raise UserError(f"{path}: expected a PNG file; remove it")
 
     def state(self) -> State:
         """Returns the state of the run.

@@ -21,6 +21,7 @@ from runner.common.errors import UserError
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 STALE = 45.0  # seconds without one after which an owner on another node counts as dead
+LOST = 900.0  # the same, if the file lock is still held: longer, as its watchdog ends a process that hangs
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -49,8 +50,7 @@ def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
         OSError: the file cannot be written.
     """
     own = Owner(os.getpid(), socket.gethostname(), job)
-    with path.open("a+") as file:
-        _acquire(file, path, own, timeout)
+    with _acquire(path, own, timeout) as file:
         file.truncate(0)
         file.write(msgspec.json.encode(own).decode())
         file.flush()
@@ -66,9 +66,10 @@ def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
                 file.truncate(0)  # no owner
 
 
-def _acquire(file: IO[str], path: Path, own: Owner, timeout: float) -> None:
-    """Waits for the file lock and for the end of an owner that the file lock does not know."""
+def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
+    """Opens and locks the file, and waits for the end of an owner that the file lock does not know."""
     deadline = time.monotonic() + timeout
+    file = path.open("a+")
     while True:
         blocked, problem = False, ""
         try:
@@ -78,15 +79,20 @@ def _acquire(file: IO[str], path: Path, own: Owner, timeout: float) -> None:
         except OSError as error:
             problem = str(error.strerror)
         owner = _read(path) if blocked else _living_owner(path, has_locks=not problem)
+        if blocked and _is_lost(path):  # its server keeps the lock, which a new file does not have
+            file.close()
+            path.unlink(missing_ok=True)
+            file = path.open("a+")
+            continue
         if not blocked and (owner is None or (own.job and owner.job == own.job)):
             if problem:
                 reason = "a process on another node that trains the same run is noticed by its heartbeat alone"
                 print(f"runner: {path}: no file locks here ({problem}); {reason}", file=sys.stderr)
-            return
+            return file
         if time.monotonic() > deadline:
-            raise UserError(
-                f"{path.parent}: {owner or 'another process'} trains it; wait for it, or choose another --name"
-            )
+            file.close()
+            who = owner or "another process"
+            raise UserError(f"{path.parent}: {who} trains it; wait for it, or choose another --name")
         time.sleep(0.5)
 
 
@@ -97,12 +103,21 @@ def is_locked(path: Path) -> bool:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return not _is_lost(path)
     except FileNotFoundError:
         return False
     except OSError:
         has_locks = False
     return _living_owner(path, has_locks) is not None
+
+
+def _is_lost(path: Path) -> bool:
+    """Returns whether the lock is held for a node that has given no sign of life for long."""
+    owner = _read(path)
+    try:
+        return owner is not None and owner.host != socket.gethostname() and time.time() - path.stat().st_mtime > LOST
+    except OSError:
+        return False
 
 
 def _living_owner(path: Path, has_locks: bool) -> Owner | None:

@@ -54,7 +54,7 @@ def sync_metrics(run: Run) -> MetricsChecksum:
     return MetricsChecksum(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allow_missing: bool) -> None:
+def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allow_missing: bool) -> bool:
     """Removes the rows after a checkpoint, because a resumed run writes them again.
 
     Args:
@@ -63,10 +63,14 @@ def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allo
         checksum: from the checkpoint; None if there is no checkpoint, or if an earlier version wrote it.
         allow_missing: continue without the missing rows.
 
+    Returns:
+        Whether all rows from before the checkpoint are there.
+
     Raises:
         UserError: rows from before the checkpoint are missing or damaged.
     """
     content = run.metrics.read_bytes() if run.metrics.is_file() else b""
+    is_complete = True
     if checksum is not None and hashlib.sha256(content[: checksum["bytes"]]).hexdigest() == checksum["sha256"]:
         content = content[: checksum["bytes"]]
     elif checksum is not None and not allow_missing:
@@ -75,6 +79,8 @@ def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allo
             "different ones; restore the file, or continue without them with --resume-anyway"
         )
     else:
+        is_complete = checksum is None
         content = b"".join(encode_row(row) for row in read_metrics(run) if row.global_step <= step)
     if content or run.metrics.is_file():
         write_atomically(run.metrics, content)
+    return is_complete

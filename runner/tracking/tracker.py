@@ -2,8 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
-from pathlib import Path
+from collections.abc import Callable, MutableMapping
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -11,8 +10,8 @@ from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import MetricRow, RunConfig
 from runner.tracking import wandb_run
+from runner.tracking.account import has_key
 
-DEFAULT_BASE_URL = "https://api.wandb.ai"
 FINISH_TIMEOUT = 45.0  # seconds at the end for W&B to connect and to upload what is queued
 UPLOAD_RATE = 1e6  # bytes per second; the weights extend the timeout at this rate
 ONLINE_MODES = ("online", "shared")
@@ -112,31 +111,3 @@ def _warn(message: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
-
-
-def base_url(environ: Mapping[str, str]) -> str:
-    """Returns the URL of the W&B server from WANDB_BASE_URL, from W&B's settings, or by default."""
-    import configparser
-
-    folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(folder / "settings")
-        configured = parser.get("default", "base_url", fallback=DEFAULT_BASE_URL)
-    except (configparser.Error, OSError, UnicodeDecodeError):
-        configured = DEFAULT_BASE_URL  # W&B itself reports damaged settings
-    return environ.get("WANDB_BASE_URL") or configured
-
-
-def has_key(environ: Mapping[str, str]) -> bool:
-    """Returns whether there is a W&B API key in the environment or in ~/.netrc."""
-    if environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-    from urllib.parse import urlsplit
-
-    host = urlsplit(base_url(environ)).netloc  # with its port, as W&B stores it
-    try:
-        return netrc.netrc(environ.get("NETRC") or None).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

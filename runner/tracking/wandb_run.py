@@ -19,6 +19,7 @@ from runner.config.recipe import to_json
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import LatencyRow, MetricRow, RunConfig, Summary
+from runner.tracking.account import choose_server
 
 PROJECT = "training-runner"
 STEP = "global_step"
@@ -34,6 +35,7 @@ def keep_files_in_run_folder(run: Run, environ: MutableMapping[str, str]) -> Non
     """
     for name in [name for name, value in environ.items() if name.startswith("WANDB_") and not value]:
         del environ[name]  # W&B refuses empty values
+    choose_server(environ)
     for name in ("CACHE", "DATA", "ARTIFACT"):
         if environ.get(f"WANDB_{name}_DIR", OWN_FOLDER).endswith(OWN_FOLDER):  # unset, or set for an earlier run
             environ[f"WANDB_{name}_DIR"] = f"{run.folder.absolute() / 'wandb' / f'.{name.lower()}'}{OWN_FOLDER}"

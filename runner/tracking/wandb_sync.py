@@ -58,6 +58,7 @@ def sync(runs: list[Run], environ: MutableMapping[str, str]) -> list[Synced]:
 def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
     try:
         run.check_links()
+        run.check_pictures()
         best = best_run(run) == run.folder.resolve()
         if run.state() == "running":
             raise UserError("it is still training; sync it when it has finished")

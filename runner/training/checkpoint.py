@@ -137,8 +137,12 @@ def _write_files(
 def keep_last(run: Run, *keep: Path) -> None:
     """Removes all checkpoints except `keep`; by default, keeps only the last one."""
     keep = keep or (latest(run),)
-    for folder in run.checkpoints.iterdir():
-        if folder in keep or not re.match(r"\.?step-", folder.name):
+    try:
+        others = [path for path in run.checkpoints.iterdir() if path not in keep]
+    except OSError:
+        others = []
+    for folder in others:
+        if not re.match(r"\.?step-", folder.name):
             continue
         # Rename first: on NFS, a file that another process has open is not removed, and would leave half a checkpoint.
         removed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")

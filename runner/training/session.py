@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -288,7 +289,9 @@ class SeedRun:
         """
         step = self.state["step"] if self.state else 0
         checksum = self.state.get("metrics") if self.state else None
-        truncate_metrics(self.run, step, checksum, allow_missing=self.session.config.resume_anyway)
+        if not truncate_metrics(self.run, step, checksum, allow_missing=self.session.config.resume_anyway):
+            # W&B knows a row by its index in the file, so the rows that follow need another W&B run.
+            self.run_config = msgspec.structs.replace(self.run_config, wandb_id=secrets.token_hex(4))
         if step < self.last_step or any(entry.changed for entry in self.run_config.resumed[-1:]):
             # Delete the summary first, so that it never exists beside the run.json of another training.
             self.run.summary.unlink(missing_ok=True)
