@@ -66,8 +66,8 @@ def _to_rgb(name: str, image: "Image.Image") -> "Image.Image":
 def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image":
     """Resizes an RGB image with antialiased bilinear interpolation; returns the same object if it has the size already.
 
-    `crop` resizes the shorter side, then crops the center; `pad` resizes the longer side, then pads with black;
-    `stretch` ignores the aspect ratio.
+    `crop` scales the image to cover the size, then crops the center; `pad` scales it to fit inside, then pads with
+    black; `stretch` ignores the aspect ratio.
     """
     from PIL import Image, ImageOps
 

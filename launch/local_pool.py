@@ -189,7 +189,7 @@ def _table(pool: Pool) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Live(console=console, auto_refresh=False) as live:
         drawn_at = 0.0
 

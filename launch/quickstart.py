@@ -28,7 +28,7 @@ from runner.config.recipe import Count
 from runner.run.folder import Run, find_runs
 from runner.system import environment
 
-DEFAULT_EXPERIMENTS = ("podeti-alexnet", "podeti-mobilenetv2", "merabishvili")
+DEFAULT_EXPERIMENTS = ("podeti-alexnet", "podeti-mobilenetv2", "soni-2")
 DOWNLOADS = Path("~/.cache/training-runner/downloads")
 BANNER = (
     "THE OFFICIAL DATA CANNOT BE REACHED FROM HERE. EVERYTHING BELOW IS MEASURED ON THE BUILT-IN SYNTHETIC SET "

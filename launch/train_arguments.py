@@ -1,7 +1,8 @@
-"""Builds and checks the arguments of `runner train` for jobs, trials and agents, which run them unchanged.
+"""Builds and checks the arguments of `runner train` for jobs, trials and W&B agents.
 
-Only `--stop-file FILE` is appended when training starts, by slurm/train.sbatch or by the local pool, because the file's
-name contains the number of the job or process.
+Jobs and trials run them unchanged, except that slurm/train.sbatch or the local pool appends `--stop-file FILE` when
+training starts, because the file's name contains the number of the job or process. An agent adds the seed and the name
+of its run, and selects the device.
 """
 
 import os
@@ -37,10 +38,10 @@ def train_options(data: Path, runs: Path, options: Sequence[str], resume: bool) 
     Args:
         data, runs: folders, made absolute, because a job starts in another folder.
         options: options that the user gave; their paths are made absolute as well.
-        resume: whether a job may start again.
+        resume: True for jobs, which get `--resume auto`; False for agents.
 
     Raises:
-        UserError: the user's options contain one that jobs or agents set.
+        UserError: the user's options contain one that jobs set or that agents do not allow.
     """
     reject_options(options, SET_BY_JOBS if resume else SET_BY_AGENTS)
     own = ["--data", str(data.absolute()), "--runs", str(runs.absolute()), *(["--resume", "auto"] if resume else [])]
@@ -54,17 +55,18 @@ def with_stop_file(arguments: Iterable[str], stop_file: Path) -> list[str]:
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a job, which starts in the checkout but can import modules from the current folder."""
-    paths = [str(Path.cwd()), *filter(None, [environ.get("PYTHONPATH")])]
+    given = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(Path.cwd()), *(str(Path(folder).absolute()) for folder in given)]
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def parse_job(arguments: Sequence[str]) -> TrainConfig:
-    """Parses and checks the arguments of a job, including the stop file that is appended to them.
+    """Parses and checks the arguments of a job, with a placeholder for the stop file, which is appended later.
 
     Raises:
         UserError: the arguments are invalid.
     """
-    config = cli.parse_train(with_stop_file(arguments, Path("stop")))
+    config = cli.parse_train(with_stop_file(arguments, Path(os.devnull)))
     config.check()
     return config
 
@@ -119,7 +121,8 @@ def check_dataset(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
 def check_models(config: TrainConfig, manifest: Manifest) -> None:
     """Builds the model and the teacher on the CPU, and checks that they accept the dataset's images and classes.
 
-    Uses one thread, because this may be a login node, and because a process with OpenMP threads cannot fork.
+    Uses one thread, because this may be a login node, and because OpenMP can hang in a child that is forked from a
+    process with OpenMP threads.
 
     Raises:
         UserError: `runner train` would refuse the arguments; it calls the same functions.

@@ -267,10 +267,12 @@ def tensorrt() -> Iterator[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """Prints the findings as a table."""
-    signs = {"well": "[green]well[/]", "warning": "[yellow]warning[/]", "fault": "[red]fault[/]"}
+    from rich.text import Text
+
+    colors = {"well": "green", "warning": "yellow", "fault": "red"}
     table = new_table("check", "state", "found", "what to do")
     for finding in findings:
-        table.add_row(finding.check, signs[finding.state], finding.found, finding.remedy)
+        table.add_row(finding.check, Text(finding.state, colors[finding.state]), finding.found, finding.remedy)
     print_table(table)
 
 

@@ -27,8 +27,8 @@ OTHER_RANKS_ERROR_DELAY = 30.0
 def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after: float = 0) -> Any:
     """Parses a command line, runs the command, and returns its result.
 
-    Errors from the option parser, every `UserError`, and a full disk become one line on standard error and exit code 2;
-    Ctrl-C becomes one line and exit code 130.
+    Errors from the option parser, every `UserError`, a full disk, and a path that cannot be used become one line on
+    standard error and exit code 2. Ctrl-C becomes exit code 130, with one line only if `report_after` is 0.
 
     Args:
         parse: parses the command line and returns the command as a function without arguments.
@@ -42,11 +42,14 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
             with contextlib.suppress(OSError):  # raised by a stream that claims to be seekable but is not
                 stream.reconfigure(errors="backslashreplace")  # for terminals that cannot display a character
     try:
-        return call_parser(parse)()
+        result = call_parser(parse)()
+        _flush()
+        return result
     except UserError as error:
         _exit(prog, error, report_after)
     except BrokenPipeError:  # for example from `runner list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python fails again when it flushes stdout
+        with contextlib.suppress(OSError):
+            _flush()
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         path = error.filename or "the disk"
@@ -60,6 +63,15 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
         _exit(prog, UserError("interrupted"), 0 if report_after == 0 else None, EXIT_INTERRUPTED)
 
 
+def _flush() -> None:
+    """Flushes standard output. Raises OSError, for example if its reader or the disk's space has gone."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python fails again at its end
+        raise
+
+
 def call_parser(parse: Callable[[], Any]) -> Any:
     """Calls an argument parser, and converts tyro's error panel into a UserError without the frame of the panel.
 
@@ -69,7 +81,9 @@ def call_parser(parse: Callable[[], Any]) -> Any:
     panel = io.StringIO()
     try:
         with contextlib.redirect_stderr(panel):
-            return parse()
+            result = parse()
+        sys.stderr.write(panel.getvalue())  # of modules of the user
+        return result
     except SystemExit as stop:
         if stop.code != EXIT_BAD_INPUT:
             raise  # --help
@@ -132,7 +146,12 @@ def _forget_display() -> None:
 
 
 def new_table(*titles: str, title: str | None = None) -> "Table":
-    """Creates a table whose cells are wrapped if they do not fit, and never truncated."""
+    """Creates a table whose cells are wrapped if they do not fit; for `print_table`.
+
+    Args:
+        titles: titles of the columns.
+        title: title of the table, printed above it.
+    """
     from rich.table import Column, Table
 
     columns = [Column(name, overflow="fold") for name in titles]
@@ -142,13 +161,16 @@ def new_table(*titles: str, title: str | None = None) -> "Table":
 def print_table(table: "Table") -> None:
     """Prints a table at the width of the terminal, or in 80 columns through a pipe.
 
-    The first column, which names the row, is not wrapped unless it would fill the terminal, so that it can be copied.
+    The first column, which names the row, is not wrapped unless a name is longer than LONGEST_NAME, so that names can
+    be copied; a terminal narrower than the names truncates them.
     """
     from rich.console import Console
 
+    # Not markup, because cells hold names and messages from elsewhere, in which [...] would vanish.
+    console = Console(width=None if sys.stdout.isatty() else 80, markup=False)
     name = table.columns[0]
-    name.no_wrap = all(len(str(cell)) <= LONGEST_NAME for cell in name.cells)
-    Console(width=None if sys.stdout.isatty() else 80).print(table)
+    name.no_wrap = all(len(str(cell)) <= min(LONGEST_NAME, console.width - 20) for cell in name.cells)
+    console.print(table)
 
 
 def list_some(names: Sequence[str], most: int = 3) -> str:

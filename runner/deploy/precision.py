@@ -54,13 +54,13 @@ def convert(run: Run, precision: Precision, calibration: np.ndarray | None, meth
 
 
 def add_raw_front_end(run: Run, precision: Precision) -> OnnxFile:
-    """Writes a version of an exported ONNX file with the raw front end."""
+    """Writes a version of an exported ONNX file that takes decoded uint8 pixels (the raw front end)."""
     proto, metadata = onnx.read(onnx.exported(run, precision).path)
     return _write_checked(run, onnx.with_raw_input(proto, run.config()), precision, raw=True, metadata=metadata)
 
 
 def _write_checked(run: Run, proto: "ModelProto", precision: Precision, raw: bool, metadata: OnnxMetadata) -> OnnxFile:
-    """Writes a graph if it passes the quick check; `metadata` comes from the file that it was made from."""
+    """Writes a graph if it passes `onnx.check_finite`; `metadata` comes from the file that it was made from."""
     check = partial(
         onnx.check_finite,
         shape=metadata.image_shape if raw else metadata.shape,
@@ -96,9 +96,9 @@ def _unshare_constants(graph: Any) -> None:
 
 
 def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> "ModelProto":
-    """Inserts Q/DQ pairs; weights are quantized per output channel, biases stay fp32.
+    """Inserts Q/DQ pairs; weights are quantized per output channel; for TensorRT, biases stay fp32.
 
-    For TensorRT, only the inputs of operators with weights are quantized, because TensorRT fuses an activation into the
+    For TensorRT, only the inputs of QUANTIZED_OPS are quantized, because TensorRT fuses an activation into the
     preceding convolution only if there is no Q/DQ pair between them. The CPU's kernels pass int8 to each other, so all
     supported operators are quantized for the CPU.
     """
@@ -151,7 +151,7 @@ class _CalibrationReader:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the root logger, to which onnxruntime's quantizer recommends preprocessing that is not needed."""
+    """Hides the root logger's warnings: onnxruntime's quantizer recommends preprocessing that is not needed."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

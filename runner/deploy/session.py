@@ -1,7 +1,8 @@
-"""An onnxruntime session that never falls back to another device."""
+"""An onnxruntime session that raises an error if onnxruntime cannot use the requested provider."""
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ class Session:
 
     Args:
         file: path or contents of the ONNX file.
-        device: "cpu" or "cuda". Raises an error where onnxruntime would silently fall back to the CPU.
+        device: "cpu" or "cuda"; for "cuda", operators that the CUDA provider lacks still run on the CPU.
         threads: number of CPU threads; None for all usable cores.
         plain: whether to run the graph as written, without optimizations.
         fp16: whether the graph has fp16 operators. Such a graph is optimized in a single pass, because repeated
@@ -67,6 +68,7 @@ class Session:
             captured = _captured_output()
         with self._errors_for_users(), captured as output:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
+        self.session.disable_fallback()  # on an error of CUDA, it would go on with the CPU
         self.provider = self.session.get_providers()[0]
         if self.provider != requested:
             reason = next((f" (failed{line.partition('Failed')[2][:300]})" for line in output if "Failed" in line), "")
@@ -161,6 +163,13 @@ def usable_providers() -> list[str]:
     return usable
 
 
+def _flush() -> None:
+    """Writes what Python has buffered, so that it goes where it was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
 @contextlib.contextmanager
 def _captured_output() -> Iterator[list[str]]:
     """Captures the standard output and error of native code, where providers report failures.
@@ -170,12 +179,14 @@ def _captured_output() -> Iterator[list[str]]:
     """
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:
+        _flush()
         saved = [os.dup(1), os.dup(2)]
         try:
             for descriptor in (1, 2):
                 os.dup2(file.fileno(), descriptor)
             yield lines
         finally:
+            _flush()
             for descriptor, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, descriptor)
                 os.close(original)
