@@ -52,7 +52,7 @@ class Quickstart:
     """Names of the experiments to train; see `runner list`."""
     epochs: Count | None = None
     """Epochs per experiment; by default the whole recipe on GPUs, and on the CPU a part of one epoch that takes about a
-    minute and a half."""
+    minute."""
     out: Path = Path("quickstart-out")
     """Output folder; a second call with the same folder continues, and reuses complete results."""
 

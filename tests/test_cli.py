@@ -97,6 +97,13 @@ def test_a_long_name_is_not_wrapped(capsys: pytest.CaptureFixture[str], monkeypa
     assert sum(line.count("word") for line in lines) == 20
 
 
+def test_a_table_shows_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    table = console.new_table("name", "text")
+    table.add_row("a", "[rank0]: failed [/tmp] :smile:")
+    console.print_table(table)
+    assert "[rank0]: failed [/tmp] :smile:" in capsys.readouterr().out
+
+
 def test_list_includes_external_modules() -> None:
     names = [row["name"] for row in json.loads(runner("list", "--json", *TINY).stdout)]
     assert "tiny" in names

@@ -86,12 +86,20 @@ def test_a_file_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("words", ["list", "list --json", "--help", "train soni-2 --help"])
-def test_a_reader_that_leaves_ends_the_command_quietly(words: str) -> None:
+@pytest.mark.parametrize("python_option", ["-u", "-E"])
+def test_a_reader_that_leaves_ends_the_command_quietly(words: str, python_option: str) -> None:
     """As in `runner list | head -1`; standard output may be unbuffered."""
-    script = f"{sys.executable} -u -m runner {words} | :; exit ${{PIPESTATUS[0]}}"
+    script = f"{sys.executable} {python_option} -m runner {words} | :; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr == ""
     assert done.returncode in (141, 1, 0)  # 1 from rich, 0 where the reader was too slow to leave
+
+
+def test_output_to_a_full_disk_is_one_line() -> None:
+    script = f"{sys.executable} -m runner list --json > /dev/full"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stderr == "runner: the disk: no space left; free some and repeat the command\n"
+    assert done.returncode == 2
 
 
 def test_a_terminal_without_a_character_shows_its_number() -> None:

@@ -86,8 +86,11 @@ def test_a_job_imports_what_could_be_imported_where_it_was_submitted(
     (tmp_path / "mine.py").write_text(
         "from tests.support.models import tiny\nEXPERIMENTS = {'own': tiny.EXPERIMENTS['tiny']}"
     )
+    (tmp_path / "below").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "below" / "mine.py")
+    (tmp_path / "stop").mkdir()  # no business of a job, whose stop file is elsewhere
     words = ["own", "--experiments-from", "mine", "--data", small_data, "--runs", tmp_path / "runs"]
-    done = module("launch", "submit", *words, cwd=tmp_path, PYTHONPATH=str(ROOT), **sbatch)
+    done = module("launch", "submit", *words, cwd=tmp_path, PYTHONPATH=f"below:{ROOT}", **sbatch)
     assert done.returncode == 0, done.stderr
     path, *argv = (tmp_path / "job").read_text().splitlines()
     program = "import sys; from runner import cli; print(cli.parse_train(sys.argv[1:]).experiment)"

@@ -167,7 +167,7 @@ def print_table(table: "Table") -> None:
     from rich.console import Console
 
     # Not markup, because cells hold names and messages from elsewhere, in which [...] would vanish.
-    console = Console(width=None if sys.stdout.isatty() else 80, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 80, markup=False, emoji=False)
     name = table.columns[0]
     name.no_wrap = all(len(str(cell)) <= min(LONGEST_NAME, console.width - 20) for cell in name.cells)
     console.print(table)
