@@ -8,7 +8,7 @@ from pathlib import Path
 from runner.config.recipe import Experiment, Recipe
 
 ROOT = Path(__file__).parent.parent
-QUICK_SECONDS = 70  # for training and evaluating one experiment on the CPU
+QUICK_SECONDS = 60  # for training and evaluating one experiment on the CPU
 STEP_COST = 3  # cost of a training step, in forward passes
 
 

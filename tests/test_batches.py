@@ -509,5 +509,8 @@ TABLE = beton_file.HEADER.itemsize + 2 * beton_file.FIELD.itemsize
     ],
 )
 def test_a_wrong_layout_is_refused(own_data: Path, change, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        opened(corrupted(own_data, change))
+    """Also by the streaming loader, before FFCV opens the file."""
+    data = corrupted(own_data, change)
+    for loader in LOADERS:
+        with pytest.raises(UserError, match=message):
+            opened(data, loader=loader)

@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -52,6 +54,23 @@ def test_a_failure_waits_for_the_pending_checkpoint(run: Run, monkeypatch: pytes
         writer.save(Tiny(norm=True).state_dict(), 8)
         raise ZeroDivisionError
     assert checkpoint.latest(run).name == "step-8"
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a file that another process has open stays; the new checkpoint is complete."""
+    for step in (1, 2):
+        checkpoint.save(run, Tiny(norm=True).state_dict(), step)
+
+    def busy(path: Path, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else busy(path))
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 3)
+    assert checkpoint.latest(run).name == "step-3"
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".step-1.removed", "step-2", "step-3"]
+    monkeypatch.undo()
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 4)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-3", "step-4"]
 
 
 def test_weights_and_manifest_name_the_dataset(run: Run) -> None:

@@ -579,6 +579,7 @@ def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
             [changed("shape", 5), picture],
             "metadata of runner export: Expected `array`, got `int` - at `$.shape`",
         ),
+        ([changed("image_shape", [9000, 9000, 3]), picture], "Expected `int` <= 8192 - at `$.image_shape[0]`"),
         ([changed("shape", [3, 16, 16]), picture], "takes images tensor(float) of ['batch', 3, 32, 32], found"),
         ([changed("classes", ["one", "two"]), picture], "has 2 classes, but returns logits (1, 10)"),
         ([misshapen, picture], "onnxruntime cannot run it"),

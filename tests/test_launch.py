@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -230,8 +231,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_batch_script(checkout: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     environ = {
+        **more,
         "PATH": f"{checkout}:/usr/bin:/bin",
         **{"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"},
         **{"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
@@ -258,6 +260,55 @@ def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(
         assert words[words.index("--num_processes") + 1] == "16"
         after = words[words.index("train") + 1 :]
         assert after == [*expected, *shared, "--stop-file", f"{folder}/.stop-7-0"]
+
+
+def with_program(checkout: Path, folder: Path, name: str, text: str) -> Path:
+    """A copy of the checkout with another program."""
+    copy = Path(shutil.copytree(checkout, folder, symlinks=True))
+    (copy / name).write_text(f"#!/bin/bash\n{text}\n")
+    return copy
+
+
+JOB = ("train.sbatch", "tiny", "--data", "x", "--resume", "auto")
+# Asks for a checkpoint, as SLURM does before the time limit, and then stops as the ranks do.
+STOPS = 'kill -USR1 $PPID; while [ ! -e "$STOP_FILE" ]; do sleep 0.1; done; rm "$STOP_FILE"; exit 75'
+
+
+@pytest.mark.parametrize(
+    ("restarts", "message"),
+    [
+        ("0", "stopped with a checkpoint; queued again"),
+        ("20", "stopped with a checkpoint; not queued again after 20 times"),
+    ],
+)
+def test_a_job_says_whether_it_is_queued_again(checkout: Path, tmp_path: Path, restarts: str, message: str) -> None:
+    done = run_batch_script(
+        with_program(checkout, tmp_path / "copy", "accelerate", STOPS), *JOB, SLURM_RESTART_COUNT=restarts
+    )
+    assert done.returncode == 75, done.stderr
+    assert f"train.sbatch: {message}" in done.stderr
+
+
+def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", "kill -USR1 $PPID; sleep 1; exit 0")
+    (copy / "runs").write_text("a file")
+    done = run_batch_script(copy, *JOB)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint is requested" in done.stderr
+
+
+def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    with socket.create_server(("127.0.0.1", 20007)):
+        assert run_batch_script(copy, *JOB).returncode == 0
+    words = (copy / "words").read_bytes().decode().split("\0")
+    assert words[words.index("--main_process_port") + 1] == "20008"
+
+
+def test_a_job_without_an_address_fails(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "scontrol", "exit 1")
+    assert run_batch_script(copy, *JOB).returncode == 1
+    assert not (copy / "words").exists()
 
 
 @pytest.mark.parametrize("fault", ["others can write there", "belongs to another user"])

@@ -91,8 +91,22 @@ def test_values_are_escaped(html: Path) -> None:
     assert "&lt;/script&gt;" in html.read_text()
 
 
+def test_markdown_has_no_markup_of_a_run_folder(runs: Path) -> None:
+    record = collect.read(Run(runs / "tiny" / "seed-0"))
+    bad = "<script>alert(1)</script> [x](y) `z` | *w*"
+    dataset = msgspec.structs.replace(record.config.dataset, name=bad)
+    config = msgspec.structs.replace(record.config, dataset=dataset, experiment=bad)
+    rows = [msgspec.structs.replace(row, backend=bad, warning=bad) for row in record.latency.rows if row.measured]
+    latency = msgspec.structs.replace(record.latency, rows=rows)
+    text = markdown.render([replace(record, config=config, latency=latency)], [Unreadable(bad, bad)])
+    outside_of_code = re.sub(r"`[^`]*`", "", text.replace("\\`", ""))
+    assert "<script>" not in outside_of_code
+    assert "[x](y)" not in outside_of_code
+
+
 def test_the_page_loads_nothing_from_a_network(html: Path) -> None:
     text = text_of(html)
+    assert '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "@import" not in text
 

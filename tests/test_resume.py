@@ -93,10 +93,15 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
     (run / "stop").touch()
     assert "stopped at step 2" in runner(*words).stderr
     assert not (run / "stop").exists()
+    (run / "stop").touch()
+    assert (
+        "stopped at step 3" in runner(*words, "--stop-file", asked).stderr
+    )  # as in a job, which has a file of its own
+    assert not (run / "stop").exists()
     interrupted = runner(*words, END="train 3 0 SIGINT")
     assert interrupted.returncode == 75
     assert "stopping with a checkpoint; Ctrl-C again ends at once" in interrupted.stderr
-    assert "stopped at step 5" in interrupted.stderr
+    assert "stopped at step 6" in interrupted.stderr
 
 
 SECOND_CTRL_C = """
