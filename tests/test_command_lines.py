@@ -255,7 +255,7 @@ def test_a_name_is_found_at_any_position(line: str, name: str) -> None:
         ("train soni-2 --data D --json=yes", "it is a flag"),
         ("train soni-2 --data D --name None", "--name None: expected a value"),
         ("train soni-2 --data D --seeds --json", "--seeds: expected one or more values (an integer), found none"),
-        ("train soni-2 --data D --lr --json", "--lr: expected a value, found none"),
+        ("train soni-2 --data D --lr --json", "--lr: expected a value (a number), found none"),
         ("train soni-2 --data D --recipe.optimizer.nesterov", "nesterov"),
         ("train soni-2 --data D --bach-size 3", "no such option; expected --batch-size"),
         ("export --precision fp32 int8", "RUN: expected one, found none"),

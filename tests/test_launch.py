@@ -307,6 +307,7 @@ def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None
 
 def test_a_job_without_an_address_fails(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "scontrol", "exit 1")
+    (copy / "words").unlink(missing_ok=True)
     assert run_batch_script(copy, *JOB).returncode == 1
     assert not (copy / "words").exists()
 

@@ -42,9 +42,10 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
             with contextlib.suppress(OSError):  # raised by a stream that claims to be seekable but is not
                 stream.reconfigure(errors="backslashreplace")  # for terminals that cannot display a character
     try:
-        result = call_parser(parse)()
-        _flush()
-        return result
+        try:
+            return call_parser(parse)()
+        finally:  # also after --help, which exits
+            _flush()
     except UserError as error:
         _exit(prog, error, report_after)
     except BrokenPipeError:  # for example from `runner list | head -1`
