@@ -204,7 +204,8 @@ def test_one_task_of_a_sweep_is_requeued_alone(
     for task in (0, 1):
         tails = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
         assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", tails
-        assert all(re.search(r"^epoch \d+/16: train .* images/s, ", tail, re.M) for tail in tails)
+    for log in logs.glob("*_[01].log"):
+        assert re.search(r"^epoch \d+/16: train .* images/s, ", log.read_text(), re.M)
     assert sweep() == "2 trials: 2 complete\n"
     assert len(Run(runs[0]).config().resumed) == 1
     assert Run(runs[1]).config().resumed == []
