@@ -85,8 +85,17 @@ def test_a_file_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith("prog: run/deploy: cannot be used (read-only file system)")
 
 
-@pytest.mark.parametrize("words", ["list", "list --json", "--help", "train soni-2 --help"])
-@pytest.mark.parametrize("python_option", ["-u", "-E"])
+QUICK = [("list", "-u"), ("list --json", "-E"), ("--help", "-E")]
+
+
+@pytest.mark.parametrize(
+    ("words", "python_option"),
+    [
+        pytest.param(words, option, marks=[] if (words, option) in QUICK else pytest.mark.every)
+        for words in ("list", "list --json", "--help", "train soni-2 --help")
+        for option in ("-u", "-E")
+    ],
+)
 def test_a_reader_that_leaves_ends_the_command_quietly(words: str, python_option: str) -> None:
     """As in `runner list | head -1`; standard output may be unbuffered."""
     script = f"{sys.executable} {python_option} -m runner {words} | :; exit ${{PIPESTATUS[0]}}"

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,13 +298,21 @@ DAMAGED = [
 ]
 
 
+def with_damage(content: bytes, seed: str) -> bytes:
+    """A file damaged in one of six ways, chosen by a text: emptied, truncated, of another type, version or content."""
+    not_finite = content.replace(b": 0", b": NaN", 3)
+    changes = (b"", content[: len(content) // 2], b"[1]", b'{"format": 99}', not_finite, b"\xff\xfe{}")
+    return changes[zlib.crc32(seed.encode()) % len(changes)]
+
+
 @pytest.mark.parametrize(("command", "name"), DAMAGED)
 def test_no_command_ends_in_a_traceback(
     deployed_run: Path, small_data: Path, tmp_path: Path, command: str, name: str
 ) -> None:
     """It succeeds where it does not need the file, or ends in one line that names it."""
     run = Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0"))
-    (run / name).write_text("[1]")
+    content = (run / name).read_bytes() if (run / name).exists() else b'{"stopped": true}'
+    (run / name).write_bytes(with_damage(content, command + name))
     places = {"RUN": run, "RUNS": tmp_path, "DATA": small_data, "PICTURE": tmp_path / "x.png"}
     Image.new("RGB", (32, 32)).save(places["PICTURE"])
     words = command.replace("TINY", " ".join(TINY)).split()

@@ -30,12 +30,12 @@ def hostile(deployed_run: Path, tmp_path: Path) -> tuple[Run, Path]:
 @pytest.mark.parametrize(
     "command",
     [
-        "eval RUN --device cpu",
+        pytest.param("eval RUN --device cpu", marks=pytest.mark.every),
         "export RUN",
-        "parity RUN --device cpu",
-        "bench RUN --device cpu --backend eager",
+        pytest.param("parity RUN --device cpu", marks=pytest.mark.every),
+        pytest.param("bench RUN --device cpu --backend eager", marks=pytest.mark.every),
         "train tiny --data DATA --runs RUNS --name new --teacher RUN",
-        "train tiny --data DATA --runs RUNS --name new --start-from RUN",
+        pytest.param("train tiny --data DATA --runs RUNS --name new --start-from RUN", marks=pytest.mark.every),
         "train tiny --data DATA --runs RUNS --resume auto",
     ],
 )
