@@ -71,6 +71,9 @@ class Allocation:
             for item in formats:
                 if isinstance(item, Format) and value is not None and not re.fullmatch(item.pattern, value):
                     raise UserError(f"--{name.replace('_', '-')} {value!r}: expected {item.expected}")
+        if self.time is not None and 0 < _seconds(self.time) <= self.stop_before:
+            least = f"more than the {self.stop_before} seconds of --stop-before, when each start would stop at once"
+            raise UserError(f"--time {self.time!r}: expected {least}; give more, or lower that")
 
     @property
     def ranks(self) -> int:
@@ -89,6 +92,16 @@ class Allocation:
         # On the command line, because environment variables such as SBATCH_SIGNAL override the options in a script.
         fixed = ["--requeue", "--open-mode=append", f"--signal=B:USR1@{self.stop_before}"]
         return [*fixed, *(f"--{name}={value}" for name, value in values.items() if value is not None)]
+
+
+def _seconds(limit: str) -> int:
+    """Returns the seconds of a time limit of SLURM; 0 for no limit."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]  # MINUTES or MINUTES:SECONDS
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -82,6 +83,41 @@ def test_the_lock_of_a_lost_node_is_replaced(file: Path) -> None:
         assert not is_locked(file)
         with locked(file, 0):
             assert is_locked(file)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_emptied(file: Path, tmp_path: Path, kind: str) -> None:
+    """A run folder from someone else could hold it."""
+    victim = tmp_path / "victim"
+    victim.write_text("text")
+    file.symlink_to(victim) if kind == "link" else os.mkfifo(file)
+    assert not is_locked(file)
+    with pytest.raises(UserError, match="expected a file, found a link or pipe"), locked(file, 0):
+        pass
+    assert victim.read_text() == "text"
+
+
+def test_who_waited_for_a_replaced_file_does_not_hold_the_new_one(file: Path) -> None:
+    file.write_bytes(msgspec.json.encode(ELSEWHERE))
+    results: list[str] = []
+
+    def wait() -> None:
+        try:
+            with locked(file, 2):
+                results.append("held")
+        except UserError:
+            results.append("refused")
+
+    with file.open() as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        time.sleep(0.3)
+        os.utime(file, (0, time.time() - lock.LOST - 1))
+        with locked(file, 5):
+            fcntl.flock(kept, fcntl.LOCK_UN)
+            waiter.join()
+            assert results == ["refused"]
 
 
 @pytest.mark.usefixtures("no_locks")

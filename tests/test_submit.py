@@ -53,6 +53,8 @@ def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_pa
         (["soni-2", "--partition=--wrap=x"], "--partition '--wrap=x': expected"),
         (["soni-2", "--time", "1\n#SBATCH --wrap=x"], "--time"),
         (["soni-2", "--account", "`id`"], "--account"),
+        (["soni-2", "--time", "2"], "--time '2': expected more than the 180 seconds of --stop-before"),
+        (["soni-2", "--time", "0:10:00", "--stop-before", "600"], "--time '0:10:00': expected more than the 600"),
         (["soni-2", "--nodes", "0"], "--nodes 0: expected an integer >= 1"),
         (["soni-2", "--gpus-per-node", "8;id"], "--gpus-per-node"),
         (["soni-2", "--recipe.epochs", "0"], "--recipe.epochs 0: expected an integer >= 1"),

@@ -75,6 +75,8 @@ def test_what_is_trusted_is_evaluated(tiny_run: Path) -> None:
         ("runner.models.resnet:Sequence", ()),  # which that module has imported
         ("runner.models.resnet:nn.Module", ()),
         ("runner.models.resnet:missing", ()),
+        ("runner.models.resnet:__dir__", ()),
+        ("runner.models.transfer:weight_file", ()),  # defined there, but no model
         ("runner.models.missing:net", ()),
         ("runner.cli:main", ()),
         ("", ()),

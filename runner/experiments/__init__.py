@@ -6,6 +6,7 @@ outside the package. Experiments refer to architectures by name, so no module he
 
 import contextlib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -92,16 +93,22 @@ def check_trusted(architecture: Architecture, code: TrustedCode, record: Path) -
         return
     module, _, name = architecture.factory.partition(":")
     allowed = ("runner.models", *code.experiments_from)
-    # Not what such a module has imported, such as os.system.
-    if _is_within(module, allowed):
-        with contextlib.suppress(ImportError):
+    # Only what returns models, and not what such a module has imported, such as os.system.
+    if _is_within(module, ("runner.models",)) or module in code.experiments_from:
+        with contextlib.suppress(Exception):
             factory = getattr(importlib.import_module(module), name, None)
-            if _is_within(getattr(factory, "__module__", ""), allowed):
+            if _is_within(str(getattr(factory, "__module__", "")), allowed) and _returns_model(factory):
                 return
     raise UserError(
         f"{record}: expected a model of runner.models or of a module given by --experiments-from, found "
         f"{architecture.factory}; --trust imports it all the same"
     )
+
+
+def _returns_model(factory: Any) -> bool:
+    """Returns whether a class is an nn.Module, or a function is annotated to return one."""
+    returned = factory if isinstance(factory, type) else inspect.signature(factory).return_annotation
+    return isinstance(returned, type) and any(kind.__module__ == "torch.nn.modules.module" for kind in returned.__mro__)
 
 
 def _is_within(module: str, packages: Sequence[str]) -> bool:

@@ -5,9 +5,11 @@ node only. So the lock file also names its owner, and the owner touches it every
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -51,9 +53,6 @@ def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
     """
     own = Owner(os.getpid(), socket.gethostname(), job)
     with _acquire(path, own, timeout) as file:
-        file.truncate(0)
-        file.write(msgspec.json.encode(own).decode())
-        file.flush()
         ended = threading.Event()
         heartbeat = threading.Thread(target=_beat, args=(path, ended), name="lock", daemon=True)
         heartbeat.start()
@@ -69,7 +68,7 @@ def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
 def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
     """Opens and locks the file, and waits for the end of an owner that the file lock does not know."""
     deadline = time.monotonic() + timeout
-    file = path.open("a+")
+    file = _open(path)
     while True:
         blocked, problem = False, ""
         try:
@@ -82,10 +81,22 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
         if blocked and _is_lost(path):  # its server keeps the lock, which a new file does not have
             file.close()
             path.unlink(missing_ok=True)
-            file = path.open("a+")
+            file = _open(path)
             continue
-        if not blocked and (owner is None or (own.job and owner.job == own.job)):
+        if not _is_at(file, path):  # another process has replaced it
+            file.close()
+            file = _open(path)
+            continue
+        earlier_start = owner is not None and own.job and owner.job == own.job and owner.host != own.host
+        if not blocked and (owner is None or earlier_start):
+            file.truncate(0)
+            file.write(msgspec.json.encode(own).decode())
+            file.flush()
             if problem:
+                time.sleep(0.5)  # of several that begin at once, the last to write is the owner
+                if _read(path) != own:
+                    file.seek(0)
+                    continue
                 reason = "a process on another node that trains the same run is noticed by its heartbeat alone"
                 print(f"runner: {path}: no file locks here ({problem}); {reason}", file=sys.stderr)
             return file
@@ -96,9 +107,33 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
         time.sleep(0.5)
 
 
+def _open(path: Path) -> IO[str]:
+    """Opens a lock file, which is created if needed. A link, which could lead to any file, or a pipe is refused."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(f"{path}: expected a file, found a link or pipe; remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: expected a file, found a link or pipe; remove it")
+    return os.fdopen(descriptor, "r+")
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Returns whether an open file is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def is_locked(path: Path) -> bool:
     """Returns whether a process is currently training the run of a lock file."""
     has_locks = True
+    if not path.is_file() or path.is_symlink():
+        return False
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -143,6 +178,8 @@ def _living_owner(path: Path, has_locks: bool) -> Owner | None:
 
 def _read(path: Path) -> Owner | None:
     """Returns the owner that a lock file names; None without one, or of an earlier version."""
+    if not path.is_file() or path.is_symlink():
+        return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=Owner)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):

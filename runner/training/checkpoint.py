@@ -251,6 +251,8 @@ def load_model(run: Run) -> nn.Module:
     _, height, width = config.input.shape
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         model = config.architecture.build(len(config.dataset.classes), (height, width))
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{run.record}: expected a model, found that {config.architecture.factory} makes {type(model)}")
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(memory_format=torch.channels_last).eval()
 
