@@ -234,6 +234,7 @@ BAD = {
     "not exported": ("runner bench {run}", "runner export"),
     "too many threads": ("runner bench {run} --threads 100000", "usable cores"),
     "too long a wait": ("runner train tiny --data {data} --runs {new} --hang-timeout 1e300", "--hang-timeout"),
+    "nothing to trust": ("runner train tiny --data {data} --runs {new} --trust", "--trust: expected with --resume"),
     "no number to wait": (
         "runner train tiny --data {data} --runs {new} --hang-timeout nan",
         "--hang-timeout nan",

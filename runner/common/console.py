@@ -162,8 +162,8 @@ def new_table(*titles: str, title: str | None = None) -> "Table":
 def print_table(table: "Table") -> None:
     """Prints a table at the width of the terminal, or in 80 columns through a pipe.
 
-    The first column, which names the row, is not wrapped unless a name is longer than LONGEST_NAME, so that names can
-    be copied; a terminal narrower than the names truncates them.
+    The first column, which names the row, is not wrapped, so that it can be copied, unless a name is longer than
+    LONGEST_NAME or leaves too little room for the other columns.
     """
     from rich.console import Console
 

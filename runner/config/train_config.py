@@ -139,6 +139,8 @@ class TrainConfig:
         """Raises UserError for an option that would be ignored, and for paths that cannot be used."""
         if self.resume_anyway and self.resume == "never":
             raise UserError("--resume-anyway: expected with --resume auto or --resume PATH, found none")
+        if self.trust and self.resume == "never" and self.teacher is None and self.start_from is None:
+            raise UserError("--trust: expected with --resume, --teacher or --start-from, whose models it permits")
         if self.workers != 1 and self.loader == "resident":
             raise UserError(f"--workers {self.workers}: expected with --loader streaming, found resident")
         for option, path in (("--data", self.data), ("--runs", self.runs)):

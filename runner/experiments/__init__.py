@@ -75,7 +75,7 @@ def _add(target: dict[str, Any], entries: dict[str, Any], module: str, extra: tu
 def check_trusted(architecture: Architecture, code: TrustedCode, record: Path) -> None:
     """Checks that the model of a run folder may be imported, because importing and calling it runs its code.
 
-    Allowed are the models of registered experiments, and all that runner.models and the modules of `code` define.
+    Allowed are the models of registered experiments, and those that runner.models and the modules of `code` define.
 
     Args:
         architecture: from the run folder.

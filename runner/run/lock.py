@@ -77,14 +77,14 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
             blocked = True
         except OSError as error:
             problem = str(error.strerror)
+        if not _is_at(file, path):  # another process has replaced it
+            file.close()
+            file = _open(path)
+            continue
         owner = _read(path) if blocked else _living_owner(path, has_locks=not problem)
         if blocked and _is_lost(path):  # its server keeps the lock, which a new file does not have
             file.close()
             path.unlink(missing_ok=True)
-            file = _open(path)
-            continue
-        if not _is_at(file, path):  # another process has replaced it
-            file.close()
             file = _open(path)
             continue
         earlier_start = owner is not None and own.job and owner.job == own.job and owner.host != own.host
