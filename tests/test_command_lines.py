@@ -230,7 +230,7 @@ def test_a_command_is_parsed_in_any_order_and_form_at_length(line: tuple[Any, li
             "transfer-resnet18",
         ),
         ("--data D --architecture.arguments.no-frozen transfer-resnet18", "transfer-resnet18"),
-        ("--data D --recipe.compile=true soni-2", "soni-2"),
+        ("--data D --recipe.compile default soni-2", "soni-2"),
         ("--data D --recipe.no-drop-last=False soni-2", "soni-2"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_name_is_found_at_any_position(line: str, name: str) -> None:
     config = cli.parse_train(line.split())
     assert config.experiment == name
     assert config.architecture.factory == ALL[name].architecture.factory
-    assert dataclasses.replace(config.recipe, compile=False) == ALL[name].recipe
+    assert dataclasses.replace(config.recipe, compile="none") == ALL[name].recipe
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_words_after_two_hyphens_are_positional() -> None:
 @pytest.mark.parametrize(("word", "value"), [("=true", True), ("=False", False), ("", True)])
 def test_a_boolean_may_have_a_value(word: str, value: bool) -> None:
     """As W&B's sweeps write them."""
-    assert cli.parse_train(["soni-2", "--data", "D", f"--recipe.compile{word}"]).recipe.compile == value
+    assert cli.parse_train(["soni-2", "--data", "D", f"--recipe.drop-last{word}"]).recipe.drop_last == value
 
 
 def test_repeated_lists_are_concatenated() -> None:

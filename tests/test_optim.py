@@ -105,7 +105,8 @@ def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
 def test_an_update_of_muon_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    orthogonal = optim.orthogonalized(matrix)
+    other = torch.randn(shape[0], shape[1] + 3)  # filled up with zeros in the same batch, if it is wide
+    orthogonal, _ = optim.orthogonalize([matrix, other])
     values = torch.linalg.svdvals(orthogonal)
     assert values.min() > 0.5
     assert values.max() < 1.3

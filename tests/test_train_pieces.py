@@ -179,7 +179,8 @@ def test_a_compiled_model_trains_alike(trained, backend: str, monkeypatch: pytes
     """With the compiler's front end alone; `every` also with code that it makes, which takes half a minute."""
     made, compiler = [], torch.compile
 
-    def recorded(model: nn.Module) -> Any:
+    def recorded(model: nn.Module, mode: str) -> Any:
+        assert mode == "default"
         made.append(model)
         return compiler(model, backend=backend)
 
@@ -188,7 +189,7 @@ def test_a_compiled_model_trains_alike(trained, backend: str, monkeypatch: pytes
     assert made == []
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
-    compiled = trained(max_steps=3, compile=True)
+    compiled = trained(max_steps=3, compile="default")
     assert made == [compiled.bare]
     assert graphs["unique_graphs"] > 0  # it was not only made, but called
     assert distance(plain.model, compiled.model) < 1e-4

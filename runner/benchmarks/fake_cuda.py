@@ -209,7 +209,7 @@ def watch_step(
 
     Args:
         model: a model on the CPU (see `runner.training.model`); it is modified.
-        recipe: how it is trained; `compile` must be off.
+        recipe: how it is trained; `compile` must be "none".
         open_stream: opens the training batches on a device; there must be at least two.
         teacher: see `runner.training.loop.train`; it is modified.
         classes: number of classes of the dataset.

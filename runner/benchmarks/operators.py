@@ -55,7 +55,7 @@ def row(name: str, experiment: Experiment) -> dict[str, Any]:
 def watched(experiment: Experiment) -> fake_cuda.Watch:
     """Watches one training step of an experiment, with the resident loader."""
     recipe = dataclasses.replace(
-        experiment.recipe, validation=0, batch_size=min(BATCH, experiment.recipe.batch_size), compile=False
+        experiment.recipe, validation=0, batch_size=min(BATCH, experiment.recipe.batch_size), compile="none"
     )
 
     def open_stream(device: torch.device) -> BatchStream:

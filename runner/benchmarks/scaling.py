@@ -107,6 +107,8 @@ class ScalingBenchmark:
         clock: list[float] = []
 
         def tick() -> None:
+            if len(clock) in (1, self.steps - 1) and environment.count_gpus():
+                torch.cuda.synchronize()
             clock.append(time.perf_counter())
             first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
             if len(clock) == self.steps and first:

@@ -54,5 +54,8 @@ class Parity:
                 print(line)
         for entry in report.not_scored:
             print(f"runner: {entry.onnx} by {entry.backend}: not scored: {entry.reason}", file=sys.stderr)
-        if not all(row.passed for row in rows):
+        if device == "cuda":
+            for scores in report.torch:
+                print(f"runner: {self.run} in torch, {scores.precision}: {scores}", file=sys.stderr)
+        if not rows or not all(row.passed for row in rows):
             raise SystemExit(1)

@@ -136,6 +136,8 @@ class Muon(Choice, frozen=True):
     """Momentum of filters and matrices (Nesterov)."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.0
     """Decoupled weight decay of filters and matrices: each step multiplies them by 1 - learning rate × weight decay."""
+    iterations: Count = 5
+    """Newton-Schulz iterations that orthogonalize an update."""
     unit_rows: bool = False
     """Scale each weight tensor to a norm equal to the square root of its number of rows; for layers followed by batch
     norm, where only the direction of the weights matters."""
@@ -197,6 +199,7 @@ class OneCycle(Choice, frozen=True):
     """Learning rate at the last step, as a fraction of the peak."""
 
 
+CompileMode = Literal["none", "default", "reduce-overhead", "max-autotune"]
 Optimizer = SGD | Adam | AdamW | RMSprop | Muon
 Schedule = Constant | Step | Cosine | Linear | OneCycle
 
@@ -272,8 +275,8 @@ class Recipe:
     """Compute batch norm statistics over all ranks instead of per rank."""
     channels_last: bool = True
     """Store weights in the channels_last memory format, which is faster for convolutions on GPUs and CPUs."""
-    compile: bool = False
-    """Compile the forward and backward pass with torch.compile."""
+    compile: CompileMode = "none"
+    """Compile the forward and backward pass with torch.compile in this mode; reduce-overhead replays CUDA graphs."""
     test_augmentation: Literal["none", "flip", "flip-shift"] = "none"
     """Also evaluate with logits averaged over the image and its mirror image, or over both and their shifts by one
     pixel in two directions; reported separately."""

@@ -44,8 +44,8 @@ class TrainConfig:
     device: Device = "auto"
     """auto selects a GPU if there is one and reports its choice; a launch with a GPU configuration requires cuda."""
     precision: Literal["launch", "fp32", "bf16", "fp16"] = "launch"
-    """Precision of training; `launch` follows the accelerate configuration, or fp32 without one. On GPUs, fp32 uses
-    TF32 in convolutions, torch's default."""
+    """Precision of training; `launch` follows the accelerate configuration, or fp32 without one. fp32 does not use
+    TF32."""
     loader: Literal["auto", "resident", "streaming"] = "auto"
     """resident keeps the split on the device as uint8; streaming reads the same batches from disk with FFCV; auto
     selects resident if the split is small compared with the device's memory, and reports its choice."""

@@ -78,12 +78,14 @@ class Target:
         row: the row of the report, without the fields that depend on the batch size.
         prepare: builds the call for a batch of images in host memory, (n, 3, H, W) float32.
         smallest, largest: minimum and maximum batch size.
+        refused: why the gate refuses it; None if it has passed.
     """
 
     row: LatencyRow
     prepare: Callable[[np.ndarray], Call] = lambda images: Call({})
     smallest: int = 1
     largest: int = onnx.LARGEST_BATCH
+    refused: UserError | None = None
 
 
 def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str, str]) -> LatencyReport:
@@ -103,7 +105,8 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
         with the reason.
 
     Raises:
-        UserError: a batch size is out of range, or a file has not been exported or has not passed the gate.
+        UserError: a batch size is out of range, a file has not been exported, or nothing can be measured because
+            nothing has passed the gate.
     """
     if max(options.batches) > onnx.LARGEST_BATCH:
         raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
@@ -115,10 +118,14 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
         torch.set_num_threads(options.threads or torch.get_num_threads())
     else:
         cuda.disable_tf32()
+        torch.backends.cudnn.benchmark = True  # torch selects its kernels by their time, as engines do
     report = _new_report(run, options, selected)
     earlier = _comparable_rows(run, report)
     rows: list[LatencyRow] = []
     targets = list(_targets(run, files, options, selected))
+    refused = [target.refused for target in targets if target.refused]
+    if refused and all(target.row.not_measured for target in targets):
+        raise refused[0]
     with progress("measure latency", len(targets) * len(options.batches)) as advance, torch.inference_mode():
         for target in targets:
             for row in _measure_target(target, run.config().input.shape, options, selected):
@@ -177,8 +184,12 @@ def _targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device
 
 
 def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> Target:
+    row = LatencyRow(backend=backend, provider=f"torch {device}", precision=precision)
     if precision != "fp32":
-        parity.require_torch_passed(run, precision)
+        try:
+            parity.require_torch_passed(run, precision)
+        except UserError as error:
+            return _refused(row, error)
     model = checkpoint.load_model(run).to(device)
     dtype = torch.float32
     if precision == "fp16":
@@ -202,7 +213,12 @@ def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> 
         logits = forward(on_device).clone()  # a compiled model reuses its output's memory
         return Call(_copies(host, on_device, logits) | {"compute": lambda: forward(on_device)})
 
-    return Target(LatencyRow(backend=backend, provider=f"torch {device}", precision=precision), prepare)
+    return Target(row, prepare)
+
+
+def _refused(row: LatencyRow, error: UserError) -> Target:
+    """Returns a target that the gate refuses, so that the others are measured nevertheless."""
+    return Target(replace(row, not_measured=str(error)), refused=error)
 
 
 def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str) -> Target:
@@ -211,7 +227,10 @@ def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, de
         session = Session(file.path, device, options.threads, spinning=False, fp16=file.precision == "fp16")
     except ProviderError as error:
         return Target(replace(row, not_measured=str(error)))
-    gate = parity.require_passed(run, file, session.provider)
+    try:
+        gate = parity.require_passed(run, file, session.provider)
+    except UserError as error:
+        return _refused(replace(row, provider=session.provider), error)
     classes = len(run.config().dataset.classes)
 
     def prepare(images: np.ndarray) -> Call:
@@ -257,12 +276,16 @@ def _engine_target(
             compute, launched_as = enqueue, f"separate kernels, because no CUDA graph could be captured: {reason}"
         return Call(_copies(host, on_device, logits) | {"compute": compute}, launched_as)
 
+    try:
+        gate = parity.require_passed(run, file, sidecar.provider, sidecar.sha256)
+    except UserError as error:
+        return _refused(row, error)
     row = replace(
         row,
         onnx_sha256=file.sha256,
         engine_sha256=sidecar.sha256,
         opt_batch=sidecar.batch.opt,
-        gate=parity.require_passed(run, file, sidecar.provider, sidecar.sha256),
+        gate=gate,
     )
     return Target(row, prepare, sidecar.batch.min, sidecar.batch.max)
 

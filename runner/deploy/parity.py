@@ -88,7 +88,7 @@ def compare(
         The report. It keeps earlier rows of other files that still exist.
 
     Raises:
-        UserError: the dataset is not the run's, or no backend runs here.
+        UserError: the dataset is not the run's, or a requested backend does not run here, or none does on the CPU.
     """
     if device == "cpu":
         cpu.prepare()
@@ -98,13 +98,14 @@ def compare(
     batches = open_test_of_run(config, data, torch.device(device))
     classes = len(config.dataset.classes)
     candidates, not_scored = _open_candidates(run, files, device, backends)
-    if not candidates:
+    if not candidates and (backends or device == "cpu"):  # on a GPU, torch in fp16 can be scored without any
         message = (
             f"--backend {' '.join(backends or BACKENDS)}: not available here on {device}; engines run on a GPU, and "
             f"are built with: runner engine {run.folder}"
         )
         raise UserError("; ".join(entry.reason for entry in not_scored) or message)
-    with progress("score model and exports", (1 + len(candidates)) * batches.num_images) as advance:
+    evaluations = 1 + len(candidates) + (device == "cuda")
+    with progress("score model and exports", evaluations * batches.num_images) as advance:
         model = checkpoint.load_model(run).to(device)
         baseline = evaluate(model, batches, classes, advance=advance)
         images = next(iter(batches.epoch(0)))[0][:CULPRIT_IMAGES]
@@ -121,6 +122,7 @@ def compare(
             scores = asdict(_compare_scores("fp16", baseline, measured))
             weights = onnx.weights_sha256(run)
             torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, machine=this_machine())]
+            advance(batches.num_images)
     report = ParityReport(
         run=str(run.folder),
         dataset=config.dataset.name,

@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from runner.models.pooling import AveragePool
+
 WIDTHS = (32, 64, 128, 256, 512)
 HIDDEN = (512, 256, 128)
 
@@ -42,7 +44,7 @@ class Net(nn.Module):
                 layers += [nn.BatchNorm2d(width)] if norm else []
                 channels_in = width
         self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.pool = AveragePool(2)
         sizes = [4 * WIDTHS[-1], *HIDDEN[: linears - 1]]
         hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.classifier = nn.Sequential(*hidden, nn.Linear(sizes[-1], classes))

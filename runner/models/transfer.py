@@ -6,6 +6,7 @@ calls `initialize` once to load them.
 
 import urllib.error
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torchvision import models
 
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
+from runner.models.pooling import AveragePool, GlobalMaxPool
 
 WEIGHTS = {
     "mobilenet_v2": models.MobileNet_V2_Weights.IMAGENET1K_V1,
@@ -22,7 +24,7 @@ WEIGHTS = {
 }
 
 
-POOLINGS = {"average": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
+POOLINGS: dict[str, Callable[[], nn.Module]] = {"average": partial(AveragePool, 1), "max": GlobalMaxPool}
 
 
 class Pretrained(nn.Module):
@@ -60,7 +62,7 @@ class Pretrained(nn.Module):
             network = models.resnet18()
             self.features = nn.Sequential(*list(network.children())[:-2])
             width = network.fc.in_features
-        self.pool = POOLINGS[pooling](1)
+        self.pool = POOLINGS[pooling]()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, classes)
         self.features.requires_grad_(not frozen)

@@ -41,6 +41,9 @@ class FrontEnd(StrEnum):
 
 
 NOT_FINITE = re.compile(rb"\b(NaN|Infinity)\b")
+# Earlier versions wrote whether a recipe compiles; now it is a mode.
+OLD_COMPILE = re.compile(rb'"compile":\s*(true|false)\b')
+COMPILE_MODES = {b"false": b'"compile": "none"', b"true": b'"compile": "default"'}
 
 
 def decode(content: bytes, kind: type[T]) -> T:
@@ -54,9 +57,10 @@ def decode(content: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(content, type=kind, dec_hook=_from_text)
         except msgspec.DecodeError:
-            if not NOT_FINITE.search(content):
+            if not NOT_FINITE.search(content) and not OLD_COMPILE.search(content):
                 raise
-        finite = json.dumps(json.loads(content, parse_constant=lambda _: None))
+        current = OLD_COMPILE.sub(lambda match: COMPILE_MODES[match[1]], content)
+        finite = json.dumps(json.loads(current, parse_constant=lambda _: None))
         return msgspec.json.decode(finite, type=kind, dec_hook=_from_text)
     except RecursionError:
         raise ValueError("nested too deep") from None

@@ -12,7 +12,7 @@ def disable_tf32() -> None:
 
 
 def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[str, str]) -> None:
-    """Makes a GPU the current device, and selects fast or deterministic kernels; does nothing on the CPU.
+    """Makes a GPU the current device, disables TF32, and selects fast or deterministic kernels; nothing on the CPU.
 
     CPU kernels are always deterministic. On the CPU, torch.use_deterministic_algorithms would import the compiler,
     which takes seconds, and after it two runs on two ranks were no longer bit-identical.
@@ -25,6 +25,7 @@ def prepare(device: torch.device, deterministic: bool, environ: MutableMapping[s
     if device.type != "cuda":
         return
     torch.cuda.set_device(device.index or 0)
+    disable_tf32()  # fp32 is what was asked for; bf16 and fp16 do not use it
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

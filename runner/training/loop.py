@@ -225,7 +225,7 @@ def train_step(
     state.optimizer.zero_grad()
     state.step += 1
     if state.ema:
-        state.ema.update(state.model, state.step)
+        state.ema.update(state.step)
 
 
 def micro_batches(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
         "params": matrices,
         "orthogonal": True,
         "unit_rows": recipe.unit_rows,
+        "iterations": recipe.iterations,
         "lr": recipe.lr,
         "momentum": recipe.momentum,
         "weight_decay": recipe.weight_decay,
@@ -64,59 +66,84 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "unit_rows": False})
+        defaults = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "unit_rows": False, "iterations": 5}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # takes no closure
         """Updates all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, [parameter.grad for parameter in parameters], group)
 
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Updates the parameters of a group together, so that a GPU gets few kernels."""
         if not group["orthogonal"] and group["weight_decay"]:
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"])
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
         if not group["orthogonal"]:
-            parameter.add_(update, alpha=-group["lr"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
             return
-        rows = len(parameter)
         if group["unit_rows"]:
-            parameter.mul_(math.sqrt(rows) / parameter.norm())
+            norms = list(torch._foreach_norm(parameters))
+            torch._foreach_reciprocal_(norms)
+            torch._foreach_mul_(norms, [math.sqrt(len(parameter)) for parameter in parameters])
+            torch._foreach_mul_(parameters, norms)
         elif group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        columns = parameter.numel() // rows
-        # Tall matrices get larger steps, so that their outputs change as much as those of square ones.
-        scale = 1.0 if group["unit_rows"] else max(1.0, rows / columns) ** 0.5
-        direction = orthogonalized(update.reshape(rows, columns)).view(parameter.shape)
-        parameter.add_(direction, alpha=-group["lr"] * scale)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        directions = orthogonalize([update.flatten(1) for update in updates], group["iterations"])
+        if not group["unit_rows"]:
+            # Tall matrices get larger steps, so that their outputs change as much as those of square ones.
+            ratios = [len(direction) / direction.shape[1] for direction in directions]
+            torch._foreach_mul_(directions, [max(1.0, ratio) ** 0.5 for ratio in ratios])
+        directions = [part.view_as(parameter) for part, parameter in zip(directions, parameters, strict=True)]
+        torch._foreach_add_(parameters, directions, alpha=-group["lr"])
 
 
-def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Approximates the nearest orthogonal matrix: singular values become 0.7 to 1.2, singular vectors are unchanged.
+def orthogonalize(matrices: list[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
+    """Approximates the nearest orthogonal matrices: singular values become 0.7 to 1.2, singular vectors are unchanged.
 
     Uses Newton-Schulz iteration in bf16 with an odd polynomial of degree five and the coefficients of K. Jordan's Muon.
+    Matrices with the same shorter side are one batch, filled up with columns of zeros, which stay zero.
 
     Args:
-        matrix: (rows, columns), of any float dtype; the result has the same dtype.
+        matrices: (rows, columns) each, of any float dtype; the results have the same shapes and dtypes.
         iterations: number of iterations.
     """
+    results: dict[int, torch.Tensor] = {}
+    batches: defaultdict[int, list[int]] = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        batches[min(matrix.shape)].append(number)
+    for side, numbers in batches.items():
+        longest = max(max(matrices[number].shape) for number in numbers)
+        x = matrices[numbers[0]].new_zeros((len(numbers), side, longest), dtype=torch.bfloat16)
+        wide = [matrix.T if len(matrix) > matrix.shape[1] else matrix for matrix in (matrices[n] for n in numbers)]
+        parts = [part[:, : matrix.shape[1]] for part, matrix in zip(x.unbind(), wide, strict=True)]
+        torch._foreach_copy_(parts, wide)
+        x = newton_schulz(x, iterations)
+        for part, matrix, number in zip(x.unbind(), wide, numbers, strict=True):
+            result = part[:, : matrix.shape[1]].to(matrix.dtype)
+            results[number] = result.T if len(matrices[number]) > side else result
+    return [results[number] for number in range(len(matrices))]
+
+
+def newton_schulz(x: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Orthogonalizes a batch of matrices (n, rows, columns) in bf16, with rows ≤ columns; see `orthogonalize`."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    if len(x) > x.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 class EMA:
@@ -124,26 +151,33 @@ class EMA:
 
     Replaces torch's AveragedModel, which reads its counter from the device at every step and thus synchronizes with
     the GPU.
-
-    Attributes:
-        module: a copy of the model with averaged parameters and current buffers.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.model = model
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.buffers_current = True
         self.update_averages = get_ema_multi_avg_fn(decay)
 
+    @property
+    def module(self) -> nn.Module:
+        """A copy of the model with averaged parameters and current buffers, which are only copied when it is used."""
+        if not self.buffers_current:
+            for average, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                average.copy_(buffer)
+            self.buffers_current = True
+        return self.average
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Updates the average after optimizer step `step`; step 1 initializes it."""
-        averages: list[torch.Tensor] = list(self.module.parameters())
-        parameters: list[torch.Tensor] = list(model.parameters())
+        averages: list[torch.Tensor] = list(self.average.parameters())
+        parameters: list[torch.Tensor] = list(self.model.parameters())
         if step == 1:
             torch._foreach_copy_(averages, parameters)
         else:
             self.update_averages(averages, parameters, None)
-        if buffers := list(model.buffers()):
-            torch._foreach_copy_(list(self.module.buffers()), buffers)
+        self.buffers_current = False
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, steps: int) -> float:

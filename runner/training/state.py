@@ -44,7 +44,7 @@ class TrainState:
         self.model = norm.convert_sync_batch_norm(model) if recipe.sync_batch_norm else model
         self.ema = EMA(self.model, recipe.ema) if recipe.ema else None
         optimizer = build_optimizer(recipe.optimizer, self.model)
-        compiled = torch.compile(self.model) if recipe.compile else self.model
+        compiled = self.model if recipe.compile == "none" else torch.compile(self.model, mode=recipe.compile)
         self.ddp, self.optimizer = accelerator.prepare(compiled, optimizer)
         self.accelerator = accelerator
         self.meter = Meter(accelerator)

@@ -78,6 +78,8 @@ class GpuBenchmark:
     rehearse: Flag = False
     """Run every part in miniature on the CPU. Its results are named NAME-rehearsal.json, and are not
     measurements."""
+    commit: str | None = None
+    """Commit of the code, for a copy of it without its git folder."""
     part: Annotated[PartName | None, tyro.conf.arg(help="Run this part in this process.")] = None
 
     def __call__(self) -> None:
@@ -87,8 +89,9 @@ class GpuBenchmark:
         manifest = open_manifest(self.data)
         deadline = time.monotonic() + 60 * self.minutes
         context = Context(
-            self.data.absolute(), manifest, self.out.absolute(), self.rehearse, deadline, self.peer, self.peer_row
-        )
+            self.data.absolute(), manifest, self.out.absolute(), self.rehearse, deadline, self.peer, self.peer_row,
+            self.commit,
+        )  # fmt: skip
         if self.part is not None:
             module, ledger = importlib.import_module(f"runner.benchmarks.gpu.{self.part}"), Ledger(context, self.part)
             module.measure(context, ledger)
@@ -128,6 +131,7 @@ class GpuBenchmark:
         argv = ["--data", context.data, "--out", context.out, "--minutes", max(seconds, 1) / 60, "--part", name]
         argv += ["--peer", context.peer.absolute()] if context.peer else []
         argv += ["--peer-row", self.peer_row] if self.peer_row else []
+        argv += ["--commit", self.commit] if self.commit else []
         argv += ["--rehearse"] if self.rehearse else []
         command = ["env", *VARIABLES.get(name, []), sys.executable, "-m", "runner.benchmarks.gpu", *argv]
         process = subprocess.Popen(list(map(str, command)), preexec_fn=launcher.end_with_parent)

@@ -47,11 +47,13 @@ class Scale:
         product: side of the square matrices whose product measures the peak.
         architectures: experiments whose steps are measured; empty for one of every architecture.
         modes: modes of torch.compile, see `speed.MODES`.
+        compiled: experiments whose compiled steps are measured before the other benchmarks.
         scripts: other benchmarks to run; none in a rehearsal, because their own tests cover them.
         seeds: number of trainings in the speed run.
         speedrun: changes to the recipe of the speed run.
         reproduced: experiments that the part `papers` trains; empty for all.
         training: options for training them.
+        together: number of experiments that one GPU trains at once.
         deployed: experiments that are exported and measured.
         brief: optimizer steps for deployed experiments that have not been trained in full.
         precisions, batches: precisions and batch sizes of exported models.
@@ -67,11 +69,13 @@ class Scale:
     product: int = 8192
     architectures: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("eager", "compiled", "graphs")
+    compiled: tuple[str, ...] = ("speedrun", "podeti-mobilenetv2", "podeti-alexnet", "vit-tiny-4")
     scripts: tuple[str, ...] = ("overhead", "scaling")
     seeds: int = 20
     speedrun: tuple[tuple[str, Any], ...] = ()
     reproduced: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
+    together: int = 4
     deployed: tuple[str, ...] = (
         "podeti-resnet18",
         "podeti-mobilenetv2",
@@ -119,6 +123,7 @@ class Context:
         deadline: when the part's time is up, on the monotonic clock.
         peer: a script of another project to compare the speed run with.
         peer_row: regular expression of its result lines, with the groups `accuracy` and `seconds`.
+        commit: the commit of the code, where it is not a git checkout.
     """
 
     data: Path
@@ -128,6 +133,7 @@ class Context:
     deadline: float
     peer: Path | None = None
     peer_row: str = ""
+    commit: str | None = None
 
     @property
     def scale(self) -> Scale:
@@ -143,6 +149,13 @@ class Context:
     def gpus(self) -> int:
         """Number of ranks that training can use: one per GPU, or two on the CPU."""
         return 2 if self.rehearse else environment.count_gpus()
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of intermediate files, such as the reports of other programs; created if needed."""
+        folder = self.out / "work"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def left(self) -> float:
         """Returns the seconds until the deadline."""

@@ -106,9 +106,8 @@ def killed_and_resumed(context: Context) -> dict[str, Any]:
     steps = context.scale.killed
     options += ["--precision", "fp32" if context.rehearse else "bf16", "--max-steps", steps]
     options += ["--deterministic", "--evaluate-every", 1000, "--checkpoint-every", max(1, steps // 40)]
-    for run_name in ("straight", "killed"):  # left by an earlier call that ran out of time
-        shutil.rmtree(context.training(name, run_name)[0].folder, ignore_errors=True)
-    straight = context.train(name, "straight", *options)
+    straight = context.train(name, "straight", *options)  # resumed, if an earlier call ran out of time
+    shutil.rmtree(context.training(name, "killed")[0].folder, ignore_errors=True)
     run, argv = context.training(name, "killed", *options)
     _train_and_kill(context, run, argv, steps)
     context.command(*argv)

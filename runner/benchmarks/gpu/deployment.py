@@ -29,6 +29,8 @@ def measure(context: Context, ledger: Ledger) -> None:
         for precision in PRECISIONS:
             if precision in context.scale.precisions:
                 measure_precision(context, ledger, name, run, precision)
+        if not context.rehearse:
+            ledger.once(f"{name}/torch", partial(torch_parity, context, run))
         ledger.once(f"{name}/eager", partial(latency, context, run, "fp32", "eager", context.scale.seconds))
     for name, run in runs.items() if not context.rehearse else ():
         ledger.once(f"{name}/compiled", partial(latency, context, run, "fp32", "compiled", 1.0))
@@ -102,6 +104,21 @@ def parity(context: Context, run: Run, precision: Precision, backend: str) -> di
         "eager_accuracy": report.eager_accuracy,
         "rows": msgspec.to_builtins(rows),
     }
+
+
+def torch_parity(context: Context, run: Run) -> dict[str, Any]:
+    """Scores the torch model in fp16 against fp32, which needs no other package, and returns its row."""
+    failure = None
+    try:
+        context.command("-m", "runner", "parity", run.folder, "--data", context.data, "--device", context.device)
+    except MissingError:
+        raise
+    except RuntimeError as error:  # also raised if no exported file could be scored
+        failure = error
+    report = run.read_parity()
+    if report is None or not report.torch:
+        raise failure or RuntimeError("runner parity did not score the torch model")
+    return {"images": report.images, "eager_accuracy": report.eager_accuracy, "rows": msgspec.to_builtins(report.torch)}
 
 
 def latency(context: Context, run: Run, precision: Precision, backend: str, seconds: float) -> dict[str, Any]:

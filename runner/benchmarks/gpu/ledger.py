@@ -43,7 +43,6 @@ class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
     experiments: Any = UNSET
 
 
-# The same for all findings of a file.
 # Fields that must be the same for all findings of a file.
 SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")
 
@@ -68,7 +67,7 @@ class Ledger:
             hardware=environment.describe_hardware(),
             driver=driver(),
             versions=environment.package_versions("triton", "tensorrt", "tensorrt-rtx"),
-            commit=environment.git_revision().commit,
+            commit=environment.git_revision().commit or context.commit,
             dataset=context.manifest.name,
             fingerprint=context.manifest.fingerprint,
         )

@@ -25,7 +25,7 @@ WARMUP = 3  # calls before a measurement
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Measures loaders and ResNet-18, every architecture in eager mode, the scripts, and then compiled models."""
+    """Measures loaders and ResNet-18, every architecture in eager mode, some compiled, the scripts, and the rest."""
     peak = ledger.once("peak", lambda: peaks(context))
     ledger.once("loader", lambda: loader(context))
     names = architectures(context)
@@ -39,6 +39,9 @@ def measure(context: Context, ledger: Ledger) -> None:
         measure_steps(names[0], mode)
     for name in names[1:]:
         measure_steps(name, modes[0])
+    for mode in modes[1:]:
+        for name in [name for name in context.scale.compiled if name in names[1:]]:
+            measure_steps(name, mode)
     for name in context.scale.scripts:
         ledger.once(name, partial(script, context, name))
     for mode in modes[1:]:
@@ -211,7 +214,7 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
 
 def script(context: Context, name: str) -> dict[str, Any]:
     """Runs another benchmark, which starts its own processes; returns its ratios and goals."""
-    out = context.out / f"{name}.json"
+    out = context.scratch / f"{name}.json"
     argv = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":
         argv += ["--device", "cuda", "--experiment", FIRST, "--batch", context.scale.batch, "--steps", 200]

@@ -16,6 +16,7 @@ import numpy as np
 from runner import experiments
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger
+from runner.benchmarks.gpu.speed import MODES
 from runner.benchmarks.measure import ratio, synchronize
 from runner.common.console import track
 from runner.common.files import write
@@ -30,11 +31,11 @@ AIRBENCH_ROW = r"eval\s*\|[^|]*\|[^|]*\|\s*(?P<accuracy>[\d.]+)\s*\|\s*(?P<secon
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Trains in eager mode, compiled, and with the peer's script, in turn."""
+    """Trains in eager mode, with CUDA graphs, and with the peer's script, in turn."""
     size = -(-context.scale.seeds // BLOCKS)
     for block in range(BLOCKS):
         seeds = range(block * size, (block + 1) * size)
-        for mode in context.scale.modes[:2]:
+        for mode in (*context.scale.modes[:1], *context.scale.modes[2:]):
             ledger.once(f"ours/{mode}/{block}", partial(run_seeds, context, seeds, mode))
         ledger.once(f"peer/{block}", partial(run_peer, context, size))
     ledger.once("together", lambda: compare(ledger), derived=True)
@@ -58,7 +59,8 @@ class SpeedRun:
 
         self.context = context
         self.experiment = experiments.get(NAME)
-        self.recipe = replace(self.experiment.recipe, compile=mode == "compiled", **dict(context.scale.speedrun))
+        changes = {"compile": MODES[mode] or "none"} | dict(context.scale.speedrun)
+        self.recipe = replace(self.experiment.recipe, **changes)
         rank_info = RankInfo(torch.device(context.device))
         if context.rehearse:
             cpu.prepare()
@@ -185,26 +187,28 @@ def compare(ledger: Ledger) -> dict[str, Any]:
     """Returns the seconds and accuracy of each series, and the ratios to the peer's seconds, block by block.
 
     Raises:
-        MissingError: no series is complete.
+        MissingError: nothing was measured.
     """
     results: dict[str, Any] = {}
     block_seconds: dict[str, list[float]] = {}
-    for series in ("ours/eager", "ours/compiled", "peer"):
+    for series in ("ours/eager", "ours/graphs", "peer"):
         blocks = [ledger.measured[name] for k in range(BLOCKS) if (name := f"{series}/{k}") in ledger.measured]
-        if len(blocks) < BLOCKS:
+        if not blocks:
             continue
         seconds = [value for block in blocks for value in block["seconds"]]
         accuracies = [value for block in blocks for value in block["accuracy"]]
         results[series] = {
+            "blocks": len(blocks),
             "trainings": len(seconds),
             "accuracy": mean(accuracies),
-            "accuracy_std": stdev(accuracies),
+            "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else 0.0,
             "seconds": mean(seconds),
-            "seconds_std": stdev(seconds),
+            "seconds_std": stdev(seconds) if len(seconds) > 1 else 0.0,
         }
         block_seconds[series] = [mean(block["seconds"]) for block in blocks]
     if not results:
-        raise MissingError("no complete series of trainings")
+        raise MissingError("no block of trainings")
     for series in results.keys() - {"peer"} if "peer" in results else ():
-        results[series]["ratio_to_peer"] = ratio(block_seconds[series], block_seconds["peer"])
+        pairs = list(zip(block_seconds[series], block_seconds["peer"], strict=False))
+        results[series]["ratio_to_peer"] = ratio(*map(list, zip(*pairs, strict=True)))
     return results

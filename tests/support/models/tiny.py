@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from runner.config.recipe import SGD, Adam, Architecture, Augment, Constant, Cosine, Experiment, Recipe
+from runner.models.pooling import AveragePool
 
 
 class Tiny(nn.Module):
@@ -17,7 +18,7 @@ class Tiny(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),
+            AveragePool(4),
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(32 * channels, 10),

@@ -1,0 +1,30 @@
+"""Pooling to a fixed size whose gradient is deterministic on a GPU, unlike that of torch's adaptive pooling."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class AveragePool(nn.Module):
+    """Averages (N, C, H, W) over equal windows to (N, C, size, size).
+
+    Equal to nn.AdaptiveAvgPool2d, whose windows overlap if `size` does not divide the sides; only then is that used,
+    and --deterministic is refused on a GPU.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        if height % self.size or width % self.size:
+            return F.adaptive_avg_pool2d(x, self.size)
+        return F.avg_pool2d(x, (height // self.size, width // self.size))
+
+
+class GlobalMaxPool(nn.Module):
+    """The maximum of each channel: (N, C, H, W) to (N, C, 1, 1). Equal maxima share the gradient."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.amax((2, 3), keepdim=True)
