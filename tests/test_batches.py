@@ -333,6 +333,26 @@ def test_color_jitter_matches_torchvision_image_by_image(small: Source) -> None:
     assert {tuple(permutation) for permutation in params.jitter_order.tolist()} == set(itertools.permutations(range(4)))
 
 
+def random_jitter(side: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images with grays and extremes, and factors with those that change nothing, for `color.jitter`."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, *side, 3), dtype=torch.uint8, generator=generator)
+    images[:4] = images[:4, :, :, :1] // 64 * 64
+    images[4], images[5] = 0, 255
+    factors = torch.rand(24, 4, generator=generator) * 2
+    factors[:, 3] = factors[:, 3] / 2 - 0.5
+    factors[::7, :3], factors[::5, 3], factors[3::11, 3], factors[4::11, 3] = 1, 0, -1e-9, 0.5
+    return images, factors, torch.stack([torch.randperm(4, generator=generator) for _ in range(24)])
+
+
+@pytest.mark.parametrize("side", [(32, 32), (20, 28), (40, 50)])
+def test_the_compiled_jitter_matches_the_reference(side: tuple[int, int]) -> None:
+    images, factors, order = random_jitter(side)
+    before = images.clone()
+    assert torch.equal(color.jitter(images, factors, order), color.jitter_torch(images, factors, order))
+    assert torch.equal(images, before)
+
+
 def test_jitter_does_not_depend_on_the_batch(small: Source) -> None:
     images = torch.from_numpy(small.train.images)
     params = augment.sample_params(Augment(contrast=0.8, hue=0.5), np.arange(len(images)), (32, 32), 0, 0)
@@ -401,13 +421,14 @@ def test_make_on_a_gpu_matches_the_cpu(reflect: bool) -> None:
     assert torch.equal(batch.cpu(), crop.make_batch_numba(*random_crops(), Output(reflect, *IDENTITY)))
 
 
-def test_the_gpu_kernel_in_tritons_interpreter_matches_the_cpu() -> None:
+def test_the_gpu_kernels_in_tritons_interpreter_match_the_cpus() -> None:
     """In a new process, because triton selects the interpreter when it is imported."""
     program = """
 import torch
 from runner.data.kernels import crop
+from runner.data import color
 from runner.data.kernels.crop import Crops, Output
-from tests.test_batches import IDENTITY, random_crops
+from tests.test_batches import IDENTITY, random_crops, random_jitter
 
 scale = torch.tensor([0.5, 0.25, 2.0]), torch.tensor([1.0, -1.0, 0.5])
 for reflect in (False, True):
@@ -416,6 +437,8 @@ for reflect in (False, True):
             output = crop.Output(reflect, *scale, dtype)
             batch = crop.make_batch_triton(*random_crops(side=side), output)
             assert torch.equal(batch, crop.make_batch_torch(*random_crops(side=side), output)), (reflect, dtype)
+for side in ((32, 32), (20, 28), (40, 50)):
+    assert torch.equal(color.jitter_triton(*random_jitter(side)), color.jitter_torch(*random_jitter(side))), side
 """
     done = python("-c", program, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

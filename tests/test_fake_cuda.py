@@ -54,7 +54,7 @@ def test_a_step_issues_the_committed_operators_and_never_waits(name: str) -> Non
     (row,) = [row for row in COMMITTED["rows"] if row["experiment"] == name]
     if torch.__version__.partition("+")[0] == COMMITTED["torch"]:  # the count depends on torch as well
         assert (watch.operators.total(), watch.waits.total()) == (row["operators"], row["waits"])
-    assert watch.operators["triton"] == 1
+    assert watch.operators["triton"] == 1 + any(PATHS[path].augment.jitter)
 
 
 def test_the_committed_table_has_every_experiment() -> None:
@@ -92,7 +92,7 @@ PATHS = {
 def test_no_path_waits(path: str) -> None:
     watch = step(PATHS[path])
     assert not watch.waits
-    assert watch.operators["triton"] == 1
+    assert watch.operators["triton"] == 1 + any(PATHS[path].augment.jitter)
     assert watch.operators.total() > 30
 
 

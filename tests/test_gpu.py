@@ -15,13 +15,14 @@ import torch
 
 from runner import experiments
 from runner.config.recipe import Experiment
+from runner.data import color
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.data.resident import ResidentBatches
 from runner.data.stream import StreamOptions
 from runner.system import cuda
 from runner.training.loss import make_loss
 from runner.training.optim import build_optimizer
-from tests.test_batches import CPU, RECIPES
+from tests.test_batches import CPU, RECIPES, random_jitter
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -90,6 +91,13 @@ def test_batches_match_the_cpus(small_data: Path, recipe: str, loader: str) -> N
         assert difference.mean() < 1e-4
         assert difference.max() < 0.05
         torch.testing.assert_close(targets.cpu(), expected_targets)
+
+
+@pytest.mark.parametrize("side", [(32, 32), (20, 28), (40, 50)])
+def test_jitter_matches_the_cpus(side: tuple[int, int]) -> None:
+    images, factors, order = random_jitter(side)
+    jittered = color.jitter(images.to(GPU), factors.to(GPU), order.to(GPU))
+    assert torch.equal(jittered.cpu(), color.jitter(images, factors, order))
 
 
 def test_fp32_is_not_tf32() -> None:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from runner.config.recipe import Recipe
-from runner.data.kernels import gpu
+from runner.data.kernels import color_gpu, gpu
 from runner.data.stream import BatchStream
 from runner.run.folder import Run
 from runner.training.loop import Data, LoopHooks, train
@@ -137,6 +137,7 @@ def fake_cuda() -> Iterator[tuple[Watch, Accelerator]]:
     accelerator.backward = _fill_gradients(accelerator)
     replacements: list[tuple[Any, str, Any]] = [
         (gpu, "_make", watch),
+        (color_gpu, "_jitter", watch),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)),

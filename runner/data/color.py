@@ -5,6 +5,7 @@ Every step is one correctly rounded operation per value, and the only sum is ove
 not depend on its batch or rank.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ GRAY = (0.2989, 0.587, 0.114)  # luma of red, green and blue (ITU-R BT.601), rou
 
 
 def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Changes brightness, contrast, saturation and hue.
+    """Changes brightness, contrast, saturation and hue: a compiled loop on the CPU, one kernel on a GPU.
 
     Args:
         images: (n, H, W, 3) uint8.
@@ -24,6 +25,51 @@ def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> 
     Returns:
         (n, H, W, 3) uint8.
     """
+    implementation = {"cpu": jitter_numba, "cuda": jitter_triton}.get(images.device.type, jitter_torch)
+    return implementation(images, factors, order)
+
+
+def jitter_numba(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`jitter` as a compiled loop on the CPU, with as many threads as torch uses."""
+    from runner.data.kernels import color_cpu
+    from runner.system import cpu
+
+    load_loop()
+    images = images.clone(memory_format=torch.contiguous_format)
+    with cpu.preserve_torch_num_threads():
+        threads = cpu.sync_numba_num_threads()
+        color_cpu.jitter(images.numpy(), factors.contiguous().numpy(), order.contiguous().numpy(), threads)
+    return images
+
+
+@functools.cache
+def load_loop() -> None:
+    """Compiles the CPU loop, or loads it from the cache; once per process, and before FFCV creates a Loader.
+
+    See `kernels.crop.load_loop`.
+    """
+    import numba
+
+    from runner.data.kernels import color_cpu
+    from runner.system import cpu
+
+    cpu.choose_openmp()
+    images, factors = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 4)
+    example = (images.numpy(), factors.numpy(), factors.long().numpy(), 1)
+    color_cpu.jitter.compile(tuple(map(numba.typeof, example)))
+
+
+def jitter_triton(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`jitter` as one Triton kernel on a GPU."""
+    from runner.data.kernels import color_gpu
+
+    images = images.clone(memory_format=torch.contiguous_format)
+    color_gpu.jitter(images, factors, order)
+    return images
+
+
+def jitter_torch(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`jitter` in torch operations, on any device: the reference implementation."""
     operations: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...]
     operations = (brightness, contrast, saturation, hue)
     for turn in range(4):
@@ -50,7 +96,8 @@ def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Blends the image's mean gray (factor 0) with the image (factor 1)."""
     gray = _gray(images).to(torch.int64)
-    mean = gray.sum((1, 2, 3), keepdim=True).float() / gray[0].numel()
+    total = gray.sum((1, 2, 3), keepdim=True).float()
+    mean = total / torch.full_like(total, gray[0].numel())  # a GPU would multiply by the inverse of a Python number
     return _blend(images, mean, factor)
 
 

@@ -24,7 +24,11 @@ class AveragePool(nn.Module):
 
 
 class GlobalMaxPool(nn.Module):
-    """The maximum of each channel: (N, C, H, W) to (N, C, 1, 1). Equal maxima share the gradient."""
+    """The maximum of each channel: (N, C, H, W) to (N, C, 1, 1).
+
+    Not `amax`: compiled in bf16, its backward pass compares rounded maxima with values that are not rounded, finds none
+    that is equal, and divides by zero.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.amax((2, 3), keepdim=True)
+        return F.max_pool2d(x, (x.shape[2], x.shape[3]))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from runner.models.pooling import GlobalMaxPool
+
 PATCH = 2  # side of the whitened patches
 WHITENING_IMAGES = 5_000  # images whose patches are analyzed
 
@@ -62,6 +64,7 @@ class SpeedNet(nn.Module):
             ConvGroup(first, second, momentum),
             ConvGroup(second, third, momentum),
         )
+        self.pool = GlobalMaxPool()
         self.classifier = nn.Linear(third, classes, bias=False)
         self.scale = scale
 
@@ -83,4 +86,4 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.groups(F.gelu(self.whiten(images)))
-        return self.classifier(x.amax((2, 3))) * self.scale
+        return self.classifier(self.pool(x).flatten(1)) * self.scale

@@ -79,7 +79,7 @@ class GpuBenchmark:
     """Run every part in miniature on the CPU. Its results are named NAME-rehearsal.json, and are not
     measurements."""
     commit: str | None = None
-    """Commit of the code, for a copy of it without its git folder."""
+    """Commit of the code, for a copy of it outside its git checkout."""
     part: Annotated[PartName | None, tyro.conf.arg(help="Run this part in this process.")] = None
 
     def __call__(self) -> None:

@@ -65,7 +65,7 @@ class Scale:
     batch: int = 512
     losses: int = 200
     trained_in: tuple[str, ...] = ("fp32", "bf16", "fp16")
-    killed: int = 2000
+    killed: int = 600
     product: int = 8192
     architectures: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("eager", "compiled", "graphs")
@@ -123,7 +123,7 @@ class Context:
         deadline: when the part's time is up, on the monotonic clock.
         peer: a script of another project to compare the speed run with.
         peer_row: regular expression of its result lines, with the groups `accuracy` and `seconds`.
-        commit: the commit of the code, where it is not a git checkout.
+        commit: the commit of the code, instead of that of the git checkout.
     """
 
     data: Path

@@ -105,7 +105,7 @@ def killed_and_resumed(context: Context) -> dict[str, Any]:
     name, options = _experiment(context)
     steps = context.scale.killed
     options += ["--precision", "fp32" if context.rehearse else "bf16", "--max-steps", steps]
-    options += ["--deterministic", "--evaluate-every", 1000, "--checkpoint-every", max(1, steps // 40)]
+    options += ["--deterministic", "--evaluate-every", 1000, "--checkpoint-every", max(1, steps // 6)]
     straight = context.train(name, "straight", *options)  # resumed, if an earlier call ran out of time
     shutil.rmtree(context.training(name, "killed")[0].folder, ignore_errors=True)
     run, argv = context.training(name, "killed", *options)

@@ -67,7 +67,7 @@ class Ledger:
             hardware=environment.describe_hardware(),
             driver=driver(),
             versions=environment.package_versions("triton", "tensorrt", "tensorrt-rtx"),
-            commit=environment.git_revision().commit or context.commit,
+            commit=context.commit or environment.git_revision().commit,
             dataset=context.manifest.name,
             fingerprint=context.manifest.fingerprint,
         )

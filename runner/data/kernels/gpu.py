@@ -46,4 +46,5 @@ def make(
     if count:
         grid = (count, triton.cdiv(height * width * 3, BLOCK))
         arguments = (images, index, row, column, flip.view(torch.uint8), scale, shift, out)
-        _make[grid](*arguments, height, width, reflect=reflect, block=BLOCK)
+        # Without fused multiply-adds, every value is rounded as on the CPU, by any version of Triton.
+        _make[grid](*arguments, height, width, reflect=reflect, block=BLOCK, enable_fp_fusion=False)
