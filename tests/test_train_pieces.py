@@ -27,7 +27,7 @@ from runner.run.metrics import read_metrics
 from runner.run.schema import MetricRow
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, augmented_views
-from runner.training.loop import Data, TrainResult, micro_batches, train
+from runner.training.loop import Data, LoopHooks, TrainResult, micro_batches, train
 from runner.training.loss import make_loss
 from runner.training.model import build_model, prunable
 from tests.support.configs import config_of, trusted
@@ -59,6 +59,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         teacher: nn.Module | None = None,
         start: Run | None = None,
         max_steps: int | None = None,
+        hooks: LoopHooks = LoopHooks(),
         **changes: Any,
     ) -> Trained:
         recipe = dataclasses.replace(RECIPE, **changes)
@@ -70,7 +71,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         rows: list[MetricRow] = []
         data = Data(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
         accelerator = Accelerator(cpu=True)
-        outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append)
+        outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, hooks)
         return Trained(outcome, model, checkpoint.load_model(run), rows, run)
 
     yield run_it
@@ -131,6 +132,19 @@ def test_the_best_epoch_is_chosen_on_validation_images(trained) -> None:
     assert held.outcome.best.epoch == best.epoch
     assert held.outcome.validation.num_images == 100
     assert [row.global_step for row in epochs] == [6, 12, 18, 24]  # 400 images are left
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0.0, {8, 16, 24, 32}), (3600.0, {8, 32})])
+def test_checkpoints_of_short_epochs_have_a_pause(trained, tmp_path: Path, seconds: float, saved: set[int]) -> None:
+    """The first evaluation and the last step are always followed by one."""
+    found: set[str] = set()
+
+    def look() -> None:
+        found.update(folder.name for folder in tmp_path.glob("run-*/checkpoints/step-*"))
+
+    trained(epochs=4, hooks=LoopHooks(checkpoint_seconds=seconds, heartbeat=look))
+    look()
+    assert found == {f"step-{step}" for step in saved}
 
 
 def test_no_validation_no_validation_figures(trained) -> None:

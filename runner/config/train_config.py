@@ -11,7 +11,7 @@ from msgspec import Meta
 from runner import experiments
 from runner.common.command_line import Flag, check_limits
 from runner.common.errors import UserError
-from runner.config.recipe import Architecture, Count, Experiment, Recipe, check_recipe
+from runner.config.recipe import Architecture, Count, Experiment, NonNegative, Recipe, check_recipe
 from runner.config.trust import TrustedCode
 
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
@@ -67,6 +67,9 @@ class TrainConfig:
     --recipe.prune)."""
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints within an epoch, in addition to the checkpoint at each evaluation."""
+    checkpoint_seconds: NonNegative = 10.0
+    """An evaluation is not followed by a checkpoint if the last one is more recent than this many seconds, so that
+    short epochs do not wait for the disk; the last step always is."""
     resume: str = "never"
     """`auto` resumes from the newest intact checkpoint of the run, or starts from scratch if there is none; a PATH
     resumes from that checkpoint; `never` starts from scratch, and refuses a folder that contains a run. A resumed run

@@ -74,6 +74,11 @@ class StreamingBatches(BatchStream):
             loader = self._ffcv_loader()
             loader.traversal_order.samples = samples if self.records is None else self.records[samples]
             chunks = _iterate_with_timeout(iter(loader), self.path)
+        for images in upload(self._batches(chunks, sizes), self.device):
+            yield images, torch.arange(len(images), device=self.device)
+
+    def _batches(self, chunks: Iterator[torch.Tensor], sizes: list[int]) -> Iterator[torch.Tensor]:
+        """Yields the images (n, H, W, 3) uint8 of each batch in host memory, from FFCV's batches of another size."""
         images = torch.empty((0, *self.options.image_size, 3), dtype=torch.uint8)
         for size in sizes:
             buffered = [images]
@@ -83,7 +88,7 @@ class StreamingBatches(BatchStream):
                     raise ReaderError(f"{self.path}: FFCV's reader ended before the last batch")
                 buffered.append(chunk.clone())  # FFCV reuses its buffers
             images = torch.cat(buffered) if len(buffered) > 1 else images
-            yield images[:size].to(self.device), torch.arange(size, device=self.device)
+            yield images[:size]
             images = images[size:]
 
     def _ffcv_loader(self) -> Any:
@@ -116,6 +121,32 @@ class StreamingBatches(BatchStream):
             pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
         )
         return self.loader
+
+
+def upload(batches: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yields batches on a device. To a GPU, each is copied while the one before it is computed on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def ready(images: torch.Tensor, copied: torch.cuda.Event) -> torch.Tensor:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        images.record_stream(current)
+        return images
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            images = batch.pin_memory().to(device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        if ahead is not None:
+            yield ready(*ahead)
+        ahead = images, copied
+    if ahead is not None:
+        yield ready(*ahead)
 
 
 def _iterate_with_timeout(epoch_iterator: Any, path: Path) -> Iterator[torch.Tensor]:

@@ -3,6 +3,8 @@
 The Accelerator handles ranks and precision; the batches give every rank its slice of the same global batches.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -55,7 +57,9 @@ class LoopHooks:
     """How a run is checkpointed, stopped and resumed.
 
     Attributes:
-        checkpoint_every: optimizer steps between checkpoints; each evaluation is followed by a checkpoint as well.
+        checkpoint_every: optimizer steps between checkpoints.
+        checkpoint_seconds: each evaluation is followed by a checkpoint as well, but not sooner than these seconds
+            after another, because a short epoch would wait for the disk.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         resume: the state of the checkpoint to resume from; None for a new run.
         should_stop: returns whether this rank was asked to stop.
@@ -63,6 +67,7 @@ class LoopHooks:
     """
 
     checkpoint_every: int | None = None
+    checkpoint_seconds: float = 0.0
     evaluate_every: int = 1
     resume: dict[str, Any] | None = None
     should_stop: Callable[[], bool] = lambda: False
@@ -71,6 +76,26 @@ class LoopHooks:
     def checkpoint_due(self, step: int) -> bool:
         """Returns whether `checkpoint_every` requires a checkpoint after `step` steps."""
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
+
+
+class Pause:
+    """A minimum time between two events, by the clock of rank 0."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.end = -math.inf
+
+    def start(self) -> None:
+        """Starts the time anew."""
+        self.end = time.monotonic() + self.seconds
+
+    def over(self, accelerator: Accelerator) -> bool:
+        """Returns whether the time is over, the same on all ranks, which must all call it."""
+        over = time.monotonic() >= self.end
+        if accelerator.num_processes == 1:
+            return over
+        by_rank_0 = torch.tensor(float(over and accelerator.is_main_process), device=accelerator.device)
+        return bool(accelerator.reduce(by_rank_0, "sum"))
 
 
 @dataclass(frozen=True)
@@ -142,14 +167,16 @@ def train(
 
     def save_or_stop(evaluated: bool = False) -> None:
         stopping = state.step < last_step and any_rank_stops(hooks.should_stop, state.step, accelerator)
-        if evaluated or stopping or hooks.checkpoint_due(state.step):
+        ended = state.step == last_step
+        if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and pause.over(accelerator)):
             save(state, writer, evaluated)
+            pause.start()
         if stopping:
             writer.wait()
             raise StoppedError(state.step)
 
     evaluations: dict[str, Evaluation] = {}
-    writer = checkpoint.CheckpointWriter(run)
+    writer, pause = checkpoint.CheckpointWriter(run), Pause(hooks.checkpoint_seconds)
     with writer, progress("train", last_step, shown=accelerator.is_main_process) as advance:
         advance(state.step)
         while state.step < last_step:
@@ -177,10 +204,11 @@ def train(
             if evaluate_now:
                 state.best = max(state.best or row, row, key=selection_accuracy)
             save_or_stop(evaluate_now)
-    if not evaluations:  # resumed at the last step
-        evaluations = evaluate_splits(data.evaluated)
-        state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
-    augmented = evaluate_splits({"test": data.test}, views) if (views := recipe.test_augmentation) != "none" else {}
+        # Within the block, at whose end the last checkpoint is waited for.
+        if not evaluations:  # resumed at the last step
+            evaluations = evaluate_splits(data.evaluated)
+            state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
+        augmented = evaluate_splits({"test": data.test}, views) if (views := recipe.test_augmentation) != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
                        state.step / steps_per_epoch, state.best)  # fmt: skip

@@ -46,6 +46,7 @@ from runner.training.model import build_model
 from runner.training.progress import EpochPrinter
 
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
+STOP_FILE_SECONDS = 0.25
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the first one, forwarded by the launcher
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -243,6 +244,7 @@ class SeedRun:
                 "raise --max-steps or --recipe.epochs"
             )
         self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
+        self.look_again = 0.0  # when stop files are looked up next
         self.tracker: RunTracker | None = None
         self.result: TrainResult | None = None
 
@@ -264,7 +266,10 @@ class SeedRun:
         name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
         try:
             with watchdog.watching(config.hang_timeout, name) as alive:
-                hooks = LoopHooks(config.checkpoint_every, config.evaluate_every, self.state, self.should_stop, alive)
+                hooks = LoopHooks(
+                    config.checkpoint_every, config.checkpoint_seconds, config.evaluate_every, self.state,
+                    self.should_stop, alive,
+                )  # fmt: skip
                 self.result = train(
                     model, config.recipe, data, accelerator, self.run, self.seed, config.max_steps, session.teacher,
                     log, hooks,
@@ -274,11 +279,15 @@ class SeedRun:
             raise
 
     def should_stop(self) -> bool:
-        """Returns whether this rank received a stop signal, or, on the first rank of a node, the stop file exists."""
+        """Returns whether this rank received a stop signal, or, on the first rank of a node, a stop file exists.
+
+        Files are looked up a few times per second, because each lookup may be a request to a file server.
+        """
         if self.session.stopped():
             return True
-        if not self.session.accelerator.is_local_main_process:
+        if not self.session.accelerator.is_local_main_process or time.monotonic() < self.look_again:
             return False
+        self.look_again = time.monotonic() + STOP_FILE_SECONDS
         return any(os.path.exists(file) for file in self.stop_files)  # noqa: PTH110 - Path.exists raises some errors
 
     def start_run(self) -> RunTracker:
@@ -322,6 +331,9 @@ class SeedRun:
                 write(self.run.ended, Ending(stopped=stopped, reason=reason))
         if failure is None:
             return
+        if not (self.tracker or isinstance(error, StoppedError | DivergedError)):  # of this rank alone
+            rank = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+            print(f"runner: {self.run.folder}: {rank}: {failure.reason}", file=sys.stderr)
         if self.tracker:
             print(f"runner: {self.run.folder}: {failure.reason}", file=sys.stderr)
             with contextlib.suppress(OSError):

@@ -58,11 +58,13 @@ class TrainState:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of the state on the CPU, complete on every rank; all ranks must call it."""
+        """Returns a copy of the state on the CPU on rank 0, and {} on the others; all ranks must call it."""
         scaler = self.accelerator.scaler
         # Until the epoch ends, each rank has batch-norm statistics of its own.
         local = to_cpu({"meter": self.meter.state_dict(), "buffers": dict(trained_buffers(self.model))})
         ranks = gather_object([local | {"generators": rng_state(self.accelerator.device)}])
+        if not self.accelerator.is_main_process:
+            return {}
         return to_cpu(
             {
                 "step": self.step,
@@ -160,13 +162,23 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def to_cpu(value: Any) -> Any:
-    """Returns a deep copy of nested dicts and lists with every tensor on the CPU."""
+    """Returns a deep copy of nested dicts and lists with every tensor on the CPU.
+
+    From a GPU, all tensors are copied to pinned memory at once, and waited for once.
+    """
+    copy = _copied(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copy
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)
     if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(to_cpu(item) for item in value)
+        return type(value)(_copied(item) for item in value)
     return value
 
 
