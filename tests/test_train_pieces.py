@@ -59,7 +59,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         teacher: nn.Module | None = None,
         start: Run | None = None,
         max_steps: int | None = None,
-        hooks: LoopHooks = LoopHooks(),
+        hooks: LoopHooks | None = None,
         **changes: Any,
     ) -> Trained:
         recipe = dataclasses.replace(RECIPE, **changes)
@@ -71,7 +71,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         rows: list[MetricRow] = []
         data = Data(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
         accelerator = Accelerator(cpu=True)
-        outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, hooks)
+        outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, hooks or LoopHooks())
         return Trained(outcome, model, checkpoint.load_model(run), rows, run)
 
     yield run_it

@@ -168,7 +168,7 @@ def to_cpu(value: Any) -> Any:
     """
     copy = _copied(value)
     if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.synchronize()
     return copy
 
 

@@ -75,7 +75,7 @@ class Scale:
     speedrun: tuple[tuple[str, Any], ...] = ()
     reproduced: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
-    together: int = 4
+    together: int = 6
     deployed: tuple[str, ...] = (
         "podeti-resnet18",
         "podeti-mobilenetv2",
