@@ -8,6 +8,7 @@ python -m runner.benchmarks.tables --write
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import msgspec
@@ -241,7 +242,7 @@ def architectures() -> str:
         best = max(filter(None, modes), key=lambda finding: finding["images_per_second"]["median"])
         rates = [f"{finding['images_per_second']['median']:,.0f}" if finding else MISSING for finding in modes]
         limit = best.get("limit_images_per_second")
-        utilization = [f"{limit:,.0f}", f"{best['utilization']:.0%}"] if limit else ["–", "–"]
+        utilization = [f"{limit:,.0f}", f"{best['utilization']:.1%}"] if limit else ["–", "–"]
         rows.append([f"`{name}`", *rates, *utilization, f"{best['peak_memory_gib']:.1f}"])
     titles = ["img/s of", "eager", "compiled", "CUDA graphs", "limit of arithmetic", "best ÷ limit", "GiB"]
     return _with_machine("speed", table(titles, rows or [_missing_row(titles)]))
@@ -267,6 +268,33 @@ def speedrun() -> str:
         )
     titles = ["", "accuracy", "seconds", "÷ peer (goal ≤ 0.9)"]
     return _with_machine("speedrun", table(titles, rows))
+
+
+class SeedSeries(msgspec.Struct):
+    """The content of muon-gpu.json: the accuracy of the speed run by seed, for several variants of its optimizer."""
+
+    hardware: Hardware
+    driver: str
+    versions: dict[str, str]
+    dataset: str
+    series: dict[str, dict[str, float]]
+
+
+def muon() -> str:
+    """Returns the table of the optimizer's variants; each is compared with the one above it, seed by seed."""
+    found = read(RESULTS / "muon-gpu.json", SeedSeries)
+    rows = []
+    previous: dict[str, float] = {}
+    for name, accuracies in found.series.items():
+        differences = [100 * (accuracies[seed] - previous[seed]) for seed in accuracies if seed in previous]
+        paired = (
+            f"{mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}" if differences else "–"
+        )
+        rows.append([name, f"{mean(accuracies.values()):.2%}", str(len(accuracies)), paired])
+        previous = accuracies
+    titles = ["Muon", "accuracy", "seeds", "points beside the row above, paired ± standard error"]
+    machine = f"{_machine(found.hardware, found.versions)}, driver {found.driver}, {found.dataset}"
+    return f"{table(titles, rows)}\n\nMeasured on: {machine}."
 
 
 def profile() -> str:
@@ -339,6 +367,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "architectures": architectures,
         "profile": profile,
         "speedrun": speedrun,
+        "muon": muon,
         "deployment": deployment,
     },
 }

@@ -47,7 +47,7 @@ class Scale:
         product: side of the square matrices whose product measures the peak.
         architectures: experiments whose steps are measured; empty for one of every architecture.
         modes: modes of torch.compile, see `speed.MODES`.
-        compiled: experiments whose compiled steps are measured before the other benchmarks.
+        compiled: experiments that are measured in every mode before the others.
         scripts: other benchmarks to run; none in a rehearsal, because their own tests cover them.
         seeds: number of trainings in the speed run.
         speedrun: changes to the recipe of the speed run.

@@ -28,11 +28,11 @@ def measure(context: Context, ledger: Ledger) -> None:
     """Runs all comparisons."""
     for name, augment in AUGMENTATIONS.items():
         ledger.once(f"batches/{name}", partial(batches, context, augment))
+    ledger.once("ddp/one", lambda: one_rank(context))
+    ledger.once("resume", lambda: killed_and_resumed(context))
     for precision in context.scale.trained_in:
         ledger.once(f"losses/{precision}", partial(losses, context, precision))
     ledger.once("losses", lambda: loss_differences(ledger), derived=True)
-    ledger.once("resume", lambda: killed_and_resumed(context))
-    ledger.once("ddp/one", lambda: one_rank(context))
     ledger.once("ddp/all", lambda: all_ranks(context, ledger))
 
 

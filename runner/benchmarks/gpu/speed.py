@@ -25,7 +25,7 @@ WARMUP = 3  # calls before a measurement
 
 
 def measure(context: Context, ledger: Ledger) -> None:
-    """Measures loaders and ResNet-18, every architecture in eager mode, some compiled, the scripts, and the rest."""
+    """Measures loaders, some architectures in every mode, all in eager mode, the scripts, and the rest."""
     peak = ledger.once("peak", lambda: peaks(context))
     ledger.once("loader", lambda: loader(context))
     names = architectures(context)
@@ -35,13 +35,11 @@ def measure(context: Context, ledger: Ledger) -> None:
     def measure_steps(name: str, mode: str) -> None:
         ledger.once(f"architectures/{name}/{mode}", lambda: steps(context, name, mode, peak))
 
-    for mode in modes:
-        measure_steps(names[0], mode)
+    for name in [names[0], *(name for name in context.scale.compiled if name in names[1:])]:
+        for mode in modes:
+            measure_steps(name, mode)
     for name in names[1:]:
         measure_steps(name, modes[0])
-    for mode in modes[1:]:
-        for name in [name for name in context.scale.compiled if name in names[1:]]:
-            measure_steps(name, mode)
     for name in context.scale.scripts:
         ledger.once(name, partial(script, context, name))
     for mode in modes[1:]:
