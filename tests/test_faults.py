@@ -100,6 +100,14 @@ def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.every
+@pytest.mark.processes
+def test_the_rank_that_runs_out_of_memory_says_so(small_data: Path, tmp_path: Path) -> None:
+    done = launch(2, *ending(small_data, tmp_path), END="train 9 1 MEMORY")
+    assert done.returncode == 1
+    assert done.stderr.count("rank 1 of 2: out of memory with 30 images at a time (batch 60 over 2 ranks)") == 1
+
+
 @pytest.fixture
 def little_room(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
