@@ -23,6 +23,7 @@ from runner.config.recipe import Count
 from runner.run.folder import Run
 
 SECRETS = ("WANDB_API_KEY",)  # SLURM stores a job's environment in files
+OUTER_JOB = re.compile(r"(SLURM|SRUN)_\w*_PER_\w+")  # what the job requests that this process is part of, if any
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,27 @@ TimeLimit = Annotated[
     str, Format(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
 ]
 Name = Annotated[str, Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]*", "letters, digits and any of _.,:@+/%=- after them")]
+Memory = Annotated[
+    str, Format(r"0|[1-9][0-9]{0,8}[KMGT]?", "MiB, or a number with K, M, G or T, such as 64G; 0 for all of a node's")
+]
+_RESOURCE = r"[A-Za-z][A-Za-z0-9_-]*:([A-Za-z0-9][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}[KMGT]?"
+Gres = Annotated[
+    str, Format(rf"{_RESOURCE}(,{_RESOURCE})*", "NAME:NUMBER or NAME:TYPE:NUMBER, such as gpu:8 or gpu:h100:8,nvme:1")
+]
+Constraint = Annotated[
+    str,
+    Format(
+        r"[A-Za-z0-9(\[][A-Za-z0-9_.,:=/+&|*()\[\]-]*",
+        "features, combined with & for and, | for or, such as h100&nvlink",
+    ),
+]
+Image = Annotated[
+    str,
+    Format(
+        r"[A-Za-z0-9/][A-Za-z0-9_.:@+/%=#-]*",
+        "an image, such as ghcr.io#team/runner:1, or the absolute path of a squashfs file",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -47,19 +69,38 @@ class Allocation:
     """The resources that a job requests from SLURM.
 
     Raises:
-        UserError: a value does not match the format of its type, so sbatch could read it as another option.
+        UserError: a value does not match the format of its type, so sbatch could read it as another option, or two
+            options exclude each other.
     """
 
     nodes: Count = 1
     """Number of nodes."""
     gpus_per_node: Gpus | None = None
     """GPUs per node, as NUMBER or TYPE:NUMBER; by default none, with one rank per node for --device cpu."""
+    gres: Gres | None = None
+    """Generic resources per node, as NAME:NUMBER or NAME:TYPE:NUMBER, separated by commas, e.g. gpu:8 on clusters
+    without --gpus-per-node."""
+    cpus_per_gpu: Count | None = None
+    """CPUs per GPU. By default, SLURM gives all ranks of a node one CPU, unless the cluster is configured otherwise."""
+    cpus_per_task: Count | None = None
+    """CPUs per node, which its ranks share, because the job has one task per node."""
+    mem: Memory | None = None
+    """Memory per node in MiB, or with K, M, G or T, e.g. 64G; 0 for all of it. By default what the cluster gives."""
+    exclusive: Flag = False
+    """Share the nodes with no other job, and use all of their CPUs. GPUs and memory still have to be requested."""
     time: TimeLimit | None = None
     """Time limit in the format of sbatch, e.g. 2:00:00."""
     partition: Name | None = None
     """Partition; by default the cluster's default partition."""
     account: Name | None = None
     """Account to charge; by default your own."""
+    qos: Name | None = None
+    """Quality of service."""
+    constraint: Constraint | None = None
+    """Features that the nodes must have, e.g. h100&nvlink."""
+    container_image: Image | None = None
+    """Container image in which the ranks run, on clusters with pyxis: a name such as ghcr.io#team/runner:1, or the
+    absolute path of a squashfs file; see slurm/README.md."""
     stop_before: Annotated[int, Meta(ge=1, le=65535)] = 180
     """Seconds before the time limit at which the run writes a checkpoint and the job is requeued; choose more than
     a step or an evaluation takes."""
@@ -71,27 +112,56 @@ class Allocation:
             for item in formats:
                 if isinstance(item, Format) and value is not None and not re.fullmatch(item.pattern, value):
                     raise UserError(f"--{name.replace('_', '-')} {value!r}: expected {item.expected}")
+        self._check_gpus()
         if self.time is not None and 0 < _seconds(self.time) <= self.stop_before:
             least = f"more than the {self.stop_before} seconds of --stop-before, when each start would stop at once"
             raise UserError(f"--time {self.time!r}: expected {least}; give more, or lower that")
 
+    def _check_gpus(self) -> None:
+        """Raises UserError if GPUs are requested twice, or CPUs twice or for no GPU."""
+        by_gres = _count_gpus(self.gres)
+        if self.gpus_per_node and by_gres:
+            both = f"--gpus-per-node {self.gpus_per_node!r} and --gres {self.gres!r}"
+            raise UserError(f"{both}: expected GPUs in one of them; leave out the other")
+        if self.cpus_per_gpu and self.cpus_per_task:
+            both = f"--cpus-per-gpu {self.cpus_per_gpu} and --cpus-per-task {self.cpus_per_task}"
+            raise UserError(f"{both}: expected one of them; leave out the other")
+        if self.cpus_per_gpu and not self.gpus_per_node and not by_gres:
+            expected = "--gpus-per-node or --gres gpu:NUMBER with it; without GPUs, use --cpus-per-task"
+            raise UserError(f"--cpus-per-gpu {self.cpus_per_gpu}: expected {expected}")
+
     @property
     def ranks(self) -> int:
-        """Number of ranks of the job, counted as in slurm/train.sbatch."""
-        return self.nodes * int((self.gpus_per_node or "1").rpartition(":")[2])
+        """Number of ranks of the job, counted as in slurm/train_node."""
+        gpus = int(self.gpus_per_node.rpartition(":")[2]) if self.gpus_per_node else _count_gpus(self.gres)
+        return self.nodes * (gpus or 1)
 
     def options(self) -> list[str]:
         """Returns the options of sbatch that request these resources."""
         values = {
-            "nodes": str(self.nodes),
+            "nodes": self.nodes,
             "gpus-per-node": self.gpus_per_node,
+            "gres": self.gres,
+            "cpus-per-gpu": self.cpus_per_gpu,
+            "cpus-per-task": self.cpus_per_task,
+            "mem": self.mem,
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            # Not sbatch's own options for containers: they would put the script in it, which calls srun and scontrol.
+            "export": f"ALL,RUNNER_CONTAINER_IMAGE={self.container_image}" if self.container_image else None,
         }
         # On the command line, because environment variables such as SBATCH_SIGNAL override the options in a script.
         fixed = ["--requeue", "--open-mode=append", f"--signal=B:USR1@{self.stop_before}"]
+        fixed += ["--exclusive"] if self.exclusive else []
         return [*fixed, *(f"--{name}={value}" for name, value in values.items() if value is not None)]
+
+
+def _count_gpus(gres: str | None) -> int:
+    """Returns the number of GPUs in the value of --gres."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu:(?:[^,:]*:)?([0-9]+)", gres or ""))
 
 
 def _seconds(limit: str) -> int:
@@ -182,7 +252,8 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
     """Runs sbatch in the checkout, and returns the job's number.
 
     The W&B key is not passed on, because SLURM stores a job's environment in files. On the nodes the key comes from
-    ~/.netrc, which `wandb login` writes; without it, runs are offline.
+    ~/.netrc, which `wandb login` writes; without it, runs are offline. If this process is part of a job, the variables
+    with that job's requests are not passed on either, because srun would repeat them in the new job.
 
     Raises:
         UserError: sbatch refuses the job, or the folder of logs is not writable.
@@ -194,7 +265,8 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
         (runs / "slurm").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    public = {name: value for name, value in job_environment(environ).items() if name not in SECRETS}
+    withheld = {name for name in environ if name in SECRETS or OUTER_JOB.fullmatch(name)}
+    public = {name: value for name, value in job_environment(environ).items() if name not in withheld}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=public, check=False)
     if result.returncode != 0:
         raise UserError(f"sbatch refused: {result.stderr.strip()}")

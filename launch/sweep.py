@@ -132,7 +132,7 @@ class Sweep:
         if self.dry_run and self.as_wandb_sweep:
             raise UserError("--dry-run and --as-wandb-sweep: expected one of them")
         slurm_options = [
-            f"--{name.replace('_', '-')} {value}"
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in asdict(self.slurm).items()
             if value != getattr(ONE_NODE, name)
         ]

@@ -1,6 +1,7 @@
 """The quickstart, the accelerate configurations, the scripts, and the installed packages."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -110,6 +111,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
         (["--overwrite"], "--overwrite: expected no --resume, which jobs and sweeps always set"),
         (["--batch-size", "60", "--nodes", "7"], "batch size 60: expected a multiple of the 7 ranks"),
         (["--nodes", "2", "--gpus-per-node", "h100:4"], "batch size 60: expected a multiple of the 8 ranks"),
+        (["--nodes", "2", "--gres", "nvme:9,gpu:h100:4"], "batch size 60: expected a multiple of the 8 ranks"),
         (["--batch-size", "501"], "--recipe.batch-size 501: expected at most the 500 training images"),
         (["--recipe.validation", "500"], "--recipe.validation 500: expected fewer than the 500 training images"),
         (["--teacher", "none"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
@@ -170,7 +172,21 @@ def test_weights_that_do_not_fit_are_refused_before_the_queue(
     assert "expected the weights of this architecture" in done.stderr
 
 
-VALID = st.sampled_from(["8", "h100:8", "a100_3g.20gb:2", "30", "1-02:00:00", "gpu", "gpu,long"])
+VALID = st.sampled_from(
+    [
+        "8",
+        "h100:8",
+        "a100_3g.20gb:2",
+        "30",
+        "1-02:00:00",
+        "gpu",
+        "gpu,long",
+        "gpu:8",
+        "gpu:h100:8,nvme:1",
+        "64G",
+        "a&(b|c)",
+    ]
+)
 STRANGE = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 NEARLY_VALID = st.builds("".join, st.tuples(VALID, STRANGE) | st.tuples(STRANGE, VALID))
 
@@ -184,7 +200,10 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(["gpus_per_node", "time", "partition", "account"]), VALID | NEARLY_VALID | STRANGE)
+@given(
+    st.sampled_from(["gpus_per_node", "gres", "mem", "time", "partition", "account", "qos", "constraint"]),
+    VALID | NEARLY_VALID | STRANGE,
+)
 def test_a_value_is_refused_or_reaches_sbatch_as_it_is(name: str, value: str) -> None:
     option = f"--{name.replace('_', '-')}"
     allocation, message = attempt(lambda: Allocation(**{name: value}))
@@ -192,7 +211,10 @@ def test_a_value_is_refused_or_reaches_sbatch_as_it_is(name: str, value: str) ->
         assert message.startswith(f"{option} {value!r}: expected ")
         return
     assert allocation.options()[-2:] == ["--nodes=1", f"{option}={value}"]
-    assert re.fullmatch(r"[A-Za-z0-9_.,:@+/%=-]+", value)  # nothing that a shell, or a line of #SBATCH, would read
+    signs = r"&|*()\[\]" if name == "constraint" else ""  # of its syntax
+    assert re.fullmatch(
+        rf"[A-Za-z0-9_.,:@+/%={signs}-]+", value
+    )  # nothing that a shell, or a line of #SBATCH, would read
     assert not value.startswith("-")
     if name == "gpus_per_node":
         assert allocation.ranks == int(value.split(":")[-1])
@@ -233,10 +255,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     environ = {
-        **more,
         "PATH": f"{checkout}:/usr/bin:/bin",
         **{"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"},
         **{"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
+        **more,
     }
     command = ["bash", f"slurm/{script}", *words]
     return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=False)
@@ -312,6 +334,106 @@ def test_a_job_without_an_address_fails(checkout: Path, tmp_path: Path) -> None:
     assert not (copy / "words").exists()
 
 
+UUID = "8f2bd1f6-1c5c-4d6e-9a3a-1f0e5b7a9c11"
+
+
+@pytest.mark.parametrize(
+    ("environ", "count"),
+    [
+        ({}, 0),
+        ({"SLURM_GPUS_PER_NODE": "8"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_GPUS_ON_NODE": "16"}, 8),  # --exclusive: all of the node's are there
+        ({"SLURM_GPUS_PER_NODE": "a100:4,h100:3"}, 7),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_GPUS": "0"}, 8),  # --gres=gpu:8
+        ({"SLURM_STEP_GPUS": "2,3", "SLURM_JOB_GPUS": "0"}, 2),
+        ({"SLURM_JOB_GPUS": "0-3,6,8-9"}, 7),
+        ({"CUDA_VISIBLE_DEVICES": f"GPU-{UUID},GPU-{UUID[::-1]}"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": f"MIG-{UUID}"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": f"MIG-GPU-{UUID}/1/0,MIG-GPU-{UUID}/2/0"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ({"SLURM_GPUS_PER_NODE": "h100"}, "SLURM_GPUS_PER_NODE='h100': expected NUMBER or TYPE:NUMBER"),
+        ({"SLURM_JOB_GPUS": "3-0"}, "SLURM_JOB_GPUS='3-0': expected indices such as 0,1 or 0-3, or UUIDs"),
+        ({"CUDA_VISIBLE_DEVICES": "all"}, "CUDA_VISIBLE_DEVICES='all': expected indices"),
+    ],
+)
+def test_gpus_are_counted_in_what_slurm_sets(environ: dict[str, str], count: int | str) -> None:
+    done = subprocess.run(["bash", ROOT / "slurm/count_gpus"], env=environ, capture_output=True, text=True, check=False)
+    if isinstance(count, int):
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{count}\n", "")
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"count_gpus: {count}")
+        assert len(done.stderr.splitlines()) == 1
+
+
+GRES = {"SLURM_GPUS_PER_NODE": "", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_GPUS": "0-7"}
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "words", "expected"),
+    [
+        ("", {}, [], 16),
+        ("export SLURM_GPUS_ON_NODE=2", {}, [], 4),  # --gres=gpu:2 --exclusive
+        ("unset SLURM_GPUS_ON_NODE", {}, [], "0 of the job's 8 GPU(s): expected a request"),
+        ("unset SLURM_GPUS_ON_NODE", {}, ["--device", "cpu"], 2),
+        ("unset SLURM_GPUS_ON_NODE", {}, ["--device=cpu"], 2),
+        ("", {"SLURM_GPUS": "h100:16"}, [], 16),
+        (
+            "export SLURM_GPUS_ON_NODE=1",
+            {"SLURM_GPUS": "9"},
+            [],
+            "1 GPU(s): expected 1/2 of --gpus 9, as on each node",
+        ),
+    ],
+)
+def test_each_node_starts_a_rank_for_each_gpu_that_its_task_gets(
+    checkout: Path, tmp_path: Path, task: str, more: dict[str, str], words: list[str], expected: int | str
+) -> None:
+    """Without the errors, ranks would wait for some that another node does not start, or a job use one GPU of eight."""
+    program = f'shift; export SLURMD_NODENAME=n2; {task}; exec "$@"'
+    copy = with_program(checkout, tmp_path / "copy", "srun", program.replace("; ;", ";"))
+    (copy / "words").unlink(missing_ok=True)
+    done = run_batch_script(copy, *JOB, *words, **GRES, **more)
+    if isinstance(expected, int):
+        assert done.returncode == 0, done.stderr
+        started = (copy / "words").read_bytes().decode().split("\0")
+        assert started[started.index("--num_processes") + 1] == str(expected)
+        assert f", {expected} rank(s)" in done.stderr
+    else:
+        assert done.returncode == 2, done.stderr
+        assert f"train.sbatch: n2: {expected}" in done.stderr
+        assert not (copy / "words").exists()
+
+
+def test_a_job_gives_its_cpus_to_its_tasks(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", 'echo "CPUs: $SRUN_CPUS_PER_TASK"')
+    assert run_batch_script(copy, *JOB, SLURM_CPUS_PER_TASK="96").stdout == "CPUs: 96\n"
+    assert run_batch_script(copy, *JOB).stdout == "CPUs: \n"
+
+
+def test_a_container_gets_the_folders_that_the_arguments_name(checkout: Path, tmp_path: Path) -> None:
+    """Its image has the environment, so the node needs none."""
+    copy = with_program(checkout, tmp_path / "copy", "srun", "printf '%s\\n' \"$@\"")
+    (copy / "launch" / "activate").write_text("exit 9\n")
+    for name in ("data", "modules", "teacher", "with,comma"):
+        (tmp_path / name).mkdir()
+    words = ["--data", f"{tmp_path}/data", f"--teacher={tmp_path}/teacher", "--name", "/nowhere", "--runs", "mine"]
+    image = {"RUNNER_CONTAINER_IMAGE": "ghcr.io#team/runner:1", "PYTHONPATH": f"{tmp_path}/modules"}
+    done = run_batch_script(copy, *JOB, *words, **image)
+    assert done.returncode == 0, done.stderr
+    folders = [copy, tmp_path / "modules", copy / "mine", tmp_path / "data", tmp_path / "teacher"]
+    options = done.stdout.splitlines()
+    assert options[1:4] == [
+        "--container-image=ghcr.io#team/runner:1",
+        f"--container-workdir={copy}",
+        "--container-mounts=" + ",".join(f"{folder}:{folder}" for folder in folders),
+    ]
+    refused = run_batch_script(copy, *JOB, f"--teacher={tmp_path}/with,comma", **image)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"train.sbatch: {tmp_path}/with,comma: expected no comma and no colon")
+
+
 @pytest.mark.parametrize("fault", ["others can write there", "belongs to another user"])
 def test_an_environment_that_others_can_change_is_refused(fault: str, tmp_path: Path) -> None:
     """Its programs would run with the rights of who activates it."""
@@ -355,30 +477,54 @@ def test_accelerate_reads_the_configurations(name: str) -> None:
 def test_scripts_are_executable_and_have_no_syntax_errors() -> None:
     for script in ("launch/quickstart", "launch/check", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK)
-    for script in ("launch/quickstart", "launch/check", "launch/environment", "launch/activate", ".ci/run"):
+    for script in (
+        "launch/quickstart",
+        "launch/check",
+        "launch/environment",
+        "launch/activate",
+        "slurm/count_gpus",
+        "slurm/train_node",
+        ".ci/run",
+    ):
         subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-def test_missing_system_packages_without_root_exit_2_with_one_command(tmp_path: Path) -> None:
-    """The user is not root, no package is installed, and there is no sudo."""
+@pytest.fixture
+def bare_machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who is not root, on a machine without sudo, with Python and no other package."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("dirname", "basename", "grep", "bash"):
+    for name in ("dirname", "basename", "grep", "bash", "cat", "sha256sum", "cut"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
-    for name, text in (("id", "echo 1000"), ("dpkg-query", "exit 1")):
+    for name, text in (("id", "echo 1000"), ("dpkg-query", "exit 1"), ("find", "exit 0")):
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)
-    done = subprocess.run(
-        ["/bin/bash", ROOT / "launch/quickstart"],
-        capture_output=True,
-        text=True,
-        env={"PATH": str(tools), "HOME": "/"},
-    )
+    return {"PATH": str(tools), "RUNNER_PYTHON": sys.executable, "RUNNER_CACHE": str(tmp_path / "cache")}
+
+
+def test_missing_system_packages_without_root_exit_2_with_one_command(bare_machine: dict[str, str]) -> None:
+    done = subprocess.run(["/bin/bash", ROOT / "launch/quickstart"], capture_output=True, text=True, env=bare_machine)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "quickstart: missing system packages and no rights to install them; "
         "run: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev"
     ]
+    assert not Path(bare_machine["RUNNER_CACHE"]).exists()
+
+
+def test_a_complete_environment_needs_no_system_packages(bare_machine: dict[str, str]) -> None:
+    """As on a compute node, which has neither apt nor headers."""
+    program = "import platform, sys; print(sys.version, platform.machine())"
+    python = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+    key = hashlib.sha256((ROOT / "requirements.txt").read_bytes() + python).hexdigest()[:12]
+    home = Path(bare_machine["RUNNER_CACHE"]) / f"env-{key}"
+    home.mkdir(parents=True)
+    (home / "complete").touch()
+    (Path(bare_machine["PATH"]) / "dpkg-query").unlink()
+    script = f'source {ROOT}/launch/activate && echo "$PATH"'
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=bare_machine)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{home}/bin:{bare_machine['PATH']}\n"
 
 
 def test_the_wheel_is_complete_and_installs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.submit import Allocation
 from runner.run.folder import Run
 from tests.support import slurm_cluster
 from tests.support.compare import assert_same_run
@@ -87,6 +88,85 @@ def test_the_wandb_key_does_not_leave_the_submitting_process(submitted: Submitte
     assert submitted.environments > 0, "SLURM stores environments elsewhere now"
     assert submitted.with_key == []
     assert CANARY not in submitted.output
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose `accelerate` prints on what each node would train."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    (folder / "launch").mkdir()
+    (folder / "launch" / "activate").write_text("PATH=$PWD:$PATH\n")
+    accelerate = folder / "accelerate"
+    accelerate.write_text(
+        '#!/bin/bash\nwhile [ "$1" != --num_processes ]; do shift; done\n'
+        'echo "$SLURMD_NODENAME: of $2 ranks, with $SLURM_CPUS_ON_NODE CPUs"\n'
+    )
+    accelerate.chmod(0o755)
+    return folder
+
+
+TWO_GPUS = ["n1: of 4 ranks, with 4 CPUs", "n2: of 4 ranks, with 4 CPUs"]
+FOUR_CPUS = ["n1: of 2 ranks, with 4 CPUs", "n2: of 2 ranks, with 4 CPUs"]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"),
+    [
+        (Allocation(2, gpus_per_node="2", cpus_per_gpu=2), TWO_GPUS),
+        (Allocation(2, gres="gpu:2", cpus_per_gpu=2), TWO_GPUS),
+        (Allocation(2, cpus_per_task=4), FOUR_CPUS),
+        pytest.param(Allocation(2, gpus_per_node="1", exclusive=True), FOUR_CPUS, marks=pytest.mark.every),
+        pytest.param(Allocation(2, gres="gpu:1", exclusive=True), FOUR_CPUS, marks=pytest.mark.every),
+    ],
+    ids=["gpus-per-node", "gres", "cpus-per-task", "exclusive", "exclusive-gres"],
+)
+def test_a_job_has_a_rank_for_each_gpu_and_the_cpus_that_it_asks_for(
+    cluster: slurm_cluster.Cluster, stand_in: Path, tmp_path: Path, allocation: Allocation, expected: list[str]
+) -> None:
+    log = tmp_path / "job.log"
+    words = [*allocation.options(), "--output", log, "slurm/train.sbatch", "tiny", *RESUME]
+    job = cluster.submit(*words, cwd=stand_in, environ=clean_environment())
+    assert cluster.wait(job, 60) == "COMPLETED", log.read_text()
+    assert sorted(line for line in log.read_text().splitlines() if "CPUs" in line) == expected
+    assert allocation.ranks == int(expected[0].split()[2])
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", 3], "GPU(s): expected 1/2 of --gpus 3, as on each node; use --gpus-per-node"),
+        (["--exclusive"], "0 of the job's 2 GPU(s): expected a request"),
+        (Allocation(container_image="/x.sqsh").options(), "srun: unrecognized option '--container-image=/x.sqsh'"),
+    ],
+    ids=["gpus", "exclusive", "container"],
+)
+def test_a_job_that_does_not_get_what_it_asks_for_fails(
+    cluster: slurm_cluster.Cluster, stand_in: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    log = tmp_path / "job.log"
+    words = [*options, "--nodes", 2, "--output", log, "slurm/train.sbatch", "tiny", *RESUME]
+    job = cluster.submit(*words, cwd=stand_in, environ=clean_environment())
+    assert cluster.wait(job, 60) == "FAILED", log.read_text()
+    assert message in log.read_text()
+    assert "CPUs" not in log.read_text()
+    assert "queued again" not in log.read_text()
+
+
+@pytest.mark.every
+def test_a_node_with_two_gpus_trains_on_two_ranks(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    words = ["submit", "ending", *LONGER, "--data", small_data, "--runs", tmp_path, "--gres", "gpu:2"]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"]}
+    done = module("launch", *words, "--cpus-per-gpu", 2, "--max-steps", 2, **environ)
+    assert done.returncode == 0, done.stderr
+    (job,) = re.findall(r"^job (\d+);", done.stdout)
+    log = tmp_path / "slurm" / f"runner-ending-{job}.log"
+    assert cluster.wait(job, 240) == "COMPLETED", log.read_text()
+    assert "train.sbatch: 1 node(s) with 2 GPU(s) each, 2 rank(s)" in log.read_text()
+    assert Run(tmp_path / "ending" / "seed-0").config().world_size == 2
 
 
 @pytest.mark.parametrize(

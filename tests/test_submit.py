@@ -17,7 +17,8 @@ def submit(*words: object, **environ: str) -> Done:
 def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_path: Path) -> None:
     words = ["soni-2", "--data", small_data, "--runs", tmp_path / "my runs", "--nodes", 2]
     words += ["--gpus-per-node", "h100:8", "--time", "1-02:00:00", "--partition", "gpu,long", "--seed", 3]
-    words += ["--stop-before", 600]
+    words += ["--stop-before", 600, "--cpus-per-gpu", 12, "--mem", "500G", "--exclusive", "--gres", "nvme:1"]
+    words += ["--qos", "high", "--constraint", "h100&[rack1|rack2]", "--container-image", "ghcr.io#team/runner:1"]
     words += ["--recipe.epochs", 5, "--dry-run"]
     done = python("-m", "launch", "submit", *words, WANDB_API_KEY="canary")  # a fresh process, as a user starts it
     assert done.returncode == 0, done.stderr
@@ -31,6 +32,13 @@ def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_pa
         "--gpus-per-node=h100:8",
         "--time=1-02:00:00",
         "--partition=gpu,long",
+        "--cpus-per-gpu=12",
+        "--mem=500G",
+        "--exclusive",
+        "--gres=nvme:1",
+        "--qos=high",
+        "--constraint=h100&[rack1|rack2]",
+        "--export=ALL,RUNNER_CONTAINER_IMAGE=ghcr.io#team/runner:1",
         "--requeue",
         "--open-mode=append",
         "--signal=B:USR1@600",
@@ -57,6 +65,16 @@ def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_pa
         (["soni-2", "--time", "0:10:00", "--stop-before", "600"], "--time '0:10:00': expected more than the 600"),
         (["soni-2", "--nodes", "0"], "--nodes 0: expected an integer >= 1"),
         (["soni-2", "--gpus-per-node", "8;id"], "--gpus-per-node"),
+        (["soni-2", "--gres", "gpu"], "--gres 'gpu': expected NAME:NUMBER or NAME:TYPE:NUMBER, such as gpu:8 or"),
+        (["soni-2", "--gres", "gpu:2", "--gpus-per-node", "2"], "expected GPUs in one of them; leave out the other"),
+        (["soni-2", "--cpus-per-gpu", "4"], "--cpus-per-gpu 4: expected --gpus-per-node or --gres gpu:NUMBER with it"),
+        (["soni-2", "--gres", "gpu:2", "--cpus-per-gpu", "4", "--cpus-per-task", "8"], "expected one of them; leave"),
+        (["soni-2", "--cpus-per-task", "0"], "--cpus-per-task 0: expected an integer >= 1"),
+        (["soni-2", "--mem", "64 GB"], "--mem '64 GB': expected MiB, or a number with K, M, G or T, such as 64G"),
+        (["soni-2", "--constraint", "`id`"], "--constraint '`id`': expected features"),
+        (["soni-2", "--qos=--wrap=x"], "--qos '--wrap=x': expected"),
+        (["soni-2", "--container-image", "x,PATH=y"], "--container-image 'x,PATH=y': expected an image"),
+        (["soni-2", "--exclusive", "user"], "user: expected no further word"),
         (["soni-2", "--recipe.epochs", "0"], "--recipe.epochs 0: expected an integer >= 1"),
         (["soni-2", "--no-such-option", "1"], "no-such-option"),
         (["soni-2"], "sbatch: not found"),
@@ -73,10 +91,13 @@ def test_invalid_input_exits_2_with_one_line(words: list[str], message: str, sma
 
 @pytest.fixture
 def sbatch(tmp_path: Path) -> dict[str, str]:
-    """PATH of a stand-in for sbatch that writes PYTHONPATH and its arguments, line by line, to the file `job`."""
+    """PATH of a stand-in for sbatch that writes PYTHONPATH and its arguments, line by line, to the file `job`, and the
+    variables that it gets to the file `environment`."""
     script = tmp_path / "bin" / "sbatch"
     script.parent.mkdir()
-    script.write_text(f"""#!/bin/sh\nprintf '%s\\n' "$PYTHONPATH" "$@" > {tmp_path}/job\necho 7\n""")
+    script.write_text(
+        f"""#!/bin/sh\nprintf '%s\\n' "$PYTHONPATH" "$@" > {tmp_path}/job\nenv > {tmp_path}/environment\necho 7\n"""
+    )
     script.chmod(0o755)
     return {"PATH": f"{script.parent}:{os.environ['PATH']}"}
 
@@ -112,6 +133,22 @@ def test_a_run_of_another_training_is_refused_before_the_queue(
         assert f"holds a run with a different {other}" in done.stderr
     assert not (tmp_path / "job").exists()
     assert submit(*words, "--lr", 0.5, "--resume-anyway", **sbatch).returncode == 0
+
+
+def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
+    sbatch: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    """In its script, srun would request them again, and SLURM_GPUS_PER_NODE would be its number of ranks."""
+    outer = {"SLURM_GPUS_PER_NODE": "8", "SLURM_CPUS_PER_GPU": "4", "SRUN_CPUS_PER_TASK": "32"}
+    words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--gres", "gpu:2"]
+    done = submit(*words, **outer, SLURM_CONF="mine", NCCL_DEBUG="INFO", **sbatch)
+    assert done.returncode == 0, done.stderr
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
+    )
+    assert not outer.keys() & environment.keys()
+    assert environment["SLURM_CONF"] == "mine"
+    assert environment["NCCL_DEBUG"] == "INFO"
 
 
 def test_a_missing_dataset_is_rejected(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:
         (["tiny", "--gpus-per-node", "1", "--dry-run"], "--gpus-per-node 1: expected --on slurm with it"),
         (["tiny", "--at-once", "1"], "--at-once 1: expected --on slurm with it"),
         (["tiny", "--stop-before", "60"], "--stop-before 60: expected --on slurm with it"),
+        (["tiny", "--exclusive"], "--exclusive: expected --on slurm with it"),
         (["tiny", "--on", "slurm", "--slots", "1"], "--slots 1: expected --on local"),
         (["tiny", "--as-wandb-sweep", "x", "--slots", "1"], "--slots 1: expected none with --as-wandb-sweep"),
         (["tiny", "--as-wandb-sweep", "x", "--dry-run"], "expected one of them"),

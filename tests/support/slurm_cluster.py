@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine: munged, slurmctld, and three slurmd that act as three nodes."""
+"""A real SLURM cluster on this machine: munged, slurmctld, and three slurmd that act as three nodes with GPUs."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
-from runner.system.environment import usable_cores
-
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")  # states of a job that has not ended
 NODES = 3  # two that train, and a spare to replace a lost one
+CPUS = 4  # per node, whatever this machine has; SLURM counts them, and binds no task to them
+GPUS = 2  # per node; files stand for them, so jobs train with --device cpu
 
 
 def missing() -> list[str]:
@@ -30,10 +30,12 @@ class Cluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname().split(".")[0]
-        cores = usable_cores()
         ports = free_ports(2 + NODES)
         for name in ("state", "log"):
             (folder / name).mkdir()
+        for number in range(GPUS):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
         self.config = folder / "slurm.conf"
         self.config.write_text(f"""
 ClusterName=test
@@ -59,7 +61,9 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 MpiDefault=none
 SlurmdParameters=config_overrides
-NodeName=n[1-{NODES}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[1] + NODES - 1}] CPUs={cores}
+GresTypes=gpu
+NodeName=DEFAULT CPUs={CPUS} Gres=gpu:{GPUS}
+NodeName=n[1-{NODES}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[1] + NODES - 1}]
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
         for node in range(1, NODES + 1):
