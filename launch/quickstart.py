@@ -157,9 +157,13 @@ class Pipeline:
         folder = str(run.folder)
         self.run_stage(f"export {name}", trained and bool(_scored(run)), ["-m", "runner", "export", folder])
         # Build the engine before the parity gate, which also scores the engine if there is a GPU to run it.
-        self.run_stage(f"engine {name}", trained and _has_engine(run), ["-m", "runner", "engine", folder])
+        if no_engine := _why_no_engine():
+            self.announce(f"engine {name} (not possible here)")
+            say(f"  {no_engine}")
+        else:
+            self.run_stage(f"engine {name}", trained and _has_engine(run), ["-m", "runner", "engine", folder])
         gpu = self.resources.gpus > 0
-        passed = trained and ("engine" if gpu else "onnxruntime") in _scored(run)
+        passed = trained and ("engine" if gpu and not no_engine else "onnxruntime") in _scored(run)
         device = () if gpu else ("--device", "cpu")
         self.run_stage(f"parity {name}", passed, ["-m", "runner", "parity", folder, *device])
         bench = ["-m", "runner", "bench", folder, "--batch", "1", "--seconds", "1"]
@@ -219,12 +223,23 @@ def _has_latency(run: Run) -> bool:
     return sha256 is not None and report is not None and any(row.onnx_sha256 == sha256 for row in report.rows)
 
 
+def _why_no_engine() -> str | None:
+    """Returns why no engine can be built on this machine; None if one can."""
+    from runner.deploy import engine
+
+    try:
+        engine.choose("auto")
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _has_engine(run: Run) -> bool:
-    """Returns whether the current ONNX file has an engine."""
+    """Returns whether the current ONNX file has an engine that is not for other GPUs."""
     from runner.deploy import engine, onnx
 
     try:
-        return bool(engine.built(run, onnx.exported(run)))
+        return any(engine.why_not_here(sidecar) is None for sidecar in engine.built(run, onnx.exported(run)))
     except UserError:
         return False
 

@@ -232,6 +232,7 @@ def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> N
     parameters = sum(p.numel() for p in checkpoint.load_model(exported).parameters())
     each, size = sidecar.weights_bytes / parameters, {"fp32": 4, "fp16": 2, "int8": 1}[kind]
     assert (0.3 if kind == "int8" else 0.75) * size < each < 1.25 * size
+    assert ("int8 convolutions" in sidecar.outside_matrix) == (kind == "int8")
     assert sidecar.batch == BatchRange(min=1, opt=64, max=256)
     assert sidecar.dataset == exported.config().dataset.name
     assert sidecar in engine.built(exported, file)
@@ -381,9 +382,15 @@ def test_commands_print_only_json(confident: Run) -> None:
     options = ("--precision", "fp32", "int8-cpu", "--calibration", 64, "--raw", "--json")
     done = runner("export", confident.folder, *TINY, *options)
     assert [row["name"] for row in json.loads(done.stdout)] == ["fp32", "int8-cpu", "fp32.raw", "int8-cpu.raw"]
-    unscored = runner("bench", confident.folder, *TINY, "--device", "cpu")
-    assert unscored.returncode == 2
+    quick = ("--device", "cpu", "--seconds", 0.05, "--repeats", 3, "--json")
+    unscored = runner("bench", confident.folder, *TINY, *quick)
+    assert unscored.returncode == 1
     assert "first: runner parity" in unscored.stderr
+    (report,) = msgspec.json.decode(unscored.stdout, type=list[LatencyReport])
+    assert {row.backend for row in report.rows if row.measured} == {"eager"}  # which needs no file
+    alone = runner("bench", confident.folder, *TINY, *quick, "--backend", "onnxruntime")
+    assert alone.returncode == 2
+    assert "first: runner parity" in alone.stderr
     done = runner("parity", confident.folder, *TINY, "--json", "--device", "cpu")
     rows = msgspec.json.decode(done.stdout, type=ParityReport).rows
     assert [row.onnx.removeprefix("deploy/model.") for row in rows] == [
@@ -729,15 +736,15 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     assert "--device cuda requires 1 CUDA GPU(s) on this node, found 0" in done.stderr
     with pytest.raises(UserError, match="--backend engine: not available here on cpu; engines run on a GPU"):
         parity.compare(own, [exporter.exported(own)], None, "cpu", ("engine",))
-    with pytest.raises(UserError, match="--backend tensorrt"):
-        engine.load("tensorrt")
+    with pytest.raises(UserError, match="--backend tensorrt: builds only for the GPU of this machine, found none"):
+        engine.choose("tensorrt")
 
 
 @pytest.fixture(scope="session")
 def tensorrt_loads() -> None:
     """Skips where no TensorRT can be loaded; set up before the fixtures that build engines."""
     try:
-        engine.load("auto")
+        engine.choose("auto")
     except UserError as error:
         pytest.skip(str(error))
 

@@ -16,7 +16,7 @@ def test_this_machine_has_no_faults(small_data: Path, tmp_path: Path) -> None:
     done = runner("doctor", "--data", small_data, "--runs", tmp_path, "--json", WANDB_MODE="offline")
     assert done.returncode == 0, done.stdout
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
-    well = ("versions", "data", "all-reduce", "onnxruntime", "tensorrt-rtx")
+    well = ("versions", "data", "all-reduce", "onnxruntime", "tensorrt-rtx", "engines")
     assert {name: found[name]["state"] for name in well} == dict.fromkeys(well, "well")
     assert "all hashes match" in found["data"]["found"]
     assert "agree" in found["all-reduce"]["found"]

@@ -527,6 +527,52 @@ def test_a_complete_environment_needs_no_system_packages(bare_machine: dict[str,
     assert done.stdout == f"{home}/bin:{bare_machine['PATH']}\n"
 
 
+PYTHON = r"""#!/bin/bash
+case $1 in
+-m)
+    mkdir -p "$3/bin"
+    printf '#!/bin/bash\n' >"$3/bin/python"
+    printf '#!/bin/bash\necho "$*" >>%q\n[[ $* != *tensorrt-cu13* ]] || { echo no route >&2; exit %d; }\n' \
+        "$CALLS" "$FAILS" >"$3/bin/uv"
+    chmod +x "$3/bin/"*
+    ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("gpu", "fails"), [(True, 0), (True, 1), (False, 0)])
+def test_tensorrt_is_installed_where_there_is_a_gpu(gpu: bool, fails: int, tmp_path: Path) -> None:
+    """Once, in the version of its bindings; if that fails, one line says so, and the environment is complete."""
+    tools, calls = tmp_path / "tools", tmp_path / "calls"
+    tools.mkdir()
+    gpus = "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'" if gpu else "echo 'No devices found.'"
+    for name, text in (("nvidia-smi", f"#!/bin/bash\n{gpus}\n"), ("python", PYTHON)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    environ = clean_environment(
+        PATH=f"{tools}:{os.environ['PATH']}",
+        RUNNER_CACHE=str(tmp_path / "cache"),
+        RUNNER_PYTHON=str(tools / "python"),
+        CALLS=str(calls),
+        FAILS=str(fails),
+    )
+    activate = ["bash", "-c", f"source {ROOT}/launch/activate; echo $?; type -p runner"]
+    first, second = (subprocess.run(activate, capture_output=True, text=True, env=environ) for _ in range(2))
+    assert first.stdout.startswith("0\n"), first.stderr
+    (home,) = (path for path in (tmp_path / "cache").glob("env-*") if path.is_dir())
+    assert first.stdout == second.stdout == f"0\n{home}/bin/runner\n"
+    assert second.stderr == ""
+    bindings = re.search(r"^tensorrt-cu13-bindings==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    installed = [line.split()[-1] for line in calls.read_text().splitlines()]
+    assert installed == [str(ROOT / "requirements.txt"), *([f"tensorrt-cu13=={bindings}"] if gpu else [])]
+    lines = [
+        f"activate: creating the Python environment in {home} (several GB, once)",
+        f"activate: tensorrt-cu13=={bindings}: cannot be installed, see {home}/tensorrt.log (remove it to try again); "
+        "engines can be built for RTX cards only",
+    ]
+    assert first.stderr.splitlines() == (lines if fails else lines[:1])
+
+
 def test_the_wheel_is_complete_and_installs(tmp_path: Path) -> None:
     pip = [
         sys.executable,

@@ -55,3 +55,6 @@ class Bench:
             print(msgspec.json.encode(reports).decode())
         else:
             latency.show(reports)
+        refused = [row.not_measured for report in reports for row in report.rows if row.refused]
+        if refused:
+            raise SystemExit("\n".join(f"runner: not measured: {reason}" for reason in refused))

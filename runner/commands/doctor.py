@@ -87,7 +87,7 @@ def versions() -> Finding:
     """Checks that torch is new enough to load checkpoints safely."""
     import torch
 
-    found = environment.package_versions("tensorrt", "tensorrt-rtx")
+    found = environment.package_versions(*environment.TENSORRT_PACKAGES)
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         remedy = "install torch 2.10 or later; before, weights_only=True can be bypassed"
@@ -249,20 +249,29 @@ def onnxruntime() -> Finding:
 
 
 def tensorrt() -> Iterator[Finding]:
-    """Builds a one-layer engine with each TensorRT library that loads."""
+    """Builds a one-layer engine with each TensorRT library that loads; on a GPU, also loads and runs it."""
     from runner.deploy import engine
 
-    built = False
-    for backend in engine.MODULES:
+    for backend in engine.LIBRARIES:
         try:
-            size = engine.smallest(backend)
+            trial = engine.try_out(backend)
         except UserError as error:
             yield Finding(backend, "warning", str(error), "see runner/deploy/README.md")
+        except Exception as error:  # of the library as well: the other one is tried nevertheless
+            line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            yield Finding(backend, "fault", line, "check the driver, or install another version of the library")
         else:
-            built = True
-            yield Finding(backend, "well", f"builds an engine ({size:,} bytes)")
-    if not built:
-        yield Finding("engines", "fault", "no TensorRT library here can build engines", "pip install tensorrt-rtx")
+            if trial.gpu:
+                found = f"builds, loads and runs an engine ({trial.bytes:,} bytes) on {trial.gpu}"
+            else:
+                found = f"builds an engine ({trial.bytes:,} bytes) for compute capability "
+                found += f"{', '.join(trial.capabilities)}; loading and running it needs such a GPU"
+            yield Finding(backend, "well", found)
+    try:
+        selected, _ = engine.choose("auto")
+        yield Finding("engines", "well", f"--backend auto selects {selected}")
+    except UserError as error:
+        yield Finding("engines", "fault", str(error), "see runner/deploy/README.md")
 
 
 def show(findings: list[Finding]) -> None:

@@ -24,13 +24,13 @@ class Engine:
     raw: Flag = False
     """Build from the files with the raw front end."""
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    """TensorRT, or TensorRT for RTX, which also builds without a GPU; auto selects TensorRT if its libraries load and
-    there is a GPU."""
+    """TensorRT; or TensorRT for RTX, which also builds without a GPU, but only for RTX cards; auto selects one that
+    loads and whose engine runs on this machine's GPU, or TensorRT for RTX if there is none."""
     batch: tuple[Count, Count, Count] = (1, 128, 512)
     """Minimum, optimal and maximum batch size."""
     target: tuple[str, ...] = ()
-    """Compute capabilities to build for, e.g. SM89 SM120 (tensorrt-rtx only); by default that of this machine's GPU,
-    or all from Ampere on if there is none."""
+    """Compute capabilities to build for, e.g. SM89 SM120 (tensorrt-rtx only); by default a portable engine for SM86,
+    SM89 and SM120, or one for this machine's GPU if that is an RTX card of another kind."""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     """0 to 5; higher levels search longer for fast kernels; by default TensorRT decides."""
     no_timing_cache: Flag = False
@@ -52,4 +52,4 @@ class Engine:
             return
         for sidecar in sidecars:
             what = f"{sidecar.provider}, {sidecar.precision}, {sidecar.bytes:,} bytes, target {sidecar.target}"
-            print(f"{run.folder / sidecar.engine}: {what}")
+            print(f"{run.folder / sidecar.engine}: {what}{f', {sidecar.caveat}' if sidecar.caveat else ''}")

@@ -148,7 +148,7 @@ def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
         device=device,
         threads=torch.get_num_threads() if device == "cpu" else None,
         hardware=hardware,
-        versions=environment.package_versions("tensorrt", "tensorrt-rtx"),
+        versions=environment.package_versions(*environment.TENSORRT_PACKAGES),
         method=Method(warmup_seconds=WARMUP_SECONDS, seconds=options.seconds, repeats=options.repeats),
         load=round(os.getloadavg()[0], 2),
     )
@@ -218,7 +218,7 @@ def _torch_target(run: Run, backend: str, precision: Precision, device: str) -> 
 
 def _refused(row: LatencyRow, error: UserError) -> Target:
     """Returns a target that the gate refuses, so that the others are measured nevertheless."""
-    return Target(replace(row, not_measured=str(error)), refused=error)
+    return Target(replace(row, not_measured=str(error), refused=True), refused=error)
 
 
 def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str) -> Target:
@@ -285,6 +285,7 @@ def _engine_target(
         onnx_sha256=file.sha256,
         engine_sha256=sidecar.sha256,
         opt_batch=sidecar.batch.opt,
+        warning=sidecar.caveat,
         gate=gate,
     )
     return Target(row, prepare, sidecar.batch.min, sidecar.batch.max)
@@ -330,6 +331,7 @@ def _measure_target(target: Target, shape: list[int], options: BenchOptions, dev
             torch.cuda.empty_cache()
             continue
         sm_mhz = _sm_clock() if device == "cuda" else None  # right after the measurement, before the clock drops
+        figures["warning"] = "; ".join(filter(None, (row.warning, figures.get("warning")))) or None
         yield replace(row, **figures, launched_as=call.launched_as, sm_mhz=sm_mhz)
 
 

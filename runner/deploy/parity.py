@@ -60,6 +60,7 @@ class Candidate:
         provider: onnxruntime's execution provider, or the engine's library and version.
         forward: maps images to logits.
         engine_sha256: SHA-256 of the engine; None for onnxruntime.
+        caveat: what of the engine's arithmetic is outside NVIDIA's support matrix.
     """
 
     file: OnnxFile
@@ -67,6 +68,7 @@ class Candidate:
     provider: str
     forward: Forward
     engine_sha256: str | None = None
+    caveat: str | None = None
 
 
 def compare(
@@ -129,7 +131,7 @@ def compare(
         images=baseline.num_images,
         eager_accuracy=baseline.accuracy,
         hardware=environment.describe_hardware(),
-        versions=environment.package_versions("tensorrt", "tensorrt-rtx"),
+        versions=environment.package_versions(*environment.TENSORRT_PACKAGES),
         rows=[*_other_rows(run, earlier.rows if earlier else [], rows), *rows],
         torch=torch_rows,
         not_scored=not_scored,
@@ -193,13 +195,19 @@ def _open_candidates(
     Raises:
         UserError: a backend in `backends` does not run here.
     """
-    candidates, not_scored = [], []
+    candidates: list[Candidate] = []
+    not_scored: list[NotScored] = []
     for file in files:
         openers: list[tuple[Backend, Callable[[], Candidate]]] = []
         if "onnxruntime" in (backends or BACKENDS):
             openers.append(("onnxruntime", partial(_open_session, file, device)))
         if "engine" in (backends or BACKENDS) and device == "cuda":
-            openers += [("engine", partial(_open_engine, run, file, sidecar)) for sidecar in engine.built(run, file)]
+            sidecars = engine.built(run, file)
+            here = [sidecar for sidecar in sidecars if engine.why_not_here(sidecar) is None]
+            if here:  # engines for other GPUs are an error only where none is for this one
+                others = [sidecar for sidecar in sidecars if sidecar not in here]
+                not_scored += [_not_for_this_gpu(file, sidecar) for sidecar in others]
+            openers += [("engine", partial(_open_engine, run, file, sidecar)) for sidecar in here or sidecars]
         for backend, open_candidate in openers:
             try:
                 candidates.append(open_candidate())
@@ -208,6 +216,10 @@ def _open_candidates(
                     raise
                 not_scored.append(NotScored(onnx=str(file.path), backend=backend, reason=str(error)))
     return candidates, not_scored
+
+
+def _not_for_this_gpu(file: OnnxFile, sidecar: EngineSidecar) -> NotScored:
+    return NotScored(onnx=str(file.path), backend="engine", reason=str(engine.why_not_here(sidecar)))
 
 
 def _open_session(file: OnnxFile, device: str) -> Candidate:
@@ -219,7 +231,7 @@ def _open_session(file: OnnxFile, device: str) -> Candidate:
 
 def _open_engine(run: Run, file: OnnxFile, sidecar: EngineSidecar) -> Candidate:
     running = engine.RunningEngine(run, sidecar)
-    return Candidate(file, "engine", sidecar.provider, running.run_in_batches, sidecar.sha256)
+    return Candidate(file, "engine", sidecar.provider, running.run_in_batches, sidecar.sha256, sidecar.caveat)
 
 
 def _row(
@@ -235,6 +247,7 @@ def _row(
         precision=file.precision,
         front_end=file.front_end,
         provider=candidate.provider,
+        caveat=candidate.caveat,
         classes_predicted=measured.num_predicted_classes,
         culprit=None if scores.passed else find_culprit(run, candidate, images, device),
         machine=this_machine(),

@@ -349,6 +349,8 @@ class ParityRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
     front_end: FrontEnd
     provider: str
     culprit: str | None = None
+    caveat: str | None = None
+    """For an engine, what of its arithmetic is outside NVIDIA's support matrix."""
     classes_predicted: int | None = None
     """Number of distinct classes predicted over all images; if it is one, agreement with the model proves little."""
     machine: Machine | None = None
@@ -370,6 +372,8 @@ class ParityRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
         scores = Scores.__str__(self)
         if self.predicts_one_class:
             scores += ", but one class is predicted for all images, so agreement proves nothing"
+        if self.caveat:
+            scores += f", {self.caveat}"
         return scores if self.passed else f"{scores}, limit: {self.limit}; worst at {self.culprit}"
 
 
@@ -406,6 +410,7 @@ class ParityReport(Record, frozen=True, kw_only=True, omit_defaults=False):
 class LatencyRow(Record, frozen=True, kw_only=True):
     """The latency of one backend, precision and batch size, or in `not_measured` the reason why it was not measured.
 
+    `refused` is set if the reason is that it has not passed the gate.
     `p50_ms`, `p90_ms` and `p99_ms` cover only the computation; copies to and from a GPU are measured separately.
     """
 
@@ -428,6 +433,7 @@ class LatencyRow(Record, frozen=True, kw_only=True):
     sm_mhz: int | None = None
     warning: str | None = None
     not_measured: str | None = None
+    refused: bool = False
 
     def __post_init__(self) -> None:
         _name_engine(self)
@@ -486,6 +492,10 @@ class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
     backend: str
     version: str
     target: str
+    compute_capabilities: list[str] = []
+    """Compute capabilities of the GPUs that it runs on, such as "8.9"; empty if an earlier version built it."""
+    outside_matrix: list[str] = []
+    """Arithmetic in it that NVIDIA's support matrix of the library does not list, such as "int8 convolutions"."""
     batch: BatchRange
     inputs: list[tuple[str, list[int], str]]
     layers: int | None = None
@@ -499,6 +509,11 @@ class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
     hardware: Hardware | None = None
     versions: dict[str, str] = {}
     log: list[str] = []
+
+    @property
+    def caveat(self) -> str | None:
+        """What NVIDIA's support matrix does not list, as a remark; None if it lists everything."""
+        return f"outside NVIDIA's support matrix: {', '.join(self.outside_matrix)}" if self.outside_matrix else None
 
     @property
     def provider(self) -> str:

@@ -6,8 +6,10 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common.errors import UserError
 from runner.run.schema import Git, Hardware
 
 PACKAGES = (
@@ -21,6 +23,18 @@ PACKAGES = (
     "onnx",
     "onnxruntime-gpu",
 )
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its name, and its compute capability, such as "9.0"."""
+
+    name: str
+    capability: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.capability})"
 
 
 def package_versions(*more: str) -> dict[str, str]:
@@ -91,6 +105,26 @@ def count_gpus() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def first_gpu() -> Gpu | None:
+    """Returns the first CUDA device that this process sees, which builds and runs engines; None without one.
+
+    Uses the driver API, as `count_gpus` does.
+    """
+    if count_gpus() == 0:
+        return None
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, name, major, minor = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    errors = [
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGetName(name, len(name), device),
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # …_MINOR
+    ]
+    if any(errors):
+        raise UserError(f"the CUDA driver does not describe the first GPU (errors {errors}); check it with nvidia-smi")
+    return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
 
 
 def cpu_supports_bf16() -> bool:

@@ -128,11 +128,20 @@ def latency(context: Context, run: Run, precision: Precision, backend: str, seco
     options: list[object] = ["--precision", precision, "--batch", *context.scale.batches, "--backend", backend]
     options += ["--seconds", seconds, "--device", context.device]
     options += ["--repeats", 3] if context.rehearse else []
-    context.command("-m", "runner", "bench", run.folder, *options)
+    failure = None
+    try:
+        context.command("-m", "runner", "bench", run.folder, *options)
+    except MissingError:
+        raise
+    except RuntimeError as error:  # also raised if a row was refused
+        failure = error
     report = run.read_latency()
-    assert report is not None
+    if report is None:
+        raise failure or RuntimeError("runner bench wrote no report")
     in_torch = backend in ("eager", "compiled")  # measured in every precision that torch supports here
     rows = [row for row in report.rows if row.backend == backend and (in_torch or row.precision == precision)]
+    if failure and not any(row.measured for row in rows):
+        raise failure
     return {"method": msgspec.to_builtins(report.method), "load": report.load, "rows": msgspec.to_builtins(rows)}
 
 

@@ -66,7 +66,7 @@ class Ledger:
             rehearsal=context.rehearse,
             hardware=environment.describe_hardware(),
             driver=driver(),
-            versions=environment.package_versions("triton", "tensorrt", "tensorrt-rtx"),
+            versions=environment.package_versions("triton", *environment.TENSORRT_PACKAGES),
             commit=context.commit or environment.git_revision().commit,
             dataset=context.manifest.name,
             fingerprint=context.manifest.fingerprint,

@@ -2,9 +2,9 @@
 
 `train 5 1 SIGKILL` sends the signal to rank 1 in its fifth forward pass of training; `eval 3 0 SIGKILL` in the third
 pass of evaluation; `commit 2 0 SIGKILL` just before the second checkpoint is renamed; `train 5 1 NAN` makes the
-logits of that pass NaN, and `train 5 1 MEMORY` raises what torch raises for lack of memory; `train 5 1 STALL` sleeps ten minutes in that pass, in the first start of a SLURM job;
-`train 5 1 SLEEP2` sleeps half a second in that pass and each later one, in the first two
-starts of a SLURM job.
+logits of that pass NaN, and `train 5 1 MEMORY` raises what torch raises for lack of memory; `train 5 1 STALL` sleeps
+ten minutes in that pass, in the first start of a SLURM job; `train 5 1 SLEEP2` sleeps half a second in that pass and
+each later one, in the first two starts of a SLURM job.
 """
 
 import os
