@@ -139,7 +139,7 @@ def test_only_the_edges_read_arguments_and_environment() -> None:
     readers = {module_of(path) for path in FILES if READING & names_in(path.read_text())}
     assert readers == {
         "runner.cli", "launch.__main__", "launch.quickstart", "data_prep.__main__", "runner.benchmarks.program",
-        "runner.data.preview", "launch.speed",
+        "runner.data.preview", "launch.speed", "launch.wheelhouse",
     }  # fmt: skip
 
 

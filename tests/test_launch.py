@@ -475,12 +475,13 @@ def test_accelerate_reads_the_configurations(name: str) -> None:
 
 
 def test_scripts_are_executable_and_have_no_syntax_errors() -> None:
-    for script in ("launch/quickstart", "launch/check", ".ci/run"):
+    for script in ("launch/quickstart", "launch/check", "launch/environment", "launch/wheelhouse", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK)
     for script in (
         "launch/quickstart",
         "launch/check",
         "launch/environment",
+        "launch/wheelhouse",
         "launch/activate",
         "slurm/count_gpus",
         "slurm/train_node",
