@@ -17,10 +17,11 @@ TOLERANCES = {
 
 
 @pytest.mark.processes
-def test_two_and_three_ranks_have_the_losses_of_one_rank(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("worlds", [(2, 3), pytest.param((4, 8, 16), marks=pytest.mark.every)], ids=str)
+def test_any_number_of_ranks_has_the_losses_of_one(worlds: tuple[int, ...], small_data: Path, tmp_path: Path) -> None:
     """Batch norm computes its statistics over all ranks (runner.models.norm)."""
     results = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, *worlds):
         out = tmp_path / str(ranks)
         done = module(*on_ranks(ranks), "tests.support.programs.ranks_program", small_data, out, *TOLERANCES)
         assert done.returncode == 0, done.stderr

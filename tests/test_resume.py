@@ -54,6 +54,7 @@ def arguments(data: Path, runs: Path, *more: object) -> list[object]:
         pytest.param(3, LIVES, id="3 ranks"),
         pytest.param(1, LIVES, id="1 rank", marks=pytest.mark.every),
         pytest.param(2, LIVES, id="2 ranks", marks=pytest.mark.every),
+        pytest.param(8, LIVES[:2], id="8 ranks", marks=pytest.mark.every),
     ],
 )
 def test_what_was_ended_is_what_never_ended(

@@ -32,7 +32,7 @@ def main(data: str, out: str, *cases: str) -> None:
 
 
 def losses(accelerator: Accelerator, data: Path, dtype: torch.dtype, steps: int, kind: str) -> list[float]:
-    recipe = Recipe(100, 60, SGD(0.05), augment=Augment(crop_padding=4, flip="random"))
+    recipe = Recipe(100, 48, SGD(0.05), augment=Augment(crop_padding=4, flip="random"))
     rank_info = RankInfo(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
     batches = open_split(data, open_manifest(data), "train", recipe, rank_info, seed=3)
     torch.manual_seed(0)
