@@ -202,6 +202,14 @@ CHANGES = {
 }  # fmt: skip
 
 
+def test_seeds_and_batch_generators_match_earlier_versions() -> None:
+    """For dropout on several ranks, and for mixing."""
+    seeds = [order.rank_seed(seed, rank) for seed, rank in ((0, 0), (3, 1), (2**32 - 1, 7))]
+    assert seeds == [6140391860161666508, 8458709945103788358, 5855480981957312120]
+    drawn = order.batch_generator(3, 2, 5).integers(0, 2**63, 3).tolist()
+    assert drawn == [523534655586764384, 618834857667409141, 1145851005861656778]
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augment)])
 def test_every_augmentation_changes_the_images_of_training(small_data: Path, name: str) -> None:
     """And not those of evaluation. A new one needs a value in CHANGES."""

@@ -54,7 +54,7 @@ def arguments(data: Path, runs: Path, *more: object) -> list[object]:
         pytest.param(3, LIVES, id="3 ranks"),
         pytest.param(1, LIVES, id="1 rank", marks=pytest.mark.every),
         pytest.param(2, LIVES, id="2 ranks", marks=pytest.mark.every),
-        pytest.param(8, LIVES[:2], id="8 ranks", marks=pytest.mark.every),
+        pytest.param(4, LIVES[:2], id="4 ranks", marks=pytest.mark.every),
     ],
 )
 def test_what_was_ended_is_what_never_ended(
@@ -494,3 +494,28 @@ def test_stopped_where_no_evaluation_was_due(small_data: Path, tmp_path: Path) -
         assert f"stopped at step {step};" in runner(*words, "--runs", ended, "--stop-file", asked).stderr
     assert runner(*words, "--runs", ended).returncode == 0
     assert_same_run(*(runs / "tiny-norm" / "seed-0" for runs in (straight, ended)))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        pytest.param(2, ("--recipe.ema", 0.9), id="2 ranks, EMA"),
+        pytest.param(2, (), id="2 ranks", marks=pytest.mark.every),
+        pytest.param(1, (), id="1 rank", marks=pytest.mark.every),
+    ],
+)
+def test_an_end_at_a_checkpoint_within_an_epoch_is_an_end(
+    ranks: int, words: tuple[object, ...], small_data: Path, tmp_path: Path
+) -> None:
+    """A killed run that is asked to end where its checkpoint is: evaluated, saved and logged as if it had trained on."""
+    ended = launch(ranks, *arguments(small_data, tmp_path / "ended", *words), END=f"train 5 {ranks - 1} SIGKILL")
+    assert ended.returncode != 0
+    for runs in ("ended", "straight"):
+        words = ("--resume", "auto", "--max-steps", 3, *words)
+        done = launch(ranks, *arguments(small_data, tmp_path / runs, *words))
+        assert done.returncode == 0, done.stderr
+        words = words[4:]
+    resumed = tmp_path / "ended" / "ending" / "seed-0"
+    assert Run(resumed).config().resumed[-1].step == 3
+    assert_same_run(tmp_path / "straight" / "ending" / "seed-0", resumed)

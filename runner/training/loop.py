@@ -78,24 +78,45 @@ class LoopHooks:
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
 
 
-class Pause:
-    """A minimum time between two events, by the clock of rank 0."""
+class Checkpoints:
+    """Saves the state of training when a checkpoint is due, and stops training when that is asked for.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.end = -math.inf
+    Use it as a context manager, which waits at its end for the last checkpoint.
+    """
 
-    def start(self) -> None:
-        """Starts the time anew."""
-        self.end = time.monotonic() + self.seconds
+    def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator, last_step: int) -> None:
+        self.hooks, self.accelerator, self.last_step = hooks, accelerator, last_step
+        self.writer = checkpoint.CheckpointWriter(run)
+        self.pause_end = -math.inf  # by the clock of this rank
 
-    def over(self, accelerator: Accelerator) -> bool:
-        """Returns whether the time is over, the same on all ranks, which must all call it."""
-        over = time.monotonic() >= self.end
-        if accelerator.num_processes == 1:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.writer.__exit__(*error)
+
+    def save_or_stop(self, state: TrainState, evaluated: bool = False) -> None:
+        """Called after every step but the last of an epoch, and after every epoch; all ranks must call it.
+
+        Raises:
+            StoppedError: training was asked to stop; the checkpoint is on disk.
+        """
+        hooks, ended = self.hooks, state.step == self.last_step
+        stopping = not ended and any_rank_stops(hooks.should_stop, state.step, self.accelerator)
+        if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and self.pause_is_over()):
+            save(state, self.writer, evaluated)
+            self.pause_end = time.monotonic() + hooks.checkpoint_seconds
+        if stopping:
+            self.writer.wait()
+            raise StoppedError(state.step)
+
+    def pause_is_over(self) -> bool:
+        """Returns whether the last checkpoint is old enough, by the clock of rank 0; the same on all ranks."""
+        over = time.monotonic() >= self.pause_end
+        if self.accelerator.num_processes == 1:
             return over
-        by_rank_0 = torch.tensor(float(over and accelerator.is_main_process), device=accelerator.device)
-        return bool(accelerator.reduce(by_rank_0, "sum"))
+        by_rank_0 = torch.tensor(float(over and self.accelerator.is_main_process), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(by_rank_0, "sum"))
 
 
 @dataclass(frozen=True)
@@ -156,28 +177,33 @@ def train(
     total_steps = recipe.epochs * steps_per_epoch
     last_step = min(total_steps, max_steps or total_steps)
     if hooks.resume is not None:
-        restore(state, hooks.resume, loss_fn, data.train, recipe, last_step)
+        rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
+        state.load_state_dict(hooks.resume)
 
     def evaluate_splits(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
-        found = {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
-                 for name, split in splits.items()}  # fmt: skip
-        for name, evaluation in found.items():
-            require_finite(evaluation.loss, f"the {name} loss", f"at step {state.step}")
-        return found
+        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
+                for name, split in splits.items()}  # fmt: skip
 
-    def save_or_stop(evaluated: bool = False) -> None:
-        stopping = state.step < last_step and any_rank_stops(hooks.should_stop, state.step, accelerator)
-        ended = state.step == last_step
-        if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and pause.over(accelerator)):
-            save(state, writer, evaluated)
-            pause.start()
-        if stopping:
-            writer.wait()
-            raise StoppedError(state.step)
+    def log_window(lr: float) -> None:
+        log(replace(row_at(state, steps_per_epoch), lr=lr, **state.meter.window(state.step)))
+
+    def end_epoch(evaluate_now: bool) -> dict[str, Evaluation]:
+        average_buffers(state.eval_model, accelerator)
+        evaluations = evaluate_splits(data.evaluated) if evaluate_now else {}
+        for split, evaluation in evaluations.items():
+            require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
+        row = replace(row_at(state, steps_per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
+        log(row)
+        if evaluate_now:
+            state.best = max(state.best or row, row, key=selection_accuracy)
+        checkpoints.save_or_stop(state, evaluate_now)
+        return evaluations
 
     evaluations: dict[str, Evaluation] = {}
-    writer, pause = checkpoint.CheckpointWriter(run), Pause(hooks.checkpoint_seconds)
-    with writer, progress("train", last_step, shown=accelerator.is_main_process) as advance:
+    with (
+        Checkpoints(run, hooks, accelerator, last_step) as checkpoints,
+        progress("train", last_step, shown=accelerator.is_main_process) as advance,
+    ):
         advance(state.step)
         while state.step < last_step:
             epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
@@ -189,25 +215,22 @@ def train(
                 train_step(state, images, targets, data.train.size_of(state.step % steps_per_epoch), loss_fn, recipe)
                 advance(1)
                 hooks.heartbeat()
-                row = row_at(state, steps_per_epoch)
                 epoch_ends = state.step == last_step or state.step % steps_per_epoch == 0
                 if epoch_ends or state.step % LOG_EVERY == 0:
-                    log(replace(row, lr=lr, **state.meter.window(state.step)))
+                    log_window(lr)
                 if epoch_ends:
                     break
-                save_or_stop()
-            average_buffers(state.eval_model, accelerator)
-            evaluate_now = state.step == last_step or (epoch + 1) % hooks.evaluate_every == 0
-            evaluations = evaluate_splits(data.evaluated) if evaluate_now else {}
-            row = replace(row, **state.meter.epoch(), **metrics_of(evaluations))
-            log(row)
-            if evaluate_now:
-                state.best = max(state.best or row, row, key=selection_accuracy)
-            save_or_stop(evaluate_now)
-        # Within the block, at whose end the last checkpoint is waited for.
-        if not evaluations:  # resumed at the last step
-            evaluations = evaluate_splits(data.evaluated)
-            state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
+                checkpoints.save_or_stop(state)
+            evaluations = end_epoch(state.step == last_step or (epoch + 1) % hooks.evaluate_every == 0)
+        if not evaluations:  # resumed at the last step, which may have been within an epoch of the interrupted run
+            if hooks.resume and hooks.resume.get("evaluated", True):
+                evaluations = evaluate_splits(data.evaluated)
+                state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
+            else:
+                if state.meter.pending():
+                    log_window(optim.set_lr(state.optimizer, recipe.schedule, state.step - 1, total_steps))
+                evaluations = end_epoch(True)
+        # Before the end of the block, which waits for the last checkpoint.
         augmented = evaluate_splits({"test": data.test}, views) if (views := recipe.test_augmentation) != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
@@ -217,20 +240,6 @@ def train(
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
     """Returns an empty row of metrics for the current step."""
     return MetricRow(global_step=state.step, epoch=state.step / steps_per_epoch)
-
-
-def restore(
-    state: TrainState, saved: dict[str, Any], loss_fn: Loss, batches: Batches, recipe: Recipe, last_step: int
-) -> None:
-    """Restores the state of a checkpoint.
-
-    A checkpoint of the last step may have been written before buffers were averaged for evaluation; they are averaged
-    here.
-    """
-    rebuild_ddp_buckets(state, loss_fn, batches, recipe)
-    state.load_state_dict(saved)
-    if state.step == last_step and not saved.get("evaluated", True):
-        average_buffers(state.eval_model, state.accelerator)
 
 
 def train_step(

@@ -44,6 +44,11 @@ class Meter:
         self.sums += torch.stack([loss.detach().double() * len(targets), correct.double()])
         self.images += len(targets)
 
+    def pending(self) -> bool:
+        """Returns whether images were added since the last window, on any rank."""
+        images = torch.tensor(float(self.images), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(images, "sum"))
+
     def window(self, step: int) -> dict[str, float]:
         """Returns the means over all ranks since the last call, by their names in MetricRow.
 

@@ -151,7 +151,7 @@ def write_ledger(module: str, rows: list[dict[str, Any]]) -> None:
 
 def change_of(diff: str) -> str:
     """Returns the changed lines of a unified diff in one line: `before → after`."""
-    lines = [line for line in diff.splitlines() if re.match(r"[-+](?![-+]{2} )", line)]
+    lines = [re.sub("  # .*", "", line) for line in diff.splitlines() if re.match(r"[-+](?![-+]{2} )", line)]
     before, after = (" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
     return f"{before} → {after}"
 
