@@ -23,7 +23,8 @@ from runner.config.recipe import Count
 from runner.run.folder import Run
 
 SECRETS = ("WANDB_API_KEY",)  # SLURM stores a job's environment in files
-OUTER_JOB = re.compile(r"(SLURM|SRUN)_\w*_PER_\w+")  # what the job requests that this process is part of, if any
+# Variables of the job that this process is part of, which srun would obey in the new job, and options of sbatch.
+OTHER_JOB = re.compile(r"(SLURM|SRUN)_(?!CONF$|CLUSTERS$|TIME_FORMAT$)\w+|SBATCH_ARRAY_INX|SBATCH_EXPORT")
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,27 @@ Gpus = Annotated[
 TimeLimit = Annotated[
     str, Format(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
 ]
-Name = Annotated[str, Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]*", "letters, digits and any of _.,:@+/%=- after them")]
+Name = Annotated[
+    str, Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]{0,999}", "letters, digits and any of _.,:@+/%=- after them")
+]
 Memory = Annotated[
     str, Format(r"0|[1-9][0-9]{0,8}[KMGT]?", "MiB, or a number with K, M, G or T, such as 64G; 0 for all of a node's")
 ]
-_RESOURCE = r"[A-Za-z][A-Za-z0-9_-]*:([A-Za-z0-9][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}[KMGT]?"
+_RESOURCE = r"(?!gres:)[A-Za-z][A-Za-z0-9_-]*:([A-Za-z0-9][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}[KMGT]?"
 Gres = Annotated[
     str, Format(rf"{_RESOURCE}(,{_RESOURCE})*", "NAME:NUMBER or NAME:TYPE:NUMBER, such as gpu:8 or gpu:h100:8,nvme:1")
 ]
 Constraint = Annotated[
     str,
     Format(
-        r"[A-Za-z0-9(\[][A-Za-z0-9_.,:=/+&|*()\[\]-]*",
+        r"[A-Za-z0-9(\[][A-Za-z0-9_.,:=/+&|*()\[\]-]{0,999}",
         "features, combined with & for and, | for or, such as h100&nvlink",
     ),
 ]
 Image = Annotated[
     str,
     Format(
-        r"[A-Za-z0-9/][A-Za-z0-9_.:@+/%=#-]*",
+        r"[A-Za-z0-9/][A-Za-z0-9_.:@+/%=#-]{0,999}",
         "an image, such as ghcr.io#team/runner:1, or the absolute path of a squashfs file",
     ),
 ]
@@ -119,6 +122,9 @@ class Allocation:
 
     def _check_gpus(self) -> None:
         """Raises UserError if GPUs are requested twice, or CPUs twice or for no GPU."""
+        names = [resource.rpartition(":")[0] for resource in (self.gres or "").split(",")]
+        if len(set(names)) < len(names) or re.search(r"(^|,)gpu:[^,]*[KMGT](,|$)", self.gres or ""):
+            raise UserError(f"--gres {self.gres!r}: expected each resource once, and GPUs as a plain number")
         by_gres = _count_gpus(self.gres)
         if self.gpus_per_node and by_gres:
             both = f"--gpus-per-node {self.gpus_per_node!r} and --gres {self.gres!r}"
@@ -151,7 +157,7 @@ class Allocation:
             "qos": self.qos,
             "constraint": self.constraint,
             # Not sbatch's own options for containers: they would put the script in it, which calls srun and scontrol.
-            "export": f"ALL,RUNNER_CONTAINER_IMAGE={self.container_image}" if self.container_image else None,
+            "export": f"ALL,RUNNER_CONTAINER_IMAGE={self.container_image}" if self.container_image else "ALL",
         }
         # On the command line, because environment variables such as SBATCH_SIGNAL override the options in a script.
         fixed = ["--requeue", "--open-mode=append", f"--signal=B:USR1@{self.stop_before}"]
@@ -252,8 +258,8 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
     """Runs sbatch in the checkout, and returns the job's number.
 
     The W&B key is not passed on, because SLURM stores a job's environment in files. On the nodes the key comes from
-    ~/.netrc, which `wandb login` writes; without it, runs are offline. If this process is part of a job, the variables
-    with that job's requests are not passed on either, because srun would repeat them in the new job.
+    ~/.netrc, which `wandb login` writes; without it, runs are offline. If this process is part of a job, that job's
+    variables are not passed on either, because srun would obey them in the new job.
 
     Raises:
         UserError: sbatch refuses the job, or the folder of logs is not writable.
@@ -265,7 +271,7 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
         (runs / "slurm").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    withheld = {name for name in environ if name in SECRETS or OUTER_JOB.fullmatch(name)}
+    withheld = {name for name in environ if name in SECRETS or OTHER_JOB.fullmatch(name)}
     public = {name: value for name, value in job_environment(environ).items() if name not in withheld}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=public, check=False)
     if result.returncode != 0:

@@ -167,15 +167,20 @@ def install(folder: Path, home: Path) -> None:
             uv = Path(archive.extract(member, work))
         uv.chmod(0o755)
         sums = read_sums(folder)
+        # Links to the chosen wheels alone, because uv prefers another wheel of a package, whose hash is not listed.
+        (work / "wheels").mkdir()
+        for wheel in chosen.values():
+            (work / "wheels" / wheel).symlink_to((folder / wheel).resolve())
         (work / "requirements.txt").write_text(
             "".join(f"{pin} --hash=sha256:{sums[wheel]}\n" for pin, wheel in chosen.items())
         )
         done = subprocess.run(
             [
                 uv, "pip", "install", *([] if sys.stderr.isatty() else ["--quiet"]), "--no-config", "--offline",
-                "--no-index", "--no-deps", "--find-links", folder, "--require-hashes", "--compile-bytecode",
+                "--no-index", "--no-deps", "--find-links", work / "wheels", "--require-hashes", "--compile-bytecode",
                 "--cache-dir", work / "cache", "--python", home / "bin" / "python", "-r", work / "requirements.txt",
-            ]
+            ],
+            env={name: value for name, value in os.environ.items() if not name.startswith("UV_")},
         )  # fmt: skip
         if done.returncode:
             raise RefusedError(f"{folder}: uv could not install it, for the reason above")
@@ -269,6 +274,12 @@ def main(argv: list[str]) -> None:
     except RefusedError as refused:
         say(str(refused))
         sys.exit(2)
+    except (OSError, ValueError, zipfile.BadZipFile, subprocess.CalledProcessError) as error:
+        say(f"{argv[1] if len(argv) > 1 else argv}: cannot be used ({error}); build it again: launch/wheelhouse DIR")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted; call the same command to continue")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def test_stopped_where_no_evaluation_was_due(small_data: Path, tmp_path: Path) -
 def test_an_end_at_a_checkpoint_within_an_epoch_is_an_end(
     ranks: int, words: tuple[object, ...], small_data: Path, tmp_path: Path
 ) -> None:
-    """A killed run that is asked to end where its checkpoint is: evaluated, saved and logged as if it had trained on."""
+    """A killed run that is asked to end at its checkpoint is evaluated, saved and logged as one that trained on."""
     ended = launch(ranks, *arguments(small_data, tmp_path / "ended", *words), END=f"train 5 {ranks - 1} SIGKILL")
     assert ended.returncode != 0
     for runs in ("ended", "straight"):

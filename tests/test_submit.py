@@ -140,6 +140,8 @@ def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
 ) -> None:
     """In its script, srun would request them again, and SLURM_GPUS_PER_NODE would be its number of ranks."""
     outer = {"SLURM_GPUS_PER_NODE": "8", "SLURM_CPUS_PER_GPU": "4", "SRUN_CPUS_PER_TASK": "32"}
+    outer |= {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
+    outer |= {"SLURM_RESTART_COUNT": "20", "SLURM_EXPORT_ENV": "NONE", "SBATCH_ARRAY_INX": "0-1"}
     words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--gres", "gpu:2"]
     done = submit(*words, **outer, SLURM_CONF="mine", NCCL_DEBUG="INFO", **sbatch)
     assert done.returncode == 0, done.stderr

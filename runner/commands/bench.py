@@ -50,11 +50,19 @@ class Bench:
         options = latency.BenchOptions(
             self.batch, self.precision, self.backend, self.seconds, self.repeats, self.threads
         )
-        reports = [latency.bench(open_run(run, self.code), options, self.device, environ) for run in self.runs]
+        reports, failures = [], []
+        for run in self.runs:
+            try:
+                reports.append(latency.bench(open_run(run, self.code), options, self.device, environ))
+            except UserError as error:  # the other runs are measured nevertheless
+                failures.append(error)
+        if not reports:
+            raise failures[0]
         if self.json:
             print(msgspec.json.encode(reports).decode())
         else:
             latency.show(reports)
         refused = [row.not_measured for report in reports for row in report.rows if row.refused]
-        if refused:
-            raise SystemExit("\n".join(f"runner: not measured: {reason}" for reason in refused))
+        if refused or failures:
+            reasons = [*refused, *map(str, failures)]
+            raise SystemExit("\n".join(f"runner: not measured: {reason}" for reason in reasons))

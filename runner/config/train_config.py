@@ -66,7 +66,7 @@ class TrainConfig:
     """Finished run of the same architecture whose weights are the initial weights, for fine-tuning and pruning (see
     --recipe.prune)."""
     checkpoint_every: Count | None = None
-    """Optimizer steps between checkpoints within an epoch, in addition to the checkpoint at each evaluation."""
+    """Optimizer steps between checkpoints within an epoch, in addition to those that follow evaluations."""
     checkpoint_seconds: NonNegative = 10.0
     """An evaluation is not followed by a checkpoint if the last one is more recent than this many seconds, so that
     short epochs do not wait for the disk; the last step always is."""
@@ -85,7 +85,7 @@ class TrainConfig:
     """Seconds without a step after which a rank prints its stacks and exits with code 70, which ends all ranks; the
     limit is three times as long before the first step."""
     evaluate_every: Count = 1
-    """Epochs between evaluations, each with a checkpoint; the last epoch is always evaluated."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
     deterministic: Flag = False
     """Use deterministic kernels, so that two runs on one GPU are bit-identical; an operation without one raises an
     error. CPU kernels are always deterministic."""

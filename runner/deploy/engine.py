@@ -634,6 +634,8 @@ class RunningEngine:
 def _check_targets(backend: str, targets: tuple[str, ...]) -> None:
     """Raises UserError if a library does not build for a target."""
     known = LIBRARIES[backend].targets
+    if len(set(targets)) < len(targets):
+        raise UserError(f"--target {' '.join(targets)}: expected each target once")
     for target in targets:
         if target not in known:
             names = ", ".join(known) or "none: it builds for this machine's GPU"

@@ -105,8 +105,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
         with the reason.
 
     Raises:
-        UserError: a batch size is out of range, a file has not been exported, or nothing can be measured because
-            nothing has passed the gate.
+        UserError: a batch size is out of range, a file has not been exported, or nothing can be measured here.
     """
     if max(options.batches) > onnx.LARGEST_BATCH:
         raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
@@ -123,9 +122,10 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
     earlier = _comparable_rows(run, report)
     rows: list[LatencyRow] = []
     targets = list(_targets(run, files, options, selected))
-    refused = [target.refused for target in targets if target.refused]
-    if refused and all(target.row.not_measured for target in targets):
-        raise refused[0]
+    if all(target.row.not_measured for target in targets):
+        refused = [target.refused for target in targets if target.refused]
+        reasons = (f"{target.row.backend} {target.row.precision}: {target.row.not_measured}" for target in targets)
+        raise refused[0] if refused else UserError(f"{run.folder}: nothing can be measured: {'; '.join(reasons)}")
     with progress("measure latency", len(targets) * len(options.batches)) as advance, torch.inference_mode():
         for target in targets:
             for row in _measure_target(target, run.config().input.shape, options, selected):
@@ -245,7 +245,11 @@ def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, de
 
 def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Target]:
     row = LatencyRow(backend="engine", precision=file.precision)
-    sidecars = engine.built(run, file)
+    try:
+        sidecars = engine.built(run, file)
+    except UserError as error:  # a damaged engine
+        yield _refused(row, error)
+        return
     if not sidecars:
         yield Target(replace(row, not_measured="not built (runner engine)"))
     for sidecar in sidecars:

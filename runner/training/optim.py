@@ -94,6 +94,7 @@ class Muon(torch.optim.Optimizer):
             return
         if group["unit_rows"]:
             norms = list(torch._foreach_norm(parameters))
+            torch._foreach_clamp_min_(norms, 1e-12)  # weights of zero stay zero
             torch._foreach_reciprocal_(norms)
             torch._foreach_mul_(norms, [math.sqrt(len(parameter)) for parameter in parameters])
             torch._foreach_mul_(parameters, norms)

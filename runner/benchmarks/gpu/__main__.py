@@ -100,7 +100,9 @@ class GpuBenchmark:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         names = [name for name in get_args(PartName) if name in (self.only or get_args(PartName))]
-        ledgers = {name: Ledger(context, name) for name in names}  # a folder of other findings is refused at once
+        # A folder of other findings, also of parts that do not run now, is refused at once.
+        known = [name for name in get_args(PartName) if name in names or path_of(context, name).is_file()]
+        ledgers = {name: Ledger(context, name) for name in known}
         codes = {
             name: 0 if ledgers[name].complete else self.run(name, context, last=name == names[-1]) for name in names
         }
