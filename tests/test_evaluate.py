@@ -52,9 +52,10 @@ def test_the_mode_is_restored_after_an_error(small_data: Path) -> None:
     assert model.training
 
 
-def test_an_image_evaluated_twice_is_an_error(small_data: Path) -> None:
-    with pytest.raises(AssertionError, match="evaluated twice"):
-        evaluate(Tiny(), batches(small_data), 10, lambda table: 2 * table)
+@pytest.mark.parametrize("times", [0, 2])
+def test_an_image_evaluated_twice_or_not_at_all_is_an_error(small_data: Path, times: int) -> None:
+    with pytest.raises(AssertionError, match="evaluated twice or not at all"):
+        evaluate(Tiny(), batches(small_data), 10, lambda table: times * table)
 
 
 def test_metrics() -> None:

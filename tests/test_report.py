@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -389,6 +390,12 @@ def test_the_factors_of_a_grid_are_the_settings_that_vary(many: Path) -> None:
     grid = grids["podeti-grid"]
     assert {"architecture.factory", "recipe.optimizer.lr", "recipe.optimizer.weight_decay"} <= set(grid.factors)
     assert set(grid.factors["recipe.optimizer.lr"]) == {cell["recipe.optimizer.lr"] for cell in grid.cells}
+    effects = []
+    for factor, values in grid.factors.items():
+        cells = [[cell["accuracy"] for cell in grid.cells if cell[factor] == value] for value in values]
+        means = [statistics.mean(accuracies) for accuracies in cells]
+        effects.append(max(means) - min(means))
+    assert effects == sorted(effects, reverse=True)  # the largest first
     assert "ghasemi" in grids
     assert "seed" not in str(grid.factors)
 
@@ -531,6 +538,12 @@ def test_filter_overlay_hover_and_heat_maps(browser: Any, many_html: Path) -> No
     traces = "id => document.getElementById(id).data.length"
     with opened(browser, many_html) as tab:
         assert tab.locator("#count").text_content() == "200 of 200 runs"
+        for title in ("accuracy", "parameters"):  # as numbers, and first the lowest
+            column = tab.locator("#table thead button").all_text_contents().index(title) + 1
+            tab.locator(f"#table thead th:nth-child({column}) button").click()
+            texts = tab.locator(f"#table tbody td:nth-child({column})").all_text_contents()
+            values = [float(text.replace(",", "").split()[0]) for text in texts]
+            assert values == sorted(values)
         tab.fill("#filter", "mobilenet seed-0")
         rows = tab.locator("#table tbody tr:visible").all_text_contents()
         assert 0 < len(rows) < 60

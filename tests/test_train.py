@@ -56,12 +56,16 @@ def test_the_same_seed_gives_the_same_bits(tiny_run: Path, train: Train) -> None
 
 @pytest.mark.images
 @pytest.mark.processes
-@pytest.mark.parametrize("experiment", ["tiny", "tiny-norm"])
-def test_two_ranks_train_what_one_trains(experiment: str, data: Path, train: Train) -> None:
-    """On all 10,000 test images. Without batch norm, two ranks differ from one by rounding alone."""
+@pytest.mark.parametrize(
+    ("experiment", "options"),
+    [("tiny", []), ("tiny-norm", []), ("tiny-norm", ["--recipe.sync-batch-norm"])],
+    ids=["tiny", "tiny-norm", "synchronized"],
+)
+def test_two_ranks_train_what_one_trains(experiment: str, options: list[str], data: Path, train: Train) -> None:
+    """On all 10,000 test images. Without batch norm, or where it is synchronized, ranks differ by rounding alone."""
     rows, accuracy = {}, {}
     for ranks in (1, 2):
-        trained = train(experiment, "--json", "--name", ranks, "--max-steps", 40, data=data, ranks=ranks)
+        trained = train(experiment, "--json", "--name", ranks, "--max-steps", 40, *options, data=data, ranks=ranks)
         summary = json.loads(trained.stdout)
         assert summary["test_images"] == 10_000
         assert np.sum(summary["confusion"], axis=1).tolist() == [1_000] * 10
@@ -71,10 +75,10 @@ def test_two_ranks_train_what_one_trains(experiment: str, data: Path, train: Tra
     assert losses[1] < losses[0]  # means of 20 steps each
     figures = {n: [(row.train_loss, row.train_accuracy, row.test_loss) for row in rows[n]] for n in (1, 2)}
     figures = {n: [value for row in figures[n] for value in row if value is not None] for n in (1, 2)}
-    # Batch norm sees half of a batch on each rank: near, and not the same.
-    tolerance = 1e-4 if experiment == "tiny" else 0.1
-    np.testing.assert_allclose(figures[2], figures[1], rtol=tolerance)
-    assert accuracy[2] == pytest.approx(accuracy[1], abs=1e-3 if experiment == "tiny" else 0.1)
+    # Batch norm that is not synchronized sees half of a batch on each rank: near, and not the same.
+    same = experiment == "tiny" or bool(options)
+    np.testing.assert_allclose(figures[2], figures[1], rtol=1e-4 if same else 0.1)
+    assert accuracy[2] == pytest.approx(accuracy[1], abs=1e-3 if same else 0.1)
 
 
 @pytest.mark.processes

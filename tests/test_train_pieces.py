@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from runner.config.recipe import SGD, Adam, Architecture, Augment, Recipe, Step
 from runner.config.train_config import TrainConfig
 from runner.data import Batches
 from runner.data.open import RankInfo, open_manifest, open_split
+from runner.data.resident import ResidentBatches
 from runner.models import norm
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
@@ -145,6 +147,21 @@ def test_checkpoints_of_short_epochs_have_a_pause(trained, tmp_path: Path, secon
     trained(epochs=4, hooks=LoopHooks(checkpoint_seconds=seconds, heartbeat=look))
     look()
     assert found == {f"step-{step}" for step in saved}
+
+
+def test_each_epoch_has_an_order_of_its_own(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the samples that training reads, each once."""
+    orders, read = [], ResidentBatches.read
+
+    def recorded(self: ResidentBatches, samples: np.ndarray, sizes: list[int]) -> Any:
+        if self.options.training and len(sizes) > 1:  # not the first images, to which a model may adapt
+            orders.append(samples.tolist())
+        return read(self, samples, sizes)
+
+    monkeypatch.setattr(ResidentBatches, "read", recorded)
+    trained(epochs=3)
+    assert [len(set(order)) for order in orders] == [480] * 3
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_no_validation_no_validation_figures(trained) -> None:
