@@ -309,7 +309,10 @@ def with_damage(content: bytes, seed: str) -> bytes:
 def test_no_command_ends_in_a_traceback(
     deployed_run: Path, small_data: Path, tmp_path: Path, command: str, name: str
 ) -> None:
-    """It succeeds where it does not need the file, or ends in one line that names it."""
+    """It succeeds where it does not need the file, or ends in one line that names it.
+
+    `bench` ends with 1 after it has measured what does not need the file.
+    """
     run = Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0"))
     content = (run / name).read_bytes() if (run / name).exists() else b'{"stopped": true}'
     (run / name).write_bytes(with_damage(content, command + name))
@@ -317,8 +320,8 @@ def test_no_command_ends_in_a_traceback(
     Image.new("RGB", (32, 32)).save(places["PICTURE"])
     words = command.replace("TINY", " ".join(TINY)).split()
     done = runner(*(places.get(word, word) for word in words), WANDB_API_KEY="0" * 40)
-    assert done.returncode in (0, 2), done.stderr
-    if done.returncode == 2:
+    assert done.returncode in ((0, 1, 2) if command.startswith("bench") else (0, 2)), done.stderr
+    if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("runner: ")]
         resumed = command.startswith("train")  # also says of each damaged checkpoint that it is skipped
         assert len(lines) == 1 or (resumed and len(lines) == 2)

@@ -210,7 +210,7 @@ def test_ghasemis_rule_yields_the_listed_network_for_5_3() -> None:
             case torch.nn.Dropout():
                 layers.append(("dropout", layer.p))
     assert layers == expected
-    assert model.pool.output_size == 2
+    assert model.pool.size == 2
     sizes = [(m.in_features, m.out_features) for m in model.classifier if isinstance(m, torch.nn.Linear)]
     assert sizes == [(2048, 512), (512, 256), (256, 10)]
     assert [repeats(n) for n in (5, 8, 12)] == [[1] * 5, [1, 1, 2, 2, 2], [2, 2, 2, 3, 3]]
