@@ -53,7 +53,9 @@ def main(tool: Path, arguments: list[str]) -> None:
     (module,) = arguments if len(arguments) == 1 else ("",)
     if module not in MODULES:
         expected = f"expected one of {', '.join(MODULES)}"
-        print(f"mutants: {' '.join(arguments)}: {expected}; others are added in {__file__}", file=sys.stderr)
+        print(
+            f"mutants: {' '.join(arguments) or 'MODULE'}: {expected}; others are added in {__file__}", file=sys.stderr
+        )
         raise SystemExit(2)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         checkout = copy_checkout(Path(folder))

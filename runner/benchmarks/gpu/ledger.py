@@ -100,7 +100,8 @@ class Ledger:
         Args:
             name: name of the finding.
             measure: measures it.
-            derived: whether it is computed from other findings; it is then computed again, as there may be new ones.
+            derived: whether it takes no time here, because it is computed from other findings, of which there may be
+                new ones, or was measured beside them; it is then computed again.
 
         Returns:
             The finding; None if it is missing or failed.
@@ -120,7 +121,7 @@ class Ledger:
             finding = {"failed": f"{type(error).__name__}: {first_line}"}
         if derived and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
             return previous
-        finding["took_seconds"] = round(time.monotonic() - start, 2)
+        finding.setdefault("took_seconds", round(time.monotonic() - start, 2))
         finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.file.findings[name] = finding
         self.write()

@@ -1,5 +1,6 @@
 """Part 6 of the GPU benchmark: trains every experiment in full, the cheapest first, as far as the time allows."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -49,6 +50,7 @@ def train(context: Context, name: str, experiment: Experiment) -> dict[str, Any]
     """
     if context.left() <= 0:
         raise OutOfTimeError
+    start = time.monotonic()
     processes = max(n for n in range(1, max(1, context.gpus) + 1) if experiment.recipe.batch_size % n == 0)
     processes = 1 if context.rehearse else processes
     options = validation_options(experiment, context.manifest.splits["train"].images)
@@ -58,4 +60,5 @@ def train(context: Context, name: str, experiment: Experiment) -> dict[str, Any]
     except RefusedError as error:  # e.g. ImageNet weights are needed, and there is no network
         raise MissingError(str(error)) from None
     (outcome,) = to_json(collect_outcomes([run]))
-    return {key: outcome[key] for key in ("test_accuracy", "reproduced", "difference", "epochs") if key in outcome}
+    figures = {key: outcome[key] for key in ("test_accuracy", "reproduced", "difference", "epochs") if key in outcome}
+    return figures | {"took_seconds": round(time.monotonic() - start, 2)}  # beside other trainings

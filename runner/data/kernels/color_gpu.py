@@ -52,6 +52,17 @@ def _shift_hue(red, green, blue, shift):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load(image, start, pixels, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the offsets of `block` pixels, which of them are inside the image, and their colors in float32."""
+    at = (start + tl.arange(0, block)) * 3
+    inside = at < pixels * 3
+    red = tl.load(image + at, mask=inside, other=0).to(tl.float32)
+    green = tl.load(image + at + 1, mask=inside, other=0).to(tl.float32)
+    blue = tl.load(image + at + 2, mask=inside, other=0).to(tl.float32)
+    return at, inside, red, green, blue
+
+
+@triton.jit
 def _jitter(images, factors, order, pixels, block: tl.constexpr):  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64)
     image = images + n * pixels * 3
@@ -63,20 +74,12 @@ def _jitter(images, factors, order, pixels, block: tl.constexpr):  # type: ignor
         if operation == 1:
             total = tl.zeros((), tl.int64)
             for start in range(0, pixels, block):
-                at = (start + tl.arange(0, block)) * 3
-                inside = at < pixels * 3
-                red = tl.load(image + at, mask=inside, other=0).to(tl.float32)
-                green = tl.load(image + at + 1, mask=inside, other=0).to(tl.float32)
-                blue = tl.load(image + at + 2, mask=inside, other=0).to(tl.float32)
+                _, _, red, green, blue = _load(image, start, pixels, block)
                 total += tl.sum(_gray(red, green, blue).to(tl.int32)).to(tl.int64)
             mean = tl.div_rn(total.to(tl.float32), pixels.to(tl.float32))
             tl.debug_barrier()  # all threads have read the image before any changes it
         for start in range(0, pixels, block):
-            at = (start + tl.arange(0, block)) * 3
-            inside = at < pixels * 3
-            red = tl.load(image + at, mask=inside, other=0).to(tl.float32)
-            green = tl.load(image + at + 1, mask=inside, other=0).to(tl.float32)
-            blue = tl.load(image + at + 2, mask=inside, other=0).to(tl.float32)
+            at, inside, red, green, blue = _load(image, start, pixels, block)
             if operation == 0:
                 red, green, blue = _byte(red * factor), _byte(green * factor), _byte(blue * factor)
             elif operation == 3:
