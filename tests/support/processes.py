@@ -139,8 +139,12 @@ def wait_for_step(run: Path, step: int, seconds: float = 240, running: Running |
 
 
 def children_of(process: int) -> list[int]:
-    """Returns the processes that a process has started, such as the ranks of a launcher."""
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    """Returns the processes that a process, in any of its threads, has started, such as the ranks of a launcher."""
+    started: list[int] = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            started += map(int, (thread / "children").read_text().split())
+    return started
 
 
 def descendants_of(process: int) -> list[int]:
