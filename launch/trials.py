@@ -14,6 +14,7 @@ from runner import experiments
 from runner.common.errors import UserError
 from runner.config.recipe import differences
 from runner.config.train_config import TrainConfig, check_name
+from runner.experiments import timm
 from runner.run.folder import Run, State
 
 UNNAMED = "unnamed"  # placeholder for the name of a run, which is derived from its other options
@@ -110,6 +111,8 @@ def _matching(name: str, modules: tuple[str, ...]) -> list[str]:
         return [name]
     if name in grids:
         return list(grids[name])
+    if name.startswith(timm.PREFIX) and (models := timm.list_models(name.removeprefix(timm.PREFIX))):
+        return [timm.PREFIX + model for model in models]
     if any(sign in name for sign in "*?["):
         if matching := fnmatch.filter([*known, *(trial for grid in grids.values() for trial in grid)], name):
             return matching

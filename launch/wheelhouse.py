@@ -51,9 +51,7 @@ def read_pins() -> dict[str, str]:
     for line in filter(None, lines):
         pin, *hashes = line.split()
         if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!-]+", pin) or not hashes:
-            raise RefusedError(
-                f"{pin!r}: expected NAME==VERSION and hashes, as a wheelhouse requires"
-            )
+            raise RefusedError(f"{pin!r}: expected NAME==VERSION and hashes, as a wheelhouse requires")
         pins[pin] = line
     return pins
 

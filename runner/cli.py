@@ -90,7 +90,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         UserError: as in `parse`.
         SystemExit: code 0 after --help.
     """
-    line = parse_words(words, options_of(TrainConfig) | HELP, required=True, is_known=experiments.load().__contains__)
+    line = parse_words(words, options_of(TrainConfig) | HELP, required=True, is_known=experiments.is_known)
     if not line.positional:
         if "--help" in line.options:
             return parse_with_tyro(TrainHelp, ["--help"], "runner train")
@@ -108,6 +108,8 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
             raise UserError(f"{name}: expected a value, found none")
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
+    if "--pretrained" in line.options and "--architecture.arguments.weights" in line.options:
+        raise UserError("--pretrained and --architecture.arguments.weights: expected one of them")
     if (run := started_run(config)) is not None:
         started = run.config()
         if started.architecture.factory != config.architecture.factory:
@@ -126,7 +128,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
         if options and options.deterministic:  # set here, because a flag that is on by default could not be passed
             config = dataclasses.replace(config, deterministic=True)
-    return config
+    return config.with_pretrained()
 
 
 def started_run(config: TrainConfig) -> Run | None:

@@ -7,7 +7,9 @@ from collections.abc import MutableMapping
 from runner import experiments
 from runner.commands.options import Flag
 from runner.common.console import new_table, print_table
+from runner.common.errors import UserError
 from runner.config.recipe import Experiment
+from runner.experiments import timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +18,18 @@ class List:
 
     grids: Flag = False
     """List the grids and their trials instead; a trial can be trained by name like any experiment."""
+    timm: str | None = None
+    """List the models of the timm library that match a pattern such as 'convnext*' instead; `timm/MODEL` is the name of
+    an experiment."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
     experiments_from: tuple[str, ...] = ()
     """Importable modules outside this package that define further EXPERIMENTS."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
+        if self.timm is not None:
+            self.list_timm(self.timm)
+            return
         if self.grids:
             self.list_grids()
             return
@@ -33,6 +41,15 @@ class List:
         for name, experiment in known.items():
             table.add_row(*_cells(name, experiment))
         print_table(table)
+
+    def list_timm(self, pattern: str) -> None:
+        """Prints the names of timm's models that match a pattern, without a table, so that scripts can use them."""
+        if self.grids:
+            raise UserError(f"--timm {pattern} and --grids: expected one of them")
+        names = [timm.PREFIX + name for name in timm.list_models(pattern.removeprefix(timm.PREFIX))]
+        if not names:
+            raise UserError(f"--timm {pattern!r}: matches no model; expected a pattern such as 'convnext*'")
+        print(json_format.dumps(names) if self.json else "\n".join(names))
 
     def list_grids(self) -> None:
         """Prints every grid with its trials."""

@@ -1,7 +1,7 @@
 """The options of `runner train`, and the checks that do not need torch."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,6 +65,9 @@ class TrainConfig:
     start_from: Path | None = None
     """Finished run of the same architecture whose weights are the initial weights, for fine-tuning and pruning (see
     --recipe.prune)."""
+    pretrained: Path | None = None
+    """File with pretrained weights, from which training starts, for architectures with an argument `weights`, which it
+    sets. The last layer starts from random weights, unless the file has as many classes."""
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints within an epoch, in addition to those that follow evaluations."""
     checkpoint_seconds: NonNegative = 10.0
@@ -99,6 +102,23 @@ class TrainConfig:
     def all_seeds(self) -> tuple[int, ...]:
         """The seeds of all runs."""
         return self.seeds or (self.seed or 0,)
+
+    def with_pretrained(self) -> "TrainConfig":
+        """Returns these options with the file of --pretrained as an argument of the architecture.
+
+        Raises:
+            UserError: there is no such file, or the architecture has no such argument.
+        """
+        if self.pretrained is None:
+            return self
+        arguments = self.architecture.arguments
+        if "weights" not in arguments:
+            raise UserError(f"--pretrained: {self.architecture.factory} has no pretrained weights; choose an "
+                            "architecture with an argument `weights`, such as those of timm")  # fmt: skip
+        if not self.pretrained.is_file():
+            raise UserError(f"--pretrained {self.pretrained}: expected a file with weights, found none")
+        arguments = arguments | {"weights": str(self.pretrained)}
+        return replace(self, architecture=replace(self.architecture, arguments=arguments))
 
     def run_names(self) -> dict[int, str]:
         """Returns the name of each run, by seed."""

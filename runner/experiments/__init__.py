@@ -17,6 +17,7 @@ from typing import Any
 from runner.common.errors import UserError
 from runner.config.recipe import Architecture, Experiment
 from runner.config.trust import TrustedCode
+from runner.experiments import timm
 
 
 def load(extra_modules: tuple[str, ...] = ()) -> dict[str, Experiment]:
@@ -116,12 +117,19 @@ def _is_within(module: str, packages: Sequence[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
+def is_known(name: str) -> bool:
+    """Returns whether this is the name of an experiment of the package; a name of timm is not looked up."""
+    return name.startswith(timm.PREFIX) or name in load()
+
+
 def get(name: str, extra_modules: tuple[str, ...] = ()) -> Experiment:
-    """Returns the experiment `name`; the name of a grid's trial is `grid/trial`.
+    """Returns the experiment `name`; the name of a grid's trial is `grid/trial`, and of a model of timm `timm/model`.
 
     Raises:
         UserError: no such experiment; the message lists similar names.
     """
+    if name.startswith(timm.PREFIX):
+        return timm.get(name)
     experiments = load(extra_modules)
     if "/" in name:
         experiments = load_grids(extra_modules).get(name.partition("/")[0], experiments)
