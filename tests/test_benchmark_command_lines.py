@@ -25,7 +25,7 @@ PROGRAMS: dict[str, Any] = {
     "runner.benchmarks.operators": operators.Operators,
     "runner.benchmarks.overhead": overhead.OverheadBenchmark,
     "runner.benchmarks.papers": papers.Papers,
-    "runner.benchmarks.parity": parity.Parity,
+    "runner.benchmarks.parity": parity.CollectParity,
     "runner.benchmarks.scaling": scaling.ScalingBenchmark,
     "runner.benchmarks.tables": tables.Tables,
     "runner.data.preview": Preview,

@@ -228,14 +228,14 @@ def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_pa
     assert again.once("good", fails)["figure"] == 1
     assert again.once("bad", lambda: {"figure": 2})["figure"] == 2
     for figure in (1, 1, 2):
-        again.once("sum", lambda figure=figure: {"figure": figure}, derived=True)
+        again.once("sum", lambda figure=figure: {"figure": figure}, remeasure=True)
     assert again.measured["sum"]["figure"] == 2
     late = ledger(small_data, tmp_path, -1)
     assert late.once("new", lambda: {"figure": 3}) is None
     assert late.file.findings["new"]["missing"] == "out of time"
-    assert late.once("sum", lambda: {"figure": 2}, derived=True)["figure"] == 2
+    assert late.once("sum", lambda: {"figure": 2}, remeasure=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
-        late.context.command("-c", "import time; time.sleep(60)")
+        late.context.run_python("-c", "import time; time.sleep(60)")
 
 
 def test_shares_leave_time_for_every_part() -> None:
@@ -249,7 +249,7 @@ def test_shares_leave_time_for_every_part() -> None:
 
 
 def test_one_experiment_of_each_architecture_is_measured() -> None:
-    names = speed.architectures(SimpleNamespace(scale=SimpleNamespace(architectures=())))
+    names = speed.one_experiment_per_architecture(SimpleNamespace(scale=SimpleNamespace(step_experiments=())))
     known = experiments.load()
     assert names[0] == "podeti-resnet18"
     assert len({str(known[name].architecture) for name in names}) == len(names)

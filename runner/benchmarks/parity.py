@@ -17,7 +17,7 @@ from runner.run.schema import ParityReport, Summary
 
 
 @dataclass(frozen=True)
-class Parity:
+class CollectParity:
     """Collect the reports of `runner parity` from trained runs: accuracies, agreement, limits."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
@@ -51,4 +51,4 @@ def _entry(summary: Summary, report: ParityReport) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    program.run(Parity, "parity")
+    program.run(CollectParity, "parity")

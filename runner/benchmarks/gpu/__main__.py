@@ -128,7 +128,7 @@ class GpuBenchmark:
 
     def run(self, name: str, context: Context, last: bool) -> int:
         """Runs one part in its own process, stops it when its time is up, and returns its exit code."""
-        seconds = max(0.0, context.left()) * (1.0 if last else SHARES[name])
+        seconds = max(0.0, context.seconds_left()) * (1.0 if last else SHARES[name])
         print(f"{name}: {ROLES[name]}, at most {seconds / 60:.1f} minutes", flush=True)
         argv = ["--data", context.data, "--out", context.out, "--minutes", max(seconds, 1) / 60, "--part", name]
         argv += ["--peer", context.peer.absolute()] if context.peer else []

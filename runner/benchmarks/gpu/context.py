@@ -41,74 +41,74 @@ class Scale:
         rounds: number of measurements per candidate.
         steps: optimizer steps per measurement.
         batch: images per training step.
-        losses: optimizer steps over which precisions and ranks are compared.
-        trained_in: precisions to train in; fp16 needs a GPU.
-        killed: optimizer steps of the run that is killed and resumed.
-        product: side of the square matrices whose product measures the peak.
-        architectures: experiments whose steps are measured; empty for one of every architecture.
+        comparison_steps: optimizer steps over which precisions and ranks are compared.
+        train_precisions: precisions to train in; fp16 needs a GPU.
+        kill_test_steps: optimizer steps of the run that is killed and resumed.
+        matmul_size: side of the square matrices whose product measures the peak.
+        step_experiments: experiments whose steps are measured; empty for one of every architecture.
         modes: modes of torch.compile, see `speed.MODES`.
-        compiled: experiments that are measured in every mode before the others.
-        scripts: other benchmarks to run; none in a rehearsal, because their own tests cover them.
-        seeds: number of trainings in the speed run.
-        speedrun: changes to the recipe of the speed run.
-        reproduced: experiments that the part `papers` trains; empty for all.
-        training: options for training them.
-        together: number of experiments that one GPU trains at once.
-        deployed: experiments that are exported and measured.
-        brief: optimizer steps for deployed experiments that have not been trained in full.
-        precisions, batches: precisions and batch sizes of exported models.
-        seconds: minimum time of each latency measurement.
+        all_mode_experiments: experiments that are measured in every mode before the others.
+        other_benchmarks: other benchmarks to run; none in a rehearsal, because their own tests cover them.
+        speedrun_seeds: number of trainings in the speed run.
+        speedrun_overrides: changes to the recipe of the speed run.
+        paper_experiments: experiments that the part `papers` trains; empty for all.
+        paper_options: options for training them.
+        concurrent_trainings: number of experiments that one GPU trains at once.
+        deploy_experiments: experiments that are exported and measured.
+        brief_steps: optimizer steps for deployed experiments that have not been trained in full.
+        export_precisions, latency_batches: precisions and batch sizes of exported models.
+        latency_seconds: minimum time of each latency measurement.
     """
 
     rounds: int = 7
     steps: int = 20
     batch: int = 512
-    losses: int = 200
-    trained_in: tuple[str, ...] = ("fp32", "bf16", "fp16")
-    killed: int = 600
-    product: int = 8192
-    architectures: tuple[str, ...] = ()
+    comparison_steps: int = 200
+    train_precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    kill_test_steps: int = 600
+    matmul_size: int = 8192
+    step_experiments: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("eager", "compiled", "graphs")
-    compiled: tuple[str, ...] = ("speedrun", "podeti-mobilenetv2", "podeti-alexnet", "vit-tiny-4")
-    scripts: tuple[str, ...] = ("overhead", "scaling")
-    seeds: int = 20
-    speedrun: tuple[tuple[str, Any], ...] = ()
-    reproduced: tuple[str, ...] = ()
-    training: tuple[str, ...] = ()
-    together: int = 6
-    deployed: tuple[str, ...] = (
+    all_mode_experiments: tuple[str, ...] = ("speedrun", "podeti-mobilenetv2", "podeti-alexnet", "vit-tiny-4")
+    other_benchmarks: tuple[str, ...] = ("overhead", "scaling")
+    speedrun_seeds: int = 20
+    speedrun_overrides: tuple[tuple[str, Any], ...] = ()
+    paper_experiments: tuple[str, ...] = ()
+    paper_options: tuple[str, ...] = ()
+    concurrent_trainings: int = 6
+    deploy_experiments: tuple[str, ...] = (
         "podeti-resnet18",
         "podeti-mobilenetv2",
         "merabishvili",
         "vit-tiny-4",
         "podeti-alexnet",
     )
-    brief: int = 200
-    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
-    batches: tuple[int, ...] = (1, 8, 32, 128, 256, 512)
-    seconds: float = 3.0
+    brief_steps: int = 200
+    export_precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    latency_batches: tuple[int, ...] = (1, 8, 32, 128, 256, 512)
+    latency_seconds: float = 3.0
 
 
-MINIATURE = Scale(
+REHEARSAL_SCALE = Scale(
     rounds=2,
     steps=2,
     batch=8,
-    losses=2,
-    trained_in=("fp32", "bf16"),
-    killed=40,
-    product=128,
-    architectures=("soni-2", "efficientnet-b0"),
+    comparison_steps=2,
+    train_precisions=("fp32", "bf16"),
+    kill_test_steps=40,
+    matmul_size=128,
+    step_experiments=("soni-2", "efficientnet-b0"),
     modes=("eager",),
-    scripts=(),
-    seeds=2,
-    speedrun=(("epochs", 1), ("batch_size", 100)),
-    reproduced=("soni-2",),
-    training=("--max-steps", "1", "--recipe.batch-size", "50"),
-    deployed=("soni-2",),
-    brief=1,
-    precisions=("fp16",),
-    batches=(1, 2),
-    seconds=0.05,
+    other_benchmarks=(),
+    speedrun_seeds=2,
+    speedrun_overrides=(("epochs", 1), ("batch_size", 100)),
+    paper_experiments=("soni-2",),
+    paper_options=("--max-steps", "1", "--recipe.batch-size", "50"),
+    deploy_experiments=("soni-2",),
+    brief_steps=1,
+    export_precisions=("fp16",),
+    latency_batches=(1, 2),
+    latency_seconds=0.05,
 )
 
 
@@ -138,7 +138,7 @@ class Context:
     @property
     def scale(self) -> Scale:
         """The size of the measurements."""
-        return MINIATURE if self.rehearse else Scale()
+        return REHEARSAL_SCALE if self.rehearse else Scale()
 
     @property
     def device(self) -> str:
@@ -146,7 +146,7 @@ class Context:
         return "cpu" if self.rehearse else "cuda"
 
     @property
-    def gpus(self) -> int:
+    def max_ranks(self) -> int:
         """Number of ranks that training can use: one per GPU, or two on the CPU."""
         return 2 if self.rehearse else environment.count_gpus()
 
@@ -157,11 +157,11 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Returns the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def command(self, *argv: object, cwd: Path | None = None) -> str:
+    def run_python(self, *argv: object, cwd: Path | None = None) -> str:
         """Runs `python ARGV` with W&B disabled, and returns its standard output.
 
         Raises:
@@ -169,9 +169,9 @@ class Context:
             RefusedError: the command refused its arguments.
             RuntimeError: the command failed; the message is the end of its output.
         """
-        process = self.start(*argv, cwd=cwd)
+        process = self.start_python(*argv, cwd=cwd)
         try:
-            out, err = process.communicate(timeout=max(0.1, self.left()))
+            out, err = process.communicate(timeout=max(0.1, self.seconds_left()))
         except subprocess.TimeoutExpired:
             process.terminate()
             try:
@@ -185,7 +185,7 @@ class Context:
             raise kind(" ".join((err or out).split())[-600:])
         return out
 
-    def start(
+    def start_python(
         self, *argv: object, cwd: Path | None = None, stderr: IO[str] | int = subprocess.PIPE
     ) -> subprocess.Popen[str]:
         """Starts `python ARGV` with W&B disabled; it dies with this process."""
@@ -200,7 +200,7 @@ class Context:
             preexec_fn=launcher.end_with_parent,
         )
 
-    def training(self, name: str, run: str, *options: object, processes: int = 1) -> tuple[Run, list[object]]:
+    def train_command(self, name: str, run: str, *options: object, processes: int = 1) -> tuple[Run, list[object]]:
         """Returns a run, and the arguments of Python that train it, or resume it if it exists."""
         runs = self.out / "runs"
         argv = ["-m", "runner", "train", name, "--data", self.data, "--runs", runs, "--name", run]
@@ -210,9 +210,9 @@ class Context:
         return Run(runs / name / run), argv
 
     def train(self, name: str, run: str, *options: object, processes: int = 1) -> Run:
-        """Trains, and returns the finished run; raises the exceptions of `command`."""
-        trained, argv = self.training(name, run, *options, processes=processes)
-        self.command(*argv)
+        """Trains, and returns the finished run; raises the exceptions of `run_python`."""
+        trained, argv = self.train_command(name, run, *options, processes=processes)
+        self.run_python(*argv)
         return trained
 
 

@@ -27,16 +27,16 @@ BATCHES = 3  # number of batches to compare per augmentation
 def measure(context: Context, ledger: Ledger) -> None:
     """Runs all comparisons."""
     for name, augment in AUGMENTATIONS.items():
-        ledger.once(f"batches/{name}", partial(batches, context, augment))
-    ledger.once("ddp/one", lambda: one_rank(context))
+        ledger.once(f"batches/{name}", partial(compare_batches, context, augment))
+    ledger.once("ddp/one", lambda: compare_one_ddp_rank(context))
     ledger.once("resume", lambda: killed_and_resumed(context))
-    for precision in context.scale.trained_in:
-        ledger.once(f"losses/{precision}", partial(losses, context, precision))
-    ledger.once("losses", lambda: loss_differences(ledger), derived=True)
-    ledger.once("ddp/all", lambda: all_ranks(context, ledger))
+    for precision in context.scale.train_precisions:
+        ledger.once(f"losses/{precision}", partial(train_for_losses, context, precision))
+    ledger.once("losses", lambda: loss_differences(ledger), remeasure=True)
+    ledger.once("ddp/all", lambda: compare_all_ranks(context, ledger))
 
 
-def batches(context: Context, augment: Augment) -> dict[str, Any]:
+def compare_batches(context: Context, augment: Augment) -> dict[str, Any]:
     """Compares GPU batches with CPU batches as pixels in 0..255, after undoing the normalization and rounding.
 
     Color jitter computes in floating point, so some pixels may differ by one.
@@ -76,10 +76,10 @@ def _training_losses(run: Run) -> dict[int, float]:
     return {row.global_step: row.train_loss for row in read_metrics(run) if row.train_loss is not None}
 
 
-def losses(context: Context, precision: str) -> dict[str, Any]:
+def train_for_losses(context: Context, precision: str) -> dict[str, Any]:
     """Trains in a precision; returns the training loss of every window."""
     name, options = _experiment(context)
-    options += ["--precision", precision, "--max-steps", context.scale.losses, "--evaluate-every", 1000]
+    options += ["--precision", precision, "--max-steps", context.scale.comparison_steps, "--evaluate-every", 1000]
     by_step = _training_losses(context.train(name, f"loss-{precision}", *options))
     return {"steps": list(by_step), "loss": list(by_step.values())}
 
@@ -103,15 +103,15 @@ def _relative_difference(expected: list[float], actual: list[float]) -> dict[str
 def killed_and_resumed(context: Context) -> dict[str, Any]:
     """Kills a run, resumes it, and compares the hash of its weights with that of an uninterrupted run."""
     name, options = _experiment(context)
-    steps = context.scale.killed
+    steps = context.scale.kill_test_steps
     options += ["--precision", "fp32" if context.rehearse else "bf16", "--max-steps", steps]
     options += ["--deterministic", "--evaluate-every", 1000, "--checkpoint-every", max(1, steps // 6)]
-    straight = context.train(name, "straight", *options)  # resumed, if an earlier call ran out of time
-    shutil.rmtree(context.training(name, "killed")[0].folder, ignore_errors=True)
-    run, argv = context.training(name, "killed", *options)
+    uninterrupted = context.train(name, "straight", *options)  # resumed, if an earlier call ran out of time
+    shutil.rmtree(context.train_command(name, "killed")[0].folder, ignore_errors=True)
+    run, argv = context.train_command(name, "killed", *options)
     _train_and_kill(context, run, argv, steps)
-    context.command(*argv)
-    hashes = [_weights_sha256(one) for one in (straight, run)]
+    context.run_python(*argv)
+    hashes = [_weights_sha256(one) for one in (uninterrupted, run)]
     return {
         "steps": steps,
         "resumed_from": run.config().resumed[-1].step,
@@ -127,9 +127,9 @@ def _train_and_kill(context: Context, run: Run, argv: list[object], steps: int) 
         OutOfTimeError: the time was up first.
         RuntimeError: the run finished first.
     """
-    process = context.start(*argv)
+    process = context.start_python(*argv)
     killed = False
-    while process.poll() is None and context.left() > 0:
+    while process.poll() is None and context.seconds_left() > 0:
         saved = [int(folder.name[5:]) for folder in run.checkpoints.glob("step-*")]
         if saved and max(saved) < steps:
             process.send_signal(signal.SIGKILL)
@@ -138,7 +138,7 @@ def _train_and_kill(context: Context, run: Run, argv: list[object], steps: int) 
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    if context.left() <= 0:
+    if context.seconds_left() <= 0:
         raise OutOfTimeError
     if not killed or run.summary.exists():
         raise RuntimeError("the run was over before it could be killed")
@@ -149,7 +149,7 @@ def _weights_sha256(run: Run) -> str:
     return files.read(folder / "manifest.json", Manifest).sha256["model.safetensors"]
 
 
-def one_rank(context: Context) -> dict[str, Any]:
+def compare_one_ddp_rank(context: Context) -> dict[str, Any]:
     """Checks that the gradients of DDP with one process are bit-identical to those without DDP.
 
     Deterministic kernels need an environment variable of cuBLAS; see `VARIABLES` in `__main__`.
@@ -179,16 +179,16 @@ def one_rank(context: Context) -> dict[str, Any]:
     return {"backend": backend, "same_gradients": all(map(torch.equal, *gradients))}
 
 
-def all_ranks(context: Context, ledger: Ledger) -> dict[str, Any]:
+def compare_all_ranks(context: Context, ledger: Ledger) -> dict[str, Any]:
     """Compares the loss on all GPUs of the node with that on one, for the same global batches and synced batch norm."""
-    if context.gpus < 2:
+    if context.max_ranks < 2:
         raise MissingError("only one GPU")
     one_process = ledger.measured.get("losses/fp32")
     if one_process is None:
         raise MissingError("no losses of one process to compare with")
     name, options = _experiment(context)
-    ranks = max(n for n in range(1, context.gpus + 1) if context.scale.batch // 2 % n == 0)
-    options += ["--precision", "fp32", "--max-steps", context.scale.losses, "--evaluate-every", 1000]
+    ranks = max(n for n in range(1, context.max_ranks + 1) if context.scale.batch // 2 % n == 0)
+    options += ["--precision", "fp32", "--max-steps", context.scale.comparison_steps, "--evaluate-every", 1000]
     options += ["--recipe.sync-batch-norm"]
     by_step = _training_losses(context.train(name, f"ranks-{ranks}", *options, processes=ranks))
     return {"ranks": ranks, "difference": _relative_difference(one_process["loss"], list(by_step.values()))}

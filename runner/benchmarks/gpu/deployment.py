@@ -22,16 +22,16 @@ BRIEF = "brief"
 def measure(context: Context, ledger: Ledger) -> None:
     """Measures each model, from weights to latency; compiled models come last, because compiling takes minutes."""
     runs = {}
-    for name in context.scale.deployed:
+    for name in context.scale.deploy_experiments:
         if (trained := ledger.once(f"{name}/weights", partial(train, context, name))) is None:
             continue
         runs[name] = run = Run(context.out / "runs" / name / trained["run"])
         for precision in PRECISIONS:
-            if precision in context.scale.precisions:
+            if precision in context.scale.export_precisions:
                 measure_precision(context, ledger, name, run, precision)
         if not context.rehearse:
             ledger.once(f"{name}/torch", partial(torch_parity, context, run))
-        ledger.once(f"{name}/eager", partial(latency, context, run, "fp32", "eager", context.scale.seconds))
+        ledger.once(f"{name}/eager", partial(latency, context, run, "fp32", "eager", context.scale.latency_seconds))
     for name, run in runs.items() if not context.rehearse else ():
         ledger.once(f"{name}/compiled", partial(latency, context, run, "fp32", "compiled", 1.0))
 
@@ -44,7 +44,7 @@ def measure_precision(context: Context, ledger: Ledger, name: str, run: Run, pre
     ledger.once(f"{prefix}/engine", partial(engine, context, run, precision))
     for backend in ("onnxruntime",) if context.rehearse else ("onnxruntime", "engine"):
         if ledger.once(f"{prefix}/parity/{backend}", partial(parity, context, run, precision, backend)):
-            measure_latency = partial(latency, context, run, precision, backend, context.scale.seconds)
+            measure_latency = partial(latency, context, run, precision, backend, context.scale.latency_seconds)
             ledger.once(f"{prefix}/latency/{backend}", measure_latency)
 
 
@@ -55,25 +55,25 @@ def train(context: Context, name: str) -> dict[str, Any]:
     images = context.manifest.splits["train"].images
     experiment = experiments.get(name)
     batch = min(experiment.recipe.batch_size, images // 4)
-    options = [*validation_options(experiment, images), "--max-steps", context.scale.brief]
+    options = [*validation_options(experiment, images), "--max-steps", context.scale.brief_steps]
     context.train(name, BRIEF, *options, "--recipe.batch-size", batch)
-    return {"run": BRIEF, "trained": f"{context.scale.brief} steps"}
+    return {"run": BRIEF, "trained": f"{context.scale.brief_steps} steps"}
 
 
 def export(context: Context, run: Run, precision: Precision) -> dict[str, Any]:
     """Exports a run and describes the ONNX file."""
     data = ("--data", context.data) if precision == "int8" else ()
-    context.command("-m", "runner", "export", run.folder, "--precision", precision, *data)
+    context.run_python("-m", "runner", "export", run.folder, "--precision", precision, *data)
     file = onnx.exported(run, precision)
     return {"onnx": file.path.name, "sha256": file.sha256, "bytes": file.path.stat().st_size}
 
 
 def engine(context: Context, run: Run, precision: Precision) -> dict[str, Any]:
     """Builds an engine and describes it: which TensorRT built it, and the precision of its layers."""
-    largest = max(context.scale.batches)
+    largest = max(context.scale.latency_batches)
     sizes = (1, max(1, largest // 4), largest)
     try:
-        context.command("-m", "runner", "engine", run.folder, "--precision", precision, "--batch", *sizes)
+        context.run_python("-m", "runner", "engine", run.folder, "--precision", precision, "--batch", *sizes)
     except RefusedError as error:
         raise MissingError(str(error)) from None
     (sidecar,) = engines.built(run, onnx.exported(run, precision))
@@ -90,7 +90,7 @@ def parity(context: Context, run: Run, precision: Precision, backend: str) -> di
     options = ["--precision", precision, "--data", context.data, "--device", context.device, "--backend", backend]
     failure = None
     try:
-        context.command("-m", "runner", "parity", run.folder, *options)
+        context.run_python("-m", "runner", "parity", run.folder, *options)
     except MissingError:
         raise
     except RuntimeError as error:  # also raised if a row did not pass
@@ -110,7 +110,7 @@ def torch_parity(context: Context, run: Run) -> dict[str, Any]:
     """Scores the torch model in fp16 against fp32, which needs no other package, and returns its row."""
     failure = None
     try:
-        context.command("-m", "runner", "parity", run.folder, "--data", context.data, "--device", context.device)
+        context.run_python("-m", "runner", "parity", run.folder, "--data", context.data, "--device", context.device)
     except MissingError:
         raise
     except RuntimeError as error:  # also raised if no exported file could be scored
@@ -125,12 +125,12 @@ def latency(context: Context, run: Run, precision: Precision, backend: str, seco
     """Measures latencies, and returns the rows of this backend."""
     if backend == "onnxruntime" and not has_provider(context):
         raise MissingError("onnxruntime has no CUDA provider here")
-    options: list[object] = ["--precision", precision, "--batch", *context.scale.batches, "--backend", backend]
+    options: list[object] = ["--precision", precision, "--batch", *context.scale.latency_batches, "--backend", backend]
     options += ["--seconds", seconds, "--device", context.device]
     options += ["--repeats", 3] if context.rehearse else []
     failure = None
     try:
-        context.command("-m", "runner", "bench", run.folder, *options)
+        context.run_python("-m", "runner", "bench", run.folder, *options)
     except MissingError:
         raise
     except RuntimeError as error:  # also raised if a row was refused

@@ -92,7 +92,7 @@ class Ledger:
         """The findings without those that are missing or failed."""
         return {name: finding for name, finding in self.file.findings.items() if was_measured(finding)}
 
-    def once(self, name: str, measure: Callable[[], Finding], derived: bool = False) -> Finding | None:
+    def once(self, name: str, measure: Callable[[], Finding], remeasure: bool = False) -> Finding | None:
         """Returns a finding from the file, or measures it now.
 
         An exception is recorded in place of the finding; the next start tries again.
@@ -100,18 +100,18 @@ class Ledger:
         Args:
             name: name of the finding.
             measure: measures it.
-            derived: whether it takes no time here, because it is computed from other findings, of which there may be
-                new ones, or was measured beside them; it is then computed again.
+            remeasure: whether `measure` is called even if there is a finding or the time is up, because it is computed
+                from others or was measured beside them; an unchanged finding stays as it was.
 
         Returns:
             The finding; None if it is missing or failed.
         """
         previous = self.measured.get(name)
-        if previous is not None and not derived:
+        if previous is not None and not remeasure:
             return previous
         start = time.monotonic()
         try:
-            if self.context.left() <= 0 and not derived:
+            if self.context.seconds_left() <= 0 and not remeasure:
                 raise OutOfTimeError
             finding = to_json(measure())
         except (MissingError, ModuleNotFoundError) as error:
@@ -119,7 +119,7 @@ class Ledger:
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             finding = {"failed": f"{type(error).__name__}: {first_line}"}
-        if derived and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
+        if remeasure and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
             return previous
         finding.setdefault("took_seconds", round(time.monotonic() - start, 2))
         finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -21,15 +21,15 @@ def measure(context: Context, ledger: Ledger) -> None:
     """Trains the experiments, and writes the outcomes from which the README's table of papers is generated."""
     images = context.manifest.splits["train"].images
     known = experiments.load()
-    names = sorted(context.scale.reproduced or known, key=lambda name: predicted_seconds(known[name], images))
+    names = sorted(context.scale.paper_experiments or known, key=lambda name: predicted_seconds(known[name], images))
     # Accuracy does not depend on speed, and small networks leave most of a GPU idle, so several train at once.
-    with ThreadPoolExecutor(context.scale.together if context.gpus < 2 else 1) as pool:
+    with ThreadPoolExecutor(context.scale.concurrent_trainings if context.max_ranks < 2 else 1) as pool:
         trainings = {
             name: pool.submit(train, context, name, known[name]) for name in names if name not in ledger.measured
         }
         waiting = {future: name for name, future in trainings.items()}
         for future in as_completed(waiting):
-            ledger.once(waiting[future], future.result, derived=True)
+            ledger.once(waiting[future], future.result, remeasure=True)
             finished = [Run(context.out / "runs" / name / SEED) for name in ledger.measured]
             ledger.file.experiments = to_json(collect_outcomes(finished))
             ledger.write()
@@ -48,13 +48,13 @@ def train(context: Context, name: str, experiment: Experiment) -> dict[str, Any]
     Raises:
         MissingError: the time is up, or something that the experiment needs is missing.
     """
-    if context.left() <= 0:
+    if context.seconds_left() <= 0:
         raise OutOfTimeError
     start = time.monotonic()
-    processes = max(n for n in range(1, max(1, context.gpus) + 1) if experiment.recipe.batch_size % n == 0)
+    processes = max(n for n in range(1, max(1, context.max_ranks) + 1) if experiment.recipe.batch_size % n == 0)
     processes = 1 if context.rehearse else processes
     options = validation_options(experiment, context.manifest.splits["train"].images)
-    options += ["--precision", "fp32" if context.rehearse else "bf16", *context.scale.training]
+    options += ["--precision", "fp32" if context.rehearse else "bf16", *context.scale.paper_options]
     try:
         run = context.train(name, SEED, *options, processes=processes)
     except RefusedError as error:  # e.g. ImageNet weights are needed, and there is no network

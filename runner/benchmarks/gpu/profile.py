@@ -34,7 +34,7 @@ def measure(context: Context, ledger: Ledger) -> None:
         ledger.once(name, partial(profile_step, context, name, batch))
     profiles = {name: ledger.measured[name] for name in BATCHES if name in ledger.measured}
     if profiles:
-        ledger.once("picture", lambda: picture(profiles, context), derived=True)
+        ledger.once("picture", lambda: picture(profiles, context), remeasure=True)
 
 
 def profile_step(context: Context, name: str, batch: int) -> dict[str, Any]:

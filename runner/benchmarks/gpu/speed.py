@@ -20,49 +20,49 @@ from runner.system.environment import usable_cores
 FLOPS_PER_MAC = 6  # in training: two each for the forward pass, the gradients of the inputs, and those of the weights
 # Modes of torch.compile; "reduce-overhead" uses CUDA graphs.
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
-FIRST = "podeti-resnet18"
+GOAL_EXPERIMENT = "podeti-resnet18"
 WARMUP = 3  # calls before a measurement
 
 
 def measure(context: Context, ledger: Ledger) -> None:
     """Measures loaders, some architectures in every mode, all in eager mode, the scripts, and the rest."""
-    peak = ledger.once("peak", lambda: peaks(context))
-    ledger.once("loader", lambda: loader(context))
-    names = architectures(context)
+    peak = ledger.once("peak", lambda: measure_peaks(context))
+    ledger.once("loader", lambda: measure_loaders(context))
+    names = one_experiment_per_architecture(context)
     ledger.once("step", lambda: step_with_loader(context, names[0]))
     modes = context.scale.modes
 
     def measure_steps(name: str, mode: str) -> None:
-        ledger.once(f"architectures/{name}/{mode}", lambda: steps(context, name, mode, peak))
+        ledger.once(f"architectures/{name}/{mode}", lambda: measure_architecture(context, name, mode, peak))
 
-    for name in [names[0], *(name for name in context.scale.compiled if name in names[1:])]:
+    for name in [names[0], *(name for name in context.scale.all_mode_experiments if name in names[1:])]:
         for mode in modes:
             measure_steps(name, mode)
     for name in names[1:]:
         measure_steps(name, modes[0])
-    for name in context.scale.scripts:
-        ledger.once(name, partial(script, context, name))
+    for name in context.scale.other_benchmarks:
+        ledger.once(name, partial(run_benchmark, context, name))
     for mode in modes[1:]:
         for name in names[1:]:
             measure_steps(name, mode)
 
 
-def architectures(context: Context) -> list[str]:
+def one_experiment_per_architecture(context: Context) -> list[str]:
     """Returns one experiment of each architecture, first the ResNet-18 that the goals are for."""
-    if context.scale.architectures:
-        return list(context.scale.architectures)
+    if context.scale.step_experiments:
+        return list(context.scale.step_experiments)
     known = experiments.load()
     one_of_each: dict[str, str] = {}
-    for name in (FIRST, *known):
+    for name in (GOAL_EXPERIMENT, *known):
         one_of_each.setdefault(str(known[name].architecture), name)
     return list(one_of_each.values())
 
 
-def peaks(context: Context) -> dict[str, Any]:
+def measure_peaks(context: Context) -> dict[str, Any]:
     """Measures the GPU's peak: bf16 FLOP/s of a large matrix product, and bytes per second of a copy."""
     import torch
 
-    side = context.scale.product
+    side = context.scale.matmul_size
     a, b = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
     product = timed(lambda: a @ b, 10, context.scale.rounds, context.device)
     large = torch.empty(side * side, dtype=torch.float32, device=context.device)
@@ -95,7 +95,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": ordered[len(ordered) // 2], "min": ordered[0], "max": ordered[-1]}
 
 
-def loader(context: Context) -> dict[str, Any]:
+def measure_loaders(context: Context) -> dict[str, Any]:
     """Measures the images per second that each loader delivers to the device."""
     import torch
 
@@ -176,7 +176,7 @@ def step_with_loader(context: Context, name: str) -> dict[str, Any]:
     }
 
 
-def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -> dict[str, Any]:
+def measure_architecture(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -> dict[str, Any]:
     """Measures the images per second of one architecture, its share of the GPU's peak, and its peak memory."""
     import torch
 
@@ -210,11 +210,11 @@ def steps(context: Context, name: str, mode: str, peak: dict[str, Any] | None) -
     return finding
 
 
-def script(context: Context, name: str) -> dict[str, Any]:
+def run_benchmark(context: Context, name: str) -> dict[str, Any]:
     """Runs another benchmark, which starts its own processes; returns its ratios and goals."""
     out = context.scratch / f"{name}.json"
     argv = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":
-        argv += ["--device", "cuda", "--experiment", FIRST, "--batch", context.scale.batch, "--steps", 200]
-    context.command(*argv)
+        argv += ["--device", "cuda", "--experiment", GOAL_EXPERIMENT, "--batch", context.scale.batch, "--steps", 200]
+    context.run_python(*argv)
     return {key: value for key, value in read(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"}

@@ -32,13 +32,13 @@ AIRBENCH_ROW = r"eval\s*\|[^|]*\|[^|]*\|\s*(?P<accuracy>[\d.]+)\s*\|\s*(?P<secon
 
 def measure(context: Context, ledger: Ledger) -> None:
     """Trains in eager mode, with CUDA graphs, and with the peer's script, in turn."""
-    size = -(-context.scale.seeds // BLOCKS)
+    size = -(-context.scale.speedrun_seeds // BLOCKS)
     for block in range(BLOCKS):
         seeds = range(block * size, (block + 1) * size)
         for mode in (*context.scale.modes[:1], *context.scale.modes[2:]):
             ledger.once(f"ours/{mode}/{block}", partial(run_seeds, context, seeds, mode))
         ledger.once(f"peer/{block}", partial(run_peer, context, size))
-    ledger.once("together", lambda: compare(ledger), derived=True)
+    ledger.once("together", lambda: compare(ledger), remeasure=True)
 
 
 class SpeedRun:
@@ -59,7 +59,7 @@ class SpeedRun:
 
         self.context = context
         self.experiment = experiments.get(NAME)
-        changes = {"compile": MODES[mode] or "none"} | dict(context.scale.speedrun)
+        changes = {"compile": MODES[mode] or "none"} | dict(context.scale.speedrun_overrides)
         self.recipe = replace(self.experiment.recipe, **changes)
         rank_info = RankInfo(torch.device(context.device))
         if context.rehearse:
@@ -110,7 +110,7 @@ def run_seeds(context: Context, seeds: range, mode: str) -> dict[str, Any]:
     speed_run(WARMUP_SEED)
     results = []
     for seed in track(seeds, "speed run", len(seeds)):
-        if context.left() < 0:
+        if context.seconds_left() < 0:
             raise OutOfTimeError
         results.append(speed_run(seed))
     return {
@@ -139,8 +139,8 @@ def run_peer(context: Context, trainings: int) -> dict[str, Any]:
     row = re.compile(context.peer_row or AIRBENCH_ROW)
     results: list[tuple[float, float]] = []
     with tempfile.TemporaryFile("w+") as stderr:  # an unread pipe would block the script
-        process = context.start("-u", context.peer.absolute(), cwd=folder, stderr=stderr)
-        timer = threading.Timer(max(0.0, context.left()), process.kill)
+        process = context.start_python("-u", context.peer.absolute(), cwd=folder, stderr=stderr)
+        timer = threading.Timer(max(0.0, context.seconds_left()), process.kill)
         timer.start()
         assert process.stdout is not None
         try:
@@ -155,7 +155,7 @@ def run_peer(context: Context, trainings: int) -> dict[str, Any]:
             process.communicate()
         stderr.seek(0)
         messages = stderr.read().strip().splitlines() or ["nothing on standard error"]
-    late = context.left() <= 0
+    late = context.seconds_left() <= 0
     if len(results) < trainings + 1 and not (late and len(results) >= 3):  # of which one warms up
         if late:
             raise OutOfTimeError

@@ -32,7 +32,7 @@ def pytest(context: Context, path: Path) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
     try:
-        context.command("-m", "pytest", "-m", "gpu", "-q", *options, path, cwd=ROOT)
+        context.run_python("-m", "pytest", "-m", "gpu", "-q", *options, path, cwd=ROOT)
     except RuntimeError as error:  # a test failed, which the report shows, or pytest itself failed
         if not report.is_file():
             raise MissingError(str(error)) from None
