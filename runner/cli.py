@@ -19,6 +19,7 @@ import tyro
 import runner
 from runner import experiments
 from runner.commands.bench import Bench
+from runner.commands.card import Card
 from runner.commands.doctor import Doctor
 from runner.commands.engine import Engine
 from runner.commands.eval import Eval
@@ -39,7 +40,7 @@ from runner.run.folder import Run
 
 COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
-    for kind in (List, Show, Eval, Export, Parity, Engine, Bench, Predict, Report, Sync, Doctor)
+    for kind in (List, Show, Eval, Export, Parity, Engine, Bench, Predict, Report, Card, Sync, Doctor)
 }
 KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every")
 ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."

@@ -36,7 +36,7 @@ def accuracies(records: list[RunRecord]) -> str:
         count = parameters[outcome.experiment]
         rows.append(
             (
-                _code(str(outcome.label)),
+                code(str(outcome.label)),
                 f"{count:,}" if count else "–",
                 plain(outcome.dataset),
                 f"{outcome.epochs:.2f} of {outcome.recipe_epochs}",
@@ -50,7 +50,7 @@ def accuracies(records: list[RunRecord]) -> str:
         f"{format_counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are measured "
         "on the test set after the last epoch: means over seeds ± standard deviation."
     )
-    if one_class := [_code(record.name) for record in records if record.predicts_one_class]:
+    if one_class := [code(record.name) for record in records if record.predicts_one_class]:
         names = ", ".join(one_class)
         caption += f" One class is predicted for all images, so that passing the gate proves little: {names}."
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
@@ -61,16 +61,16 @@ def latencies(records: list[RunRecord]) -> str:
     by_hardware: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.latency:
-            by_hardware.setdefault(str(record.latency.hardware), []).extend(_latency_rows(record))
+            by_hardware.setdefault(str(record.latency.hardware), []).extend(latency_rows(record))
     return "\n\n".join(
         f"Latency on {plain(hardware)}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
     )
 
 
-def _latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
+def latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
     for cell in compare.run_row(record).latency:
         yield (
-            _code(record.name),
+            code(record.name),
             plain(cell.backend),
             cell.precision,
             str(cell.batch),
@@ -89,7 +89,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Formats a name as inline code; replaces backticks and line breaks, which would end it."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
