@@ -19,8 +19,8 @@ from tests.support.processes import TINY, module, runner
 
 @pytest.mark.parametrize("document", tables.TABLES, ids=["readme", "benchmarks"])
 def test_the_tables_are_made_from_the_results(document: Path) -> None:
-    filled = tables.filled(document, tables.TABLES[document])
-    assert filled == document.read_text(), "run: python -m runner.benchmarks.tables --write"
+    text = tables.insert_tables(document, tables.TABLES[document])
+    assert text == document.read_text(), "run: python -m runner.benchmarks.tables --write"
 
 
 def test_a_cell_without_a_result_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_cell_without_a_result_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     document = tmp_path / "README.md"
     document.write_text("no markers")
     with pytest.raises(UserError, match="expected <!-- papers -->"):
-        tables.filled(document, {"papers": tables.papers})
+        tables.insert_tables(document, {"papers": tables.papers})
 
 
 def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

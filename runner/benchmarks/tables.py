@@ -26,7 +26,7 @@ from runner.run.schema import Hardware, LatencyRow, ParityRow
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
-BENCHMARKS = Path(__file__).parent / "README.md"
+BENCHMARKS_README = Path(__file__).parent / "README.md"
 MISSING = "not measured"
 
 
@@ -40,13 +40,13 @@ class Tables:
     def __call__(self) -> None:
         for document, tables in TABLES.items():
             if self.write:
-                document.write_text(filled(document, tables))
+                document.write_text(insert_tables(document, tables))
                 print(f"{document}: {len(tables)} tables")
             else:
                 print(*(f"## {name}\n\n{make()}\n" for name, make in tables.items()), sep="\n")
 
 
-def filled(document: Path, tables: dict[str, Callable[[], str]]) -> str:
+def insert_tables(document: Path, tables: dict[str, Callable[[], str]]) -> str:
     """Returns the text of a document with every table inserted between its markers.
 
     Raises:
@@ -206,25 +206,28 @@ def correctness() -> str:
         if name.startswith("batches/"):
             rows.append(
                 [
-                    f"pixels made on the GPU beside the CPU's, {name.removeprefix('batches/')}",
+                    f"GPU pixels compared with CPU pixels, {name.removeprefix('batches/')}",
                     f"{finding['equal_share']:.4%} equal, largest difference {finding['largest_difference']:g} of 255",
                 ]
             )
     losses = findings.get("losses", {})
     for precision in ("bf16", "fp16"):
         loss = losses.get(precision)
-        text = f"{loss['mean']:.2%} mean, {loss['most']:.2%} most" if loss else MISSING
-        rows.append([f"training loss in {precision} beside fp32's, relative", text])
+        text = f"{loss['mean']:.2%} mean, {loss['most']:.2%} max" if loss else MISSING
+        rows.append([f"relative difference of the {precision} training loss from fp32", text])
     resume, one_rank, all_ranks = (findings.get(name) for name in ("resume", "ddp/one", "ddp/all"))
     rows += [
-        ["killed and resumed beside never stopped, deterministic", _identity(resume, "same_weights", "weights")],
-        ["DDP of one process beside none", _identity(one_rank, "same_gradients", "gradients")],
         [
-            "all GPUs of the node beside one, training loss, relative",
-            f"{all_ranks['difference']['most']:.2e} most, {all_ranks['ranks']} ranks" if all_ranks else MISSING,
+            "killed and resumed run compared with an uninterrupted one",
+            _identity(resume, "same_weights", "weights"),
+        ],
+        ["one DDP process compared with no DDP", _identity(one_rank, "same_gradients", "gradients")],
+        [
+            "relative difference of the training loss on all GPUs from one",
+            f"{all_ranks['difference']['most']:.2e} max, {all_ranks['ranks']} ranks" if all_ranks else MISSING,
         ],
     ]
-    return _with_machine("correctness", table(["what", "found"], rows))
+    return _with_machine("correctness", table(["check", "result"], rows))
 
 
 def _identity(finding: Finding | None, key: str, what: str) -> str:
@@ -270,7 +273,7 @@ def speedrun() -> str:
     return _with_machine("speedrun", table(titles, rows))
 
 
-class SeedSeries(msgspec.Struct):
+class MuonFile(msgspec.Struct):
     """The content of muon-gpu.json: the accuracy of the speed run by seed, for several variants of its optimizer."""
 
     hardware: Hardware
@@ -282,7 +285,7 @@ class SeedSeries(msgspec.Struct):
 
 def muon() -> str:
     """Returns the table of the optimizer's variants; each is compared with the one above it, seed by seed."""
-    found = read(RESULTS / "muon-gpu.json", SeedSeries)
+    found = read(RESULTS / "muon-gpu.json", MuonFile)
     rows = []
     previous: dict[str, float] = {}
     for name, accuracies in found.series.items():
@@ -292,7 +295,7 @@ def muon() -> str:
         )
         rows.append([name, f"{mean(accuracies.values()):.2%}", str(len(accuracies)), paired])
         previous = accuracies
-    titles = ["Muon", "accuracy", "seeds", "points beside the row above, paired ± standard error"]
+    titles = ["Muon", "accuracy", "seeds", "points over the row above, paired ± standard error"]
     machine = f"{_machine(found.hardware, found.versions)}, driver {found.driver}, {found.dataset}"
     return f"{table(titles, rows)}\n\nMeasured on: {machine}."
 
@@ -359,7 +362,7 @@ def _parity_cells(report: ParityRun, row: ParityRow, trained: str, letter: str) 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"results": results},
-    BENCHMARKS: {
+    BENCHMARKS_README: {
         "papers": papers,
         "ratios": ratios,
         "parity": parity,
