@@ -245,6 +245,29 @@ def test_an_engine_for_other_gpus_is_not_for_this_one(own: Run, monkeypatch: pyt
     assert [entry.reason for entry in not_scored] == [reason]
 
 
+@pytest.mark.parametrize("changed", ["nothing", "engine", "onnx", "version", "gpu"])
+def test_an_engine_is_checked_before_it_is_loaded(own: Run, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT, which executes it, never gets an engine of another file, version or GPU."""
+    file, loaded = exporter.exported(own), []
+    (sidecar,) = engine.built(own, file)
+    if changed in ("engine", "onnx"):
+        with (own.folder / getattr(sidecar, changed)).open("ab") as opened:
+            opened.write(b"x")
+    elif changed == "version":
+        write(engine.sidecar_of(own.folder / sidecar.engine), replace(sidecar, version="0.1"))
+    use_gpu(monkeypatch, "9.0" if changed == "gpu" else "8.9")
+    library = engine.load(sidecar.backend)
+    runtime = SimpleNamespace(deserialize_cuda_engine=loaded.append)
+    monkeypatch.setattr(library, "Runtime", lambda logger: runtime)
+    message = {
+        "nothing": "does not load on this GPU", "engine": "found another file", "onnx": "found another file",
+        "version": "built by tensorrt-rtx 0.1, but", "gpu": "not for this GPU",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message[changed]):
+        parity._open_candidates(own, [file], "cuda", ("engine",))
+    assert len(loaded) == (1 if changed == "nothing" else 0)
+
+
 def test_a_sidecar_of_an_earlier_version_is_read_and_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "tests/golden/runs/soni-2/seed-0/deploy/model.fp32.tensorrt-rtx.engine.json"
     sidecar = read(path, EngineSidecar)

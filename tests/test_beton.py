@@ -1,10 +1,13 @@
+import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +23,7 @@ from data_prep import beton_file as reader
 from data_prep.sources import Source, Split
 from data_prep.verify import verify
 from runner.common.errors import UserError
-from tests.support.processes import gone
+from tests.support.processes import descendants_of, gone, wait_until
 
 
 def decoded_by_ffcv(path: Path) -> Split:
@@ -253,14 +256,25 @@ class Blocking(np.ndarray):
         raise AssertionError
 
 
-def test_a_hung_writer_is_killed(small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stalls_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Shortens the time after which a writer has hung, but only once it has made a file, however slow the machine."""
+    monkeypatch.setattr(beton, "STALL_SECONDS", 300.0)
+
+    def shorten(file: Path) -> None:
+        wait_until(file.exists)
+        beton.STALL_SECONDS = 1.0
+
+    return lambda file: threading.Thread(target=shorten, args=(file,), daemon=True).start()
+
+
+def test_a_hung_writer_is_killed(small: Source, tmp_path: Path, stalls_after: Callable[[Path], None]) -> None:
     images = small.test.images.view(Blocking)
     images.pid_file = tmp_path / "pid"
-    monkeypatch.setattr(beton, "STALL_SECONDS", 3.0)
+    stalls_after(images.pid_file)
     with pytest.raises(UserError, match="hung"):
         beton.write(replace(small, test=Split(images, small.test.labels)), tmp_path / "out")
-    if images.pid_file.exists():  # a busy machine may be too slow to reach it
-        assert gone([int(images.pid_file.read_text())], 5)
+    assert gone([int(images.pid_file.read_text())], 20)
     assert multiprocessing.active_children() == []
     assert not (tmp_path / "out").exists()
 
@@ -285,35 +299,87 @@ def test_ctrl_c_ends_the_writer(small: Source, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=False)
     if mounted.returncode != 0:
         pytest.skip("needs the right to mount")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.root
-def test_a_full_disk_is_reported_before_anything_is_written(small: Source, small_disk: Path) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(small: Source, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
     with pytest.raises(UserError, match=r"2 MiB needed, \d MiB free; make room"):
-        beton.write(small, small_disk / "out")
-    assert [path.name for path in small_disk.iterdir()] == [".out.lock"]
+        beton.write(small, disk / "out")
+    assert [path.name for path in disk.iterdir()] == [".out.lock"]
+
+
+class FillsTheDisk(np.ndarray):
+    """Images of which the first that is read leaves no space on the disk."""
+
+    disk: Path
+
+    def __getitem__(self, index: object) -> np.ndarray:
+        with contextlib.suppress(OSError), (self.disk / "filler").open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        return np.asarray(super().__getitem__(index))
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_during_the_write_keeps_what_was_there(
+    small: Source, small_data: Path, disk: Path, stalls_after: Callable[[Path], None]
+) -> None:
+    """Another program takes the space that the check has found: one error, and no file that is half written."""
+    shutil.copytree(small_data, disk / "out")
+    before = {path: path.read_bytes() for path in (disk / "out").iterdir()}
+    images = small.test.images.view(FillsTheDisk)
+    images.disk = disk
+    other = replace(small, name="other", test=Split(images, small.test.labels))
+    stalls_after(disk / "filler")
+    with pytest.raises(UserError, match=r"FFCV's writer (hung|failed)|No space left"):
+        beton.write(other, disk / "out", overwrite=True)
+    assert multiprocessing.active_children() == []
+    assert {path.name for path in disk.iterdir()} == {"out", ".out.lock", "filler"}
+    assert {path: path.read_bytes() for path in (disk / "out").iterdir()} == before
 
 
 def _write(source: Source, out: Path, queue: multiprocessing.Queue) -> None:
     queue.put(beton.write(source, out).fingerprint)
 
 
-def test_concurrent_writers_run_one_after_the_other(small: Source, small_data: Path, tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
+def waits_for_a_lock(process: int) -> bool:
+    """Whether the kernel lists a process as one that waits for a file lock."""
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    return str(process) in [fields[5] for fields in waiting]
+
+
+def test_of_two_writers_one_waits_and_takes_over_if_the_other_is_killed(
+    small: Source, small_data: Path, tmp_path: Path
+) -> None:
+    """Killed in the middle of the second file, with nobody left to clean up."""
+    images = small.test.images.view(Blocking)
+    images.pid_file = tmp_path / "pid"
+    blocked = replace(small, test=Split(images, small.test.labels))
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
     queue = fork.Queue()
-    both = [fork.Process(target=_write, args=(small, tmp_path / "out", queue)) for _ in range(2)]
-    for process in both:
+    first, second, third = (fork.Process(target=_write, args=(s, out, queue)) for s in (blocked, small, small))
+    first.start()
+    wait_until(images.pid_file.exists)
+    left = descendants_of(first.pid)
+    for process in (second, third):
         process.start()
+        wait_until(lambda process=process: waits_for_a_lock(process.pid))
+    assert not out.exists()
+    first.kill()
     assert queue.get(timeout=120) == queue.get(timeout=120)
-    for process in both:
+    for process in (first, second, third):
         process.join()
-    manifest.check_files(tmp_path / "out", manifest.read(small_data))
+    manifest.check_files(out, manifest.read(small_data))
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock", "pid"}

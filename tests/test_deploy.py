@@ -537,7 +537,7 @@ def test_predict_needs_only_the_file(small_data: Path, source: Source, tmp_path:
         assert [one["probability"] for one in predictions] == pytest.approx(probabilities.amax(1).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("where", ["/etc/passwd", "../outside.bin", "inside.bin"])
+@pytest.mark.parametrize("where", ["/etc/passwd", "../outside.bin", "link.bin", "hard-link.bin"])
 def test_external_data_is_refused(own: Run, where: str, tmp_path: Path) -> None:
     """By an absolute path, one outside the folder, or a link: none is read."""
     model = onnx.load(exporter.path_of(own, "fp32"))
@@ -545,7 +545,8 @@ def test_external_data_is_refused(own: Run, where: str, tmp_path: Path) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=where)
-    (tmp_path / "inside.bin").symlink_to("/etc/passwd")
+    (tmp_path / "link.bin").symlink_to("/etc/passwd")
+    (tmp_path / "hard-link.bin").hardlink_to(own.record)
     path = tmp_path / "untrusted.onnx"
     path.write_bytes(model.SerializeToString())
     Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from runner.run import lock
 from runner.run.folder import Run
 from runner.run.lock import Owner, is_locked, locked
 from tests.support.configs import CONFIG
-from tests.support.processes import TINY, runner
+from tests.support.processes import ENDING, TINY, runner, start, wait_for_step
 
 ELSEWHERE = Owner(1, "another-node", "7")
 
@@ -162,3 +163,22 @@ def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Pa
     assert done.returncode == 2
     assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
     assert run.record.exists()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(small_data: Path, tmp_path: Path) -> None:
+    """A second process is refused, or waits with --resume auto: once the first is killed, it continues the run."""
+    words = ["train", "ending", *ENDING, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
+    run = Run(tmp_path / "ending" / "seed-0")
+    with start("runner", *words, "--checkpoint-every", 1, END="train 4 0 SLEEP1") as first:
+        wait_for_step(run.folder, 2, running=first)
+        assert run.state() == "running"
+        second = runner(*words, "--overwrite")
+        assert second.returncode == 2
+        assert f"process {first.pid} on {socket.gethostname()} trains it" in second.stderr
+        with start("runner", *words, "--resume", "auto", "--max-steps", 9) as third:
+            first.kill()
+            _, stderr = third.communicate(timeout=240)
+    assert (first.returncode, third.returncode) == (-signal.SIGKILL, 0), stderr
+    (resumed,) = run.config().resumed
+    assert resumed.step >= 2
+    assert run.state() == "complete"

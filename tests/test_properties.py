@@ -1,11 +1,21 @@
-"""Properties of the pure parts, for any input that hypothesis draws: order and slices, schedules, resuming."""
+"""Properties of the pure parts, for any input that hypothesis draws: order, schedules, resuming, reports."""
 
+import json
 import math
-from dataclasses import replace
+import random
+import re
+import shutil
+import statistics
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,15 +23,22 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner import experiments
 from runner.common.files import write
 from runner.config.recipe import SGD, Architecture, Constant, Cosine, Linear, OneCycle, Recipe, Schedule, Step
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.data.resident import ResidentBatches
 from runner.data.stream import StreamOptions
+from runner.report import collect, compare, markdown, page
+from runner.report.compare import Outcome
+from runner.report.run_record import RunRecord
+from runner.run.folder import Run, find_runs
+from runner.run.schema import Gate
 from runner.training import checkpoint
 from runner.training.loop import Data, LoopHooks, StoppedError, train
 from runner.training.model import build_model
 from runner.training.optim import lr_factor
+from tests.support import many_runs
 from tests.support.configs import config_of, trusted
 
 FRACTION = st.floats(0, 1)
@@ -143,3 +160,215 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), (stops, hooks)
 
     check()
+
+
+# --- reports of any set of runs -------------------------------------------------------------------------
+
+EXPERIMENTS = {
+    name: replace(experiment, recipe=replace(experiment.recipe, epochs=3))
+    for name, experiment in (
+        ("soni-2", experiments.get("soni-2")),
+        ("podeti-alexnet", experiments.get("podeti-alexnet")),
+        ("a|<i>`b`[c](d)", experiments.get("soni-4")),  # which a run folder from someone else could have
+    )
+}
+
+
+@dataclass(frozen=True)
+class AnyRun:
+    """A run folder: `root`, `experiment` and `name` are its place, and `fault` a number in it that is not finite."""
+
+    root: str
+    experiment: str
+    name: str
+    seed: int
+    lr: float
+    dataset: tuple[str, str]  # name and fingerprint
+    epochs: float | None  # of 3; None for an unfinished run
+    accuracy: float
+    scored: bool | None  # whether its files passed the gate; None if it is not deployed
+    fault: str
+
+    @property
+    def readable(self) -> bool:
+        """Whether it has the numbers without which it cannot be compared."""
+        return not (self.fault == "accuracy" and self.epochs) and not (self.fault == "p90" and self.scored is not None)
+
+    @property
+    def training(self) -> tuple[object, ...]:
+        """What runs that are seeds of one training have in common."""
+        return self.experiment, self.lr, self.dataset[1]
+
+    def write(self, folder: Path) -> Path:
+        experiment = EXPERIMENTS[self.experiment]
+        run = Run(folder / self.root / f"{list(EXPERIMENTS).index(self.experiment)}" / self.name)
+        many_runs.write_run(run, self.experiment, experiment, self.seed, "0", random.Random(self.name))
+        config, summary, latency = run.config(), run.read_summary(), run.read_latency()
+        optimizer = msgspec.structs.replace(experiment.recipe.optimizer, lr=self.lr)
+        changed = {} if self.lr == 0.1 else {"recipe.optimizer.lr": (0.1, self.lr)}
+        recipe, (name, fingerprint) = replace(experiment.recipe, optimizer=optimizer), self.dataset
+        dataset = msgspec.structs.replace(config.dataset, name=name, fingerprint=fingerprint)
+        write(run.record, msgspec.structs.replace(config, recipe=recipe, overrides=changed, dataset=dataset))
+        results = {"test_accuracy": self.accuracy, "epochs": self.epochs or 0.0}
+        write(run.summary, msgspec.structs.replace(summary, **results))
+        gate = Gate(accuracy_change=0.0, agreement=1.0, passed=self.scored is True)
+        rows = [msgspec.structs.replace(row, gate=row.gate and gate) for row in latency.rows]
+        write(run.latency, msgspec.structs.replace(latency, rows=rows))
+        parity = run.read_parity()
+        rows = [msgspec.structs.replace(row, passed=self.scored is True) for row in parity.rows]
+        write(run.parity, msgspec.structs.replace(parity, rows=rows))
+        for path, key in ((run.summary, "test_accuracy"), (run.summary, "test_loss"), (run.latency, "p90_ms")):
+            if self.fault and self.fault in key:
+                path.write_text(re.sub(rf'"{key}": [\d.e-]+', f'"{key}": NaN', path.read_text()))
+        if self.fault == "loss":
+            run.metrics.write_text(re.sub(r'"train/loss":[\d.e-]+', '"train/loss":Infinity', run.metrics.read_text()))
+        if self.epochs is None:
+            run.summary.unlink()
+        if self.scored is None:
+            shutil.rmtree(run.deploy)
+        return run.folder
+
+
+ANY_RUNS = st.lists(
+    st.builds(
+        AnyRun,
+        root=st.sampled_from(["new", "old"]),
+        experiment=st.sampled_from(list(EXPERIMENTS)),
+        name=st.sampled_from(["a", "b", "c"]),
+        seed=st.integers(0, 2),
+        lr=st.sampled_from([0.1, 0.01]),
+        dataset=st.sampled_from([("CIFAR-10", "0" * 16), ("CIFAR-10", "1" * 16), ("own|<b>", "2" * 16)]),
+        epochs=st.sampled_from([3.0, 3.0, 1.5, None]),
+        accuracy=st.integers(0, 10_000).map(lambda hits: hits / 10_000),
+        scored=st.sampled_from([True, False, None]),
+        fault=st.sampled_from(["", "", "", "loss", "accuracy", "p90"]),
+    ),
+    min_size=1, max_size=8, unique_by=lambda run: (run.root, run.experiment, run.name),
+)  # fmt: skip
+
+
+@given(runs=ANY_RUNS)
+@settings(FEW, max_examples=40)
+def test_a_report_of_any_runs_has_each_of_them_once(runs: list[AnyRun]) -> None:
+    """On the page, in the Markdown and among the outcomes, which count runs and seeds."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"), mock.patch(PLOTLY, return_value=""):
+        by_folder = {run.write(Path(folder)): run for run in runs}
+        records, unreadable = collect.read_all(find_runs([Path(folder)]))
+        drawn = [by_folder[record.run.folder] for record in records]
+        html, text = page.render(records, unreadable), markdown.render(records, unreadable)
+        order = sorted(by_folder)
+    assert [record.run.folder for record in records] == [path for path in order if by_folder[path].readable]
+    assert [entry.folder for entry in unreadable] == [str(path) for path in order if not by_folder[path].readable]
+    assert len({record.name for record in records}) == len(records)
+    finished = [run for run in drawn if run.epochs]
+    counts = f"{len(finished)} run{'' if len(finished) == 1 else 's'} compared"
+    for count, what in ((len(drawn) - len(finished), "unfinished"), (len(unreadable), "not read")):
+        counts += f", {count} {what}" if count else ""
+    outcomes = compare.outcomes(records)
+    check_outcomes(outcomes, finished)
+    check_page(html, records, drawn, counts, len(outcomes), len(unreadable))
+    tables = markdown_tables(text)
+    assert text.startswith(counts.removesuffix(f", {len(unreadable)} not read"))
+    assert len(tables.pop("experiment")) == len(outcomes)
+    assert len(tables.pop("folder", [])) == len(unreadable)
+    measured = 3 * sum(run.scored is not None for run in drawn)
+    assert len(tables.pop("run", [])) == measured
+    assert not tables
+
+
+PLOTLY = "plotly.offline.get_plotlyjs"  # most of a page, and the same in all
+
+
+def check_outcomes(outcomes: list[Outcome], finished: list[AnyRun]) -> None:
+    """Each outcome is of all seeds of one training, in the order of their first runs."""
+    groups: dict[tuple[object, ...], list[AnyRun]] = {}
+    for run in finished:
+        groups.setdefault(run.training, []).append(run)
+    assert [outcome.runs for outcome in outcomes] == [len(group) for group in groups.values()]
+    assert len({(outcome.dataset, outcome.label) for outcome in outcomes}) == len(outcomes)
+    for outcome, group in zip(outcomes, groups.values(), strict=True):
+        seeds, accuracies = sorted({run.seed for run in group}), [run.accuracy for run in group]
+        assert outcome.seeds == seeds
+        assert outcome.test_accuracy == pytest.approx(statistics.mean(accuracies))
+        deviation = statistics.stdev(accuracies) if len(seeds) > 1 else None
+        assert outcome.test_accuracy_std == (deviation if deviation is None else pytest.approx(deviation))
+
+
+class Page(HTMLParser):
+    """Checks that every element ends where it may, and collects ids, links, and the rows of the table of runs."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.positions: list[int] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert len(found) == len(attrs)
+        if tag not in ("meta", "link", "input", "img"):
+            self.open.append(tag)
+        self.ids += filter(None, [found.get("id")])
+        self.links += [link[1:] for link in filter(None, [found.get("href")]) if link[0] == "#"]
+        if "data-run" in found:
+            self.positions.append(int(found["data-run"] or -1))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+def check_page(
+    html: str, records: list[RunRecord], drawn: list[AnyRun], counts: str, outcomes: int, unreadable: int
+) -> None:
+    """The table lists the runs in their order; each has a section and its data; the verdict names the best."""
+    shown = Page(html)
+    positions = list(range(len(records)))
+    assert shown.positions == positions
+    assert len(set(shown.ids)) == len(shown.ids)
+    assert set(shown.links) <= set(shown.ids)
+    assert [name for name in shown.ids if re.fullmatch(r"run-\d+", name)] == [f"run-{n}" for n in positions]
+    assert shown.texts["h1"] == [counts]
+    names = [record.name for record in records]
+    assert [name for name in shown.texts.get("h3", []) if name in names] == names
+    (data,) = [text for text in shown.texts["script"] if text.startswith("{")]
+    runs = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["runs"]
+    assert [(run["position"], run["name"]) for run in runs] == [(n, record.name) for n, record in enumerate(records)]
+    gated = [min(r.p50_ms for r in record.latency.rows if r.gate) if run.scored else None
+             for record, run in zip(records, drawn, strict=True)]  # fmt: skip
+    assert [run["gated_ms"] for run in runs] == gated
+    rows = html[html.index('id="experiments"') : html.index('id="tradeoff-title"')].split("<tbody>")[1]
+    assert rows.count("<tr>") == outcomes
+    assert html.count("<li><code>") == unreadable
+    overview = page.summarize_runs(page.page_runs(records))
+    finished = [(record, run) for record, run in zip(records, drawn, strict=True) if run.epochs]
+    best: dict[str, tuple[bool, float]] = {}
+    for record, run in finished:
+        best[record.dataset] = max(best.get(record.dataset, (False, -1.0)), (run.epochs == 3, run.accuracy))
+    assert [(name, one.row.test_accuracy) for name, one in overview.best.items()] == [
+        (name, accuracy) for name, (_, accuracy) in sorted(best.items())
+    ]
+    gates = Counter({True: "passed", False: "failed", None: "not scored"}[run.scored] for _, run in finished)
+    assert {result: len(runs) for result, runs in overview.gate.items()} == gates
+    assert len(overview.incomplete) == sum(run.epochs == 1.5 for _, run in finished)
+    assert len(overview.unfinished) == len(records) - len(finished)
+
+
+def markdown_tables(text: str) -> dict[str, list[str]]:
+    """Returns the rows of all tables by the title of their first column; those of one title together."""
+    tables: dict[str, list[str]] = {}
+    for block in re.split(r"\n\n", text):
+        lines = block.strip().split("\n")
+        if lines[0].startswith("|"):
+            cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+            assert len(set(cells)) == 1, block
+            assert set(lines[1]) <= set("|- ")
+            tables.setdefault(lines[0].split("|")[1].strip(), []).extend(lines[2:])
+    return tables

@@ -16,12 +16,17 @@ STEPS = {"float64": 100, "float32": 20}
 @pytest.mark.parametrize(
     ("worlds", "most_steps"),
     # A step of many ranks waits for each of them several times, so beside other tests it takes seconds.
-    [((2, 3), 100), pytest.param((4, 8), 10, marks=pytest.mark.every)],
+    [
+        ((2, 3), 100),
+        pytest.param((4, 8), 10, marks=pytest.mark.every),
+        pytest.param((16,), 3, marks=pytest.mark.every),
+    ],
+    ids=["2 and 3", "4 and 8", "16"],
 )
-def test_any_number_of_ranks_has_the_losses_of_one(
+def test_any_number_of_ranks_is_like_one(
     worlds: tuple[int, ...], most_steps: int, small_data: Path, tmp_path: Path
 ) -> None:
-    """Batch norm computes its statistics over all ranks (runner.models.norm)."""
+    """The losses, with batch norm over all ranks (runner.models.norm); batches, evaluation, and a resumed training."""
     cases = {f"{case}-{min(STEPS[case[-7:]], most_steps)}": most for case, most in TOLERANCES.items()}
     results = []
     for ranks in (1, *worlds):
@@ -29,9 +34,18 @@ def test_any_number_of_ranks_has_the_losses_of_one(
         done = module(*on_ranks(ranks), "tests.support.programs.ranks_program", small_data, out, *cases)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(out.read_text()))
+    one, *others = results
     for case, tolerance in cases.items():
-        one, *others = [losses[case] for losses in results]
-        assert len(one) == int(case.rpartition("-")[2])
-        assert min(one) < one[0]
-        for losses in others:
-            assert np.abs(np.subtract(losses, one)).max() < tolerance, case
+        assert len(one[case]) == int(case.rpartition("-")[2])
+        assert len(set(one[case])) > 1
+        for other in others:
+            assert np.abs(np.subtract(other[case], one[case])).max() < tolerance, case
+    assert len(set(one["batches"])) == 12
+    for other in others:
+        assert other["batches"] == one["batches"]
+        assert other["evaluation"]["labels"] == one["evaluation"]["labels"]
+        assert other["evaluation"]["images"] == one["evaluation"]["images"] == 200
+        np.testing.assert_allclose(other["evaluation"]["logits"], one["evaluation"]["logits"], atol=1e-5)
+        for name, weights in one["weights"].items():
+            assert other["resumed"][name] == other["weights"][name], name
+            np.testing.assert_allclose(other["resumed"][name], weights, atol=1e-5, err_msg=name)

@@ -69,6 +69,10 @@ def test_what_was_ended_is_what_never_ended(
         assert not run.joinpath("summary.json").exists(), "it was over before it could be ended"
         asked = life.endswith(("TERM", "USR1"))
         assert ("resume with --resume auto" in ended.stderr) == asked, ended.stderr
+        if processes > 1 and life.endswith("last SIGKILL"):  # rank 0 ends by itself, long before --hang-timeout
+            assert Run(run).state() == "failed", ended.stderr
+        if asked and processes > 1:
+            assert re.search(r"exitcode +: 75", ended.stderr), ended.stderr
     for runs in ("ended", "straight"):
         words = arguments(small_data, tmp_path / runs, "--resume", "auto")
         done = launch(processes, *words)
@@ -266,11 +270,14 @@ def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path
 
 def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
     """Before its first evaluation."""
-    words = arguments(small_data, tmp_path, "--device", "cpu")
-    assert runner(*words, END="train 3 0 SIGTERM").returncode == 75
-    done = runner(*words, "--resume", "auto", "--max-steps", 3)
+    words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
+    run = Run(tmp_path / "ending" / "seed-0")
+    for step, name in ((2, "SIGUSR1"), (3, "SIGTERM")):
+        assert runner(*words, END=f"train {2 if step == 2 else 1} 0 {name}").returncode == 75
+        assert (run.state(), checkpoint.latest(run).name) == ("stopped", f"step-{step}")
+    done = runner(*words, "--max-steps", 3)
     assert done.returncode == 0, done.stderr
-    assert Run(tmp_path / "ending" / "seed-0").read_summary().steps == 3
+    assert run.read_summary().steps == 3
 
 
 @pytest.mark.processes

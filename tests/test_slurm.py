@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from launch.submit import Allocation
 from runner.run.folder import Run
 from tests.support import slurm_cluster
 from tests.support.compare import assert_same_run
-from tests.support.processes import ENDING, ROOT, TINY, clean_environment, module, wait_for_step
+from tests.support.processes import (
+    ENDING,
+    ROOT,
+    TINY,
+    clean_environment,
+    command_lines,
+    module,
+    wait_for_step,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # they wait for daemons, while other tests run
 RESUME = ("--resume", "auto")  # which `launch submit` adds, and a direct sbatch has to
@@ -56,7 +66,7 @@ def submitted(cluster: slurm_cluster.Cluster, small_data: Path, tmp_path_factory
     (job,) = re.findall(r"^job (\d+);", done.stdout)
     commands: set[str] = set()
     while cluster.job_info(job).get("JobState") in slurm_cluster.UNFINISHED:
-        commands |= {" ".join(slurm_cluster.read_proc(pid, "cmdline")) for pid in slurm_cluster.all_processes()}
+        commands |= command_lines()
         time.sleep(0.5)
     log = runs / "slurm" / f"runner-ending-{job}.log"
     assert cluster.wait(job, 60) == "COMPLETED", log.read_text()
@@ -243,6 +253,30 @@ def test_a_job_that_cannot_stop_before_its_time_limit_is_requeued(
     assert_same_run(submitted.run, run)
 
 
+@pytest.mark.every
+def test_a_job_is_requeued_a_limited_number_of_times(
+    cluster: slurm_cluster.Cluster, stand_in: Path, tmp_path: Path
+) -> None:
+    """Two starts that are asked to stop, where MAX_REQUEUES is 1. A program that waits for the stop file trains."""
+    copy, log = Path(shutil.copytree(stand_in, tmp_path / "checkout", symlinks=True)), tmp_path / "job.log"
+    waits = 'echo "start $SLURM_RESTART_COUNT"; until rm "$STOP_FILE" 2>/dev/null; do sleep 0.2; done; exit 75'
+    (copy / "accelerate").write_text(f"#!/bin/bash\n{waits}\n")
+    job = cluster.submit(
+        "--output", log, "slurm/train.sbatch", "tiny", *RESUME,
+        cwd=copy, environ=clean_environment(MAX_REQUEUES="1"),
+    )  # fmt: skip
+    for start in (0, 1):
+        wait_until(lambda start=start: log.exists() and log.read_text().count("start ") == start + 1)
+        cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
+        if start == 0:
+            cluster.wait_for_requeue(job, 1, 120)
+    assert cluster.wait(job, 120) == "FAILED", log.read_text()
+    assert cluster.job_info(job)["ExitCode"] == "75:0"
+    assert cluster.restart_count(job) == 1
+    assert log.read_text().count("stopped with a checkpoint; queued again") == 1
+    assert "stopped with a checkpoint; not queued again after 1 times; submit it again to resume" in log.read_text()
+
+
 def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
@@ -278,14 +312,17 @@ def test_one_task_of_a_sweep_is_requeued_alone(
     for run in runs:
         wait_for_step(run, 7, 240)
     assert sweep() == "2 trials: 2 running\n"
+    wandb_ids = [Run(run).config().wandb_id for run in runs]
     cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_0", check=True)
     cluster.wait_for_requeue(f"{job}_0", 1, 120)
     logs = tmp_path / "slurm"
     for task in (0, 1):
         tails = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
         assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", tails
-    for log in logs.glob("*_[01].log"):
+    for log in logs.glob("*_[01].log"):  # both starts of the first task append to its log
         assert re.search(r"^epoch \d+/16: train .* images/s, ", log.read_text(), re.M)
+        assert len(re.findall(r"^run: ", log.read_text(), re.M)) == (2 if log.stem.endswith("_0") else 1)
+    assert [Run(run).config().wandb_id for run in runs] == wandb_ids
     assert sweep() == "2 trials: 2 complete\n"
     assert len(Run(runs[0]).config().resumed) == 1
     assert Run(runs[1]).config().resumed == []

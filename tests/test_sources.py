@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import sources
+from data_prep import cli, sources
 from data_prep.dataset import renamed
 from data_prep.official import BY_SOURCE, CIFAR10, CIFAR100
 from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
@@ -51,6 +51,25 @@ def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
     path = archives.tar(tmp_path / "images.tar", archives.image_files())
     with pytest.raises(UserError, match="expected SHA-256 0000"):
         sources.load(str(path), sha256="0" * 64)
+
+
+@pytest.mark.parametrize("damage", ["one byte", "no archive"])
+def test_a_wrong_hash_is_refused_before_parsing_and_what_stood_there_stays(
+    damage: str, own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither archive can be parsed, and --overwrite would replace the dataset."""
+    path = archives.python_archive(tmp_path / "cifar.tar.gz", archives.batches())
+    expected, content = sha256_of(path), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "one byte" else b"no archive at all")
+    before = {file.name: file.read_bytes() for file in own_data.iterdir()}
+    words = ["prepare", "--source", str(path), "--sha256", expected, "--out", str(own_data), "--overwrite"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert (stopped.value.code, capsys.readouterr().err) == (
+        2, f"data_prep: --source {path}: expected SHA-256 {expected}, found {sha256_of(path)}; fetch the file again\n",
+    )  # fmt: skip
+    assert {file.name: file.read_bytes() for file in own_data.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", sources.BY_SOURCE)

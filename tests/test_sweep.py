@@ -19,7 +19,7 @@ from launch.trials import Trial, expand
 from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import read, write
-from runner.run.folder import Run, locked_runs
+from runner.run.folder import Run
 from runner.system import environment
 from tests.support.processes import (
     ENDING,
@@ -29,7 +29,6 @@ from tests.support.processes import (
     descendants_of,
     gone,
     module,
-    runner,
     start,
     wait_for_step,
     wait_until,
@@ -339,16 +338,6 @@ def test_ctrl_c_stops_trials_with_a_checkpoint_and_the_next_call_resumes(small_d
     assert done.returncode == 0, done.stderr
     assert trial.state() == "complete"
     assert trial.run.config().resumed[0].step == step < 56
-
-
-def test_a_run_is_trained_by_one_process_at_a_time(small_data: Path, tmp_path: Path) -> None:
-    with locked_runs(tmp_path, "tiny", ["seed-0"]):
-        assert Run(tmp_path / "tiny" / "seed-0").state() == "running"
-        done = runner("train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu")
-        assert done.returncode == 2
-        assert f"process {os.getpid()} on" in done.stderr
-        assert "trains it" in done.stderr
-    assert Run(tmp_path / "tiny" / "seed-0").state() == "missing"
 
 
 def test_a_folder_with_another_training_is_rejected(tiny_run: Path, small_data: Path) -> None:

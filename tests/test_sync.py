@@ -1,11 +1,13 @@
 """`runner sync` and online training against a mock of W&B's server: each row arrives once, also after failures."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
 from runner.tracking.wandb_sync import best_run
-from tests.support.processes import ENDING, Running, runner, start, wait_for_step
+from tests.support.processes import ENDING, Running, command_lines, runner, start, wait_for_step, wait_until
 from tests.support.wandb_server import Server, end_clients
 
 KEY = "6" * 39 + "b"
@@ -193,7 +195,14 @@ def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None
 
 
 def test_online_training_logs_what_sync_would(server: Server, train, tmp_path: Path) -> None:
-    run = train("tiny", **online(server)).run
+    """The key is in no file, in no output, and in no command line of this machine while rows arrive."""
+    commands: set[str] = set()
+    server.after_rows = lambda count: commands.update(command_lines())
+    trained = train("tiny", **online(server))
+    run = trained.run
+    assert any("wandb-core" in command for command in commands)
+    assert not any(KEY in command for command in commands)
+    assert KEY not in trained.stdout + trained.stderr
     assert shown_rows(server, run) == metric_rows(run)
     history, artifacts = server.history(run.config().wandb_id), len(server.artifacts)
     assert {"figures/confusion", "figures/curves"} <= set(history[-1])
@@ -247,11 +256,44 @@ def test_training_survives_a_failing_server(server: Server, fault: str, train, t
     assert json.loads(done.stdout)["steps"] == read_metrics(done.run)[-1].global_step == 16
     assert "W&B" in done.stderr
     assert "continuing offline" in done.stderr
+    assert list(done.run.folder.glob("wandb/offline-run-*/*.wandb")) != []
     assert_nowhere(KEY, tmp_path)
     assert KEY not in done.stdout + done.stderr
     server.status, server.delay = 200, 0.0
     assert sync(server, done.run.folder).returncode == 0
     assert shown_rows(server, done.run) == metric_rows(done.run)
+
+
+@pytest.mark.every
+def test_training_survives_an_outage_in_the_middle(server: Server, small_data: Path, tmp_path: Path) -> None:
+    """It goes on while the server refuses everything, and ends on time; each row arrives once."""
+    words = [*ENDING, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
+    run = Run(tmp_path / "ending" / "seed-0")
+    arrived = threading.Event()
+
+    def fail(count: int) -> None:
+        if not arrived.is_set():
+            arrived.set()
+            server.status = 500
+
+    server.after_rows = fail
+    log = tmp_path / "log"  # no pipe, which W&B's process would keep open
+    environ = {"END": "train 1 0 SLEEP1", **online(server)}
+    with log.open("wb") as file:
+        process = start("runner", "train", "ending", *words, stdout=file, stderr=file, **environ)
+    wait_until(arrived.is_set, running=process)  # rows are sent every 15 seconds, of about 30
+    before = len(read_metrics(run))
+    wait_until(lambda: len(read_metrics(run)) > before + 2, running=process)
+    server.status = 200
+    code, stderr = process.wait(240), log.read_text()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # W&B's process, which tries to upload the rest
+    assert code == 0, stderr
+    assert run.state() == "complete"
+    assert read_metrics(run)[-1].global_step == run.read_summary().steps == 56
+    assert shown_rows(server, run) == metric_rows(run), stderr
+    assert sync(server, run.folder).returncode == 0
+    assert shown_rows(server, run) == metric_rows(run)
 
 
 def test_a_sync_without_server_or_key_fails_with_one_line(server: Server, run: Run) -> None:

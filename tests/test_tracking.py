@@ -55,9 +55,10 @@ def test_the_offline_file_has_everything_that_was_logged(tiny_run: Path) -> None
 
 
 def test_wandb_writes_only_into_the_run_folder(train, tmp_path: Path) -> None:
+    """Not into the home folder, nor where WANDB_DIR says."""
     home = tmp_path / "home"
     home.mkdir()
-    environ = {"HOME": str(home), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+    environ = {"HOME": str(home), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", "WANDB_DIR": str(home)}
     trained = train("tiny", "--max-steps", 1, WANDB_MODE="offline", **environ)
     run = trained.run
     assert f"W&B: offline; upload with: runner sync {run.folder}" in trained.stderr

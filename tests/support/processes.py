@@ -156,6 +156,15 @@ def descendants_of(process: int) -> list[int]:
     return found
 
 
+def command_lines() -> set[str]:
+    """Returns the command lines of all processes."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # the process has ended
+            found.add(file.read_text(errors="replace").replace("\0", " "))
+    return found
+
+
 def gone(processes: list[int], seconds: float) -> bool:
     """Returns whether all processes end within `seconds`."""
     until = time.monotonic() + seconds
