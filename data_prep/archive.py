@@ -1,5 +1,6 @@
 """Reads tar and zip archives through one interface; nothing is extracted to disk."""
 
+import functools
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -7,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.images import LARGEST_FILE
 from runner.common.errors import UserError
 
-LARGEST_MEMBER = 64 * 2**20  # bytes; no image or batch file is larger
-# The name of a member, and a function that reads it; None for links and other members that are not files.
+# The name of a member, and a function that reads it; None for symbolic links and other members that are not files.
 Member = tuple[str, Callable[[], bytes] | None]
 
 
@@ -48,11 +49,20 @@ class Archive:
             return
         members = self.tar.getmembers()
         self._check_end()
+        linked = {_normalize(member.linkname) for member in members if member.islnk()}
+        files: dict[str, Callable[[], bytes]] = {}  # that hard links may point to: those before them
         for member in members:
+            name = _normalize(member.name)
             if member.isfile():
-                yield _normalize(member.name), partial(_read, member.name, member.size, self._read_tar, member)
+                read = partial(_read, member.name, member.size, self._read_tar, member)
+                files[name] = functools.cache(read) if name in linked else read
+                yield name, files[name]
+            elif member.islnk():
+                target = _normalize(member.linkname)
+                files[name] = files.get(target) or partial(_refuse_link, name, target)
+                yield name, files[name]
             elif not member.isdir():
-                yield _normalize(member.name), None
+                yield name, None
 
     def _check_end(self) -> None:
         """Checks that a tar file ends correctly, because tarfile treats a damaged header or a missing end as the end.
@@ -77,8 +87,14 @@ def _normalize(name: str) -> str:
     return name.removeprefix("./")
 
 
+def _refuse_link(name: str, target: str) -> bytes:
+    raise UserError(
+        f"{name!r}: expected a hard link to a file before it in the archive, found {target!r}; pack it again"
+    )
+
+
 def _read(name: str, size: int, read: Callable[[Any], bytes], member: Any) -> bytes:
     """Reads a member. Raises UserError if it is too large."""
-    if size > LARGEST_MEMBER:
-        raise UserError(f"{name}: {size} bytes; expected an image or batch file of at most {LARGEST_MEMBER}")
+    if size > LARGEST_FILE:
+        raise UserError(f"{name}: {size} bytes; expected an image or batch file of at most {LARGEST_FILE}")
     return read(member)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
             existing = _existing(out, source, overwrite)
             if existing is not None:
                 return existing
-            staging = out.with_name(f".{out.name}.writing")
+            # The lock may hold on one node only, so each node has a folder of its own.
+            staging = out.with_name(f".{out.name}.writing-{socket.gethostname()}")
             shutil.rmtree(staging, ignore_errors=True)  # left by a killed process that no longer holds the lock
             staging.mkdir()
             try:
@@ -241,7 +243,7 @@ class _NoProgressBar:
 
 def _replace(out: Path, staging: Path) -> None:
     """Renames the finished folder to `out`, which is missing, empty, or a dataset to replace."""
-    old = out.with_name(f".{out.name}.replaced")
+    old = out.with_name(f".{out.name}.replaced-{socket.gethostname()}")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -52,6 +52,12 @@ def renamed(source: Source, name: str) -> Source:
     return replace(source, name=name)
 
 
+def unreserved(name: str) -> str:
+    """Returns the name of a file or folder as that of a dataset, not to be mistaken for one with a reserved name."""
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    return f"images of {name}" if name.upper().startswith(RESERVED_PREFIXES) else name
+
+
 def limit_split(split: Split, per_class: int) -> Split:
     """Returns the first `per_class` images of each class, in their original order."""
     selected = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]
@@ -60,6 +66,12 @@ def limit_split(split: Split, per_class: int) -> Split:
 
 
 def limit_source(source: Source, per_class: int) -> Source:
-    """Returns a dataset with the first `per_class` images of each class in both splits, and records the limit."""
+    """Returns a dataset with the first `per_class` images of each class in both splits, and records the limit.
+
+    A part of CIFAR-10 or CIFAR-100 is named so, because only the complete dataset may have its name.
+    """
     train, test = limit_split(source.train, per_class), limit_split(source.test, per_class)
-    return replace(source, train=train, test=test, provenance={**source.provenance, "limit_per_class": per_class})
+    is_part = len(train.labels) + len(test.labels) < len(source.train.labels) + len(source.test.labels)
+    name = f"{source.name} ({per_class} per class)" if is_part and source.name.startswith("CIFAR-10") else source.name
+    provenance = {**source.provenance, "limit_per_class": per_class}
+    return replace(source, name=name, train=train, test=test, provenance=provenance)

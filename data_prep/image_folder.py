@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import images
 from data_prep.archive import Member
-from data_prep.dataset import RESERVED_PREFIXES, Source, Split
+from data_prep.dataset import Source, Split, unreserved
 from data_prep.official import CIFAR10
 from runner.common.console import list_some, track
 from runner.common.errors import UserError
@@ -59,7 +59,7 @@ def load(
     Raises:
         UserError: there are no images, several datasets, images of several sizes, or a split that lacks a class.
     """
-    files, unused = _find(members)
+    files, unused = _find(path, members)
     _check_root(path, files)
     found = {file.split for file in files}
     test_folder = "test" if "test" in found else "val"
@@ -75,7 +75,7 @@ def load(
         missing = sorted(set(classes) - {file.class_name for file in files if file.split == split})
         if missing:
             raise UserError(f"--source {path}: {split} contains no image of {missing[0]!r}; expected {EXPECTED}")
-    pixels = _decode(files, size, fit or "crop")
+    pixels = _decode(path, files, size, fit or "crop")
 
     def split_of(name: str) -> Split:
         rows = [i for i, file in enumerate(files) if file.split == name]
@@ -92,9 +92,10 @@ def load(
     return Source(_name(path, classes, train, test, suffixes), classes, train, test, provenance, tuple(notes))
 
 
-def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
+def _find(path: Path, members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
     """Returns the images in the expected folders, and the paths of all other files."""
     files, unused, seen = list[ImageFile](), list[str](), set[str]()
+    total, available = 0, images.available_memory()
     for name, read in members:
         parts = PurePosixPath(name).parts
         if not parts:  # the folder itself
@@ -111,7 +112,12 @@ def _find(members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
             split = SPLITS[parts[depth].lower()]
             if not parts[depth + 1].isprintable():
                 raise UserError(f"{name!r}: expected printable characters in UTF-8 in the name of a class; rename it")
-            files.append(ImageFile("/".join(parts[:depth]), split, parts[depth], parts[depth + 1], name, read()))
+            content = read()
+            total += len(content)
+            if total > available:
+                free = f"{available / 2**30:.1f} GiB of free memory"
+                raise UserError(f"--source {path}: expected image files that fit into {free}, found more; use fewer")
+            files.append(ImageFile("/".join(parts[:depth]), split, parts[depth], parts[depth + 1], name, content))
     return files, unused
 
 
@@ -127,25 +133,29 @@ def _check_root(path: Path, files: list[ImageFile]) -> None:
             raise UserError(f"--source {path}: expected one folder for {split}, found {list_some(folders)}; remove one")
 
 
-def _decode(files: list[ImageFile], size: int | None, fit: images.Fit) -> list[np.ndarray]:
-    """Decodes the pixels of each file, (H, W, 3) uint8, all of the same size."""
+def _decode(path: Path, files: list[ImageFile], size: int | None, fit: images.Fit) -> list[np.ndarray]:
+    """Decodes the pixels of each file, (H, W, 3) uint8, all of the same size, if there is memory for all of them."""
 
-    def pixels_of(file: ImageFile) -> np.ndarray:
+    def decoded(file: ImageFile) -> np.ndarray:
         image = images.decode(file.path, file.content)
         return np.asarray(image if size is None else images.fit(image, size, size, fit))
 
-    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        decoded = pool.map(pixels_of, files, chunksize=64)
-        pixels = list(track(decoded, "decode images", len(files)))
-    shape = pixels[0].shape
-    for file, image in zip(files, pixels, strict=True):
+    height, width, _ = shape = decoded(files[0]).shape
+    both = 2 * len(files) * height * width * 3  # the list, and the array of a split that is made from it
+    what = f"--source {path}: {len(files):,} images of {height}×{width} pixels"
+    images.require_memory(both, what, "use a smaller --size, or fewer images")
+
+    def pixels_of(file: ImageFile) -> np.ndarray:
+        image = decoded(file)
         if image.shape != shape:
-            height, width, _ = shape
             raise UserError(
                 f"{file.path}: expected {height}×{width} pixels as in {files[0].path}, found "
                 f"{image.shape[0]}×{image.shape[1]}; resize all images to one size with --size {min(height, width)}"
             )
-    return pixels
+        return image
+
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
+        return list(track(pool.map(pixels_of, files, chunksize=64), "decode images", len(files)))
 
 
 def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
@@ -155,6 +165,5 @@ def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffi
         whole = path.resolve()
         name = whole.name if whole.is_dir() else ARCHIVE_SUFFIX.sub("", whole.name)
         name = (whole.stem if name == whole.name and not whole.is_dir() else name).strip(". ") or "images"
-        name = "".join(letter if letter.isprintable() else "_" for letter in name)
-        return f"images of {name}" if name.upper().startswith(RESERVED_PREFIXES) else name
+        return unreserved(name)
     return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"

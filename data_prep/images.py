@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runner.common.errors import UserError
@@ -12,7 +13,41 @@ if TYPE_CHECKING:  # imported late, because option parsers import this module
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
+LARGEST_FILE = 64 * 2**20  # bytes; no image or batch file is larger
 Fit = Literal["crop", "pad", "stretch"]
+
+
+def read(path: Path) -> bytes:
+    """Returns the content of an image file. Raises UserError if it is too large or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); grant permission") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(
+            f"{path}: expected an image file of at most {LARGEST_FILE} bytes, found a larger one; remove it"
+        )
+    return content
+
+
+def require_memory(needed: int, what: str, remedy: str) -> None:
+    """Raises UserError if `what` needs more bytes than are available, before the system would kill the process."""
+    available = available_memory()
+    if needed > available:
+        raise UserError(f"{what} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB free; {remedy}")
+
+
+def available_memory() -> int:
+    """Returns how many bytes this process can still allocate: of the machine, or within the limit of its cgroup."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2])
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return min(available, limit - used)
+    except (OSError, ValueError, IndexError):  # no limit: the value is "max", or there is no such file
+        return available
 
 
 def decode(name: str, content: bytes) -> "Image.Image":

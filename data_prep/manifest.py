@@ -7,7 +7,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
@@ -16,6 +19,15 @@ from runner.common.text import without_controls
 FILE_NAME = "dataset.json"
 SPLITS = ("train", "test")
 FORMAT = 1
+Count = Annotated[int, Meta(ge=1, lt=2**48)]
+Side = Annotated[int, Meta(ge=1, lt=2**16)]
+Level = Annotated[float, Meta(ge=0, le=255)]
+
+
+class _Format(msgspec.Struct):
+    """The version of a manifest, which is read first."""
+
+    format: Literal[1]
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,10 @@ class SplitFile:
     """One .beton file: its name, size in bytes, SHA-256, and images per class."""
 
     file: str
-    bytes: int
+    bytes: Count
     sha256: str
-    images: int
-    images_per_class: tuple[int, ...]
+    images: Count
+    images_per_class: tuple[Annotated[int, Meta(ge=0)], ...]
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,9 @@ class Manifest:
 
     name: str
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    image_shape: tuple[Side, Side, Literal[3]]
+    mean: tuple[Level, Level, Level]
+    std: tuple[Level, Level, Level]
     splits: dict[str, SplitFile]
     source: dict[str, Any]
     versions: dict[str, str]
@@ -77,17 +89,14 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"--data {folder}: expected {FILE_NAME} in it, found none; {remedy}")
     try:
-        fields = json.loads(without_controls(path.read_bytes()))
-        if fields.pop("format") != FORMAT:
-            raise KeyError("format")
-        splits = {name: SplitFile(**fields["splits"][name]) for name in SPLITS}
-        for name, split in splits.items():
-            splits[name] = SplitFile(**{**asdict(split), "images_per_class": tuple(split.images_per_class)})
-        tuples = {key: tuple(fields[key]) for key in ("classes", "image_shape", "mean", "std")}
-        return Manifest(**{**fields, **tuples, "splits": splits})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise UserError(f"{path}: expected a manifest of format {FORMAT}, found {reason}; {remedy}") from None
+        content = without_controls(path.read_bytes())
+        msgspec.json.decode(content, type=_Format)
+        manifest = msgspec.json.decode(content, type=Manifest)
+        if manifest.splits.keys() != set(SPLITS):
+            raise ValueError(f"splits {', '.join(manifest.splits)}")
+        return manifest
+    except ValueError as error:  # of msgspec, or of text that is not UTF-8
+        raise UserError(f"{path}: expected a manifest of format {FORMAT}, found {error}; {remedy}") from None
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep import image_folder, synthetic
+from data_prep import image_folder, images, synthetic
 from data_prep.archive import Archive
-from data_prep.dataset import Source, Split, limit_source, limit_split
+from data_prep.dataset import Source, Split, limit_source, limit_split, unreserved
 from data_prep.images import Fit
 from data_prep.official import BY_SOURCE, CIFAR10, DATASETS, Official, load_splits
 from runner.common.console import progress
@@ -176,7 +176,7 @@ def _from_archive(path: Path, sha256: str | None, size: int | None, fit: Fit | N
                         )
                     _refuse(dataset.name, size=size)
                     train, test = load_splits(files, parse, partial(_read_member, archive, folder))
-                    name = dataset.name if actual in dataset.sha256.values() else path.name
+                    name = dataset.name if actual in dataset.sha256.values() else unreserved(path.name)
                     return Source(name, dataset.classes, train, test, {"kind": layout, **provenance})
             return image_folder.load(path, archive.members(), {"kind": "image archive", **provenance}, size, fit)
     except DAMAGED as error:
@@ -202,7 +202,9 @@ def _from_folder(path: Path, sha256: str | None, size: int | None, fit: Fit | No
             _refuse(dataset.name, size=size)
             return _from_torchvision_root(path, root, dataset)
     files = files_below(path)
-    members = ((file.relative_to(path).as_posix(), file.read_bytes if file.is_file() else None) for file in files)
+    members = (
+        (file.relative_to(path).as_posix(), partial(images.read, file) if file.is_file() else None) for file in files
+    )
     return image_folder.load(path, members, {"kind": "image folder", "path": path.resolve().name}, size, fit)
 
 

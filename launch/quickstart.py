@@ -92,7 +92,7 @@ class Pipeline:
         say(f"done in {(time.monotonic() - self.start) / 60:.1f} minutes, on {manifest.name}")
         say(f"  data    {data}")
         for run in find_runs([runs]):
-            say(f"  run     {run.folder}  (metrics, weights, figures, ONNX, engine, W&B files)")
+            say(f"  run     {run.folder}  (metrics, weights, figures, ONNX{', engine' * _has_engine(run)}, W&B files)")
         say(f"  page    {page}")
         if manifest.name == "synthetic-10" and self.options.source == "official":
             say(BANNER)

@@ -1,11 +1,12 @@
 """Submits one experiment to SLURM: `python -m launch submit NAME --nodes 2 --gpus-per-node 8 --data DIR`."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -106,7 +107,7 @@ class Allocation:
     absolute path of a squashfs file; see slurm/README.md."""
     stop_before: Annotated[int, Meta(ge=1, le=65535)] = 180
     """Seconds before the time limit at which the run writes a checkpoint and the job is requeued; choose more than
-    a step or an evaluation takes."""
+    twenty steps take."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -206,6 +207,7 @@ class Submit:
         arguments = [self.experiment, *train_options(self.data, self.runs, options, resume=True)]
         config, manifest = parse_job(arguments), manifests.read(self.data)
         command = self.command(arguments)
+        check_mounts(self.slurm, arguments, self.runs, environ)
         for seed, name in config.run_names().items() if not config.resume_anyway else ():
             check_same_training(Run(self.runs / self.experiment / name), seed, config, manifest.fingerprint)
         if not self.dry_run:
@@ -246,6 +248,22 @@ def name_and_log(name: str, runs: Path, number: str) -> list[str]:
         raise UserError(f"--runs {str(runs)!r}: expected no backslash and no line break, which sbatch would change")
     job_name = "runner-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     return [f"--job-name={job_name}", f"--output={folder.replace('%', '%%')}/%x-{number}.log"]
+
+
+def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, environ: Mapping[str, str]) -> None:
+    """Checks the folders that slurm/train.sbatch mounts into a container, in the same way.
+
+    Raises:
+        UserError: the path of one contains a character at which pyxis would split it.
+    """
+    modules = job_environment(environ)["PYTHONPATH"].split(os.pathsep)
+    words = [re.sub(r"^--[^=]*=", "", word) for word in arguments]
+    for path in (str(ROOT), *modules, str(runs.absolute()), *words) if allocation.container_image else ():
+        if path.startswith("/") and re.search("[,:]", path) and Path(path).is_dir():
+            split = "at which pyxis splits --container-mounts"
+            raise UserError(
+                f"{path}: expected no comma and no colon with --container-image, {split}; rename the folder"
+            )
 
 
 def require_sbatch(environ: Mapping[str, str]) -> None:

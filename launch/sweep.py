@@ -4,6 +4,7 @@ The run folders hold the state of every trial, so the same command trains what i
 """
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from data_prep.manifest import Manifest
 from launch import local_pool, slurm_array, wandb_sweep
 from launch.plan import Resources, launcher_for
 from launch.slurm_array import ArrayJob
-from launch.submit import Allocation, name_and_log, require_sbatch
+from launch.submit import Allocation, check_mounts, name_and_log, require_sbatch
 from launch.train_arguments import check_dataset, check_models, reject_options, resolve_device, train_options
 from launch.trials import Trial, check_same_training, expand
 from runner.common import files
@@ -27,6 +28,7 @@ from runner.common.command_line import Flag
 from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.config.train_config import Seed, check_name
+from runner.run import lock
 from runner.system import environment
 
 ONE_NODE = Allocation()
@@ -107,6 +109,7 @@ class Sweep:
         if self.on == "slurm":
             slurm_array.check_names(missing)
             name_and_log(self.group, self.runs, "%A_%a")
+            check_mounts(self.slurm, [word for trial in missing for word in trial.arguments], self.runs, environ)
         self.check_data(missing, manifest)
         if self.dry_run:
             for trial in trials:
@@ -259,7 +262,8 @@ class Sweep:
         """Holds a lock file in the folder of the sweep; raises UserError if the folder is not writable."""
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(files.locked(self.folder / name))
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.locked(self.folder / name, timeout=math.inf))
             except OSError as error:
                 raise UserError(f"--runs {self.runs}: cannot write there ({error.strerror})") from None
             yield

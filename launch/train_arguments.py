@@ -30,6 +30,7 @@ PATHS = [
     for name, hint in get_type_hints(TrainConfig).items()
     if hint is Path or Path in get_args(hint)
 ]
+WEIGHTS = "--architecture.arguments.weights"
 
 
 def train_options(data: Path, runs: Path, options: Sequence[str], resume: bool) -> list[str]:
@@ -81,8 +82,11 @@ def reject_options(options: Sequence[str], reasons: Mapping[str, str]) -> None:
 def absolute_paths(options: Sequence[str]) -> list[str]:
     """Makes the paths in options of `runner train` absolute, because a job starts in another folder."""
     line = _parse(options)
-    for name in line.options.keys() & PATHS:
-        line.options[name].values = [str(Path(value).absolute()) for value in line.options[name].values]
+    for name, option in line.options.items():
+        if name in PATHS:
+            option.values = [str(Path(value).absolute()) for value in option.values]
+        elif name == WEIGHTS:  # of a model outside the package, it may name something else than a file
+            option.values = [str(Path(value).absolute()) if Path(value).is_file() else value for value in option.values]
     return line.words()
 
 

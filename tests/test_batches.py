@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -121,6 +124,29 @@ def test_one_loader_serves_epoch_after_epoch(small_data: Path) -> None:
     stream, resident = opened(small_data, loader="streaming"), opened(small_data)
     for epoch in (0, 1, 0):
         assert_same(resident.epoch(epoch), stream.epoch(epoch))
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("nbi", b""), ("nbi", None), ("nbc", b"no pickle"), ("nbc", None)])
+def test_a_damaged_cache_of_numba_is_written_again(
+    suffix: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is empty, truncated (None) or of something else."""
+    (tmp_path / "loops.py").write_text("import numba\n@numba.njit(cache=True)\ndef double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def doubled() -> int:
+        sys.modules.pop("loops", None)
+        loop = importlib.import_module("loops").double
+        crop.compile_loop(loop, (numba.int64,))
+        return loop(21)
+
+    assert doubled() == 42
+    (file,) = (tmp_path / "__pycache__").glob(f"*.{suffix}")
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-20] if content is None else content)
+    assert doubled() == 42
+    (file,) = (tmp_path / "__pycache__").glob(f"*.{suffix}")
+    assert len(file.read_bytes()) >= len(sound) - 20
 
 
 def test_importing_ffcv_leaves_torchs_threads(small_data: Path) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -23,7 +24,7 @@ from data_prep import beton_file as reader
 from data_prep.sources import Source, Split
 from data_prep.verify import verify
 from runner.common.errors import UserError
-from tests.support.processes import descendants_of, gone, wait_until
+from tests.support.processes import TINY, descendants_of, gone, python, wait_until
 
 
 def decoded_by_ffcv(path: Path) -> Split:
@@ -164,6 +165,117 @@ def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, data: s
     assert np.array_equal(labels, expected[1])
 
 
+EDGES = (0, 1, 2, 3, 4, 31, 33, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def crafted_at_random(sound: bytes, seed: int, images: int) -> bytes:
+    """Changes one to three numbers of the header, the fields, the samples and the allocations.
+
+    Each becomes an edge of its type, a close number, the size of the file, or that of another row; or two rows are
+    exchanged.
+    """
+    rng, content = np.random.default_rng(seed), np.frombuffer(sound, np.uint8).copy()
+    header = content[: reader.HEADER.itemsize].view(reader.HEADER)
+    fields = content[reader.HEADER.itemsize :][: 2 * reader.FIELD.itemsize].view(reader.FIELD)
+    samples = content[reader.HEADER.itemsize + fields.nbytes :][: images * reader.SAMPLE.itemsize].view(reader.SAMPLE)
+    allocations = content[int(header["alloc_table_ptr"][0]) :].view(reader.ALLOCATION)
+    numbers = [header[name] for name in reader.HEADER.names] + [samples["image"][name] for name in reader.IMAGE.names]
+    numbers += [samples["label"], fields["type_id"], fields["name"].reshape(-1), fields["arguments"].reshape(-1)]
+    numbers += [allocations[name] for name in reader.ALLOCATION.names]
+    for _ in range(rng.integers(1, 4)):
+        column = numbers[rng.integers(len(numbers))]
+        row, other = rng.integers(len(column), size=2)
+        close = int(column[row]) + int(rng.choice([-3072, -1, 1, 3072]))
+        value = [int(rng.choice(EDGES)), close, len(sound) - int(rng.choice([0, 1, 3072])), None][rng.integers(4)]
+        if value is None:
+            column[[row, other]] = column[[other, row]]
+        else:
+            column[row] = np.array(value % 2**64, np.uint64).astype(column.dtype)
+    return content.tobytes()
+
+
+@pytest.fixture(scope="session")
+def betons(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
+    """Of 120 crafted copies of test.beton, those that the reader accepts, with the SHA-256 of the pixels that it reads.
+
+    All others are refused before FFCV would open them.
+    """
+    prepared, folder = manifest.read(small_data), tmp_path_factory.mktemp("crafted")
+    split, sound = prepared.splits["test"], (small_data / "test.beton").read_bytes()
+    accepted = {}
+    for seed in range(120):
+        path = folder / f"{seed}.beton"
+        path.write_bytes(crafted_at_random(sound, seed, split.images))
+        try:
+            images, _ = reader.read(path, split, prepared)
+            accepted[path] = hashlib.sha256(images).hexdigest()
+        except UserError:
+            path.unlink()
+    return accepted
+
+
+def test_of_crafted_files_only_harmless_ones_are_accepted(small_data: Path, betons: dict[Path, str]) -> None:
+    """Whose changes FFCV does not read, or which show other pixels of the file."""
+    sound = hashlib.sha256(reader.read(small_data / "test.beton", *of_test(small_data))[0]).hexdigest()
+    assert 10 < len(betons) < 60, len(betons)
+    assert list(betons.values()).count(sound) > 5
+    for path in betons:  # FFCV copies, for each image, what its allocation says
+        content = np.fromfile(path, np.uint8)
+        header = content[: reader.HEADER.itemsize].view(reader.HEADER)
+        allocations = content[int(header["alloc_table_ptr"][0]) :].view(reader.ALLOCATION)
+        assert set(allocations["size"].tolist()) == {32 * 32 * 3}, path
+        assert allocations["ptr"].max() <= len(content) - 32 * 32 * 3, path
+
+
+def of_test(data: Path) -> tuple[manifest.SplitFile, manifest.Manifest]:
+    prepared = manifest.read(data)
+    return prepared.splits["test"], prepared
+
+
+@pytest.fixture(scope="session")
+def address_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables with which a process reports each `memcpy` of any library that leaves its memory, and ends."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed, which has AddressSanitizer")
+    names = ("libasan.so", "libstdc++.so")  # the second, because exceptions of torch would not be found otherwise
+    found = [subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
+    libraries = [str(Path(path.strip()).resolve()) for path in found]
+    if not all(Path(path).is_file() for path in libraries):
+        pytest.skip("gcc has no AddressSanitizer here")
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+
+
+@pytest.mark.every
+def test_ffcv_stays_within_its_memory(
+    small_data: Path, betons: dict[Path, str], address_sanitizer: dict[str, str], tmp_path: Path
+) -> None:
+    """With every crafted file that is accepted. With one that is refused it does not, which shows that this is seen."""
+    program = ["-m", "tests.support.programs.decode_betons"]
+    done = python(*program, *betons, timeout=1800, **address_sanitizer)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(betons.values())
+    content = np.fromfile(small_data / "test.beton", dtype=np.uint8)
+    header = content[: reader.HEADER.itemsize].view(reader.HEADER)
+    content[int(header["alloc_table_ptr"][0]) :].view(reader.ALLOCATION)["size"] = 2**23
+    content.tofile(tmp_path / "test.beton")
+    with pytest.raises(UserError, match="an allocation of 3072 bytes for each image"):
+        reader.read_labels(tmp_path / "test.beton", *of_test(small_data))
+    done = python(*program, tmp_path / "test.beton", **address_sanitizer)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.every
+def test_verify_and_a_streaming_training_stay_within_their_memory(
+    small_data: Path, address_sanitizer: dict[str, str], tmp_path: Path
+) -> None:
+    train = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--max-steps", 2]
+    for words in (["data_prep", "verify", small_data], ["runner", *train, "--loader", "streaming"]):
+        done = python("-m", *words, timeout=1800, **address_sanitizer)
+        assert done.returncode == 0, done.stderr
+        assert "AddressSanitizer" not in done.stderr
+
+
 @pytest.mark.images
 def test_the_reader_crosses_pages(source: Source, data: Path) -> None:
     """50,000 images fill 19 pages."""
@@ -171,6 +283,27 @@ def test_the_reader_crosses_pages(source: Source, data: Path) -> None:
     images, labels = reader.read(data / "train.beton", prepared.splits["train"], prepared)
     np.testing.assert_array_equal(images, source.train.images)
     np.testing.assert_array_equal(labels, source.train.labels)
+
+
+def test_two_nodes_without_common_locks_write_one_folder(
+    small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins and ends after the first has written its files, but before it has renamed its folder."""
+    monkeypatch.setattr(beton.fcntl, "lockf", lambda *_: None)
+    out, digest, nodes = tmp_path / "data", beton.sha256_of, ["a", "b"]
+    monkeypatch.setattr(beton.socket, "gethostname", lambda: nodes[0])
+
+    def after_writing(path: Path) -> str:
+        if nodes == ["a", "b"]:
+            nodes.reverse()
+            beton.write(small, out)
+            nodes[:] = ["a"]
+        return digest(path)
+
+    monkeypatch.setattr(beton, "sha256_of", after_writing)
+    beton.write(small, out)
+    assert verify(out, small).name == small.name
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["data"]
 
 
 def test_another_dataset_is_not_overwritten(small: Source, own_data: Path) -> None:

@@ -155,6 +155,17 @@ for command in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_discarded(closed: str, tmp_path: Path) -> None:
+    """And no file that is opened later gets what is printed."""
+    for words, code in (("list", 0), ("trian", 2)):
+        shell = f"exec {sys.executable} -m runner {words} {closed}"
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert bool(done.stderr) == (code == 2 and "2>" not in closed)
+
+
 @pytest.fixture
 def bad(small_data: Path, own_data: Path, tiny_run: Path, tmp_path: Path) -> dict[str, Path]:
     """Paths of valid and invalid inputs."""
@@ -249,6 +260,8 @@ BAD = {
         "runner train tiny --data {data} --runs {new} --architecture.factory no.such:Net",
         "--architecture.factory no.such:Net: expected module:callable",
     ),
+    "an empty name of a run": ("runner eval ", "'': expected a name or a path, found an empty one"),
+    "an empty name of a dataset": ("data_prep verify ", "'': expected a name or a path, found an empty one"),
     "nothing shown": ("runner show {empty}", "run.json"),
     "no archive": ("data_prep prepare --source {text} --out {new}", "not a complete tar or zip"),
     "wrong hash": ("data_prep prepare --source {official} --out {new}", "expected SHA-256"),

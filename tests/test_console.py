@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runner.common.console import progress, run_command, track
@@ -16,11 +16,15 @@ from runner.common.files import sha256_of
 from runner.common.text import printable, without_controls
 from tests.support.processes import ROOT, python
 
+DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # Unicode's Bidi_Control
 
+
+@example("cat\u202egnp.exe", True)
+@example("\u2066\u061c\u200f", False)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())
 def test_text_of_a_file_cannot_steer_the_terminal(text: str, ascii_only: bool) -> None:
     (read,) = json.loads(without_controls(json.dumps([text], ensure_ascii=ascii_only).encode()))
-    assert read == re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    assert read == re.sub(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{DIRECTION}]", "\ufffd", text)
 
 
 def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +35,8 @@ def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) 
         run_command(lambda: command, "prog")
     assert capsys.readouterr().err == "prog: a\\x1b[2J\\x9b: expected b\n"
     assert printable("not-\udcff") == "not-\\udcff"
+    assert printable("cat\u202egnp.exe \u2067\u200f") == "cat\\u202egnp.exe \\u2067\\u200f"
+    assert printable("שלום, 你好") == "שלום, 你好"
 
 
 def test_user_error_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

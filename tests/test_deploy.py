@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -613,6 +614,24 @@ def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
         assert message in done.stderr
 
 
+def test_predict_reads_no_pipe_and_no_more_than_fits(own: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would be read forever; images are fitted one after the other, so that only the sheet grows with them."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    os.mkfifo(pictures / "pipe.png")
+    Image.new("RGB", (32, 32)).save(pictures / "picture.png")
+    model = exporter.path_of(own, "fp32")
+    (only,) = predict.predict(model, [pictures], 1, "cpu", None)
+    assert only.image == str(pictures / "picture.png")
+    monkeypatch.setattr(predict.images, "available_memory", lambda: 2**10)
+    with pytest.raises(UserError, match=r"--sheet .*: 1 images need .* GiB of memory, 0\.0 GiB free; leave it out"):
+        predict.predict(model, [pictures], 1, "cpu", tmp_path / "sheet.png")
+    with (pictures / "large.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"large\.png: expected an image file of at most"):
+        predict.predict(model, [pictures], 1, "cpu", None)
+
+
 def test_a_changed_file_is_refused(unbuilt: Run) -> None:
     """By each command that would build, score or measure it, in one line."""
     proto, _ = exporter.read(exporter.path_of(unbuilt, "fp32"))
@@ -723,6 +742,17 @@ def test_an_engine_that_does_not_match_its_sidecar_is_refused(own: Run, changed:
     (path,) = own.sidecars()
     with pytest.raises(UserError, match=r"expected SHA-256 .*, found another file; build it again: runner engine"):
         engine.verify(own, read(path, EngineSidecar))
+
+
+@pytest.mark.parametrize("name", ["engine", "onnx"])
+def test_an_engine_outside_the_run_folder_is_refused(own: Run, name: str, tmp_path: Path) -> None:
+    """By its path, or by a link; although its hash is right."""
+    (sidecar,) = engine.built(own, exporter.exported(own))
+    outside = Path(shutil.copy(own.folder / getattr(sidecar, name), tmp_path / "outside"))
+    (own.deploy / "link").symlink_to(outside)
+    for path in (str(outside), os.path.relpath(outside, own.folder), "deploy/link"):
+        with pytest.raises(UserError, match=rf"expected an engine of this folder, found '{path}'"):
+            engine.verify(own, replace(sidecar, **{name: path}))
 
 
 def test_what_cannot_be_built_is_one_line(own: Run) -> None:

@@ -45,6 +45,16 @@ def test_an_empty_slice_has_no_images(small_data: Path, monkeypatch: pytest.Monk
     assert [[len(labels) for _, labels in stream.epoch(0)][-1] for stream in streams] == [0, 0, 1]
 
 
+def test_every_rank_is_asked_before_every_batch(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a rank without an image of the last batch: otherwise, ranks that agree by a sum would wait forever."""
+    monkeypatch.setitem(EVALUATION_BATCH, "cpu", 199)
+    for rank in range(3):
+        asked: list[int] = []
+        with pytest.raises(AssertionError, match="not at all"):  # of the other ranks' images
+            evaluate(Tiny(), batches(small_data, rank, 3), 10, before_batch=asked.append)
+        assert asked == [0, 1]
+
+
 def test_the_mode_is_restored_after_an_error(small_data: Path) -> None:
     model = Tiny()
     with pytest.raises(ZeroDivisionError):

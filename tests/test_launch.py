@@ -64,7 +64,9 @@ def test_the_quickstart_runs_and_a_second_call_reuses_everything(tmp_path: Path)
     assert not third.stdout.count("export podeti-alexnet (already done)")
 
 
-def test_unreachable_official_data_falls_back_to_the_synthetic_set_with_a_banner(tmp_path, monkeypatch, capsys) -> None:
+def test_unreachable_official_data_falls_back_to_the_synthetic_set_with_a_banner(
+    tiny_run: Path, deployed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from data_prep import manifest as manifests
     from data_prep import official, synthetic
 
@@ -75,11 +77,15 @@ def test_unreachable_official_data_falls_back_to_the_synthetic_set_with_a_banner
     monkeypatch.setattr(synthetic, "draw", lambda images, seed, split: draw(images // 100, seed, split))
     stages = []
     monkeypatch.setattr(Pipeline, "run_stage", lambda self, title, done, argv: stages.append(argv))
-    monkeypatch.setattr("launch.quickstart.find_runs", lambda folders: [])
+    monkeypatch.setattr("launch.quickstart.find_runs", lambda folders: [Run(tiny_run), Run(deployed_run)])
     Pipeline(Quickstart(experiments=("soni-2",), epochs=1, out=tmp_path / "out")).run()
     lines = capsys.readouterr().out.splitlines()
     assert lines.count(BANNER) == 2
     assert lines[-1] == BANNER
+    assert [line.split("  ")[-1] for line in lines if line.startswith("  run ")] == [
+        "(metrics, weights, figures, ONNX, W&B files)",  # no engine was built
+        "(metrics, weights, figures, ONNX, engine, W&B files)",
+    ]
     data = tmp_path / "out" / "data" / "synthetic"
     assert manifests.read(data).name == "synthetic-10"
     assert ["--data", str(data)] == stages[0][stages[0].index("soni-2") + 1 :][:2]
@@ -153,6 +159,16 @@ def test_relative_paths_reach_the_job_as_absolute_ones(small_data: Path, tiny_ru
     assert config.start_from == tmp_path / "teacher"
     assert config.resume == "auto"
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_reach_the_job_by_an_absolute_path(tmp_path: Path) -> None:
+    """Where there is such a file; a model outside the package may give the argument another meaning."""
+    (tmp_path / "imagenet.pth").touch()
+    program = "import sys; from launch.train_arguments import absolute_paths; print(*absolute_paths(sys.argv[1:]))"
+    for value, expected in (("imagenet.pth", f"{tmp_path}/imagenet.pth"), ("best", "best")):
+        words = ["--architecture.arguments.weights", value]
+        done = python("-c", program, *words, cwd=tmp_path)
+        assert done.stdout == f"--architecture.arguments.weights={expected}\n", done.stderr
 
 
 @pytest.mark.parametrize("command", ["submit", "sweep"])
@@ -514,6 +530,17 @@ def test_missing_system_packages_without_root_exit_2_with_one_command(bare_machi
         "run: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev"
     ]
     assert not Path(bare_machine["RUNNER_CACHE"]).exists()
+
+
+def test_a_relative_cache_is_refused(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    """It would be another one in each folder, and in a stranger's folder a stranger's programs."""
+    bare_machine["RUNNER_CACHE"] = "cache"
+    script = [ROOT / "launch/quickstart"]
+    done = subprocess.run(["/bin/bash", *script], capture_output=True, text=True, env=bare_machine, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "quickstart: RUNNER_CACHE=cache: expected an absolute path, because commands start in other folders"
+    ]
 
 
 def test_a_complete_environment_needs_no_system_packages(bare_machine: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from launch.sweep import Sweep
 from runner.common.errors import UserError
 from runner.run import lock
 from runner.run.folder import Run
@@ -37,6 +38,17 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_a_sweep_waits_for_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nodes share no file locks: otherwise, both would submit the same trials."""
+    monkeypatch.setattr(lock, "STALE", 2.0)
+    sweep = Sweep(("tiny",), data=tmp_path, runs=tmp_path)
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "submit.lock").write_bytes(msgspec.json.encode(ELSEWHERE))
+    start = time.monotonic()
+    with sweep.locked("submit.lock"):
+        assert time.monotonic() - start > 1.0
 
 
 def test_the_owner_is_named_and_then_forgotten(file: Path) -> None:

@@ -1,8 +1,12 @@
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_prep import beton_file as reader
 from data_prep import manifest
 from runner.common.errors import UserError
 
@@ -29,6 +33,45 @@ def test_invalid_manifests_are_refused(own_data: Path, content: str) -> None:
     (own_data / "dataset.json").write_text(content)
     with pytest.raises(UserError, match="expected a manifest of format 1"):
         manifest.read(own_data)
+
+
+def places(value: object, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in nested JSON, and of a list only the first."""
+    yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*place, key))
+
+
+def test_no_manifest_of_a_stranger_ends_in_a_traceback(own_data: Path) -> None:
+    """Each value is replaced with values of all types and sizes: the manifest is refused, or the same dataset."""
+    path = own_data / "dataset.json"
+    sound = json.loads(path.read_text())
+    for place in list(places(sound))[1:]:
+        for value in (
+            None,
+            -1,
+            0,
+            1.5,
+            "x",
+            [],
+            {},
+            [0],
+            True,
+            2**47,
+            2**70,
+            float("nan"),
+            "\x00\u202e",
+            "/etc/passwd",
+        ):
+            fields = json.loads(json.dumps(sound))
+            parent = functools.reduce(lambda part, key: part[key], place[:-1], fields)
+            parent[place[-1]] = value
+            path.write_text(json.dumps(fields))
+            with contextlib.suppress(UserError):
+                prepared = manifest.read(own_data)
+                for name, split in prepared.splits.items():
+                    reader.read_labels(own_data / f"{name}.beton", split, prepared)
 
 
 def test_a_missing_folder_or_manifest_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,19 @@ def test_images_are_upright() -> None:
     np.testing.assert_array_equal(np.asarray(decoded), np.rot90(np.asarray(image), 3))
 
 
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], rows: int = 1) -> bytes:
+    """A PNG file of black RGB pixels, with more chunks, and with the data of few rows."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(rows * (1 + 3 * width)), 9)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return content
+
+
+BOMB = zlib.compress(bytes(100 << 20), 9)  # 100 kB of 100 MiB
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_color_modes_are_converted(mode: str) -> None:
     """To what Pillow's conversion of the file gives; alpha is dropped."""
@@ -92,6 +107,13 @@ def test_color_modes_are_converted(mode: str) -> None:
         (b"garbage", "x: not a readable image (expected PNG, JPEG"),
         (encoded(drawn(0))[:200], "x: not a readable image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x: not a readable image (expected PNG"),
+        (png_of(4, 4, (b"zTXt", b"a\0\0" + BOMB), rows=4), "x: not a readable image (Decompressed data too large"),
+        (
+            png_of(4, 4, (b"iTXt", b"a\0\1\0\0\0" + BOMB), rows=4),
+            "x: not a readable image (Decompressed data too large",
+        ),
+        (png_of(4, 4, (b"iCCP", b"a\0\0" + BOMB), rows=4), "x: not a readable image (Decompressed data too large"),
+        (png_of(13_000, 13_000), "x: 13000×13000 pixels; expected at most 64,000,000"),  # 483 MiB
         (encoded(Image.new("1", (20_000, 20_000))), "x: 20000×20000 pixels; expected at most 64,000,000"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point pixels"),
         (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "found 32; convert it"),
@@ -149,6 +171,47 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     assert source.train.images.shape == source.test.images.shape == (20, 24, 24, 3)
     assert (source.provenance["size"], source.provenance["fit"]) == (24, "crop")
     assert source.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "message"),
+    [
+        (100_000, {}, "expected image files that fit into 0.0 GiB of free memory, found more; use fewer"),
+        (200_000, {}, "40 images of 32×32 pixels need 0.0 GiB of memory, 0.0 GiB free; use a smaller --size, or fewer"),
+        (2**30, {"size": 4096}, "40 images of 4096×4096 pixels need 3.8 GiB of memory, 1.0 GiB free; use a smaller"),
+    ],
+    ids=["files", "pixels", "resized"],
+)
+def test_a_folder_that_does_not_fit_into_memory_is_refused(
+    free: int, options: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is decoded: each image is small enough, but not all of them together."""
+    path = folder_of(tmp_path)
+    monkeypatch.setattr(images, "available_memory", lambda: free)
+    monkeypatch.setattr(image_folder, "track", lambda *_: pytest.fail("images were decoded"))
+    with pytest.raises(UserError) as refused:
+        load(path, **options)
+    assert message in str(refused.value)
+
+
+def test_the_memory_that_is_free_is_that_of_the_cgroup_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < images.available_memory() < 2**50
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n", "/proc/self/cgroup": "0::/job\n"}
+    files |= {"/sys/fs/cgroup/job/memory.max": "max\n", "/sys/fs/cgroup/job/memory.current": "1000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert images.available_memory() == 8192
+    files["/sys/fs/cgroup/job/memory.max"] = "5000\n"
+    assert images.available_memory() == 4000
+
+
+def test_a_file_that_is_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:
+    path = folder_of(tmp_path)
+    with (path / "train" / "ant" / "0.png").open("wb") as file:
+        file.truncate(2**40)  # of a size that no memory has
+    with pytest.raises(
+        UserError, match=r"0\.png: expected an image file of at most 67108864 bytes, found a larger one"
+    ):
+        load(path)
 
 
 def test_every_file_is_used_or_counted(tmp_path: Path) -> None:

@@ -319,7 +319,14 @@ def test_reproduced_is_of_the_reported_split_and_epoch(runs: Path, on: str, epoc
     )
     assert compare.reproduced(replace(record, config=config, summary=summary)) == expected
     assert compare.reproduced(replace(record, config=config, summary=None)) is None
-    for changes in ({"name": "CIFAR-100"}, {"name": "synthetic-10"}, {"source": {"limit_per_class": 100}}):
+    for changes in (
+        {"name": "CIFAR-100"},
+        {"name": "synthetic-10"},
+        {"name": "images of CIFAR-10"},
+        {"source": {"limit_per_class": 100}},
+        {"classes": ["cat", "dog"]},
+        {"image_shape": [64, 64, 3]},
+    ):
         other = msgspec.structs.replace(config, dataset=msgspec.structs.replace(cifar10, **changes))
         assert compare.reproduced(replace(record, config=other, summary=summary)) is None
 

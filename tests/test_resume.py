@@ -86,6 +86,33 @@ def test_what_was_ended_is_what_never_ended(
     assert_same_run(tmp_path / "straight" / "ending" / "seed-0", run)
 
 
+@pytest.mark.every
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        pytest.param(2, (), id="2 ranks"),
+        pytest.param(6, ("--recipe.ema", 0), id="6 ranks, no EMA"),  # the mean of 6 equal numbers may differ
+        pytest.param(1, (), id="1 rank"),
+    ],
+)
+def test_a_stop_is_obeyed_within_an_evaluation(
+    ranks: int, words: tuple[object, ...], small_data: Path, tmp_path: Path
+) -> None:
+    """Before the next batch: of an epoch's evaluation, of the last one, and of the one with test-time augmentation."""
+    run = Run(tmp_path / "ended" / "ending" / "seed-0")
+    words = (*words, "--resume", "auto", "--epochs", 2)
+    for moment, step in (("eval 3", 7), ("eval 5", 14), ("eval 4", 14)):
+        ended = launch(ranks, *arguments(small_data, tmp_path / "ended", *words), END=f"{moment} {ranks - 1} SIGUSR1")
+        assert f"stopped at step {step}; resume with --resume auto" in ended.stderr, ended.stderr
+        assert run.state() == "stopped"
+    for runs in ("ended", "straight"):
+        done = launch(ranks, *arguments(small_data, tmp_path / runs, *words))
+        assert done.returncode == 0, done.stderr
+    assert [(entry.step, entry.bitwise) for entry in run.config().resumed] == [(7, True), (14, True), (14, True)]
+    assert_same_run(tmp_path / "straight" / "ending" / "seed-0", run.folder)
+
+
 def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Path) -> None:
     words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
     asked = tmp_path / "asked"
@@ -285,7 +312,7 @@ def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_p
 def test_a_signal_between_two_seeds_starts_no_further(ranks: int, small_data: Path, tmp_path: Path) -> None:
     """The same command trains the seed that is left."""
     words = arguments(small_data, tmp_path, "--seeds", 0, 1, 2, "--max-steps", 2, "--resume", "auto")
-    done = launch(ranks, *words, END=f"eval 3 {ranks - 1} SIGTERM")  # in the only evaluation of the first
+    done = launch(ranks, *words, END=f"eval 6 {ranks - 1} SIGTERM")  # in the last batch of the first
     assert done.returncode == 1, done.stderr  # the launcher's code, for the runner's 75
     runs = [Run(tmp_path / "ending" / f"seed-{seed}") for seed in range(3)]
     assert [run.state() for run in runs] == ["complete", "missing", "missing"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import cli, sources
+from data_prep import beton, cli, manifest, sources
 from data_prep.dataset import renamed
 from data_prep.official import BY_SOURCE, CIFAR10, CIFAR100
 from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
@@ -205,7 +205,41 @@ def test_members_outside_the_archive_and_links_are_ignored(tmp_path: Path) -> No
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
         archive.addfile(tarfile.TarInfo("../train/cat/up.png"))
-    assert len(sources.load(str(path)).train.labels) == 30
+    source = sources.load(str(path))
+    assert len(source.train.labels) == 30
+    assert source.notes == ("not used: train/cat/link.png, ../train/cat/up.png",)
+
+
+def hard_linked(path: Path, links: dict[str, str]) -> Path:
+    """A tar archive of one image per class, and of hard links to some of them."""
+    files = archives.image_files(1, classes=("cat", "dog"))
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for name, target in links.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            archive.addfile(link)
+    return path
+
+
+def test_a_hard_link_is_the_file_that_it_points_to(tmp_path: Path) -> None:
+    """As tar stores equal files of one folder; the second link points to the first."""
+    links = {"train/dog/1.png": "./train/cat/0000.png", "train/dog/2.png": "train/dog/1.png"}
+    source = sources.load(str(hard_linked(tmp_path / "x.tar.gz", links)))
+    assert source.train.labels.tolist() == [0, 1, 1, 1]
+    assert source.notes == ()
+    for row in (2, 3):
+        np.testing.assert_array_equal(source.train.images[row], source.train.images[0])
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../x.png", "train/cat/none.png", "train/cat/9.png", "train"])
+def test_a_hard_link_out_of_the_archive_is_refused(target: str, tmp_path: Path) -> None:
+    path = hard_linked(tmp_path / "x.tar.gz", {"train/cat/9.png": target})
+    with pytest.raises(UserError, match=r"'train/cat/9\.png': expected a hard link to a file before it in the archive"):
+        sources.load(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b broken gzip"])
@@ -289,6 +323,21 @@ def test_cifar10_is_never_called_another_dataset(name: str, allowed: bool) -> No
     else:
         with pytest.raises(UserError, match=f"--name {name}: expected another name for CIFAR-10"):
             renamed(source, name)
+
+
+def test_only_complete_official_data_has_an_official_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the manifest, and then in reports: not a part of it, nor an archive or a folder that is called so."""
+    path = archives.binary_archive(tmp_path / "CIFAR-10", archives.batches())
+    assert sources.load(str(path), sha256=sha256_of(path)).name == "images of CIFAR-10"
+    monkeypatch.setitem(CIFAR10.sha256, path.name, sha256_of(path))
+    complete, part = sources.load(str(path)), sources.load(str(path), limit_per_class=1)
+    assert sources.load(str(path), limit_per_class=1000).name == complete.name == "CIFAR-10"
+    with pytest.raises(UserError, match=r"--name CIFAR-10: expected another name for CIFAR-10 \(1 per class\)"):
+        renamed(part, "CIFAR-10")
+    beton.write(part, tmp_path / "data")
+    assert manifest.read(tmp_path / "data").name == "CIFAR-10 (1 per class)"
+    others = archives.folder(tmp_path / "other" / "CIFAR-10", archives.image_files(1, classes=("cat", "dog")))
+    assert sources.load(str(others)).name == "images of CIFAR-10"
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,34 @@ def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
     assert not outer.keys() & environment.keys()
     assert environment["SLURM_CONF"] == "mine"
     assert environment["NCCL_DEBUG"] == "INFO"
+
+
+@pytest.mark.parametrize(
+    "words", [["--teacher", "x --resume auto"], ["--teacher=--resume auto"], ["--resume", "never", "auto"]]
+)
+def test_a_job_that_would_not_resume_is_refused(words: list[str], tmp_path: Path) -> None:
+    """Also where the value of another option looks like that option."""
+    words = ["soni-2", "--data", "data", *words]
+    done = subprocess.run(["bash", ROOT / "slurm/train.sbatch", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.sbatch: expected the option --resume auto")
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_a_path_that_a_container_cannot_mount_is_refused_before_the_queue(
+    command: str, sbatch: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my,runs").mkdir()
+    words = [command, "tiny", *TINY, "--data", small_data, "--runs", tmp_path / "my,runs"]
+    words += ["--on", "slurm"] if command == "sweep" else []
+    done = module("launch", *words, "--container-image", "team/runner", **sbatch)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"launch: {tmp_path}/my,runs: expected no comma and no colon with --container-image, at which pyxis splits "
+        "--container-mounts; rename the folder"
+    ]
+    assert not (tmp_path / "job").exists()
+    assert module("launch", *words, "--dry-run").returncode == 0
 
 
 def test_a_missing_dataset_is_rejected(tmp_path: Path) -> None:

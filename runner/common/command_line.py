@@ -393,6 +393,8 @@ def read_command_and_rest(
         # Checked here because tyro would parse the values of a list as positional arguments.
         metavar = next(item.metavar for item in _split_annotated(positional[0])[1] if getattr(item, "metavar", None))
         raise UserError(f"{metavar}: expected {'one' if required else 'at least one'}, found none; see {prog} --help")
+    if "" in line.positional:
+        raise UserError(f"'': expected a name or a path, found an empty one; see {prog} --help")
     if len(line.positional) > len(positional) and not any(_is_list(hint) for hint in positional):
         raise UserError(f"{line.positional[len(positional)]}: expected no further word; see {prog} --help")
     command = parse_with_tyro(kind, line.for_tyro(line.words(include=own)), prog)

@@ -37,6 +37,7 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
             the node prints it immediately, and the launcher terminates the other ranks while they wait. If another
             rank exited first, the launcher would terminate the first rank before it printed anything.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # raised by a stream that claims to be seekable but is not
@@ -62,6 +63,20 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
         raise
     except KeyboardInterrupt:
         _exit(prog, UserError("interrupted"), 0 if report_after == 0 else None, EXIT_INTERRUPTED)
+
+
+def _open_closed_streams() -> None:
+    """Discards the output of streams that are closed, as with `runner list >&-`.
+
+    Otherwise, the next file that is opened would take the stream's number, and get what libraries print.
+    """
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.dup(number), "r" if number == 0 else "w"))
 
 
 def _flush() -> None:

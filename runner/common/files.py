@@ -1,7 +1,5 @@
 """Hashes, JSON files, and atomic writes."""
 
-import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -69,15 +67,6 @@ def _from_text(kind: type, value: Any) -> Any:
 def write(path: Path, value: Any) -> None:
     """Writes a struct or dict as JSON, atomically. NaN and infinity become null."""
     write_atomically(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2) + b"\n")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file, which is created if needed; waits while another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -50,13 +50,13 @@ def load_loop() -> None:
     """
     import numba
 
-    from runner.data.kernels import color_cpu
+    from runner.data.kernels import color_cpu, crop
     from runner.system import cpu
 
     cpu.choose_openmp()
     images, factors = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 4)
     example = (images.numpy(), factors.numpy(), factors.long().numpy(), 1)
-    color_cpu.jitter.compile(tuple(map(numba.typeof, example)))
+    crop.compile_loop(color_cpu.jitter, tuple(map(numba.typeof, example)))
 
 
 def jitter_triton(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -523,10 +523,12 @@ def verify(run: Run, sidecar: EngineSidecar) -> None:
     An engine can contain code that TensorRT executes: verify it before deserializing it.
 
     Raises:
-        UserError: one of the files is missing, or its hash differs.
+        UserError: one of the files is missing or outside the run's folder, or its hash differs.
     """
     for name, expected in ((sidecar.engine, sidecar.sha256), (sidecar.onnx, sidecar.onnx_sha256)):
         file = run.folder / name
+        if not file.resolve().is_relative_to(run.folder.resolve()):
+            raise UserError(f"{run.folder}: expected an engine of this folder, found {name!r}; remove its description")
         if not file.is_file() or sha256_of(file) != expected:
             raise UserError(
                 f"{file}: expected SHA-256 {expected[:12]}… from {sidecar.engine}.json, found another file; build it "

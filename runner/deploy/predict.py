@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
+from data_prep import images
 from data_prep.images import SUFFIXES, decode, fit
 from runner.common import files
 from runner.common.console import list_some, track
@@ -43,13 +44,13 @@ class Prediction:
     probability: float
 
 
-def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Path | None) -> list[Prediction]:
+def predict(model: Path, inputs: list[Path], batch: int, device: str, sheet: Path | None) -> list[Prediction]:
     """Classifies images, and draws a contact sheet if requested.
 
     Args:
         model: an ONNX file; a run folder, to use its ONNX file that passed the gate; or, on a GPU, an engine with its
             sidecar next to it.
-        images: image files, or folders of them.
+        inputs: image files, or folders of them.
         batch: batch size; the last batch may be smaller.
         device: "cpu" or "cuda", for ONNX files.
         sheet: PNG or JPEG file to draw the contact sheet to; None draws none.
@@ -59,7 +60,11 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     """
     if sheet is not None:
         _check_sheet(sheet)
-    paths, unused = _image_files(images)
+    paths, unused = _image_files(inputs)
+    if sheet is not None:
+        rows = -(-len(paths) // COLUMNS)
+        needed = 2 * rows * COLUMNS * TILE * (TILE + CAPTION) * 3  # and its encoded copy
+        images.require_memory(needed, f"--sheet {sheet}: {len(paths):,} images", "leave it out, or use fewer images")
     model = _passed_file(Run(model), device) if model.is_dir() else model
     forward, metadata = _load(model, device)
     if batch > metadata.largest_batch:
@@ -68,10 +73,12 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     predictions = []
     batches = [paths[start : start + batch] for start in range(0, len(paths), batch)]
     for batch_paths in track(batches, "predict", len(batches)):
-        decoded = [decode(str(path), _content(path)) for path in batch_paths]
-        pixels = np.stack([np.asarray(fit(image, width, height, metadata.fit)) for image in decoded])
-        inputs = pixels if metadata.front_end == FrontEnd.RAW else _normalize(pixels, metadata)
-        logits = forward(inputs).astype(np.float64)
+        # One after the other: only the fitted images of a batch are in memory together.
+        fitted = [fit(decode(str(path), images.read(path)), width, height, metadata.fit) for path in batch_paths]
+        pixels = np.stack([np.asarray(image) for image in fitted])
+        logits = forward(pixels if metadata.front_end == FrontEnd.RAW else _normalize(pixels, metadata)).astype(
+            np.float64
+        )
         if logits.shape != (len(batch_paths), len(metadata.classes)):
             raise UserError(f"{model}: has {len(metadata.classes)} classes, but returns logits {logits.shape}")
         if not np.isfinite(logits).all():
@@ -87,14 +94,14 @@ def predict(model: Path, images: list[Path], batch: int, device: str, sheet: Pat
     return predictions
 
 
-def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
+def _image_files(inputs: list[Path]) -> tuple[list[Path], list[str]]:
     """Returns the image files, those in folders and subfolders sorted by path, and the folders' other files."""
     paths, unused = [], []
-    for path in images:
+    for path in inputs:
         if path.is_dir():
             for file in files.files_below(path):
                 hidden = any(part.startswith(".") for part in file.relative_to(path).parts)  # such as ._1.png of macOS
-                if file.suffix.lower() in SUFFIXES and not hidden:
+                if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():  # not a pipe
                     paths.append(file)
                 else:
                     unused.append(printable(file))
@@ -103,15 +110,8 @@ def _image_files(images: list[Path]) -> tuple[list[Path], list[str]]:
         else:
             raise UserError(f"{path}: expected an image or a folder of images, found no such file")
     if not paths:
-        raise UserError(f"{', '.join(map(str, images)) or 'IMAGES'}: expected images, found none")
+        raise UserError(f"{', '.join(map(str, inputs)) or 'IMAGES'}: expected images, found none")
     return paths, unused
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); grant permission") from None
 
 
 def _check_sheet(path: Path) -> None:
@@ -203,7 +203,7 @@ def draw(predictions: list[Prediction], target: Path) -> None:
     for index, prediction in enumerate(predictions):
         x, y = index % COLUMNS * TILE, index // COLUMNS * (TILE + CAPTION)
         path = Path(prediction.image)
-        tile = decode(prediction.image, _content(path)).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
+        tile = decode(prediction.image, images.read(path)).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
         sheet.paste(tile, (x + 4, y + 4))
         label, name = (" ".join(text.split()) for text in (prediction.label, path.name))  # one line each
         lines = (label, "black"), (f"{prediction.probability:.1%}", "#666666"), (name, "#666666")

@@ -1,4 +1,4 @@
-"""The lock of a run folder: held by the process that trains it, also where nodes share no file locks.
+"""The lock of the folder of a run or sweep: held by the process that writes it, also where nodes share no file locks.
 
 `flock` is released when its process dies, but NFS and Lustre may be mounted so that it does not exist, or holds on one
 node only. So the lock file also names its owner, and the owner touches it every few seconds.
@@ -39,7 +39,7 @@ class Owner(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
-    """Locks a run folder until the context exits.
+    """Locks the folder of a run or sweep until the context exits.
 
     Args:
         path: the lock file, which is created if needed.
@@ -97,7 +97,7 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
                 if _read(path) != own:
                     file.seek(0)
                     continue
-                reason = "a process on another node that trains the same run is noticed by its heartbeat alone"
+                reason = "a process on another node that writes the same folder is noticed by its heartbeat alone"
                 print(f"runner: {path}: no file locks here ({problem}); {reason}", file=sys.stderr)
             return file
         if time.monotonic() > deadline:

@@ -111,7 +111,9 @@ class Dataset(Record, frozen=True, kw_only=True):
     @property
     def is_cifar10(self) -> bool:
         """Whether it is all of CIFAR-10 or of a copy, such as "CIFAR-10 (JPEG copy)". `prepare` reserves the name."""
-        return (self.name + " ").startswith("CIFAR-10 ") and "limit_per_class" not in self.source
+        shape = (len(self.classes), *self.image_shape)
+        named = (self.name + " ").startswith("CIFAR-10 ")
+        return named and shape == (10, 32, 32, 3) and "limit_per_class" not in self.source
 
 
 class ModelInput(Record, frozen=True, kw_only=True):

@@ -119,6 +119,7 @@ def evaluate(
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,
     views: Views = "none",
+    before_batch: Callable[[int], None] = lambda batch: None,
 ) -> Evaluation:
     """Evaluates a model (in evaluation mode) or a function from images to logits, on the batches of all ranks.
 
@@ -132,6 +133,8 @@ def evaluate(
         sum_over_ranks: the all-reduce; the identity for one rank.
         advance: called after each batch with the number of images that this rank evaluated.
         views: average the logits over several views of each image (test-time augmentation).
+        before_batch: called with the number of each batch before it is evaluated, on all ranks, also those that have no
+            image of it; an exception that it raises ends the evaluation.
 
     Returns:
         The logits and labels of the whole split, on every rank.
@@ -139,6 +142,7 @@ def evaluate(
     table = torch.zeros(batches.num_images, num_classes + 2, dtype=torch.float32, device=batches.device)
     with torch.no_grad(), _evaluation_mode(forward):
         for step, (images, labels) in enumerate(batches.epoch(0)):
+            before_batch(step)
             rows = batches.slice_of(step)
             if len(labels) == 0:  # a last batch with fewer images than ranks
                 continue

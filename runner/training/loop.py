@@ -110,6 +110,22 @@ class Checkpoints:
             self.writer.wait()
             raise StoppedError(state.step)
 
+    def stop_in_evaluation(self, state: TrainState, batch: int, evaluated: bool) -> None:
+        """Called before each batch of an evaluation, which can take long; all ranks must call it.
+
+        Args:
+            state: the state that is evaluated.
+            batch: number of the batch.
+            evaluated: False if the metrics of this evaluation will be logged: a run that resumes evaluates again first.
+
+        Raises:
+            StoppedError: training was asked to stop; the checkpoint is on disk.
+        """
+        if any_rank_stops(self.hooks.should_stop, batch, self.accelerator):
+            save(state, self.writer, evaluated, evaluating=not evaluated)
+            self.writer.wait()
+            raise StoppedError(state.step)
+
     def pause_is_over(self) -> bool:
         """Returns whether the last checkpoint is old enough, by the clock of rank 0; the same on all ranks."""
         over = time.monotonic() >= self.pause_end
@@ -180,16 +196,21 @@ def train(
         rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
         state.load_state_dict(hooks.resume)
 
-    def evaluate_splits(splits: dict[str, Batches], views: Views = "none") -> dict[str, Evaluation]:
-        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat)
+    def evaluate_splits(splits: dict[str, Batches], evaluated: bool, views: Views = "none") -> dict[str, Evaluation]:
+        def stop_if_asked(batch: int) -> None:
+            checkpoints.stop_in_evaluation(state, batch, evaluated)
+
+        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat,
+                                     stop_if_asked)
                 for name, split in splits.items()}  # fmt: skip
 
     def log_window(lr: float) -> None:
         log(replace(row_at(state, steps_per_epoch), lr=lr, **state.meter.window(state.step)))
 
-    def end_epoch(evaluate_now: bool) -> dict[str, Evaluation]:
-        average_buffers(state.eval_model, accelerator)
-        evaluations = evaluate_splits(data.evaluated) if evaluate_now else {}
+    def end_epoch(evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
+        if not averaged:  # twice could change the last bit
+            average_buffers(state.eval_model, accelerator)
+        evaluations = evaluate_splits(data.evaluated, evaluated=False) if evaluate_now else {}
         for split, evaluation in evaluations.items():
             require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
         row = replace(row_at(state, steps_per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
@@ -205,6 +226,8 @@ def train(
         progress("train", last_step, shown=accelerator.is_main_process) as advance,
     ):
         advance(state.step)
+        if hooks.resume and hooks.resume.get("evaluating"):  # stopped during the evaluation of this step
+            evaluations = end_epoch(True, averaged=True)
         while state.step < last_step:
             epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
             if step_of_epoch == 0:
@@ -224,14 +247,15 @@ def train(
             evaluations = end_epoch(state.step == last_step or (epoch + 1) % hooks.evaluate_every == 0)
         if not evaluations:  # resumed at the last step, which may have been within an epoch of the interrupted run
             if hooks.resume and hooks.resume.get("evaluated", True):
-                evaluations = evaluate_splits(data.evaluated)
+                evaluations = evaluate_splits(data.evaluated, evaluated=True)
                 state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
             else:
                 if state.meter.pending():
                     log_window(optim.set_lr(state.optimizer, recipe.schedule, state.step - 1, total_steps))
                 evaluations = end_epoch(True)
         # Before the end of the block, which waits for the last checkpoint.
-        augmented = evaluate_splits({"test": data.test}, views) if (views := recipe.test_augmentation) != "none" else {}
+        views = recipe.test_augmentation
+        augmented = evaluate_splits({"test": data.test}, evaluated=True, views=views) if views != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
                        state.step / steps_per_epoch, state.best)  # fmt: skip
@@ -274,14 +298,20 @@ def micro_batches(
         yield micro_images, micro_targets, number == count
 
 
-def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool) -> None:
+def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool, evaluating: bool = False) -> None:
     """Starts writing a checkpoint in the background; all ranks must call it.
+
+    Args:
+        state: the state to save.
+        writer: the writer of the run.
+        evaluated: whether the metrics of this step's evaluation are logged.
+        evaluating: whether they are still to be computed, from the buffers that are already averaged over ranks.
 
     Raises:
         DivergedError: a loss or a weight is not finite; nothing was written.
     """
     state.meter.check(state.step, state.eval_model)
-    everything = state.state_dict() | {"evaluated": evaluated}
+    everything = state.state_dict() | {"evaluated": evaluated, "evaluating": evaluating}
     if state.accelerator.is_main_process:
         everything["metrics"] = dict(sync_metrics(writer.run))  # synced to disk before the checkpoint
         writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)
@@ -290,7 +320,8 @@ def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool
 def any_rank_stops(should_stop: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
     """Returns whether any rank was asked to stop; the answer is the same on all ranks.
 
-    Checked after every step; on several GPUs, only at steps at which metrics wait for the device anyway.
+    Checked at every step, or batch of an evaluation; on several GPUs, only at those at which metrics wait for the
+    device anyway.
     """
     if accelerator.num_processes == 1:
         return should_stop()
@@ -306,6 +337,7 @@ def evaluate_split(
     accelerator: Accelerator,
     views: Views = "none",
     heartbeat: Callable[[], None] = lambda: None,
+    before_batch: Callable[[int], None] = lambda batch: None,
 ) -> Evaluation:
     """Evaluates a model on a split, on all ranks together, in the precision of training.
 
@@ -318,7 +350,9 @@ def evaluate_split(
             advance(count)
             heartbeat()
 
-        return evaluate(model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), evaluated, views)
+        return evaluate(
+            model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), evaluated, views, before_batch
+        )
 
 
 def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:

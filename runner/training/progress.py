@@ -18,7 +18,7 @@ class EpochPrinter:
     def __init__(self, epochs: int, start_step: int, last_step: int) -> None:
         self.epochs, self.start_step, self.last_step = epochs, start_step, last_step
         self.started = time.monotonic()
-        self.latest = MetricRow(global_step=start_step, epoch=0.0)  # of a window of steps, with learning rate and speed
+        self.latest: MetricRow | None = None  # of a window of steps, with learning rate and speed
 
     def log(self, row: MetricRow) -> None:
         """Receives every row of metrics; prints a line for those that end an epoch."""
@@ -31,9 +31,10 @@ class EpochPrinter:
         for name in ("validation", "test"):
             if getattr(row, f"{name}_loss") is not None:
                 parts.append(f"{name} {format_metrics(getattr(row, f'{name}_loss'), getattr(row, f'{name}_accuracy'))}")
-        parts.append(f"lr {self.latest.lr:.3g}")
-        parts.append(f"{self.latest.images_per_second:,.0f} images/s")
-        parts.append(f"{duration(left)} left")
+        if self.latest:  # none in a run that was resumed within an evaluation
+            parts.append(f"lr {self.latest.lr:.3g}")
+            parts.append(f"{self.latest.images_per_second:,.0f} images/s")
+            parts.append(f"{duration(left)} left")
         print(f"epoch {row.epoch:.4g}/{self.epochs}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 

@@ -92,7 +92,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["average"])
             # Unless the buffers were averaged over ranks for an evaluation, they are those of rank 0.
-            self.ema.buffers_current = state.get("evaluated", True)
+            self.ema.buffers_current = state.get("evaluated", True) or state.get("evaluating", False)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rank, ranks = self.accelerator.process_index, state["ranks"]

@@ -2,7 +2,8 @@
 
 import functools
 import threading
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +32,22 @@ def load_loop() -> None:
     pixels, index = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     for out in (pixels.float(), pixels):
         example = (pixels, index, index, index, index.bool(), False, *[torch.zeros(3)] * 2, 1, out)
-        kernel.make.compile(tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example))
+        types = tuple(numba.typeof(a.numpy() if isinstance(a, torch.Tensor) else a) for a in example)
+        compile_loop(kernel.make, types)
+
+
+def compile_loop(loop: Any, types: tuple[Any, ...]) -> None:
+    """Compiles a numba loop for the types of its arguments, or loads it from numba's cache.
+
+    A file of the cache that cannot be read, for example because the disk was full, is written again.
+    """
+    try:
+        loop.compile(types)
+    except Exception:  # numba unpickles the file, which raises errors of many types
+        name = f"{loop.py_func.__module__.rpartition('.')[2]}.{loop.py_func.__qualname__}-*.nb[ic]"
+        for file in Path(loop.stats.cache_path).glob(name):
+            file.unlink(missing_ok=True)
+        loop.compile(types)
 
 
 class Crops(NamedTuple):
