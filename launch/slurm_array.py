@@ -17,10 +17,17 @@ NO_ANSWER_HINT = "jobs of this sweep may be queued; try again where SLURM's cont
 
 
 class ArrayJob(msgspec.Struct):
-    """A job array: its job id, and the trial that each of its tasks trains."""
+    """A job array, and the trial that each of its tasks trains.
+
+    Attributes:
+        job: job id; empty if sbatch has not returned it.
+        trials: ids of the trials, by task.
+        file: file with the arguments of the tasks, which no other array has; empty if an earlier version wrote this.
+    """
 
     job: str
     trials: list[str]
+    file: str = ""
 
 
 def check_names(trials: Sequence[Trial]) -> None:
@@ -42,9 +49,20 @@ def queued_trials(jobs: Sequence[ArrayJob]) -> set[str]:
     if not jobs:
         return set()
     # All of the user's jobs at once, because squeue fails if it is asked for a job that SLURM has forgotten.
-    lines = _run(["squeue", "--me", "--noheader", "--array", "--format", "%F %K"]).splitlines()
-    queued = {tuple(line.split()) for line in lines}  # (job id of the array, index of the task)
-    return {trial for array in jobs for task, trial in enumerate(array.trials) if (array.job, str(task)) in queued}
+    lines = _run(["squeue", "--me", "--noheader", "--array", "--format", "%F %K %o"]).splitlines()
+    tasks: dict[str, set[str]] = {}  # indices of the tasks, by job id of the array
+    commands: dict[str, str] = {}  # the command contains the file
+    for line in lines:
+        job, task, command = (*line.split(" ", 2), "", "")[:3]
+        tasks.setdefault(job, set()).add(task)
+        commands[job] = f"{command} "
+    queued = set()
+    for array in jobs:
+        # Where a busy controller did not answer sbatch, the job may be queued all the same.
+        ids = [array.job] if array.job else [job for job, command in commands.items() if f" {array.file} " in command]
+        indices = set().union(*(tasks.get(job, ()) for job in ids))
+        queued |= {trial for task, trial in enumerate(array.trials) if str(task) in indices}
+    return queued
 
 
 def submit(
@@ -56,7 +74,9 @@ def submit(
     at_once: int | None,
     environ: Mapping[str, str],
 ) -> Iterator[ArrayJob]:
-    """Submits trials as job arrays of at most MaxArraySize tasks, and yields each array as soon as it is queued.
+    """Submits trials as job arrays of at most MaxArraySize tasks.
+
+    Yields each array twice: before it is submitted, without a job id, and as soon as it is queued.
 
     Each array has a file of its own, in which line N holds the arguments of task N.
 
@@ -81,8 +101,10 @@ def submit(
             command += [f"--dependency=afterany:{previous}"]
         file = _write_lines(folder, [" ".join(trial.argv) for trial in tasks])
         command += ["slurm/sweep.sbatch", str(file.absolute()), *tasks[0].options]
+        array = ArrayJob("", [trial.id for trial in tasks], str(file.absolute()))
+        yield array
         previous = sbatch(command, runs, environ)
-        yield ArrayJob(previous, [trial.id for trial in tasks])
+        yield msgspec.structs.replace(array, job=previous)
 
 
 def _write_lines(folder: Path, lines: Sequence[str]) -> Path:

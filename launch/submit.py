@@ -293,5 +293,8 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
     public = {name: value for name, value in job_environment(environ).items() if name not in withheld}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=public, check=False)
     if result.returncode != 0:
-        raise UserError(f"sbatch refused: {result.stderr.strip()}")
+        reason = "; ".join(result.stderr.strip().splitlines()) or f"exit code {result.returncode}"
+        if re.search("timed out|Unable to contact", reason):
+            raise UserError(f"{reason}; the job may be queued all the same; look with squeue --me before a second try")
+        raise UserError(f"sbatch refused: {reason}")
     return result.stdout.strip().split(";")[0]

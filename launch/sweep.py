@@ -196,8 +196,10 @@ class Sweep:
 
     def states(self, trials: list[Trial]) -> dict[str, str]:
         """Returns the state of each trial by id: the state of its run, or "queued"."""
+        # First the queue: a task that is no longer in it has written its outcome.
+        queued = slurm_array.queued_trials(self.manifest().jobs)
         states: dict[str, str] = {trial.id: trial.state() for trial in trials}
-        for trial in slurm_array.queued_trials(self.manifest().jobs):
+        for trial in queued:
             if states.get(trial, "running") not in ("complete", "running"):
                 states[trial] = "queued"
         return states
@@ -208,14 +210,16 @@ class Sweep:
         return files.read(path, SweepManifest) if path.is_file() else SweepManifest()
 
     def update_manifest(self, states: Mapping[str, str], jobs: Sequence[ArrayJob] = ()) -> None:
-        """Adds states and submitted jobs to sweep.json.
+        """Adds states and submitted jobs to sweep.json; a job replaces the entry of the same file.
 
         Raises:
             UserError: the file cannot be written.
         """
         with self.locked("sweep.lock"):
             previous = self.manifest()
-            states, jobs = {**previous.trials, **states}, [*previous.jobs, *jobs]
+            files_of_jobs = {job.file for job in jobs}
+            states = {**previous.trials, **states}
+            jobs = [*(job for job in previous.jobs if not job.file or job.file not in files_of_jobs), *jobs]
             files.write(self.folder / "sweep.json", SweepManifest(list(self.names), list(self.seeds), states, jobs))
 
     def train_here(self, trials: list[Trial], missing: list[Trial], environ: Mapping[str, str]) -> None:
@@ -243,7 +247,7 @@ class Sweep:
             raise SystemExit(1)
 
     def submit(self, missing: list[Trial], environ: Mapping[str, str]) -> None:
-        """Submits array jobs, and adds each to the manifest as soon as it is queued.
+        """Submits array jobs, and adds each to the manifest, and its job id as soon as it is queued.
 
         Raises:
             UserError: SLURM refuses a job, or the folder of the sweep is not writable.
@@ -255,7 +259,8 @@ class Sweep:
                 trials, self.folder, self.group, self.runs, self.slurm, self.at_once, environ
             ):
                 self.update_manifest({}, [job])
-                print(f"job {job.job}, an array of {len(job.trials)}; logs: {self.runs / 'slurm'}")
+                if job.job:
+                    print(f"job {job.job}, an array of {len(job.trials)}; logs: {self.runs / 'slurm'}", flush=True)
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,20 +77,23 @@ def expand(
     if not names:
         raise UserError("NAMES: expected experiments, grids or papers (runner list, runner list --grids)")
     selected = dict.fromkeys(experiment for pattern in names for experiment in _matching(pattern, modules))
-    return [_trial(experiment, seed, name, options) for experiment in selected for seed in seeds]
+    return [trial for experiment in selected for trial in _trials(experiment, seeds, name, options)]
 
 
-def _trial(experiment: str, seed: int, name: str | None, options: Sequence[str]) -> Trial:
-    argv = (experiment, "--seeds", str(seed))
-    config = parse_job([*argv, "--name", UNNAMED, *options])
+def _trials(experiment: str, seeds: Sequence[int], name: str | None, options: Sequence[str]) -> Iterator[Trial]:
+    """Yields the trials of an experiment, whose arguments are parsed once: that takes longer than all of the rest."""
+    config = parse_job([experiment, "--seeds", str(seeds[0]), "--name", UNNAMED, *options])
     registered = config.check()
     changed = differences(registered, replace(registered, architecture=config.architecture, recipe=config.recipe))
     changed |= {f"--{option}": value for option, value in _other_options(config).items() if value}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
     prefix = name or (digest if changed else None)
-    run = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
-    check_name(run)
-    return Trial((*argv, "--name", run), tuple(options), replace(config, name=run), Run(config.runs / experiment / run))
+    for seed in seeds:
+        run = f"{prefix}-seed-{seed}" if prefix else f"seed-{seed}"
+        check_name(run)
+        argv = (experiment, "--seeds", str(seed), "--name", run)
+        folder = Run(config.runs / experiment / run)
+        yield Trial(argv, tuple(options), replace(config, seeds=(seed,), name=run), folder)
 
 
 def _other_options(config: TrainConfig) -> dict[str, Any]:

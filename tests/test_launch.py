@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -270,13 +271,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+JOB_ENVIRONMENT = {
+    **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_GPUS_PER_NODE": "h100:8"},
+    **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
+}
+
+
 def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environ = {
-        "PATH": f"{checkout}:/usr/bin:/bin",
-        **{"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"},
-        **{"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
-        **more,
-    }
+    environ = {"PATH": f"{checkout}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(checkout), **JOB_ENVIRONMENT, **more}
     command = ["bash", f"slurm/{script}", *words]
     return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=False)
 
@@ -308,32 +310,196 @@ def with_program(checkout: Path, folder: Path, name: str, text: str) -> Path:
     return copy
 
 
+def with_calls(checkout: Path, name: str, text: str) -> None:
+    """Adds a program that logs its arguments, line by line."""
+    (checkout / name).write_text(f'#!/bin/bash\necho "$*" >>{name}.calls\n{text}\n')
+    (checkout / name).chmod(0o755)
+
+
+def calls_of(checkout: Path, name: str) -> list[str]:
+    return (checkout / f"{name}.calls").read_text().splitlines()
+
+
 JOB = ("train.sbatch", "tiny", "--data", "x", "--resume", "auto")
 # Asks for a checkpoint, as SLURM does before the time limit, and then stops as the ranks do.
 STOPS = 'kill -USR1 $PPID; while [ ! -e "$STOP_FILE" ]; do sleep 0.1; done; rm "$STOP_FILE"; exit 75'
 
 
+def test_a_job_is_queued_again_until_the_limit_which_lost_nodes_do_not_use_up(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    # SLURM has started it twice more after losing nodes; SLURM_RESTART_COUNT counts those too.
+    for restarts, message in (("0", "queued again"), ("3", "queued again"), ("4", "not queued again, because MAX_REQ")):
+        done = run_batch_script(copy, *JOB, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="2")
+        assert done.returncode == 75, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"train.sbatch: stopped with a checkpoint; {message}")
+    assert not list(copy.glob("runs/slurm/.*"))
+
+
+def test_a_second_signal_does_not_undo_the_first(checkout: Path, tmp_path: Path) -> None:
+    """It comes when the ranks have written the checkpoint, and removed the stop file."""
+    program = STOPS.replace("exit 75", "kill -USR1 $PPID; sleep 0.5; exit 75")
+    done = run_batch_script(with_program(checkout, tmp_path / "copy", "accelerate", program), *JOB)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.splitlines()[-1] == "train.sbatch: stopped with a checkpoint; queued again"
+
+
 @pytest.mark.parametrize(
-    ("restarts", "message"),
+    ("array", "name"),
     [
-        ("0", "stopped with a checkpoint; queued again"),
-        ("20", "stopped with a checkpoint; not queued again after 20 times"),
+        ({}, "7"),
+        ({"SLURM_ARRAY_JOB_ID": "7"}, "7_1"),  # 7 would be the whole array
+        ({"SLURM_ARRAY_JOB_ID": "5"}, "7"),  # the array of this job, or of one from which it was submitted
     ],
 )
-def test_a_job_says_whether_it_is_queued_again(checkout: Path, tmp_path: Path, restarts: str, message: str) -> None:
-    done = run_batch_script(
-        with_program(checkout, tmp_path / "copy", "accelerate", STOPS), *JOB, SLURM_RESTART_COUNT=restarts
-    )
-    assert done.returncode == 75, done.stderr
-    assert f"train.sbatch: {message}" in done.stderr
+def test_a_job_queues_itself_again_and_no_other(
+    checkout: Path, tmp_path: Path, array: dict[str, str], name: str
+) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    with_calls(copy, "scontrol", "echo ' NodeAddr=127.0.0.1 '")
+    assert run_batch_script(copy, *JOB, **array).returncode == 75
+    assert calls_of(copy, "scontrol")[-1] == f"requeue {name}"
 
 
-def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(checkout: Path, tmp_path: Path) -> None:
-    copy = with_program(checkout, tmp_path / "copy", "accelerate", "kill -USR1 $PPID; sleep 1; exit 0")
-    (copy / "runs").write_text("a file")
+@pytest.mark.parametrize("tries", [3, 100])
+@pytest.mark.parametrize("command", ["show node", "requeue"])
+def test_a_controller_that_does_not_answer_is_asked_again(
+    checkout: Path, tmp_path: Path, command: str, tries: int
+) -> None:
+    """As when it restarts, or many tasks of a sweep start at once."""
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    with_calls(copy, "sleep", "exec /usr/bin/sleep 0.01")
+    answer = f'[[ $* != "{command}"* ]] || [ $(grep -c "^{command}" scontrol.calls) -ge {tries} ] || exit 1'
+    with_calls(copy, "scontrol", f"{answer}\necho ' NodeAddr=127.0.0.1 '")
+    done = run_batch_script(copy, *JOB)
+    asked = [call for call in calls_of(copy, "scontrol") if call.startswith(command)]
+    last = done.stderr.splitlines()[-1]
+    if tries == 3:
+        assert (done.returncode, len(asked)) == (75, 3), done.stderr
+        assert last == "train.sbatch: stopped with a checkpoint; queued again"
+    elif command == "requeue":
+        assert (done.returncode, len(asked)) == (75, 6), done.stderr
+        assert last == "train.sbatch: cannot be queued again; submit it again to resume"
+    else:
+        assert (done.returncode, len(asked)) == (1, 6), done.stderr
+        assert last.endswith("no address from SLURM's controller; submit the job again")
+
+
+def test_one_of_very_many_nodes_is_the_first(checkout: Path, tmp_path: Path) -> None:
+    """More names than a pipe holds."""
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    with_calls(copy, "scontrol", "[ \"$2\" = node ] || seq -f node-%.0f 100000\necho ' NodeAddr=127.0.0.1 '")
     done = run_batch_script(copy, *JOB)
     assert done.returncode == 0, done.stderr
-    assert "no checkpoint is requested" in done.stderr
+    assert calls_of(copy, "scontrol")[-1] == "show node node-1 --oneliner"
+
+
+def test_one_node_does_not_ask_the_controller(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "scontrol", "exit 1")
+    done = run_batch_script(copy, *JOB, SLURM_NNODES="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("address", ["fd00::5", "[fd00::5]"])
+def test_an_ipv6_address_is_passed_on(checkout: Path, tmp_path: Path, address: str) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "scontrol", f"echo 'NodeName=n1 NodeAddr={address} Port=1'")
+    assert run_batch_script(copy, *JOB).returncode == 0
+    words = (copy / "words").read_bytes().decode().split("\0")
+    assert words[words.index("--main_process_ip") + 1] == "fd00::5"
+
+
+@pytest.mark.root
+@pytest.mark.every
+@pytest.mark.processes
+def test_two_nodes_train_over_ipv6_alone(checkout: Path, small_data: Path, tmp_path: Path) -> None:
+    """In a network namespace without an IPv4 address, with accelerate's own command."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to create network namespaces")
+    copy = with_program(checkout, tmp_path / "copy", "scontrol", "echo ' NodeAddr=fd00::5 '")
+    (copy / "launch" / "multi_node.yaml").symlink_to(ROOT / "launch" / "multi_node.yaml")
+    (copy / "accelerate").write_text(f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n')
+    (copy / "srun").write_text('#!/bin/bash\nshift\nSLURM_NODEID=1 "$@" &\n"$@" && wait $!\n')
+    network = (
+        "ip link set lo up && ip -4 address delete 127.0.0.1/8 dev lo && ip -6 address add fd00::5/128 dev lo nodad"
+    )
+    words = [*TINY, "--data", small_data, "--runs", tmp_path / "runs", "--device", "cpu", "--max-steps", 2]
+    script = shlex.join(["bash", "slurm/train.sbatch", "tiny", *map(str, words), "--resume", "auto"])
+    environ = clean_environment(GLOO_SOCKET_IFNAME="lo", **JOB_ENVIRONMENT, SLURM_SUBMIT_DIR=str(copy))
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", f"{network} && exec {script}"],
+        cwd=copy, capture_output=True, text=True, check=False, timeout=400,
+        env=environ | {"PATH": f"{copy}:/usr/sbin:/usr/bin:/sbin:/bin", "SLURM_GPUS_PER_NODE": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "runs" / "tiny" / "seed-0").config().world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"SLURM_NTASKS": "4"},
+            "4 tasks on 2 node(s): expected one per node; leave out --ntasks and --ntasks-per-node",
+        ),
+        ({"MAX_REQUEUES": "many"}, "MAX_REQUEUES='many': expected an integer >= 0"),
+    ],
+)
+def test_a_job_with_other_settings_is_refused(
+    checkout: Path, tmp_path: Path, environ: dict[str, str], message: str
+) -> None:
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    (copy / "words").unlink(missing_ok=True)
+    done = run_batch_script(copy, *JOB, **environ)
+    assert (done.returncode, done.stderr) == (2, f"train.sbatch: {message}\n")
+    assert not (copy / "words").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "last", "code", "message"),
+    [
+        ("2", "2", 2, "sweep.sbatch: no line 2 in trials: expected --array 0-1 for its 2 line(s)\n"),
+        ("0", "0", 0, "sweep.sbatch: only line 0 of 2 is trained; --array 0-1 trains all\n"),
+        ("0", "1", 0, ""),
+        ("1", "1", 0, ""),
+    ],
+)
+def test_a_task_of_a_sweep_has_a_line(
+    checkout: Path, tmp_path: Path, task: str, last: str, code: int, message: str
+) -> None:
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    (copy / "trials").write_text("tiny --seeds 0\ntiny --seeds 1")  # the last without a line break
+    array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MAX": last}
+    done = run_batch_script(copy, "sweep.sbatch", "trials", "--data", "x", "--resume", "auto", **array)
+    assert done.returncode == code, done.stderr
+    assert [f"{line}\n" for line in done.stderr.splitlines() if "sweep.sbatch" in line] == [message] * bool(message)
+    if not code:
+        words = (copy / "words").read_bytes().decode().split("\0")
+        assert words[words.index("--seeds") + 1] == task
+
+
+def test_where_no_stop_file_can_be_written_it_is_in_another_folder(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    (copy / "runs").write_text("a file")
+    done = run_batch_script(copy, *JOB)
+    assert done.returncode == 75, done.stderr
+    first, *_, last = done.stderr.splitlines()
+    (folder,) = re.findall(r"runs/slurm; the stop file is in (/tmp/\S+), and requeues for lost nodes count", first)
+    assert last == "train.sbatch: stopped with a checkpoint; queued again"
+    assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(checkout: Path, tmp_path: Path, written: bool) -> None:
+    """The folder of logs is there at the start, and then for a time not: as with a quota, or a lost connection."""
+    fix = "rm runs/slurm; " + STOPS.partition("; ")[2] if written else "exit 9"
+    program = f"rm -r runs/slurm; touch runs/slurm; kill -USR1 $PPID; sleep 2; {fix}"
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    (copy / "runs" / "slurm").mkdir(parents=True)
+    (copy / "srun").write_text('#!/bin/bash\nshift; exec "$@" 2>/dev/null\n')
+    done = run_batch_script(copy, *JOB)
+    first, *others = done.stderr.splitlines()
+    assert first.endswith("/.stop-7-0, which requests a checkpoint; trying again every second")
+    assert others == ["train.sbatch: stopped with a checkpoint; queued again"] * written
+    assert done.returncode == (75 if written else 9)
 
 
 def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None:
@@ -344,6 +510,28 @@ def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None
             break
     words = (copy / "words").read_bytes().decode().split("\0")
     assert port < int(words[words.index("--main_process_port") + 1]) < port + 10
+
+
+def test_a_job_whose_port_is_taken_at_the_last_moment_gets_another(checkout: Path, tmp_path: Path) -> None:
+    """The first start of the ranks fails, because another program listens by then."""
+    listen = (
+        "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1]))); "
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    program = (
+        f'[ ! -e taken ] || {{ printf "%s\\0" "$@" >words; exit 0; }}\n'
+        f'setsid {sys.executable} -c "{listen}" "$RENDEZVOUS_PORT" >taken 2>/dev/null & echo $! >listener\n'
+        "until [ -s taken ]; do sleep 0.1; done; exit 1"
+    )
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    try:
+        done = run_batch_script(copy, *JOB, SLURM_JOB_ID="11500")
+    finally:
+        os.kill(int((copy / "listener").read_text()), signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+    (port,) = map(int, re.findall(r"port (\d+) is in use by another program; starting again", done.stderr))
+    words = (copy / "words").read_bytes().decode().split("\0")
+    assert int(words[words.index("--main_process_port") + 1]) > port
 
 
 def test_a_job_without_an_address_fails(checkout: Path, tmp_path: Path) -> None:

@@ -77,10 +77,16 @@ def test_an_owner_on_another_node_is_alive_while_it_gives_signs(file: Path) -> N
         pass
 
 
-def test_a_job_that_is_queued_again_does_not_wait_for_itself(file: Path) -> None:
+@pytest.mark.parametrize("locks", ["with-locks", "without-locks"])
+def test_only_an_earlier_start_of_the_same_job_is_dead(locks: str, file: Path, request: pytest.FixtureRequest) -> None:
+    """A job that is requeued does not wait for itself; a second step of one allocation, on another node, does."""
+    if locks == "without-locks":
+        request.getfixturevalue("no_locks")
     file.write_bytes(msgspec.json.encode(ELSEWHERE))
-    with locked(file, 0, "7"):
-        assert is_locked(file)
+    with pytest.raises(UserError, match="process 1 on another-node, job 7, trains it"), locked(file, 0, "7"):
+        pass
+    with locked(file, 0, "7", start=1):
+        assert msgspec.json.decode(file.read_bytes(), type=Owner).start == 1
 
 
 def test_the_lock_of_a_lost_node_is_replaced(file: Path) -> None:
@@ -171,10 +177,13 @@ def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Pa
     run.lock.write_bytes(msgspec.json.encode(ELSEWHERE))
     assert run.state() == "running"
     words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--overwrite"]
-    done = runner(*words)
-    assert done.returncode == 2
-    assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
-    assert run.record.exists()
+    for job in ("", "7"):  # another step of its allocation
+        done = runner(*words, SLURM_JOB_ID=job)
+        assert done.returncode == 2
+        assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
+        assert run.record.exists()
+    done = runner(*words, "--max-steps", 1, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(small_data: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from tests.support.processes import (
     clean_environment,
     command_lines,
     module,
+    python,
     wait_for_step,
     wait_until,
 )
@@ -100,20 +104,30 @@ def test_the_wandb_key_does_not_leave_the_submitting_process(submitted: Submitte
     assert CANARY not in submitted.output
 
 
+def checkout_with(folder: Path, accelerate: str) -> Path:
+    """Makes a checkout with this project's code and batch scripts, in which a script replaces `accelerate`."""
+    (folder / "launch").mkdir()
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    for module_of_launch in (ROOT / "launch").glob("*.py"):
+        (folder / "launch" / module_of_launch.name).symlink_to(module_of_launch)
+    (folder / "launch" / "activate").write_text("PATH=$PWD:$PATH\n")
+    write_program(folder / "accelerate", accelerate)
+    return folder
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout whose `accelerate` prints on what each node would train."""
-    folder = tmp_path_factory.mktemp("checkout")
-    (folder / "slurm").symlink_to(ROOT / "slurm")
-    (folder / "launch").mkdir()
-    (folder / "launch" / "activate").write_text("PATH=$PWD:$PATH\n")
-    accelerate = folder / "accelerate"
-    accelerate.write_text(
-        '#!/bin/bash\nwhile [ "$1" != --num_processes ]; do shift; done\n'
-        'echo "$SLURMD_NODENAME: of $2 ranks, with $SLURM_CPUS_ON_NODE CPUs"\n'
+    program = (
+        'while [ "$1" != --num_processes ]; do shift; done\n'
+        'echo "$SLURMD_NODENAME: of $2 ranks, with $SLURM_CPUS_ON_NODE CPUs"'
     )
-    accelerate.chmod(0o755)
-    return folder
+    return checkout_with(tmp_path_factory.mktemp("checkout"), program)
 
 
 TWO_GPUS = ["n1: of 4 ranks, with 4 CPUs", "n2: of 4 ranks, with 4 CPUs"]
@@ -149,8 +163,9 @@ def test_a_job_has_a_rank_for_each_gpu_and_the_cpus_that_it_asks_for(
         (["--gpus", 3], "GPU(s): expected 1/2 of --gpus 3, as on each node; use --gpus-per-node"),
         (["--exclusive"], "0 of the job's 2 GPU(s): expected a request"),
         (Allocation(container_image="/x.sqsh").options(), "srun: unrecognized option '--container-image=/x.sqsh'"),
+        (["--ntasks-per-node", 2], "4 tasks on 2 node(s): expected one per node; leave out --ntasks and --ntasks-per"),
     ],
-    ids=["gpus", "exclusive", "container"],
+    ids=["gpus", "exclusive", "container", "ntasks-per-node"],
 )
 def test_a_job_that_does_not_get_what_it_asks_for_fails(
     cluster: slurm_cluster.Cluster, stand_in: Path, tmp_path: Path, options: list[object], message: str
@@ -333,17 +348,199 @@ def test_one_task_of_a_sweep_is_requeued_alone(
 def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
     cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path, lost: str
 ) -> None:
-    """Either the node of the batch script and the first rank, or the other; a third node replaces it."""
+    """Either the node of the batch script and the first rank, or the other; a third node replaces it.
+
+    A job that may be requeued once at a time limit still may afterwards.
+    """
     log, run = tmp_path / "job.log", tmp_path / "runs" / "ending" / "seed-0"
     job = cluster.submit(
         "--nodes", 2, "--output", log, "slurm/train.sbatch", "ending", *LONGER,
         "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
-        cwd=ROOT, environ=clean_environment(END="train 8 1 SLEEP1"),
+        cwd=ROOT, environ=clean_environment(END=f"train 8 1 SLEEP{2 if lost == 'n1' else 1}", MAX_REQUEUES="1"),
     )  # fmt: skip
     wait_for_step(run, 7, 240)
     cluster.lose_node(lost)
     cluster.wait_for_requeue(job, 1, 240)
+    if lost == "n1":
+        wait_until(lambda: len(Run(run).config().resumed) == 1, 240)
+        wait_for_step(run, Run(run).config().resumed[0].step + 7, 240)
+        cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
+        cluster.wait_for_requeue(job, 2, 120)
     assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
-    (resumed,) = Run(run).config().resumed
-    assert resumed.step >= 7
+    resumed = Run(run).config().resumed
+    assert len(resumed) == cluster.restart_count(job)
+    assert resumed[0].step >= 7
     assert_same_run(submitted.run, run)
+
+
+@pytest.mark.every
+def test_a_job_from_within_an_array_requeues_itself_until_the_limit(
+    cluster: slurm_cluster.Cluster, tmp_path: Path
+) -> None:
+    """A direct sbatch passes on the SLURM_ARRAY_* variables of the task that calls it, whose job goes on."""
+    wait = 'touch started; while [ ! -e "$STOP_FILE" ]; do sleep 0.1; done; rm "$STOP_FILE" started; exit 75'
+    checkout = checkout_with(tmp_path, wait)
+    submit = f"sbatch --parsable --output inner.log slurm/train.sbatch tiny {' '.join(RESUME)} >number; sleep 600"
+    outer = cluster.submit(
+        "--array=0-0", "--output=/dev/null", f"--wrap={submit}", cwd=checkout,
+        environ=clean_environment(MAX_REQUEUES="1"),
+    )  # fmt: skip
+    for restarts in (1, 2):
+        wait_until((checkout / "started").exists, 120)
+        job = (checkout / "number").read_text().strip()
+        cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
+        if restarts == 1:
+            cluster.wait_for_requeue(job, restarts, 120)
+    assert cluster.wait(job, 120) == "FAILED"
+    assert cluster.job_info(job)["ExitCode"] == "75:0"
+    reasons = [line.split("; ", 1)[1] for line in (checkout / "inner.log").read_text().splitlines() if "; " in line]
+    assert reasons == ["queued again", "not queued again, because MAX_REQUEUES is 1; submit it again to resume"]
+    assert cluster.job_info(f"{outer}_0")["JobState"] == "RUNNING"
+    assert cluster.restart_count(f"{outer}_0") == 0
+
+
+@pytest.mark.every
+def test_a_sweep_without_array_trains_line_0_also_from_within_an_array(
+    cluster: slurm_cluster.Cluster, stand_in: Path, tmp_path: Path
+) -> None:
+    log, trials = tmp_path / "inner.log", tmp_path / "trials"
+    trials.write_text("tiny --seeds 0\ntiny --seeds 1\n")
+    words = ["sbatch", "--wait", "--output", log, "slurm/sweep.sbatch", trials, *RESUME]
+    wrap = shlex.join(map(str, words))
+    outer = cluster.submit(
+        "--array=1-1", "--output=/dev/null", f"--wrap={wrap}", cwd=stand_in, environ=clean_environment()
+    )
+    assert cluster.wait(f"{outer}_1", 120) == "COMPLETED", log.read_text()
+    assert "sweep.sbatch: only line 0 of 2 is trained; --array 0-1 trains all" in log.read_text()
+
+
+SEEDS = 1000
+# Their first start stops before it has trained; 199 is the first job of an array.
+REQUEUED = [*range(0, SEEDS, 100), 199]
+# Writes what `runner train` would; a task of REQUEUED first gets the signal that SLURM sends before the time limit.
+TRAIN = f"""
+while [ $# -gt 0 ]; do
+    case $1 in train) experiment=$2 ;; --seeds) seed=$2 ;; --name) name=$2 ;; --runs) runs=$2 ;; esac
+    shift
+done
+mkdir -p "$runs/$experiment/$name"
+if [[ " {" ".join(map(str, REQUEUED))} " == *" $seed "* ]] && [ -z "${{SLURM_RESTART_COUNT:-}}" ]; then
+    scancel --batch --signal USR1 "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+    while [ ! -e "$STOP_FILE" ]; do sleep 0.1; done
+    rm "$STOP_FILE"
+    exit 75
+fi
+echo trained >>"$runs/$experiment/$name/log"
+echo {{}} >"$runs/$experiment/$name/summary.json"
+"""
+
+
+@pytest.mark.every
+@pytest.mark.timeout(2400)
+def test_a_thousand_trials_are_submitted_and_listed_with_few_calls_and_trained_once(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    """The sweep and its batch scripts are real; a script replaces `accelerate`, and programs log the calls of SLURM."""
+    checkout = checkout_with(tmp_path, TRAIN)
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "scontrol", "squeue", "srun"):
+        log = f'echo "${{SLURM_JOB_ID:+job}} {name} $*" >>{tmp_path}/calls'
+        write_program(tmp_path / "bin" / name, f'{log}\nexec {shutil.which(name)} "$@"')
+
+    def sweep(*more: object) -> tuple[str, Counter[str]]:
+        """Returns the last line and the number of calls of each command, and prints the seconds."""
+        words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--on", "slurm", "--device", "cpu"]
+        (tmp_path / "calls").touch()
+        before, start = (tmp_path / "calls").read_text(), time.monotonic()
+        path = f"{tmp_path}/bin:{cluster.environ['PATH']}"
+        done = python(
+            "-m", "launch", "sweep", *words, "--seeds", *range(SEEDS), *more,
+            cwd=checkout, PATH=path, SLURM_CONF=str(cluster.config),
+        )  # fmt: skip
+        seconds = time.monotonic() - start
+        assert done.returncode == 0, done.stderr
+        calls = Counter(
+            line.split()[0]
+            for line in (tmp_path / "calls").read_text().removeprefix(before).splitlines()
+            if not line.startswith("job ")
+        )
+        print(f"sweep of {SEEDS} trials {' '.join(map(str, more))}: {seconds:.1f} s, calls: {dict(calls)}")
+        return done.stdout.splitlines()[-1], calls
+
+    arrays = SEEDS // slurm_cluster.MAX_ARRAY_SIZE
+    _, calls = sweep()
+    assert calls == {"scontrol": 1, "sbatch": arrays}
+    last, calls = sweep("--dry-run")
+    assert re.fullmatch(rf"{SEEDS} trials: (\d+ complete, )?\d+ queued; 0 to train", last)
+    assert calls == {"squeue": 1}
+    _, calls = sweep()
+    assert calls == {"squeue": 1}, "a trial was submitted twice"
+    runs = [tmp_path / "runs" / "tiny" / f"seed-{seed}" for seed in range(SEEDS)]
+    wait_until(lambda: all((run / "summary.json").is_file() for run in runs), 1800)
+    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 60)
+    assert sweep("--dry-run")[0] == f"{SEEDS} trials: {SEEDS} complete; 0 to train"
+    assert {(run / "log").read_text() for run in runs} == {"trained\n"}
+    calls = Counter(line.split()[1] for line in (tmp_path / "calls").read_text().splitlines() if line[:4] == "job ")
+    assert calls["srun"] == SEEDS + len(REQUEUED)
+    # A job on one node calls it only to be requeued, and again where the controller is busy.
+    assert len(REQUEUED) <= calls["scontrol"] <= 6 * len(REQUEUED)
+    assert not list((tmp_path / "runs" / "slurm").glob(".*"))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("state", ["frozen", "killed"])
+def test_without_the_controller_no_trial_counts_as_not_queued(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path, state: str
+) -> None:
+    """Neither where it is down nor where it does not answer in time; afterwards, nothing is submitted twice."""
+    cluster.submit(
+        "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600", cwd=ROOT, environ=dict(os.environ)
+    )
+    words = ["sweep", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--on", "slurm", "--seeds", 0, 1]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"]}
+    assert "an array of 2;" in module("launch", *words, **environ).stdout
+    cluster.controller.send_signal(signal.SIGSTOP if state == "frozen" else signal.SIGTERM)
+    try:
+        for more in (["--dry-run"], []):
+            refused = module("launch", *words, *more, **environ)
+            assert refused.returncode == 2, refused.stdout
+            assert refused.stdout == ""
+            reason = "Socket timed out" if state == "frozen" else "Unable to contact slurm controller"
+            assert re.fullmatch(
+                rf"launch: squeue: .*{reason}.*; jobs of this sweep may be queued; .*\n", refused.stderr
+            )
+    finally:
+        if state == "frozen":
+            cluster.controller.send_signal(signal.SIGCONT)
+        else:
+            cluster.start_controller()
+            wait_until(lambda: cluster.run("squeue").returncode == 0, 60)
+    assert module("launch", *words, **environ).stdout == "2 trials: 2 queued\n"
+
+
+@pytest.mark.every
+def test_a_job_that_was_queued_without_an_answer_is_not_submitted_twice(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    """A busy controller answers too late, and queues the job all the same."""
+    cluster.submit(
+        "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600", cwd=ROOT, environ=dict(os.environ)
+    )
+    (tmp_path / "bin").mkdir()
+    freeze, real = f"kill -STOP {cluster.controller.pid}", shutil.which("sbatch")
+    write_program(
+        tmp_path / "bin" / "sbatch", f'{freeze}; {real} "$@"; code=$?; {freeze.replace("STOP", "CONT")}; exit $code'
+    )
+    words = ["--data", small_data, "--runs", tmp_path / "my runs", "--device", "cpu"]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": f"{tmp_path}/bin:{cluster.environ['PATH']}"}
+    for command in (
+        ["sweep", "tiny", *TINY, *words, "--on", "slurm", "--seeds", 0, 1],
+        ["submit", "tiny", *TINY, *words],
+    ):
+        lost = module("launch", *command, **environ)
+        assert lost.returncode == 2, lost.stdout
+        (line,) = lost.stderr.splitlines()
+        assert re.search("Socket timed out .*; the job may be queued all the same; look with squeue --me", line)
+    wait_until(lambda: cluster.run("squeue", "-h", "--array", "-o", "%j").stdout.count("runner-tiny") == 3, 60)
+    again = module("launch", "sweep", "tiny", *TINY, *words, "--on", "slurm", "--seeds", 0, 1, 2, **environ)
+    assert again.stdout.startswith("3 trials: 2 queued, 1 missing\n")

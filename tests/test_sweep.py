@@ -6,14 +6,16 @@ import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from msgspec.structs import replace
 
-from launch import local_pool
+from launch import local_pool, slurm_array
 from launch.agent import Agent
+from launch.slurm_array import ArrayJob
 from launch.sweep import Sweep, SweepManifest
 from launch.trials import Trial, expand
 from runner import cli
@@ -69,6 +71,17 @@ def test_the_same_training_always_has_the_same_run_folder(tmp_path: Path) -> Non
     (loader,) = trials_of(["tiny"], tmp_path, "--loader", "streaming")  # which changes nothing
     assert loader.id == "tiny/seed-0"
     assert [trial.id for trial in trials_of(["tiny"], tmp_path, name="mine")] == ["tiny/mine-seed-0"]
+
+
+def test_a_thousand_seeds_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing takes longer than all of the rest of a listing."""
+    calls: list[object] = []
+    monkeypatch.setattr(cli, "parse_train", lambda words, parse=cli.parse_train: calls.append(words) or parse(words))
+    trials = trials_of(["tiny", "tiny-norm"], tmp_path, "--recipe.epochs", "5", seeds=tuple(range(1000)))
+    assert len(calls) == 2
+    for trial in (trials[0], trials[999], trials[1000], trials[-1]):
+        assert cli.parse_train(trial.arguments) == dataclasses.replace(trial.config, stop_file=None)
+    assert len({trial.id for trial in trials}) == 2000
 
 
 def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:
@@ -284,12 +297,51 @@ def test_a_sweep_larger_than_an_array_is_several_jobs_and_none_twice(
     assert refused.returncode == 2
     assert "Unable to contact slurm controller; jobs of this sweep may be queued" in refused.stderr
     (tmp_path / "down").unlink()
-    (tmp_path / "queue").write_text("1 0\n1 1\n2 1\n3 0\n99 0\n")  # a task of job 2 has ended
+    (tmp_path / "queue").write_text("1 0 a\n1 1 a\n2 1 a\n3 0 a\n99 0 a\n7 N/A \n")  # a task of job 2 has ended
     again = sweep(*words, **slurm)
     assert again.stdout.startswith("5 trials: 4 queued, 1 missing\n")
     (last,) = (tmp_path / "log").read_text().splitlines()[3:]
     assert "--array=0-0%1 " in last
     assert "--seeds 2" in Path(re.search(r"slurm/sweep\.sbatch (\S+)", last)[1]).read_text()
+
+
+def test_a_task_that_ends_meanwhile_is_not_submitted_again(
+    slurm: dict[str, str], small_data: Path, tmp_path: Path
+) -> None:
+    """It is in the queue before squeue is called, and complete afterwards."""
+    words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--on", "slurm"]
+    assert sweep(*words, **slurm).returncode == 0
+    folder = tmp_path / "runs" / "tiny" / "seed-0"
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\nmkdir -p {folder}; echo '{{}}' >{folder}/summary.json\n")
+    assert sweep(*words, **slurm).stdout == "1 trials: 1 complete\n"
+
+
+def test_concurrent_updates_of_the_manifest_lose_no_job(tmp_path: Path) -> None:
+    """A lost job would be submitted again."""
+    call = Sweep(("tiny",), Path("data"), tmp_path)
+
+    def add(number: int) -> None:
+        for job in range(10):
+            call.update_manifest({}, [ArrayJob(f"{number}-{job}", [], f"trials-{number}-{job}")])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    assert len({job.job for job in call.manifest().jobs}) == 80
+
+
+@pytest.mark.parametrize("command", ["squeue", "scontrol"])
+def test_a_command_of_slurm_that_does_not_answer_is_one_line(
+    command: str, slurm: dict[str, str], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_array, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    (tmp_path / "bin" / command).write_text("#!/bin/sh\nexec sleep 100\n")
+    call = Sweep(("tiny",), small_data, tmp_path / "runs", "slurm", experiments_from=TINY[1:])
+    if command == "squeue":
+        call.update_manifest({}, [ArrayJob("1", ["tiny/seed-0"])])
+    with pytest.raises(UserError, match=f"^{command}: no answer within 0.5 s; jobs of this sweep may be queued; .*$"):
+        call([], os.environ)
+    assert not (tmp_path / "log").exists(), "submitted"
 
 
 def test_two_calls_at_once_submit_each_trial_once(slurm: dict[str, str], small_data: Path, tmp_path: Path) -> None:

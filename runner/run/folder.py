@@ -230,12 +230,18 @@ def _read(path: Path, kind: type[T]) -> T:
 
 @contextlib.contextmanager
 def locked_runs(
-    runs: Path, experiment: str, names: list[str], resuming: bool = False, overwrite: bool = False, job: str = ""
+    runs: Path,
+    experiment: str,
+    names: list[str],
+    resuming: bool = False,
+    overwrite: bool = False,
+    job: str = "",
+    start: int = 0,
 ) -> Iterator[list[Run]]:
     """Creates run folders and locks them until the context exits.
 
     With `resuming`, a folder may already contain a run; with `overwrite`, its contents are deleted, but only after all
-    folders are locked. `job` is the id of this process's batch job.
+    folders are locked. `job` is the id of this process's batch job, and `start` how often that has been requeued.
 
     Raises:
         UserError: a name is invalid, or a folder contains a run, is locked by another process, or cannot be written.
@@ -250,7 +256,7 @@ def locked_runs(
         try:
             for run in claimed:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock.locked(run.lock, LOCK_TIMEOUT if resuming else 1, job))
+                stack.enter_context(lock.locked(run.lock, LOCK_TIMEOUT if resuming else 1, job, start))
             for run in claimed:
                 if overwrite:
                     _refuse_foreign(run)

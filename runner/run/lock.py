@@ -32,26 +32,28 @@ class Owner(msgspec.Struct, frozen=True):
     pid: int
     host: str
     job: str = ""
+    start: int = 0  # how often the job had been requeued
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}," if self.job else "")
 
 
 @contextlib.contextmanager
-def locked(path: Path, timeout: float, job: str = "") -> Iterator[None]:
+def locked(path: Path, timeout: float, job: str = "", start: int = 0) -> Iterator[None]:
     """Locks the folder of a run or sweep until the context exits.
 
     Args:
         path: the lock file, which is created if needed.
         timeout: seconds to wait for another owner.
-        job: id of this process's batch job. An earlier owner with the same id is dead, because a job runs once at a
-            time.
+        job: id of this process's batch job.
+        start: how often the job has been requeued. An owner from an earlier start of the job is dead, because a job
+            runs once at a time; but one start can train the same run on two of its nodes.
 
     Raises:
         UserError: another process still holds the lock.
         OSError: the file cannot be written.
     """
-    own = Owner(os.getpid(), socket.gethostname(), job)
+    own = Owner(os.getpid(), socket.gethostname(), job, start)
     with _acquire(path, own, timeout) as file:
         ended = threading.Event()
         heartbeat = threading.Thread(target=_beat, args=(path, ended), name="lock", daemon=True)
@@ -87,8 +89,7 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
             path.unlink(missing_ok=True)
             file = _open(path)
             continue
-        earlier_start = owner is not None and own.job and owner.job == own.job and owner.host != own.host
-        if not blocked and (owner is None or earlier_start):
+        if not blocked and (owner is None or _is_earlier_start(owner, own)):
             file.truncate(0)
             file.write(msgspec.json.encode(own).decode())
             file.flush()
@@ -153,6 +154,11 @@ def _is_lost(path: Path) -> bool:
         return owner is not None and owner.host != socket.gethostname() and time.time() - path.stat().st_mtime > LOST
     except OSError:
         return False
+
+
+def _is_earlier_start(owner: Owner, own: Owner) -> bool:
+    """Returns whether an owner on another node is from an earlier start of the same job."""
+    return own.job != "" and owner.job == own.job and owner.start < own.start and owner.host != own.host
 
 
 def _living_owner(path: Path, has_locks: bool) -> Owner | None:

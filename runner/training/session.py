@@ -149,8 +149,10 @@ def _run_training(
         if launch.rank == 0:
             names = list(config.run_names().values())
             resuming = config.resume != "never"
-            job = environ.get("SLURM_JOB_ID", "")
-            stack.enter_context(locked_runs(config.runs, config.experiment, names, resuming, config.overwrite, job))
+            job, start = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
+            stack.enter_context(
+                locked_runs(config.runs, config.experiment, names, resuming, config.overwrite, job, start)
+            )
         accelerator = create_accelerator(config, launch, device)
         stack.callback(destroy_process_group, accelerator)
         if accelerator.is_main_process:

@@ -13,6 +13,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")  # states of a job that has not ended
 NODES = 3  # two that train, and a spare to replace a lost one
 CPUS = 4  # per node, whatever this machine has; SLURM counts them, and binds no task to them
+MAX_ARRAY_SIZE = 200
 GPUS = 2  # per node; files stand for them, so jobs train with --device cpu
 
 
@@ -39,7 +40,7 @@ class Cluster:
         self.config = folder / "slurm.conf"
         self.config.write_text(f"""
 ClusterName=test
-MaxArraySize=2
+MaxArraySize={MAX_ARRAY_SIZE}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -75,7 +76,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def __enter__(self) -> "Cluster":
         self._munge()
-        self._start("slurmctld", "-D")
+        self.start_controller()
         for node in range(1, NODES + 1):
             self.start_node(f"n{node}")
         self._wait_for(self.idle, 60)
@@ -91,6 +92,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+
+    def start_controller(self) -> None:
+        """Starts the controller, which restores the queue that an earlier one has left."""
+        self.controller = self._start("slurmctld", "-D")
 
     def start_node(self, name: str) -> None:
         """Starts the daemon of a node."""
