@@ -207,7 +207,7 @@ class Sweep:
     def manifest(self) -> SweepManifest:
         """Reads sweep.json; returns an empty manifest if the file does not exist."""
         path = self.folder / "sweep.json"
-        return files.read(path, SweepManifest) if path.is_file() else SweepManifest()
+        return files.read(path, SweepManifest) if files.is_file(path) else SweepManifest()
 
     def update_manifest(self, states: Mapping[str, str], jobs: Sequence[ArrayJob] = ()) -> None:
         """Adds states and submitted jobs to sweep.json; a job replaces the entry of the same file.

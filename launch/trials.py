@@ -12,6 +12,7 @@ import msgspec
 from launch.train_arguments import parse_job
 from runner import experiments
 from runner.common.errors import UserError
+from runner.common.files import is_file
 from runner.config.recipe import differences
 from runner.config.train_config import TrainConfig, check_name
 from runner.experiments import timm
@@ -138,7 +139,7 @@ def check_same_training(run: Run, seed: int, config: TrainConfig, fingerprint: s
     Raises:
         UserError: the folder holds a different training.
     """
-    if not run.record.is_file():
+    if not is_file(run.record):
         return
     recorded = run.config()
     options = _other_options(config)

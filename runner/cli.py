@@ -34,6 +34,7 @@ from runner.commands.train import Train
 from runner.common.command_line import HELP, options_of, parse_with_tyro, parse_words, read_command
 from runner.common.console import OTHER_RANKS_ERROR_DELAY, run_command
 from runner.common.errors import UserError
+from runner.common.files import is_file
 from runner.config.recipe import SGD, Architecture, Recipe
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run
@@ -137,7 +138,7 @@ def started_run(config: TrainConfig) -> Run | None:
     if config.resume == "never":
         return None
     runs = [Run(config.runs / config.experiment / name) for name in config.run_names().values()]
-    return next((run for run in runs if run.record.exists()), None)
+    return next((run for run in runs if is_file(run.record)), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

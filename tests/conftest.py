@@ -178,7 +178,15 @@ LONGEST = (
     "test_sweep", "test_faults", "test_sync", "test_train_pieces", "test_benchmarks", "test_report",
 )  # fmt: skip
 # Their tests share what is dear to make, so that one process runs all of them.
-TOGETHER = ("test_slurm", "test_gpu_benchmark", "test_report", "test_fake_cuda", "test_gpu_kernel", "test_batches")
+TOGETHER = (
+    "test_slurm",
+    "test_faulty_files",
+    "test_gpu_benchmark",
+    "test_report",
+    "test_fake_cuda",
+    "test_gpu_kernel",
+    "test_batches",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -185,20 +185,6 @@ def test_ctrl_c_stops_one_process_with_a_checkpoint(small_data: Path, tmp_path: 
     assert run.state() == "stopped"
 
 
-@pytest.mark.processes
-def test_ranks_resume_from_the_checkpoint_that_the_first_chose(small_data: Path, tmp_path: Path) -> None:
-    """Also where another rank does not see the newest one yet; the result is that of a run that never stopped."""
-    words = ["train", "stale", "--experiments-from", "tests.support.models.stale", "--data", small_data]
-    for runs, *options in (("stopped", "--max-steps", 9), ("stopped", "--resume", "auto"), ("straight",)):
-        options += ["--runs", tmp_path / runs, "--checkpoint-every", 3]
-        done = launch(2, *words, *options, STALE="1000")
-        assert done.returncode == 0, done.stderr
-    stopped, straight = (tmp_path / runs / "stale" / "seed-0" for runs in ("stopped", "straight"))
-    assert [entry.step for entry in Run(stopped).config().resumed] == [9]
-    for name, tensor in weights(straight).items():
-        np.testing.assert_array_equal(tensor, weights(stopped)[name], err_msg=name)
-
-
 def test_rows_that_are_lost_although_the_checkpoint_is_there_are_reported(small_data: Path, tmp_path: Path) -> None:
     run = Run(stopped(small_data, tmp_path))
     rows = run.metrics.read_bytes()

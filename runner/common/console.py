@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runner.common.errors import UserError
+from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
 from runner.common.text import printable
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ OTHER_RANKS_ERROR_DELAY = 30.0
 def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after: float = 0) -> Any:
     """Parses a command line, runs the command, and returns its result.
 
-    Errors from the option parser, every `UserError`, a full disk, and a path that cannot be used become one line on
-    standard error and exit code 2. Ctrl-C becomes exit code 130, with one line only if `report_after` is 0.
+    Errors from the option parser, every `UserError`, a full disk, a path that cannot be used, and errors of a file
+    server become one line on standard error and exit code 2. Ctrl-C becomes exit code 130, with one line only if
+    `report_after` is 0.
 
     Args:
         parse: parses the command line and returns the command as a function without arguments.
@@ -55,10 +56,12 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         path = error.filename or "the disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_after)
+        reason = (error.strerror or "").lower()
+        if error.errno in FILE_SERVER:
+            _exit(prog, UserError(f"{path}: cannot be read or written ({reason}); repeat the command"), report_after)
         if error.errno in CANNOT_WRITE and error.filename:
-            reason = (error.strerror or "").lower()
             _exit(prog, UserError(f"{path}: cannot be used ({reason}); change it, or choose another"), report_after)
         raise
     except KeyboardInterrupt:

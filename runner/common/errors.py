@@ -1,4 +1,9 @@
-"""The exception for errors that the user can fix."""
+"""The exception for errors that the user can fix, and the errors of file systems that are reported in one line."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FILE_SERVER = (errno.EIO, errno.ESTALE)  # often over in a moment
 
 
 class UserError(ValueError):

@@ -1,18 +1,78 @@
-"""Hashes, JSON files, and atomic writes."""
+"""Reads, hashes, JSON files, and atomic writes; errors of a file server that pass do not end them."""
 
+import contextlib
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from runner.common.errors import UserError
+from runner.common.errors import FILE_SERVER, UserError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+RETRY_PAUSES = (0.1, 1.0)  # seconds
 
 
+def retried(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """Repeats a function of a path after errors that may pass. It must have the same effect when it is called again.
+
+    A sync is not repeated alone: after an error, another one may succeed although the data is lost.
+    """
+
+    @functools.wraps(function)
+    def call(path: Path, /, *arguments: P.args, **options: P.kwargs) -> T:
+        for pause in (*RETRY_PAUSES, None):
+            try:
+                return function(path, *arguments, **options)
+            except OSError as error:
+                error.filename = error.filename or str(path)  # reads and writes do not name their file
+                if error.errno not in FILE_SERVER or pause is None:
+                    raise
+                print(f"{error.filename}: {error.strerror}; trying again", file=sys.stderr)
+                time.sleep(pause)
+        raise AssertionError
+
+    return call
+
+
+@retried
+def is_file(path: Path) -> bool:
+    """Returns whether there is a file. Unlike `Path.is_file`, never takes another error for a missing file."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@retried
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file."""
+    return path.read_bytes()
+
+
+@retried
+def remove(path: Path) -> None:
+    """Removes a file, if it exists."""
+    path.unlink(missing_ok=True)
+
+
+@retried
+def names_in(folder: Path) -> list[str]:
+    """Returns the names in a folder; none if it does not exist."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+@retried
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
@@ -54,9 +114,20 @@ def read(path: Path, kind: type[T]) -> T:
         UserError: the file is damaged or does not match the type; the message names the key.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind, dec_hook=_from_text)
+        return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=_from_text)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it") from None
+        raise unreadable(path, error) from None
+
+
+class UnreadableError(UserError):
+    """A file cannot be read now, but may be intact."""
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Returns the error for a file that cannot be read or decoded."""
+    if isinstance(error, OSError) and error.errno in FILE_SERVER:
+        return UnreadableError(f"{path}: cannot be read ({error.strerror}); repeat the command")
+    return UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it")
 
 
 def _from_text(kind: type, value: Any) -> Any:
@@ -69,6 +140,7 @@ def write(path: Path, value: Any) -> None:
     write_atomically(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2) + b"\n")
 
 
+@retried
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes and syncs a temporary file and renames it to `path`, whose folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,5 +151,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

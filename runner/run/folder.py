@@ -22,7 +22,8 @@ from typing import Literal, TypeVar
 from msgspec.structs import replace
 
 from runner.common.console import list_some
-from runner.common.errors import UserError
+from runner.common.errors import FILE_SERVER, UserError
+from runner.common.files import is_file, read_bytes, unreadable
 from runner.config.train_config import check_name
 from runner.config.trust import TrustedCode
 from runner.run import lock
@@ -156,17 +157,17 @@ class Run:
         reason; `crashed`, that it ended without one, for example because it was killed; `missing`, that it was never
         started.
         """
-        if self.summary.is_file():
+        if is_file(self.summary):
             return "complete"
         if lock.is_locked(self.lock):
             return "running"
         if ending := self.read_ending():
             return "stopped" if ending.stopped else "failed"
-        return "crashed" if self.record.is_file() else "missing"
+        return "crashed" if is_file(self.record) else "missing"
 
     def config(self) -> RunConfig:
         """Reads run.json. Raises UserError if it is missing, damaged, or written by a later version."""
-        if not self.record.is_file():
+        if not is_file(self.record):
             raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
         version = _read(self.record, Version).format
         if version != FORMAT:
@@ -175,30 +176,30 @@ class Run:
 
     def read_summary(self) -> Summary | None:
         """Reads summary.json; returns None if the run is unfinished."""
-        return _read(self.summary, Summary) if self.summary.is_file() else None
+        return _read(self.summary, Summary) if is_file(self.summary) else None
 
     def read_ending(self) -> Ending | None:
         """Reads ended.json; returns None if the last attempt did not end early."""
-        return _read(self.ended, Ending) if self.ended.is_file() else None
+        return _read(self.ended, Ending) if is_file(self.ended) else None
 
     def read_mistakes(self) -> list[Mistake]:
         """Reads mistakes.json; returns an empty list if it does not exist."""
-        return _read(self.mistakes, Mistakes).mistakes if self.mistakes.is_file() else []
+        return _read(self.mistakes, Mistakes).mistakes if is_file(self.mistakes) else []
 
     def read_exports(self) -> dict[str, Export]:
         """Reads exports.json, which lists the exported files by name; returns an empty dict if it does not exist."""
-        return _read(self.exports, dict[str, Export]) if self.exports.is_file() else {}
+        return _read(self.exports, dict[str, Export]) if is_file(self.exports) else {}
 
     def read_parity(self) -> ParityReport | None:
         """Reads parity.json; returns None if it does not exist."""
-        return _read(self.parity, ParityReport) if self.parity.is_file() else None
+        return _read(self.parity, ParityReport) if is_file(self.parity) else None
 
     def read_latency(self) -> LatencyReport | None:
         """Reads latency.json; returns None if it does not exist.
 
         Earlier versions stored the results of the parity gate only in parity.json, from which they are filled in.
         """
-        if not self.latency.is_file():
+        if not is_file(self.latency):
             return None
         report = _read(self.latency, LatencyReport)
         if all(row.gate or not row.onnx_sha256 for row in report.rows):
@@ -223,9 +224,9 @@ class Run:
 def _read(path: Path, kind: type[T]) -> T:
     """Reads a JSON file. Raises UserError if it is damaged or does not match the type; the message names the key."""
     try:
-        return decode(path.read_bytes(), kind)
+        return decode(read_bytes(path), kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it") from None
+        raise unreadable(path, error) from None
 
 
 @contextlib.contextmanager
@@ -249,8 +250,8 @@ def locked_runs(
     claimed = [Run(runs / experiment / name) for name in names]
     for name, run in zip(names, claimed, strict=True):
         check_name(name)
-        if run.record.exists() and not resuming and not overwrite:
-            state = "a finished" if run.summary.exists() else "an unfinished"
+        if is_file(run.record) and not resuming and not overwrite:
+            state = "a finished" if is_file(run.summary) else "an unfinished"
             raise UserError(f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite")
     with contextlib.ExitStack() as stack:
         try:
@@ -264,6 +265,8 @@ def locked_runs(
                 if overwrite:
                     _delete_contents(run)
         except OSError as error:
+            if error.errno in FILE_SERVER:
+                raise
             raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
         yield claimed
 
@@ -280,7 +283,7 @@ def finished_run(option: str, folder: Path, code: TrustedCode) -> Run:
 def _refuse_foreign(run: Run) -> None:
     """Raises UserError if the folder contains files but no run, because --overwrite would delete the files."""
     others = sorted(path.name for path in run.folder.iterdir() if path != run.lock)
-    if others and not run.record.exists():
+    if others and not is_file(run.record):
         raise UserError(f"--overwrite: {run.folder} is not a run, but holds {list_some(others)}; choose another --name")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+from msgspec.structs import replace
 
 from runner.common.errors import UserError
 
@@ -26,13 +27,14 @@ STALE = 45.0  # seconds without one after which an owner on another node counts 
 LOST = 900.0  # the same, if the file lock is still held: longer, as its watchdog ends a process that hangs
 
 
-class Owner(msgspec.Struct, frozen=True):
-    """The process that trains a run: its host, and the batch job that started it, if any."""
+class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The process that trains a run: its host, the batch job that started it, if any, and if it has the file lock."""
 
     pid: int
     host: str
     job: str = ""
     start: int = 0  # how often the job had been requeued
+    has_lock: bool = True
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}," if self.job else "")
@@ -90,6 +92,7 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
             file = _open(path)
             continue
         if not blocked and (owner is None or _is_earlier_start(owner, own)):
+            own = replace(own, has_lock=not problem)
             file.truncate(0)
             file.write(msgspec.json.encode(own).decode())
             file.flush()
@@ -164,7 +167,8 @@ def _is_earlier_start(owner: Owner, own: Owner) -> bool:
 def _living_owner(path: Path, has_locks: bool) -> Owner | None:
     """Returns the owner that a lock file names, if it is alive although this process could lock the file.
 
-    On this node, file locks have the answer, or else the process number; of another node, the heartbeat.
+    On this node, file locks have the answer if the owner has one, or else the process number; of another node, the
+    heartbeat.
     """
     owner = _read(path)
     try:
@@ -172,7 +176,7 @@ def _living_owner(path: Path, has_locks: bool) -> Owner | None:
             return None
         if owner.host != socket.gethostname():
             return owner if abs(time.time() - path.stat().st_mtime) < STALE else None
-        if has_locks or owner.pid == os.getpid():
+        if (has_locks and owner.has_lock) or owner.pid == os.getpid():
             return None
         os.kill(owner.pid, 0)
     except PermissionError:  # of another user

@@ -7,7 +7,7 @@ from typing import TypedDict
 import msgspec
 
 from runner.common.errors import UserError
-from runner.common.files import write_atomically
+from runner.common.files import is_file, read_bytes, write_atomically
 from runner.run.folder import Run
 from runner.run.schema import MetricRow, decode
 
@@ -23,9 +23,9 @@ def read_metrics(run: Run) -> list[MetricRow]:
     Raises:
         UserError: any other line is damaged.
     """
-    if not run.metrics.is_file():
+    if not is_file(run.metrics):
         return []
-    lines = run.metrics.read_bytes().split(b"\n")
+    lines = read_bytes(run.metrics).split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -46,11 +46,11 @@ class MetricsChecksum(TypedDict):
 
 def sync_metrics(run: Run) -> MetricsChecksum:
     """Syncs all rows to disk before the checkpoint of their step is written; returns the size and hash of the file."""
-    if not run.metrics.is_file():
+    if not is_file(run.metrics):
         return MetricsChecksum(bytes=0, sha256=hashlib.sha256().hexdigest())
     with run.metrics.open("rb") as file:
         os.fsync(file.fileno())
-        content = file.read()
+    content = read_bytes(run.metrics)
     return MetricsChecksum(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -69,7 +69,7 @@ def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allo
     Raises:
         UserError: rows from before the checkpoint are missing or damaged.
     """
-    content = run.metrics.read_bytes() if run.metrics.is_file() else b""
+    content = read_bytes(run.metrics) if is_file(run.metrics) else b""
     is_complete = True
     if checksum is not None and hashlib.sha256(content[: checksum["bytes"]]).hexdigest() == checksum["sha256"]:
         content = content[: checksum["bytes"]]
@@ -81,6 +81,6 @@ def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allo
     else:
         is_complete = checksum is None
         content = b"".join(encode_row(row) for row in read_metrics(run) if row.global_step <= step)
-    if content or run.metrics.is_file():
+    if content or is_file(run.metrics):
         write_atomically(run.metrics, content)
     return is_complete

@@ -1,7 +1,7 @@
 """Writes and reads checkpoints: folders with weights as safetensors and a manifest of hashes, written atomically."""
 
 import contextlib
-import errno
+import hashlib
 import io
 import os
 import pickle
@@ -20,8 +20,17 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from runner import experiments
-from runner.common.errors import UserError
-from runner.common.files import read, sha256_of
+from runner.common.errors import DISK_FULL, UserError
+from runner.common.files import (
+    UnreadableError,
+    is_file,
+    names_in,
+    read,
+    read_bytes,
+    retried,
+    sha256_of,
+    unreadable,
+)
 from runner.run.folder import Run
 from runner.run.schema import Manifest
 
@@ -76,9 +85,11 @@ class CheckpointWriter:
         try:
             pending.result()
         except Exception as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            reason = "no space left on the disk" if full else str(error)
-            folders = _folders(self.run)
+            full = isinstance(error, OSError) and error.errno in DISK_FULL
+            reason = "no space left on the disk" if full else getattr(error, "strerror", None) or str(error)
+            folders: list[Path] = []
+            with contextlib.suppress(OSError):
+                folders = _folders(self.run)
             previous = f"{folders[-1].name} stays" if folders else "there is no earlier one"
             remedy = "make room, then resume" if full else "resume"
             message = f"{self.run.checkpoints}: cannot write a checkpoint ({reason}); {previous}; {remedy}"
@@ -98,6 +109,16 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
         state: training state for resuming (runner.training.state); None to save only the weights.
     """
     folder = run.checkpoints / f"step-{step}"
+    _write_folder(folder, run, weights, step, state)
+    keep_last(run, step)
+    return folder
+
+
+@retried
+def _write_folder(
+    folder: Path, run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str, Any] | None
+) -> None:
+    """Writes a checkpoint without removing others. Arguments as in `save`."""
     staging = run.checkpoints / f".step-{step}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -112,8 +133,6 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
         folder.rename(replaced)
     staging.rename(folder)
     _sync(run.checkpoints)
-    keep_last(run, folder, *[other for other in _folders(run) if _step_of(other) < step][-1:])
-    return folder
 
 
 def _write_files(
@@ -123,30 +142,34 @@ def _write_files(
     # safetensors does not store memory formats, so tensors must be contiguous.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     dataset = run.config().dataset.name  # also stored in the file, which may be copied elsewhere
-    _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))
+    hashes = {WEIGHTS: _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))}
     if state is not None:
         buffer = io.BytesIO()  # when writing to a file, torch.save reports a full disk as an unexpected position
         torch.save(state | {"run_config": run.record.read_text()}, buffer)  # identifies the training that wrote it
-        _write(staging / STATE, buffer.getbuffer())
-    hashes = {file.name: sha256_of(file) for file in sorted(staging.iterdir())}
+        hashes[STATE] = _write(staging / STATE, buffer.getbuffer())
     manifest = Manifest(step=step, dataset=dataset, sha256=hashes)
     _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     _sync(staging)
 
 
-def keep_last(run: Run, *keep: Path) -> None:
-    """Removes all checkpoints except `keep`; by default, keeps only the last one."""
-    keep = keep or (latest(run),)
-    try:
-        others = [path for path in run.checkpoints.iterdir() if path not in keep]
-    except OSError:
-        others = []
-    for folder in others:
-        if not re.match(r"\.?step-", folder.name):
+def keep_last(run: Run, step: int | None = None) -> None:
+    """Removes all checkpoints except the last one; with `step`, except that of the step and the one before.
+
+    What cannot be removed stays, because the new checkpoint is complete; the next save tries again.
+    """
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = names_in(run.checkpoints)
+    # From the same listing, since another one may show other files.
+    steps = sorted(int(name[1]) for name in map(STEP_FOLDER.fullmatch, names) if name)
+    keep = steps[-1:] if step is None else [step, *[other for other in steps if other < step][-1:]]
+    for name in names:
+        folder = run.checkpoints / name
+        if not re.match(r"\.?step-", name) or name in [f"step-{kept}" for kept in keep]:
             continue
         # Rename first: on NFS, a file that another process has open is not removed, and would leave half a checkpoint.
         removed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
-        with contextlib.suppress(OSError):  # the new checkpoint is complete; the next save tries again
+        with contextlib.suppress(OSError):
             if folder != removed:
                 folder.rename(removed)
             shutil.rmtree(removed)
@@ -156,28 +179,35 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
     """Finds the newest checkpoint, by step, that can be resumed from and whose files match its manifest.
 
     Returns:
-        Its folder, or None if no checkpoint is intact; and a message about each damaged one.
+        Its folder, or None if there is no checkpoint or all are damaged; and a message about each damaged one.
+
+    Raises:
+        UserError: a checkpoint cannot be read, which may be intact, and no other one is.
     """
-    for replaced in run.checkpoints.glob(".step-*.replaced"):  # a save was killed between its two renames
-        name = REPLACED.fullmatch(replaced.name)
-        if name and not (run.checkpoints / name[1]).exists():
-            replaced.rename(run.checkpoints / name[1])
-    damaged: list[str] = []
+    names = names_in(run.checkpoints)
+    for name in map(REPLACED.fullmatch, names):  # a save was killed between its two renames
+        if name and name[1] not in names:
+            (run.checkpoints / name[0]).rename(run.checkpoints / name[1])
+    damaged: list[UserError] = []
     for folder in reversed(_folders(run)):
         try:
             check_resumable(folder)
-            return folder, damaged
-        except (UserError, OSError) as error:
-            damaged.append(str(error))
-    return None, damaged
+            return folder, [str(reason) for reason in damaged]
+        except UserError as error:
+            damaged.append(error)
+        except OSError as error:
+            damaged.append(unreadable(Path(error.filename or folder), error))
+    if unreadable_now := [reason for reason in damaged if isinstance(reason, UnreadableError)]:
+        raise unreadable_now[0]
+    return None, [str(reason) for reason in damaged]
 
 
 def check_resumable(folder: Path) -> str:
     """Checks all files of a checkpoint against its manifest; returns the SHA-256 of the manifest. Raises UserError."""
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         raise UserError(f"{folder}: expected a checkpoint with {MANIFEST}, found none")
     _check(folder)
-    if not (folder / STATE).is_file():
+    if not is_file(folder / STATE):
         raise UserError(f"{folder}: expected {STATE} to resume from, found only weights")
     return sha256_of(folder / MANIFEST)
 
@@ -197,15 +227,14 @@ def wait_for_state(folder: Path, manifest_sha256: str, seconds: float) -> dict[s
     while True:
         try:
             found = check_resumable(folder)
-            problem = f"{folder / MANIFEST}: expected SHA-256 {manifest_sha256}, as on rank 0, found {found}"
             if found == manifest_sha256:
-                break
+                return _load_state(folder)
+            problem = f"{folder / MANIFEST}: expected SHA-256 {manifest_sha256}, as on rank 0, found {found}"
         except (UserError, OSError) as error:
             problem = str(error)
         if time.monotonic() > end:
             raise UserError(f"rank 0 resumes from a checkpoint that cannot be read here after {seconds:g} s: {problem}")
         time.sleep(0.2)
-    return read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -215,8 +244,12 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: the checkpoint is damaged or contains only weights.
     """
     check_resumable(folder)
+    return _load_state(folder)
+
+
+def _load_state(folder: Path) -> dict[str, Any]:
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(read_bytes(folder / STATE)), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
 
@@ -259,8 +292,8 @@ def load_model(run: Run) -> nn.Module:
 
 def _folders(run: Run) -> list[Path]:
     """The checkpoint folders of a run, ordered by step."""
-    folders = [folder for folder in run.checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(folder.name)]
-    return sorted(folders, key=_step_of)
+    names = [name for name in names_in(run.checkpoints) if STEP_FOLDER.fullmatch(name)]
+    return sorted((run.checkpoints / name for name in names), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
@@ -274,16 +307,18 @@ def _check(folder: Path, names: Iterable[str] = ()) -> None:
         raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")
     for name in names or hashes:
         expected = hashes[name]
-        actual = sha256_of(folder / name) if (folder / name).is_file() else "no such file"
+        actual = sha256_of(folder / name) if is_file(folder / name) else "no such file"
         if actual != expected:
             raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {actual}; train again")
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Writes and syncs a file; returns the SHA-256 of its content."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync(path: Path) -> None:

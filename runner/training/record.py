@@ -11,7 +11,7 @@ from torch import nn
 
 from data_prep.manifest import Manifest
 from runner.common.errors import UserError
-from runner.common.files import read
+from runner.common.files import is_file, read
 from runner.config.recipe import Experiment, differences
 from runner.config.train_config import TrainConfig
 from runner.data.open import RankInfo, model_input
@@ -156,7 +156,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
             --resume-anyway was not given or does not allow it; or the record of the training is missing.
     """
     step, ranks = (state["step"], state["world_size"]) if state else (0, current.world_size)
-    own = run.config() if run.record.is_file() else None
+    own = run.config() if is_file(run.record) else None
     before = config_of(state) if state and "run_config" in state else own
     if before is None:
         raise UserError(f"{run.record}: expected the record of the checkpoint's training, found none; restore it")

@@ -4,8 +4,9 @@ Options, data, weights and device are checked before any folder is created.
 """
 
 import contextlib
-import errno
+import io
 import os
+import re
 import secrets
 import signal
 import sys
@@ -27,8 +28,8 @@ from torch import nn
 from data_prep import beton_file
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
+from runner.common.files import is_file, remove, write, write_atomically
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
@@ -50,6 +51,7 @@ STOP_FILE_SECONDS = 0.25
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the first one, forwarded by the launcher
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+LOST_RANK = "another rank has ended, which reports why unless it was killed; start again with --resume auto"
 VISIBLE_WITHIN = 60.0  # seconds for a checkpoint to become visible on the other nodes
 COLLECTIVE_GRACE = 60  # extra seconds for collectives beyond --hang-timeout, so that our watchdog reports first
 
@@ -118,6 +120,11 @@ def run_training(
             if stopped() and int(environ.get("LOCAL_RANK", 0)) > 0:
                 raise SystemExit(EXIT_BAD_INPUT) from None  # the launcher ends this rank; the first prints the error
             raise
+        except RuntimeError as error:  # before or after the training of a seed, which reports its own failures
+            if not is_lost_rank(error):
+                raise
+            print(f"runner: rank {environ.get('RANK', 0)}: {LOST_RANK}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def _run_training(
@@ -143,7 +150,7 @@ def _run_training(
     # Build the first model now, so that unusable weights are refused before anything is written.
     first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
     refuse_to_overwrite_sources(config)
-    if config.resume not in ("auto", "never") and not Path(config.resume, checkpoint.MANIFEST).is_file():
+    if config.resume not in ("auto", "never") and not is_file(Path(config.resume, checkpoint.MANIFEST)):
         raise UserError(f"--resume {config.resume}: expected auto, never, or the folder of a checkpoint, found none")
     with contextlib.ExitStack() as stack:
         if launch.rank == 0:
@@ -216,7 +223,7 @@ class Session:
             wandb_id, group,
         )  # fmt: skip
         # Rank 0 decides, because it overwrites the file as soon as all have read it.
-        if not broadcast_object_list([state is not None or (self.config.resume != "never" and run.record.exists())])[0]:
+        if not broadcast_object_list([state is not None or (self.config.resume != "never" and is_file(run.record))])[0]:
             return new
         resumed = record.resumed_config(self.config, run, new, state)
         self.accelerator.wait_for_everyone()
@@ -305,9 +312,9 @@ class SeedRun:
             self.run_config = msgspec.structs.replace(self.run_config, wandb_id=secrets.token_hex(4))
         if step < self.last_step or any(entry.changed for entry in self.run_config.resumed[-1:]):
             # Delete the summary first, so that it never exists beside the run.json of another training.
-            self.run.summary.unlink(missing_ok=True)
+            remove(self.run.summary)
         write(self.run.record, self.run_config)
-        self.run.ended.unlink(missing_ok=True)
+        remove(self.run.ended)
         return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
@@ -356,9 +363,9 @@ class SeedRun:
         assert self.tracker
         assert self.result
         session, run = self.session, self.run
-        with run.predictions.open("wb") as file:
-            arrays: dict[str, Any] = self.result.test.arrays()
-            np.savez_compressed(file, **arrays)
+        arrays: dict[str, Any] = self.result.test.arrays()
+        np.savez_compressed(predictions := io.BytesIO(), **arrays)
+        write_atomically(run.predictions, predictions.getvalue())  # synced before the summary, which marks the end
         test = session.manifest.splits["test"]
 
         def read_images(samples: np.ndarray) -> np.ndarray:
@@ -464,9 +471,14 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
         return Failure(1, f"{error}; lower the learning rate or use --precision fp32")
     if isinstance(error, checkpoint.CheckpointError):
         return Failure(1, str(error))
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         file = error.filename or "metrics"
         return Failure(1, f"no space left on the disk for {file}; make room and resume with --resume auto")
+    if isinstance(error, OSError) and error.errno in FILE_SERVER:
+        file = error.filename or "metrics.jsonl"
+        return Failure(1, f"{file}: cannot be read or written ({error.strerror}); resume with --resume auto")
+    if is_lost_rank(error):
+        return Failure(1, LOST_RANK)
     if "does not have a deterministic implementation" in str(error):
         operator = str(error).split(" does not")[0]
         return Failure(1, f"--deterministic: {operator} has no deterministic kernel; train without it")
@@ -480,6 +492,14 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
             "or use --precision bf16",
         )
     return None
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Returns whether a collective failed because another rank has ended."""
+    return (
+        isinstance(error, torch.distributed.DistError)
+        or re.search("by peer|Connection refused", str(error)) is not None
+    )
 
 
 @contextlib.contextmanager

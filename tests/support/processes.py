@@ -41,7 +41,7 @@ def python(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ
     )  # fmt: skip
 
 
-_servers: list[warm.Server] = []
+_servers: dict[str, warm.Server] = {}  # by the library that they preload
 
 
 def start(
@@ -59,16 +59,17 @@ def start(
         cwd: working directory of the process.
         stdout, stderr: subprocess.PIPE, subprocess.STDOUT (for stderr), or a file.
         session: whether to start a new process group, for `os.killpg`.
-        environ: variables in addition to `clean_environment`.
+        environ: variables in addition to `clean_environment`. A library in LD_PRELOAD has a warm process of its own.
     """
     words = ["-m", *map(str, arguments)]
-    if any(name.startswith(warm.COLD) for name in environ):
+    preload = environ.get("LD_PRELOAD", "")
+    if any(name.startswith(warm.COLD) for name in environ if name != "LD_PRELOAD"):
         return subprocess.Popen(
             [sys.executable, *words], cwd=cwd, stdout=stdout, stderr=stderr, text=True,
             env=clean_environment(**environ), start_new_session=session,
         )  # fmt: skip
-    if not _servers:
-        _servers.append(warm.Server())
+    if preload not in _servers:
+        _servers[preload] = warm.Server(LD_PRELOAD=preload) if preload else warm.Server()
     ends: dict[str, IO[str]] = {}
     with contextlib.ExitStack() as stack:
 
@@ -83,7 +84,7 @@ def start(
 
         out = descriptor("stdout", stdout)
         err = out if stderr == subprocess.STDOUT else descriptor("stderr", stderr)
-        process = _servers[0].start(words, cwd, clean_environment(**environ), out, err, session)
+        process = _servers[preload].start(words, cwd, clean_environment(**environ), out, err, session)
     process.stdout, process.stderr = ends.get("stdout"), ends.get("stderr")
     return process
 

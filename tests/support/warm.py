@@ -50,12 +50,13 @@ def can_fork(command: Sequence[str], environ: Mapping[str, str]) -> bool:
 class Server:
     """The process that forks, and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environ: str) -> None:
         self.socket, theirs = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
+            env=os.environ | environ,
         )
         theirs.close()
 
