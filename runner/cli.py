@@ -20,6 +20,7 @@ import runner
 from runner import experiments
 from runner.commands.bench import Bench
 from runner.commands.card import Card
+from runner.commands.compare import Compare
 from runner.commands.doctor import Doctor
 from runner.commands.engine import Engine
 from runner.commands.eval import Eval
@@ -31,6 +32,7 @@ from runner.commands.report import Report
 from runner.commands.show import Show
 from runner.commands.sync import Sync
 from runner.commands.train import Train
+from runner.commands.watch import Watch
 from runner.common.command_line import HELP, options_of, parse_with_tyro, parse_words, read_command
 from runner.common.console import OTHER_RANKS_ERROR_DELAY, run_command
 from runner.common.errors import UserError
@@ -39,11 +41,9 @@ from runner.config.recipe import SGD, Architecture, Recipe
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run
 
-COMMANDS: dict[str, Any] = {
-    kind.__name__.lower(): kind
-    for kind in (List, Show, Eval, Export, Parity, Engine, Bench, Predict, Report, Card, Sync, Doctor)
-}
-KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every")
+KINDS = (List, Show, Watch, Compare, Eval, Export, Parity, Engine, Bench, Predict, Report, Card, Sync, Doctor)
+COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in KINDS}
+KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every", "peak_tflops")
 ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."
 
 

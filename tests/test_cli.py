@@ -20,9 +20,10 @@ from runner.run.folder import Run
 from tests.support import archives
 from tests.support.processes import ROOT, TINY, clean_environment, module, python, runner
 
+GOLDEN_RUN = ROOT / "tests/golden/runs/soni-2/seed-0"
 COMMANDS = [
     *(f"runner {name}" for name in ("list", "show", "train", "eval", "export", "parity", "engine", "bench", "predict")),
-    *("runner report", "runner sync", "runner doctor"),
+    *("runner report", "runner sync", "runner doctor", "runner watch", "runner compare"),
     *("launch submit", "launch sweep", "launch agent", "launch.quickstart"),
     *("data_prep prepare", "data_prep verify"),
 ]
@@ -136,8 +137,9 @@ def test_the_list_above_has_every_command_of_the_runner() -> None:
     assert {f"runner {name}" for name in names} == {name for name in COMMANDS if name.startswith("runner ")}
 
 
-def test_help_and_lists_import_no_slow_packages() -> None:
+def test_help_and_lists_import_no_slow_packages(tmp_path: Path) -> None:
     """All in one new process; unlike a time limit, this does not depend on the machine."""
+    other = shutil.copytree(GOLDEN_RUN, tmp_path / "run")
     code = """
 import contextlib, io, sys
 from runner.cli import main
@@ -151,7 +153,10 @@ for command in sys.argv[1:]:
     assert len(output.getvalue().splitlines()) > 5, command
     assert not heavy & set(sys.modules), (command, heavy & set(sys.modules))
 """
-    done = python("-c", code, "--help", "train --help", "report --help", "sync --help", "doctor --help", "list")
+    done = python(
+        "-c", code, "--help", "train --help", "report --help", "sync --help", "doctor --help", "list",
+        f"watch {GOLDEN_RUN}", f"compare {GOLDEN_RUN} {other}",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
@@ -262,6 +267,20 @@ BAD = {
     ),
     "an empty name of a run": ("runner eval ", "'': expected a name or a path, found an empty one"),
     "an empty name of a dataset": ("data_prep verify ", "'': expected a name or a path, found an empty one"),
+    "steps in reverse": (
+        "runner train tiny --data {data} --runs {new} --profile-steps 3:2",
+        "--profile-steps 3:2: expected the first and the last step, counted from 1, such as 10:12",
+    ),
+    "step 0": ("runner train tiny --data {data} --runs {new} --profile-steps 0:2", "--profile-steps 0:2: expected"),
+    "a step": ("runner train tiny --data {data} --runs {new} --profile-steps 5", "--profile-steps 5: expected"),
+    "steps after the last": (
+        "runner train tiny --data {data} --runs {new} --max-steps 9 --profile-steps 8:10",
+        "--profile-steps 8:10: expected steps up to 9",
+    ),
+    "no peak": ("runner train tiny --data {data} --runs {new} --peak-tflops 0", "--peak-tflops 0"),
+    "nothing to watch": ("runner watch {empty}", "run.json"),
+    "nothing to compare with": ("runner compare {run}", "expected at least two runs, found 1"),
+    "no run to compare": ("runner compare {run} {empty}", "found none"),
     "nothing shown": ("runner show {empty}", "run.json"),
     "no archive": ("data_prep prepare --source {text} --out {new}", "not a complete tar or zip"),
     "wrong hash": ("data_prep prepare --source {official} --out {new}", "expected SHA-256"),

@@ -32,13 +32,13 @@ ALL = experiments.load()
 FIRST = {(e.architecture.factory, type(e.recipe.optimizer)): name for name, e in reversed(ALL.items())}.values()
 
 
-def resident(recipe: Recipe, split: str = "train") -> Callable[[torch.device], BatchStream]:
-    """Opens 60 images in memory."""
+def resident(recipe: Recipe, split: str = "train", count: int = 60) -> Callable[[torch.device], BatchStream]:
+    """Opens images in memory."""
     options = StreamOptions(
         (120.0,) * 3, (60.0,) * 3, recipe.batch_size, training=split == "train", augment=recipe.augment,
         resize=recipe.resize,
     )  # fmt: skip
-    images, labels = np.zeros((60, 32, 32, 3), np.uint8), np.zeros(60, np.int64)
+    images, labels = np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64)
     return lambda device: ResidentBatches(images, labels, replace(options, device=device))
 
 
@@ -94,6 +94,21 @@ def test_no_path_waits(path: str) -> None:
     assert not watch.waits
     assert watch.operators["triton"] == 1 + any(PATHS[path].augment.jitter)
     assert watch.operators.total() > 30
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_row_of_metrics_adds_the_norm_of_the_gradient_to_its_step(limit: float) -> None:
+    """Without a wait, and nothing where clipping has computed it; a step without a row has none of it."""
+    recipe = replace(RECIPE, clip_gradient=limit)
+    without, logged = (
+        watch_step(Tiny(norm=True), recipe, resident(recipe, count=steps * recipe.batch_size)) for steps in (3, 2)
+    )
+    parameters = len(list(Tiny(norm=True).parameters()))  # which is one operator on a GPU, for which fake ones are many
+    norm = {"aten.stack": 1, "aten.linalg_vector_norm": parameters + 1}
+    assert dict(logged.operators - without.operators) == ({} if limit else norm)
+    assert not without.operators - logged.operators
+    assert bool(limit) == ("aten.linalg_vector_norm" in without.operators)
+    assert not logged.waits
 
 
 def test_a_teacher_adds_no_waits() -> None:

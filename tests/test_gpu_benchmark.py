@@ -19,7 +19,7 @@ from data_prep import beton, manifest, sources
 from data_prep.sources import Source
 from runner import experiments
 from runner.benchmarks import tables
-from runner.benchmarks.gpu import correctness, profile, speed, tests
+from runner.benchmarks.gpu import correctness, speed, tests
 from runner.benchmarks.gpu.__main__ import SHARES, PartName
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
@@ -27,6 +27,7 @@ from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
 from runner.common.errors import UserError
 from runner.common.files import read
 from runner.system import environment
+from runner.training.profile import kind_of
 from tests.conftest import Once
 from tests.support.processes import Running, descendants_of, gone, module, start, wait_until
 
@@ -269,7 +270,7 @@ def test_one_experiment_of_each_architecture_is_measured() -> None:
     ],
 )
 def test_the_kind_of_a_kernel(kernel: str, kind: str) -> None:
-    assert profile.kind_of(kernel) == kind
+    assert kind_of(kernel) == kind
 
 
 def test_pytests_report_is_read() -> None:

@@ -145,3 +145,13 @@ def test_unit_rows_keep_the_norm() -> None:
     weight.grad = torch.randn_like(weight)
     muon.step()
     assert weight.norm().item() == pytest.approx(6**0.5)
+
+
+def test_groups_of_another_peak_have_a_learning_rate_of_their_own() -> None:
+    """Also where both are 0, as at the end of a schedule."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.2, 0.2, 0.4)]
+    optimizer = torch.optim.SGD(groups)
+    optim.set_lr(optimizer, Linear(), 50, 100)
+    assert optim.learning_rates(optimizer) == {"lr": 0.1, "lr_2": 0.2}
+    optim.set_lr(optimizer, Linear(), 100, 100)
+    assert optim.learning_rates(optimizer) == {"lr": 0.0, "lr_2": 0.0}

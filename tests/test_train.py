@@ -1,5 +1,6 @@
 """Training as a user starts it: real processes, real files."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -177,6 +178,8 @@ def test_a_last_partial_batch_weighs_every_image_alike(train: Train) -> None:
     assert [row.global_step for row in rows[0]] == [9, 18]
     one, three = ([(row.train_loss, row.train_accuracy) for row in part] for part in rows)
     np.testing.assert_allclose(three, one, rtol=1e-5)
+    norms = [[row.train_grad_norm for row in part] for part in rows]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)
 
 
 def test_bf16(train: Train) -> None:
@@ -191,6 +194,58 @@ def test_it_learns(source: Source, data: Path, train: Train) -> None:
     """A small network in two epochs: far above chance on real images and on synthetic ones."""
     accuracy = json.loads(train("tiny-wide", "--json", data=data).stdout)["test_accuracy"]
     assert accuracy > 0.45, f"{accuracy} on {source.name}, 2 epochs, seed 0"
+
+
+def test_steps_are_profiled_and_the_weights_are_the_same(tiny_run: Path, train: Train) -> None:
+    """Also over the end of an epoch, which has 8 steps; the evaluation between them is not a part of any step."""
+    trained = train("tiny", "--profile-steps", "8:9", "--peak-tflops", 0.002)
+    folder = trained.run.profile
+    assert f"profile: {folder / 'steps-8-9.json.gz'}" in trained.stderr.splitlines()
+    assert {path.name for path in folder.iterdir()} == {"steps-8-9.json.gz", "steps-8-9.png"}
+    assert (folder / "steps-8-9.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads(gzip.decompress((folder / "steps-8-9.json.gz").read_bytes()))["traceEvents"]
+    steps = {event["name"]: event for event in events if event.get("cat") == "user_annotation"}
+    assert {name for name in steps if name.startswith("step ")} == {"step 8", "step 9"}
+    for step in ("step 8", "step 9"):
+        start, end = steps[step]["ts"], steps[step]["ts"] + steps[step]["dur"]
+        names = [event["name"] for event in events if start <= event.get("ts", 0) < end]
+        assert names.count("aten::convolution_backward") == 2
+        assert names.count("aten::cross_entropy_loss") == 1
+    profiled = weights(trained.run.folder)
+    for name, tensor in weights(tiny_run).items():
+        np.testing.assert_array_equal(tensor, profiled[name])
+    macs = trained.run.config().macs
+    for row in read_metrics(trained.run):
+        if row.images_per_second is not None:
+            assert row.flops_utilization == pytest.approx(6 * macs * row.images_per_second / 2e9)
+    assert not Run(tiny_run).profile.exists()
+    assert not any(row.flops_utilization for row in read_metrics(Run(tiny_run)))
+
+
+@pytest.mark.every
+def test_a_resumed_run_profiles_the_steps_that_are_left(train: Train) -> None:
+    words = ("tiny", "--resume", "auto", "--checkpoint-every", 1)
+    run = train(*words, "--max-steps", 3).run
+    refused = train(*words, "--max-steps", 5, "--profile-steps", "2:3", expect=2)
+    assert "--profile-steps 2:3: expected steps after 3" in refused.stderr
+    assert not run.profile.exists()
+    train(*words, "--max-steps", 5, "--profile-steps", "3:5")
+    names = json.loads(gzip.decompress((run.profile / "steps-3-5.json.gz").read_bytes()))["traceEvents"]
+    assert {event["name"] for event in names if event["name"].startswith("step ")} == {"step 4", "step 5"}
+    before = (run.profile / "steps-3-5.json.gz").stat()
+    train(*words, "--max-steps", 6, "--profile-steps", "3:5")  # as a requeued job does: they are profiled already
+    assert (run.profile / "steps-3-5.json.gz").stat() == before
+
+
+@pytest.mark.every
+@pytest.mark.processes
+def test_the_first_of_two_ranks_is_profiled(train: Train) -> None:
+    trained = train("tiny", "--max-steps", 4, "--profile-steps", "2:3", "--peak-tflops", 0.001, ranks=2)
+    assert trained.stderr.count("profile: ") == 1
+    assert len(list(trained.run.profile.iterdir())) == 2
+    (row,) = [row for row in read_metrics(trained.run) if row.train_loss is not None]
+    peak = 2 * 0.001e12
+    assert row.flops_utilization == pytest.approx(6 * trained.run.config().macs * row.images_per_second / peak)
 
 
 @pytest.mark.gpu

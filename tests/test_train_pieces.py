@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,23 @@ from torch import nn
 
 from runner.common.errors import UserError
 from runner.common.files import write
-from runner.config.recipe import SGD, Adam, Architecture, Augment, Recipe, Step
+from runner.config.recipe import SGD, Adam, AdamW, Architecture, Augment, Linear, Muon, Recipe, Step
 from runner.config.train_config import TrainConfig
 from runner.data import Batches
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.data.resident import ResidentBatches
 from runner.models import norm
 from runner.run.folder import Run
-from runner.run.metrics import read_metrics
+from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import MetricRow
+from runner.system import cpu
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, augmented_views
 from runner.training.loop import Data, LoopHooks, TrainResult, micro_batches, train
 from runner.training.loss import make_loss
+from runner.training.meter import gradient_norm
 from runner.training.model import build_model, prunable
+from tests.support.compare import MEASURED
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
 
@@ -124,6 +129,85 @@ def test_the_gradient_is_clipped(trained) -> None:
         length = torch.cat([part.flatten() for part in change]).norm().item()
         assert length <= longest * 1.001
     assert length > 0.05 * 0.01
+
+
+def test_a_row_has_the_norm_of_the_last_steps_gradient(trained) -> None:
+    """Of plain SGD, the norm of the step divided by the rate; with a limit, the norm before it is clipped."""
+    for norms in ({"norm": False}, {"norm": True}):
+        one, two = (trained(norms, optimizer=SGD(0.05, momentum=0.0), max_steps=steps) for steps in (1, 2))
+        pairs = zip(two.model.parameters(), one.model.parameters(), strict=True)
+        expected = torch.cat([(b - a).flatten() for a, b in pairs]).norm().item() / 0.05
+        assert two.rows[0].train_grad_norm == pytest.approx(expected, rel=1e-3)
+    limited = trained(optimizer=SGD(0.05, momentum=0.0), max_steps=1, clip_gradient=0.01)
+    unlimited = trained(optimizer=SGD(0.05, momentum=0.0), max_steps=1)
+    assert limited.rows[0].train_grad_norm == unlimited.rows[0].train_grad_norm > 0.01
+
+
+def test_the_norm_is_computed_once_a_row(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at all where clipping computes it."""
+    calls, compute = [], nn.utils.get_total_norm
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda *tensors: calls.append(1) or compute(*tensors))
+    rows = [row for row in trained(epochs=6).rows if row.train_loss is not None]
+    assert [row.global_step for row in rows] == [8, 16, 20, 24, 32, 40, 48]
+    assert len(calls) == len(rows)
+    assert all(row.train_grad_norm > 0 for row in rows)
+    trained(clip_gradient=1.0)
+    assert len(calls) == len(rows)
+
+
+def test_the_norm_of_scaled_gradients_is_that_of_the_gradients() -> None:
+    model = nn.Linear(3, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model(torch.ones(1, 3)).sum().backward()
+    expected = gradient_norm(model, None)
+    model.zero_grad()
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    assert gradient_norm(model, scaler).item() == pytest.approx(expected.item())
+
+
+def test_every_group_of_another_learning_rate_is_logged(trained) -> None:
+    rows = trained(optimizer=Muon(0.1, other_lr=0.02), schedule=Linear()).rows
+    assert [(row.lr, row.lr_1) for row in rows if row.train_loss is not None] == [
+        (pytest.approx(rate * left), pytest.approx(other * left))
+        for rate, other, left in ((0.1, 0.02, 9 / 16), (0.1, 0.02, 1 / 16))
+    ]
+    assert b'"lr/1":' in encode_row(rows[0])
+    assert all(row.lr_1 is None for row in trained(optimizer=AdamW(0.1)).rows)
+
+
+@pytest.mark.parametrize("slow", ["data", "compute"])
+def test_the_time_of_a_step_is_that_of_its_batch_and_the_rest(slow: str, trained, monkeypatch) -> None:
+    read, forward = ResidentBatches.read, Tiny.forward
+
+    def slow_read(self: ResidentBatches, samples: np.ndarray, sizes: list[int]) -> Any:
+        for batch in read(self, samples, sizes):
+            time.sleep(0.05)
+            yield batch
+
+    def slow_forward(self: Tiny, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return forward(self, images)
+
+    if slow == "data":
+        monkeypatch.setattr(ResidentBatches, "read", slow_read)
+    else:
+        monkeypatch.setattr(Tiny, "forward", slow_forward)
+    rows = [row for row in trained().rows if row.train_loss is not None]
+    assert len(rows) == 2
+    for row in rows:
+        assert getattr(row, f"{slow}_seconds") >= 0.05
+        assert min(row.data_seconds, row.compute_seconds) > 0
+        assert row.data_seconds + row.compute_seconds == pytest.approx(60 / row.images_per_second)
+
+
+def test_the_peak_of_memory_stays() -> None:
+    before = cpu.peak_memory()
+    large = np.ones(2**25)  # 256 MiB
+    peak = cpu.peak_memory()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert peak >= max(before, resident) >= large.nbytes
+    del large
+    assert cpu.peak_memory() >= peak
 
 
 def test_the_best_epoch_is_chosen_on_validation_images(trained) -> None:
@@ -371,5 +455,6 @@ def test_ranks_accumulate_average_and_clip_like_one(train) -> None:
     runs = [train("tiny", "--name", f"on-{ranks}", *words, ranks=ranks).run for ranks in (1, 2)]
     for one, two in zip(*map(read_metrics, runs), strict=True):
         of_one, of_two = (msgspec.to_builtins(row) for row in (one, two))
-        for key in of_one.keys() - {"images_per_second"}:
+        assert of_two.keys() == of_one.keys()
+        for key in of_one.keys() - {*MEASURED}:
             assert of_two[key] == pytest.approx(of_one[key], rel=2e-4), key

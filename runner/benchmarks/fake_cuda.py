@@ -215,6 +215,8 @@ def watch_step(
 ) -> Watch:
     """Watches the second step of training; the first creates the optimizer's state.
 
+    A row of metrics follows the step only if it is the last of the epoch.
+
     Args:
         model: a model on the CPU (see `runner.training.model`); it is modified.
         recipe: how it is trained; `compile` must be "none".

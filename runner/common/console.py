@@ -14,6 +14,7 @@ from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
 from runner.common.text import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 EXIT_BAD_INPUT = 2
@@ -177,16 +178,23 @@ def new_table(*titles: str, title: str | None = None) -> "Table":
     return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
 
 
+def output_console() -> "Console":
+    """Returns a console for standard output at the width of the terminal, or in 80 columns through a pipe.
+
+    It shows text as it is, because names and messages from elsewhere may contain [...], which markup would remove.
+    """
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 80, markup=False, emoji=False)
+
+
 def print_table(table: "Table") -> None:
-    """Prints a table at the width of the terminal, or in 80 columns through a pipe.
+    """Prints a table; see `output_console` for its width.
 
     The first column, which names the row, is not wrapped, so that it can be copied, unless a name is longer than
     LONGEST_NAME or leaves too little room for the other columns.
     """
-    from rich.console import Console
-
-    # Not markup, because cells hold names and messages from elsewhere, in which [...] would vanish.
-    console = Console(width=None if sys.stdout.isatty() else 80, markup=False, emoji=False)
+    console = output_console()
     name = table.columns[0]
     name.no_wrap = all(len(str(cell)) <= min(LONGEST_NAME, console.width - 20) for cell in name.cells)
     console.print(table)

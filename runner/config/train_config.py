@@ -15,7 +15,9 @@ from runner.config.recipe import Architecture, Count, Experiment, NonNegative, R
 from runner.config.trust import TrustedCode
 
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+Tflops = Annotated[float, Meta(gt=0, le=1e6)]
 Device = Literal["auto", "cuda", "cpu"]
+STEP_RANGE = re.compile(r"([1-9]\d{0,9}):([1-9]\d{0,9})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -92,6 +94,12 @@ class TrainConfig:
     deterministic: Flag = False
     """Use deterministic kernels, so that two runs on one GPU are bit-identical; an operation without one raises an
     error. CPU kernels are always deterministic."""
+    peak_tflops: Tflops | None = None
+    """Peak of one device in the precision of training, in 10^12 FLOPs per second, from its data sheet or measured; the
+    metrics then contain `flops_utilization`, the fraction of it that the model's arithmetic takes."""
+    profile_steps: str | None = None
+    """Profile the optimizer steps A:B of every run on the first rank, counted from 1, both included; writes a trace for
+    Perfetto or chrome://tracing, and a picture of the shares of kernels, to `profile` in the run folder."""
 
     @property
     def code(self) -> TrustedCode:
@@ -127,6 +135,19 @@ class TrainConfig:
         if len(self.all_seeds) == 1:
             return {self.all_seeds[0]: self.name}
         return {seed: f"{self.name}-seed-{seed}" for seed in self.all_seeds}
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and last step to profile. Raises UserError if --profile-steps is not a range of steps."""
+        if self.profile_steps is None:
+            return None
+        match = STEP_RANGE.fullmatch(self.profile_steps)
+        if match is None or int(match[1]) > int(match[2]):
+            raise UserError(
+                f"--profile-steps {self.profile_steps}: expected the first and the last step, counted from 1, such as "
+                "10:12"
+            )
+        return int(match[1]), int(match[2])
 
     def check(self) -> Experiment:
         """Checks all options and returns the registered experiment, without overrides.
@@ -164,6 +185,7 @@ class TrainConfig:
             raise UserError("--resume-anyway: expected with --resume auto or --resume PATH, found none")
         if self.trust and self.resume == "never" and self.teacher is None and self.start_from is None:
             raise UserError("--trust: expected with --resume, --teacher or --start-from, whose models it permits")
+        _ = self.profiled_steps
         if self.workers != 1 and self.loader == "resident":
             raise UserError(f"--workers {self.workers}: expected with --loader streaming, found resident")
         for option, path in (("--data", self.data), ("--runs", self.runs)):

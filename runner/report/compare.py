@@ -238,6 +238,21 @@ def setting_text(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
+def setting_differences(records: list[RunRecord]) -> dict[str, list[Any]]:
+    """Returns the settings in which runs differ, by dotted name: the value of each run, None where it has none."""
+    settings = [flatten(_configuration(record)) for record in records]
+    names = sorted({name for other in settings for name in differences(settings[0], other)})
+    return {name: [one.get(name) for one in settings] for name in names}
+
+
+def _configuration(record: RunRecord) -> dict[str, Any]:
+    """Returns what defines a training, its seed, and the software and hardware that trained it."""
+    config = record.config
+    names = ("seed", "device", "loader", "threads", "deterministic", "hardware", "versions", "git")
+    dataset = {"name": config.dataset.name, "fingerprint": config.dataset.fingerprint}
+    return _training(record) | {name: getattr(config, name) for name in names} | {"dataset": dataset}
+
+
 def group_by_training(records: list[RunRecord]) -> list[list[RunRecord]]:
     """Groups finished runs by everything but the seed."""
     groups: dict[bytes, list[RunRecord]] = {}

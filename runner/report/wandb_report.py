@@ -11,6 +11,15 @@ from runner.report import markdown
 from runner.report.run_record import RunRecord, format_counts
 
 TITLE = "Architectures compared"
+CURVES: dict[str, list[Any]] = {
+    **{metric: [metric] for metric in ("train/loss", "test/loss", "train/accuracy", "test/accuracy")},
+    "norm of the gradient": ["train/grad_norm"],
+    "learning rate": ["lr", "lr/1"],
+    "images per second": ["images_per_second"],
+    "seconds per step": ["data_seconds", "compute_seconds"],
+    "peak memory, GB": ["memory_gb"],
+    "FLOPs utilization": ["flops_utilization"],
+}
 METHOD = """\
 - Accuracy is measured after the last epoch on the whole test set, each image once; `test_accuracy_augmented` uses
   test-time augmentation. "Reproduced" is measured as in the paper: on the same split, after the same epoch.
@@ -126,12 +135,12 @@ def _cost_panels() -> list[Any]:
 
 
 def _curve_panels() -> list[Any]:
-    """Builds panels of training and test loss and accuracy, in two columns."""
+    """Builds panels of loss, accuracy, gradient, learning rate and speed, in two columns."""
     import wandb_workspaces.reports.v2 as wr
 
     return [
-        wr.LinePlot(title=metric, x="global_step", y=[metric], layout=wr.Layout(12 * (i % 2), 8 * (i // 2), 12, 8))
-        for i, metric in enumerate(("train/loss", "test/loss", "train/accuracy", "test/accuracy"))
+        wr.LinePlot(title=title, x="global_step", y=metrics, layout=wr.Layout(12 * (i % 2), 8 * (i // 2), 12, 8))
+        for i, (title, metrics) in enumerate(CURVES.items())
     ]
 
 

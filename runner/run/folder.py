@@ -7,6 +7,7 @@ ended.json       why the last attempt ended early, if it did
 predictions.npz  logits (N, classes) and labels (N,) of the test images after training
 checkpoints/     step-N/: weights, and a manifest with their hash
 figures/         pictures of this run
+profile/         a trace of some steps, and a picture of it, with --profile-steps
 deploy/          ONNX files, engines, parity report, latencies
 wandb/           W&B's own files
 lock             held by the process that trains
@@ -99,6 +100,11 @@ class Run:
     def figures(self) -> Path:
         """Path of the folder of figures."""
         return self.folder / "figures"
+
+    @property
+    def profile(self) -> Path:
+        """Path of the folder of profiles."""
+        return self.folder / "profile"
 
     @property
     def mistakes(self) -> Path:

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from typing import TypedDict
+from collections.abc import Iterable
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -35,6 +36,11 @@ def read_metrics(run: Run) -> list[MetricRow]:
                 break
             raise UserError(f"{run.metrics}: line {number}: damaged ({error}); remove the line") from None
     return rows
+
+
+def latest_metrics(rows: Iterable[MetricRow]) -> dict[str, Any]:
+    """Returns the latest value of each metric, by its name in MetricRow."""
+    return {name: value for row in rows for name, value in msgspec.structs.asdict(row).items() if value is not None}
 
 
 class MetricsChecksum(TypedDict):

@@ -241,7 +241,7 @@ METRICS = {
     f"{split}_{name}": f"{split}/{name}"
     for split in ("train", "train_epoch", "validation", "test")
     for name in ("loss", "accuracy")
-}
+} | {"train_grad_norm": "train/grad_norm", "lr_1": "lr/1"}
 
 
 class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
@@ -250,9 +250,21 @@ class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
     global_step: int
     epoch: float
     lr: float | None = None
+    lr_1: float | None = None
+    """Learning rate of the second group of parameters, if it has another peak than the first (Muon)."""
     train_loss: float | None = None
     train_accuracy: float | None = None
+    train_grad_norm: float | None = None
+    """Norm of the gradient of the last step, before it is clipped."""
     images_per_second: float | None = None
+    data_seconds: float | None = None
+    """Mean time per step that the first rank waits for a batch; on a GPU, until its kernels are launched."""
+    compute_seconds: float | None = None
+    """Mean time per step of everything else."""
+    memory_gb: float | None = None
+    """Peak memory of the first rank since its process started, in 10^9 bytes: of the GPU, or else of the process."""
+    flops_utilization: float | None = None
+    """Fraction of --peak-tflops that the model's arithmetic takes; see `flops_utilization` in training/meter.py."""
     train_epoch_loss: float | None = None
     train_epoch_accuracy: float | None = None
     validation_loss: float | None = None

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from runner.system.environment import usable_cores
@@ -49,6 +50,15 @@ def sync_numba_num_threads() -> int:
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of memory that this process has had at a time.
+
+    Unlike getrusage, which may report the memory of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def prepare(processes: int = 1) -> None:

@@ -5,9 +5,10 @@ The Accelerator handles ranks and precision; the batches give every rank its sli
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from runner.run.schema import MetricRow
 from runner.training import checkpoint, optim
 from runner.training.evaluate import Evaluation, Views, evaluate
 from runner.training.loss import Loss, make_loss
-from runner.training.meter import LOG_EVERY, Meter, require_finite
+from runner.training.meter import LOG_EVERY, Meter, gradient_norm, require_finite
 from runner.training.model import masked_state_dict
 from runner.training.state import TrainState, rebuild_ddp_buckets, to_cpu
 
@@ -53,6 +54,29 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a training: in an epoch, in all epochs of the recipe, and the last that is trained."""
+
+    per_epoch: int
+    total: int
+    last: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, train: Sized, max_steps: int | None) -> "Steps":
+        """Counts the steps; `train` are the batches of an epoch, and `max_steps` may end the training earlier."""
+        total = recipe.epochs * len(train)
+        return cls(len(train), total, min(total, max_steps or total))
+
+    def end_epoch(self, step: int) -> bool:
+        """Returns whether an epoch ends with this step, counted from 1, or the training within the epoch."""
+        return step == self.last or step % self.per_epoch == 0
+
+    def are_logged(self, step: int) -> bool:
+        """Returns whether a row of metrics follows this step."""
+        return step % LOG_EVERY == 0 or self.end_epoch(step)
+
+
+@dataclass(frozen=True)
 class LoopHooks:
     """How a run is checkpointed, stopped and resumed.
 
@@ -64,6 +88,8 @@ class LoopHooks:
         resume: the state of the checkpoint to resume from; None for a new run.
         should_stop: returns whether this rank was asked to stop.
         heartbeat: called after every step and every evaluated batch.
+        before_step, after_step: called with the number of the optimizer step, counted from 1, before its batch is read
+            and after the weights are updated.
     """
 
     checkpoint_every: int | None = None
@@ -72,6 +98,8 @@ class LoopHooks:
     resume: dict[str, Any] | None = None
     should_stop: Callable[[], bool] = lambda: False
     heartbeat: Callable[[], None] = lambda: None
+    before_step: Callable[[int], None] = lambda step: None
+    after_step: Callable[[int], None] = lambda step: None
 
     def checkpoint_due(self, step: int) -> bool:
         """Returns whether `checkpoint_every` requires a checkpoint after `step` steps."""
@@ -189,23 +217,19 @@ def train(
     state = TrainState(model, recipe, accelerator)
     loss_fn = make_loss(recipe, teacher, accelerator.autocast)
     torch.manual_seed(rank_seed(seed, accelerator.process_index))  # dropout differs between ranks
-    steps_per_epoch = len(data.train)
-    total_steps = recipe.epochs * steps_per_epoch
-    last_step = min(total_steps, max_steps or total_steps)
+    steps = Steps.of(recipe, data.train, max_steps)
     if hooks.resume is not None:
         rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
         state.load_state_dict(hooks.resume)
 
     def evaluate_splits(splits: dict[str, Batches], evaluated: bool, views: Views = "none") -> dict[str, Evaluation]:
-        def stop_if_asked(batch: int) -> None:
-            checkpoints.stop_in_evaluation(state, batch, evaluated)
-
-        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat,
-                                     stop_if_asked)
+        stop = partial(checkpoints.stop_in_evaluation, state, evaluated=evaluated)
+        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat, stop)
                 for name, split in splits.items()}  # fmt: skip
 
-    def log_window(lr: float) -> None:
-        log(replace(row_at(state, steps_per_epoch), lr=lr, **state.meter.window(state.step)))
+    def log_window() -> None:
+        rates = optim.learning_rates(state.optimizer)
+        log(replace(row_at(state, steps.per_epoch), **rates, **state.meter.window(state.step)))
 
     def end_epoch(evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
         if not averaged:  # twice could change the last bit
@@ -213,7 +237,7 @@ def train(
         evaluations = evaluate_splits(data.evaluated, evaluated=False) if evaluate_now else {}
         for split, evaluation in evaluations.items():
             require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
-        row = replace(row_at(state, steps_per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
+        row = replace(row_at(state, steps.per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
         log(row)
         if evaluate_now:
             state.best = max(state.best or row, row, key=selection_accuracy)
@@ -222,43 +246,44 @@ def train(
 
     evaluations: dict[str, Evaluation] = {}
     with (
-        Checkpoints(run, hooks, accelerator, last_step) as checkpoints,
-        progress("train", last_step, shown=accelerator.is_main_process) as advance,
+        Checkpoints(run, hooks, accelerator, steps.last) as checkpoints,
+        progress("train", steps.last, shown=accelerator.is_main_process) as advance,
     ):
         advance(state.step)
         if hooks.resume and hooks.resume.get("evaluating"):  # stopped during the evaluation of this step
             evaluations = end_epoch(True, averaged=True)
-        while state.step < last_step:
-            epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
-            if step_of_epoch == 0:
+        while state.step < steps.last:
+            epoch, start = divmod(state.step, steps.per_epoch)
+            if start == 0:
                 state.meter = Meter(accelerator)
             state.ddp.train()
-            for images, targets in data.train.epoch(epoch, step_of_epoch):
-                lr = optim.set_lr(state.optimizer, recipe.schedule, state.step, total_steps)
-                train_step(state, images, targets, data.train.size_of(state.step % steps_per_epoch), loss_fn, recipe)
+            for batch in state.meter.timed(data.train.epoch(epoch, start), state.step + 1, hooks.before_step):
+                optim.set_lr(state.optimizer, recipe.schedule, state.step, steps.total)
+                size, logged = data.train.size_of(state.step % steps.per_epoch), steps.are_logged(state.step + 1)
+                train_step(state, *batch, size, loss_fn, recipe, logged or hooks.checkpoint_due(state.step + 1))
                 advance(1)
                 hooks.heartbeat()
-                epoch_ends = state.step == last_step or state.step % steps_per_epoch == 0
-                if epoch_ends or state.step % LOG_EVERY == 0:
-                    log_window(lr)
-                if epoch_ends:
+                hooks.after_step(state.step)
+                if logged:
+                    log_window()
+                if steps.end_epoch(state.step):
                     break
                 checkpoints.save_or_stop(state)
-            evaluations = end_epoch(state.step == last_step or (epoch + 1) % hooks.evaluate_every == 0)
+            evaluations = end_epoch(state.step == steps.last or (epoch + 1) % hooks.evaluate_every == 0)
         if not evaluations:  # resumed at the last step, which may have been within an epoch of the interrupted run
             if hooks.resume and hooks.resume.get("evaluated", True):
                 evaluations = evaluate_splits(data.evaluated, evaluated=True)
-                state.best = state.best or replace(row_at(state, steps_per_epoch), **metrics_of(evaluations))
+                state.best = state.best or replace(row_at(state, steps.per_epoch), **metrics_of(evaluations))
             else:
                 if state.meter.pending():
-                    log_window(optim.set_lr(state.optimizer, recipe.schedule, state.step - 1, total_steps))
+                    log_window()
                 evaluations = end_epoch(True)
         # Before the end of the block, which waits for the last checkpoint.
         views = recipe.test_augmentation
         augmented = evaluate_splits({"test": data.test}, evaluated=True, views=views) if views != "none" else {}
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
-                       state.step / steps_per_epoch, state.best)  # fmt: skip
+                       state.step / steps.per_epoch, state.best)  # fmt: skip
 
 
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
@@ -267,9 +292,19 @@ def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
 
 
 def train_step(
-    state: TrainState, images: torch.Tensor, targets: torch.Tensor, batch_size: int, loss_fn: Loss, recipe: Recipe
+    state: TrainState,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    batch_size: int,
+    loss_fn: Loss,
+    recipe: Recipe,
+    keep_norm: bool,
 ) -> None:
-    """One optimizer step on this rank's slice of a global batch: images (n, 3, H, W), targets (n,) or (n, classes)."""
+    """One optimizer step on this rank's slice of a global batch: images (n, 3, H, W), targets (n,) or (n, classes).
+
+    `keep_norm` says whether the meter needs the norm of the gradient: for a row of metrics, or for a checkpoint, where
+    a resumed run may end.
+    """
     accelerator = state.accelerator
     ranks = accelerator.num_processes
     count = min(recipe.accumulate, batch_size // ranks)  # the same on all ranks
@@ -281,7 +316,9 @@ def train_step(
             accelerator.backward(loss * len(micro_targets) * (ranks / batch_size))
         state.meter.add(loss, logits, micro_targets)
     if recipe.clip_gradient:
-        accelerator.clip_grad_norm_(state.model.parameters(), recipe.clip_gradient)
+        state.meter.grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), recipe.clip_gradient)
+    elif keep_norm:
+        state.meter.grad_norm = gradient_norm(state.model, accelerator.scaler)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1

@@ -189,6 +189,13 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, step
     return optimizer.param_groups[0]["lr"]
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Returns the learning rate of the first group, and of groups with another peak, by their names in MetricRow."""
+    first, *others = optimizer.param_groups
+    differing = {f"lr_{k}": group["lr"] for k, group in enumerate(others, 1) if group["peak_lr"] != first["peak_lr"]}
+    return {"lr": first["lr"]} | differing
+
+
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     """Returns the learning rate of an optimizer step, as a fraction of its peak.
 

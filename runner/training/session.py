@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +41,10 @@ from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import Data, LoopHooks, StoppedError, TrainResult, any_rank_stops, train
-from runner.training.meter import DivergedError
+from runner.training.loop import Data, LoopHooks, Steps, StoppedError, TrainResult, any_rank_stops, train
+from runner.training.meter import DivergedError, flops_utilization
 from runner.training.model import build_model
+from runner.training.profile import StepProfiler
 from runner.training.progress import EpochPrinter
 
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
@@ -146,6 +147,9 @@ def _run_training(
     prepare_device(config, launch, rank_info.device, environ)
     manifest = open_manifest(config.data)
     streams = open_streams(config, manifest, rank_info)
+    steps = Steps.of(config.recipe, streams["train"], config.max_steps)
+    if (profiled := config.profiled_steps) and profiled[1] > steps.last:
+        raise UserError(f"--profile-steps {config.profile_steps}: expected steps up to {steps.last}, the last one")
     teacher = load_teacher(config, manifest) if config.teacher else None
     # Build the first model now, so that unusable weights are refused before anything is written.
     first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
@@ -241,17 +245,17 @@ class SeedRun:
         self, session: Session, run: Run, seed: int, run_config: RunConfig, state: dict[str, Any] | None
     ) -> None:
         self.session, self.run, self.seed, self.run_config, self.state = session, run, seed, run_config, state
-        total_steps = session.config.recipe.epochs * len(session.streams["train"])
-        self.last_step = min(total_steps, session.config.max_steps or total_steps)
+        self.steps = Steps.of(session.config.recipe, session.streams["train"], session.config.max_steps)
         given = session.config.resume not in ("auto", "never")
         older = given and not checkpoint.is_newest(
             run, Path(session.config.resume)
         )  # which the results would not be of
-        if state and (state["step"] > self.last_step or (older and state["step"] == self.last_step)):
+        if state and (state["step"] > self.steps.last or (older and state["step"] == self.steps.last)):
             raise UserError(
-                f"{run.folder}: expected to continue from step {state['step']}, found an end at step {self.last_step}; "
-                "raise --max-steps or --recipe.epochs"
+                f"{run.folder}: expected to continue from step {state['step']}, found an end at step "
+                f"{self.steps.last}; raise --max-steps or --recipe.epochs"
             )
+        self.profiler = self.make_profiler()
         self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
         self.look_again = 0.0  # when stop files are looked up next
         self.tracker: RunTracker | None = None
@@ -279,6 +283,9 @@ class SeedRun:
                     config.checkpoint_every, config.checkpoint_seconds, config.evaluate_every, self.state,
                     self.should_stop, alive,
                 )  # fmt: skip
+                if self.profiler is not None:
+                    profiler = self.profiler
+                    hooks = replace(hooks, before_step=profiler.before_step, after_step=profiler.after_step)
                 self.result = train(
                     model, config.recipe, data, accelerator, self.run, self.seed, config.max_steps, session.teacher,
                     log, hooks,
@@ -286,6 +293,26 @@ class SeedRun:
         except Exception as error:
             self.handle_failure(error)
             raise
+
+    def make_profiler(self) -> StepProfiler | None:
+        """Returns the profiler of --profile-steps, which runs on rank 0 and in the first attempt that trains the steps.
+
+        Raises:
+            UserError: the run resumes after the steps, which no earlier attempt has profiled.
+        """
+        config = self.session.config
+        if config.profiled_steps is None or not self.session.accelerator.is_main_process:
+            return None
+        profiler = StepProfiler(self.run.profile, self.run_config.name, *config.profiled_steps)
+        start = self.state["step"] if self.state else 0
+        if profiler.trace.is_file() and start >= profiler.first:
+            return None
+        if start >= profiler.last:
+            raise UserError(
+                f"--profile-steps {config.profile_steps}: expected steps after {start}, from which {self.run.folder} "
+                "resumes; choose others, or leave it out"
+            )
+        return profiler
 
     def should_stop(self) -> bool:
         """Returns whether this rank received a stop signal, or, on the first rank of a node, a stop file exists.
@@ -310,7 +337,7 @@ class SeedRun:
         if not truncate_metrics(self.run, step, checksum, allow_missing=self.session.config.resume_anyway):
             # W&B knows a row by its index in the file, so the rows that follow need another W&B run.
             self.run_config = msgspec.structs.replace(self.run_config, wandb_id=secrets.token_hex(4))
-        if step < self.last_step or any(entry.changed for entry in self.run_config.resumed[-1:]):
+        if step < self.steps.last or any(entry.changed for entry in self.run_config.resumed[-1:]):
             # Delete the summary first, so that it never exists beside the run.json of another training.
             remove(self.run.summary)
         write(self.run.record, self.run_config)
@@ -319,11 +346,15 @@ class SeedRun:
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
         """Prints the run folder and tracker status; returns a function that logs rows and prints those of epochs."""
+        config, macs, peak = self.run_config, self.run_config.macs, self.session.config.peak_tflops
         print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
         start_step = self.state["step"] if self.state else 0
-        printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.last_step)
+        printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.steps.last)
 
         def log(row: MetricRow) -> None:
+            if row.images_per_second and macs and peak:
+                utilization = flops_utilization(row.images_per_second, macs, config.world_size, peak)
+                row = msgspec.structs.replace(row, flops_utilization=utilization)
             tracker.log(row)
             printer.log(row)
 

@@ -103,7 +103,7 @@ class TrainState:
             sums = ranks[rank]["meter"]
         else:  # rank 0 takes the sums of all ranks since the last row
             sums = _sum_meters([entry["meter"] for entry in ranks]) if rank == 0 else {}
-        self.meter = Meter(self.accelerator, sums)
+        self.meter = Meter(self.accelerator, sums | {"grad_norm": ranks[0]["meter"].get("grad_norm")})
         set_rng_state(source["generators"], self.accelerator.device)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:

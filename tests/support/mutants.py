@@ -30,7 +30,7 @@ MODULES = {
     "runner/data/mixing.py": f"{STREAM} or mixed or mixup or union_over_ranks and resident'",
     "runner/data/order.py": f"{STREAM}'",
     "runner/deploy/parity.py": "tests/test_deploy.py -k 'gate or parity or refused or current'",
-    "runner/report/compare.py": "tests/test_report.py",
+    "runner/report/compare.py": "tests/test_report.py tests/test_watch.py",
     "runner/training/checkpoint.py": "tests/test_checkpoint.py tests/test_resume.py",
     "runner/training/evaluate.py": "tests/test_evaluate.py tests/test_train_pieces.py",
     "runner/training/optim.py": "tests/test_optim.py",
