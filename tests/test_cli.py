@@ -237,6 +237,23 @@ BAD = {
         "runner train tiny --data {data} --runs {new} --recipe.augment.cutout 33",
         "--recipe.augment.cutout 33: expected at most the images' side of 32",
     ),
+    "magnitude of no policy": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.policy trivial "
+        "--recipe.augment.rand-magnitude 5",
+        "--recipe.augment.rand-magnitude 5: expected with --recipe.augment.policy rand, found trivial",
+    ),
+    "operations of no policy": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.rand-ops 3",
+        "--recipe.augment.rand-ops 3: expected with --recipe.augment.policy rand, found none",
+    ),
+    "magnitude beyond the last": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.policy rand --recipe.augment.rand-magnitude 31",
+        "--recipe.augment.rand-magnitude 31: expected an integer <= 30",
+    ),
+    "more repeats than a batch": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.repeats 61",
+        "--recipe.augment.repeats 61: expected at most the batch size of 60",
+    ),
     "a file with data to stop": (
         "runner train tiny --data {data} --runs {new} --stop-file {text}",
         "holds data, and would be removed",

@@ -65,7 +65,10 @@ PATHS = {
     "plain": replace(RECIPE, augment=Augment()),
     "reflected": replace(RECIPE, augment=Augment(crop_padding=4, crop_fill="reflect", flip="alternating")),
     "jitter": replace(RECIPE, augment=Augment(crop_padding=4, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)),
+    "RandAugment": replace(RECIPE, augment=Augment(policy="rand", rand_ops=3)),
+    "TrivialAugment": replace(RECIPE, augment=Augment(policy="trivial", repeats=2)),
     "cutout": replace(RECIPE, augment=Augment(cutout=8)),
+    "erasing": replace(RECIPE, augment=Augment(erase=0.5)),
     "mixup": replace(RECIPE, augment=Augment(mixup=0.2)),
     "cutmix": replace(RECIPE, augment=Augment(cutmix=1.0), label_smoothing=0.1),
     "resized": replace(RECIPE, resize=40),
@@ -76,8 +79,8 @@ PATHS = {
     "everything": replace(
         RECIPE, ema=0.9, accumulate=2, clip_gradient=1.0, resize=40, label_smoothing=0.1, optimizer=AdamW(0.1),
         augment=Augment(
-            crop_padding=4, crop_fill="reflect", flip="random", brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1,
-            cutout=8, mixup=0.2, cutmix=1.0,
+            crop_padding=4, crop_fill="reflect", flip="random", policy="rand", brightness=0.4, contrast=0.3,
+            saturation=0.2, hue=0.1, cutout=8, erase=0.5, mixup=0.2, cutmix=1.0, repeats=2,
         ),
     ),
     "Adam": replace(RECIPE, optimizer=Adam(0.1)),

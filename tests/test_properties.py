@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from runner import experiments
 from runner.common.files import write
-from runner.config.recipe import SGD, Architecture, Constant, Cosine, Linear, OneCycle, Recipe, Schedule, Step
+from runner.config.recipe import SGD, Architecture, Augment, Constant, Cosine, Linear, OneCycle, Recipe, Schedule, Step
+from runner.data import order
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.data.resident import ResidentBatches
 from runner.data.stream import StreamOptions
@@ -76,6 +77,37 @@ def test_the_ranks_slices_partition_the_epoch(
         assert [targets.tolist() for _, targets in stream.epoch(epoch, first)] == whole[first:]
 
 
+@given(
+    images=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 4), repeats=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000),
+)  # fmt: skip
+@FEW
+def test_repeated_augmentation_shows_few_images_several_times(
+    images: int, batch: int, world: int, repeats: int, seed: int, epoch: int
+) -> None:
+    """The first images of the epoch's order, each several times in one batch; the ranks' slices form the same epoch."""
+    options = StreamOptions(
+        (0.0,) * 3, (1.0,) * 3, batch, 0, world, training=True, image_size=(1, 1), seed=seed,
+        augment=Augment(repeats=repeats),
+    )  # fmt: skip
+    labels, pixels = np.arange(images), np.zeros((images, 1, 1, 3), np.uint8)
+    ranks = [ResidentBatches(pixels, labels, replace(options, rank=rank)) for rank in range(world)]
+    parts = zip(*([targets.tolist() for _, targets in stream.epoch(epoch)] for stream in ranks), strict=True)
+    batches = [[sample for part in step for sample in part] for step in parts]
+    shown = [sample for one in batches for sample in one]
+    counts = np.bincount(shown, minlength=images)
+    assert len(shown) == images
+    first = order.epoch_order(images, seed, epoch)
+    assert counts[first].tolist() == np.clip(images - repeats * np.arange(images), 0, repeats).tolist()
+    for one in batches:
+        if batch % repeats == 0 and len(one) == batch:  # all copies, and neighbors differ
+            assert {one.count(sample) for sample in one} == {repeats}
+            assert batch == repeats or all(a != b for a, b in pairwise([one[-1], *one]))
+    slots = ranks[0].slots
+    assert np.array_equal(first[slots // repeats], shown)
+    assert len({*zip(shown, (slots % repeats).tolist(), strict=True)}) == images  # no copy is shown twice
+
+
 SCHEDULES = st.one_of(
     st.builds(Constant, warmup=FRACTION),
     st.builds(
@@ -112,7 +144,8 @@ def test_a_schedule_stays_within_its_bounds_and_has_no_jumps(schedule: Schedule,
 def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp_path: Path, ema: float) -> None:
     """In this process; killed processes and several ranks are in test_resume.py."""
     prepared = open_manifest(small_data)
-    recipe = Recipe(3, 90, SGD(0.05), ema=ema, schedule=Cosine(), drop_last=False)
+    augment = Augment(policy="rand", erase=0.3, repeats=3)
+    recipe = Recipe(3, 90, SGD(0.05), ema=ema, schedule=Cosine(), drop_last=False, augment=augment)
     splits = {s: open_split(small_data, prepared, s, recipe, RankInfo(torch.device("cpu"))) for s in ("train", "test")}
     architecture = Architecture("tests.support.models.tiny:Tiny", {"norm": True, "dropout": 0.2})
     data = Data(splits["train"], splits["test"], None, 10)

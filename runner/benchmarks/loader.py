@@ -8,6 +8,9 @@ once, before that; it does not include opening the loaders, which for resident b
 split, but it includes FFCV's compilation.
 
     python -m runner.benchmarks.loader --data data/cifar10 --json loader.json
+
+With --rand-augment, all of them also apply RandAugment with torchvision's defaults, except for FFCV's own Loader, which
+is left out because it has no RandAugment.
 """
 
 import time
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ from runner.system import cpu
 from runner.system.environment import usable_cores
 
 GOALS = {"ratio_resident_to_torchvision": "≥ 50", "ratio_resident_to_ffcv": "≥ 8"}
+RAND_AUGMENT_GOALS = {"ratio_resident_to_torchvision": "≥ 10"}
 PADDING = 4
 LoaderFn = Callable[[int], Iterator[Any]]  # iterates over the batches of an epoch, given its number if that matters
 
@@ -49,6 +53,8 @@ class LoaderBenchmark:
     """Number of measurements per loader."""
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
+    rand_augment: bool = False
+    """Also apply RandAugment, and compare with torch's DataLoader only."""
 
     def __call__(self) -> None:
         cpu.prepare()
@@ -59,16 +65,19 @@ class LoaderBenchmark:
         first_batch = {
             f"ratio_first_batch_{name}_to_ffcv": measure.spread([seconds[name] / seconds["ffcv"]])
             for name in ("resident", "streaming", "torchvision")
+            if "ffcv" in seconds
         }
         settings = {
             "batch_size": self.batch_size,
             "workers": self.workers,
             "threads": torch.get_num_threads(),
             "dataset": manifest.name,
+            "rand_augment": self.rand_augment,
             "cores": usable_cores(),
         }
         results = ratios(measured) | first_batch
-        measure.report_ratios("loaders", results, GOALS, {"settings": settings}, self.json)
+        goals = RAND_AUGMENT_GOALS if self.rand_augment else GOALS
+        measure.report_ratios("loaders", results, goals, {"settings": settings}, self.json)
 
 
 def loaders(options: LoaderBenchmark, manifest: Manifest, device: torch.device) -> dict[str, LoaderFn]:
@@ -77,7 +86,9 @@ def loaders(options: LoaderBenchmark, manifest: Manifest, device: torch.device) 
     own: dict[str, LoaderFn] = {
         name: training_loader(options, manifest, name, device) for name in ("resident", "streaming")
     }
-    baselines = {"torchvision": torchvision_loader(options, manifest), "ffcv": ffcv_loader(options, manifest)}
+    baselines = {"torchvision": torchvision_loader(options, manifest)}
+    if not options.rand_augment:
+        baselines["ffcv"] = ffcv_loader(options, manifest)
     return {
         **own,
         **{name: epoch if device.type == "cpu" else _to_device(epoch, device) for name, epoch in baselines.items()},
@@ -98,14 +109,16 @@ def rate_measurements(
 def ratios(measured: dict[str, list[float]]) -> dict[str, measure.Ratio]:
     """Returns the ratios of the training loaders' rates to those of the baselines."""
     pairs = [(name, baseline) for baseline in ("torchvision", "ffcv") for name in ("resident", "streaming")]
-    return {f"ratio_{a}_to_{b}": measure.ratio(measured[a], measured[b]) for a, b in pairs}
+    return {f"ratio_{a}_to_{b}": measure.ratio(measured[a], measured[b]) for a, b in pairs if b in measured}
 
 
 def training_loader(
     options: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice, device: torch.device
 ) -> LoaderFn:
     """Returns a function that iterates over an epoch of the loader that `runner train` uses."""
-    recipe = Recipe(1, options.batch_size, SGD(0.1), augment=Augment(crop_padding=PADDING, flip="random"))
+    policy: Literal["none", "rand"] = "rand" if options.rand_augment else "none"
+    augment = Augment(crop_padding=PADDING, flip="random", policy=policy)
+    recipe = Recipe(1, options.batch_size, SGD(0.1), augment=augment)
     rank_info = RankInfo(device, loader=loader, workers=options.workers)
     return open_split(options.data, manifest, "train", recipe, rank_info).epoch
 
@@ -136,6 +149,7 @@ def torchvision_loader(options: LoaderBenchmark, manifest: Manifest) -> LoaderFn
         [
             v2.RandomCrop(manifest.image_shape[0], padding=PADDING),
             v2.RandomHorizontalFlip(),
+            *([v2.RandAugment()] if options.rand_augment else []),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([m / 255 for m in manifest.mean], [s / 255 for s in manifest.std]),
         ]

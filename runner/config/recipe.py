@@ -214,6 +214,12 @@ class Augment:
     """Content of the padding: black, or the image reflected at its edges."""
     flip: Literal["none", "random", "alternating"] = "none"
     """Horizontal flip: with probability 0.5, or half of the images in even epochs and the other half in odd ones."""
+    policy: Literal["none", "rand", "trivial"] = "none"
+    """RandAugment, or TrivialAugmentWide: random operations per image, with torchvision's magnitudes."""
+    rand_ops: Annotated[int, Meta(ge=1, le=100)] = 2
+    """RandAugment: number of operations applied to each image, one after another."""
+    rand_magnitude: Annotated[int, Meta(ge=0, le=30)] = 9
+    """RandAugment: magnitude of all operations, 0 to 30."""
     brightness: NonNegative = 0.0
     """Color jitter, per image and in random order: maximum deviation of the brightness factor from 1."""
     contrast: NonNegative = 0.0
@@ -224,11 +230,16 @@ class Augment:
     """Color jitter: maximum shift of the hue in either direction, as a fraction of the color circle, at most 0.5."""
     cutout: Size = 0
     """Side in pixels of a random square that is set to the mean; 0 for none."""
+    erase: Fraction = 0.0
+    """Probability with which a random rectangle of an image is set to the mean (random erasing)."""
     mixup: NonNegative = 0.0
     """Alpha of the Beta distribution that weights each image and its target against another image; 0 for none."""
     cutmix: NonNegative = 0.0
     """Alpha of the Beta distribution of the area of the box pasted from another image; 0 for none. With mixup
     enabled too, each batch uses one of them at random."""
+    repeats: Count = 1
+    """Repeated augmentation: each epoch shows a random 1/N of the images N times, each time augmented differently, in
+    the same batch; the number of steps stays. 1 for none."""
 
     @property
     def jitter(self) -> tuple[float, float, float, float]:
@@ -345,6 +356,16 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("--recipe.optimizer.nesterov: expected --recipe.optimizer.momentum above 0")
     if recipe.ema and recipe.prune:
         raise UserError("--recipe.ema and --recipe.prune: expected one of them; torch cannot copy a pruned model")
+    augment, default = recipe.augment, Augment()
+    for name in ("rand_ops", "rand_magnitude"):
+        value = getattr(augment, name)
+        if augment.policy != "rand" and value != getattr(default, name):
+            option = f"--recipe.augment.{name.replace('_', '-')}"
+            raise UserError(f"{option} {value}: expected with --recipe.augment.policy rand, found {augment.policy}")
+    if augment.repeats > recipe.batch_size:
+        raise UserError(
+            f"--recipe.augment.repeats {augment.repeats}: expected at most the batch size of {recipe.batch_size}"
+        )
 
 
 def to_json(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Random augmentation of training images: all random parameters are sampled before any pixel is touched."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -7,15 +8,19 @@ import numpy as np
 import torch
 
 from runner.config.recipe import Augment
-from runner.data import color, order
+from runner.data import color, order, policy
 
 # One stream of random numbers for each use, so that adding a use does not change the others.
 CROP_ROW, CROP_COLUMN, FLIP, CUTOUT_ROW, CUTOUT_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
-JITTER_ORDER = 9  # streams 9 to 12; 13 is order.RANK; the next free stream is 14
+JITTER_ORDER = 9  # streams 9 to 12; 13 is order.RANK
+ERASE, ERASE_ROW, ERASE_COLUMN = 14, 15, 16
+ERASE_AREA, ERASE_RATIO = 17, 27  # streams 17 to 36, two for each attempt; the next free stream is 37
+POLICY = 1000  # streams 1000 to 1299, three for each operation
 
 
 # Parameters of the crop and of `augment_normalized`; all others are of `augment_pixels`.
-NOT_OF_PIXELS = ("row", "column", "flip", "cutout_center")
+NOT_OF_PIXELS = ("row", "column", "flip", "cutout_center", "erase_box")
+ERASE_ATTEMPTS = 10  # to find a rectangle that is smaller than the image
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class AugmentParams:
         jitter_factors: (N, 4) float32, factors of brightness, contrast and saturation, and the hue shift; None without
             jitter.
         jitter_order: (N, 4) int64, the permutation in which these four are applied; None without jitter.
+        erase_box: (N, 4) int64, top, left, bottom and right of the erased rectangle; None without erasing.
+        policy_operations: (N, layers) int64, see `policy.sample`, as for the following; None without a policy.
+        policy_matrices: (N, layers, 2, 3) float32.
+        policy_factors: (N, layers) float32.
     """
 
     row: torch.Tensor
@@ -37,6 +46,10 @@ class AugmentParams:
     cutout_center: torch.Tensor | None = None
     jitter_factors: torch.Tensor | None = None
     jitter_order: torch.Tensor | None = None
+    erase_box: torch.Tensor | None = None
+    policy_operations: torch.Tensor | None = None
+    policy_matrices: torch.Tensor | None = None
+    policy_factors: torch.Tensor | None = None
 
     @property
     def changes_pixels(self) -> bool:
@@ -60,6 +73,8 @@ def sample_params(
 ) -> AugmentParams:
     """Samples the augmentation of images `samples` (N,) of `image_size` (H, W) in an epoch; for None, changes nothing.
 
+    For repeated augmentation, `order.copy_keys` identifies the copies of a sample.
+
     An alternating flip mirrors half of the images in even epochs and the other half in odd ones, so that two
     consecutive epochs show every image both ways (K. Jordan, arXiv:2404.00498, section 3.6).
     """
@@ -80,6 +95,12 @@ def sample_params(
         optional["cutout_center"] = np.stack([below(image_size[0], CUTOUT_ROW), below(image_size[1], CUTOUT_COLUMN)], 1)
     if any(augment.jitter):
         optional["jitter_factors"], optional["jitter_order"] = _sample_jitter(augment, samples, seed, epoch)
+    if augment.erase:
+        optional["erase_box"] = _sample_erase_box(augment.erase, samples, image_size, seed, epoch)
+    if augment.policy != "none":
+        names = ("policy_operations", "policy_matrices", "policy_factors")
+        sampled = policy.sample(augment, samples, image_size, seed, epoch, POLICY)
+        optional |= dict(zip(names, sampled, strict=True))
     crop = (below(2 * padding + 1, CROP_ROW) - padding, below(2 * padding + 1, CROP_COLUMN) - padding, flip)
     return AugmentParams(
         *(torch.from_numpy(array) for array in crop),
@@ -99,8 +120,46 @@ def _sample_jitter(augment: Augment, samples: np.ndarray, seed: int, epoch: int)
     return factors, np.stack(keys, 1).argsort(1)
 
 
+def _sample_erase_box(
+    probability: float, samples: np.ndarray, image_size: tuple[int, int], seed: int, epoch: int
+) -> np.ndarray:
+    """Samples the boxes (N, 4) int64 of random erasing (Z. Zhong et al., arXiv:1708.04896); all zero for none.
+
+    The distribution is torchvision's: an area of 2 to 33 percent of the image and a ratio of height to width of 0.3 to
+    3.3, drawn up to ten times, until the box is smaller than the image.
+    """
+
+    def between(low: float, high: float, stream: int) -> np.ndarray:
+        return order.random_between(low, high, samples, seed, epoch, stream).astype(np.float64)
+
+    def below(bound: int | np.ndarray, stream: int) -> np.ndarray:
+        return order.random_below(bound, samples, seed, epoch, stream)
+
+    height, width = (np.zeros(len(samples), np.int64) for _ in range(2))
+    for attempt in range(ERASE_ATTEMPTS):
+        area = image_size[0] * image_size[1] * between(0.02, 0.33, ERASE_AREA + attempt)
+        ratio = np.exp(between(math.log(0.3), math.log(3.3), ERASE_RATIO + attempt))
+        sides = np.sqrt(area * ratio).round().astype(np.int64), np.sqrt(area / ratio).round().astype(np.int64)
+        fits = (height + width == 0) & (sides[0] < image_size[0]) & (sides[1] < image_size[1])
+        height, width = np.where(fits, sides[0], height), np.where(fits, sides[1], width)
+    top, left = below(image_size[0] - height + 1, ERASE_ROW), below(image_size[1] - width + 1, ERASE_COLUMN)
+    erased = below(2**32, ERASE) < probability * 2**32
+    return np.stack([top, left, top + height, left + width], 1) * erased[:, None]
+
+
+def load_loops(augment: Augment) -> None:
+    """Loads the CPU loops that `augment_pixels` needs; see `kernels.crop.load_loop`."""
+    if any(augment.jitter):
+        color.load_loop()
+    if augment.policy != "none":
+        policy.load_loop()
+
+
 def augment_pixels(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     """Augments cropped images (n, H, W, 3) uint8."""
+    operations, matrices, factors = params.policy_operations, params.policy_matrices, params.policy_factors
+    if operations is not None and matrices is not None and factors is not None:
+        images = policy.apply(images, operations, matrices, factors)
     if params.jitter_factors is not None and params.jitter_order is not None:
         images = color.jitter(images, params.jitter_factors, params.jitter_order)
     return images
@@ -110,6 +169,8 @@ def augment_normalized(images: torch.Tensor, params: AugmentParams, augment: Aug
     """Augments cropped and normalized images (n, H, W, 3) float32, in place."""
     if params.cutout_center is not None and augment is not None:
         images = cut_out(images, params.cutout_center, augment.cutout)
+    if params.erase_box is not None:
+        images = erase(images, params.erase_box)
     return images
 
 
@@ -123,9 +184,19 @@ def cut_out(images: torch.Tensor, center: torch.Tensor, size: int) -> torch.Tens
         center: (n, 2) int64, row and column.
         size: side of the square.
     """
-    _, height, width, _ = images.shape
     first = center - size // 2
-    y = torch.arange(height, device=images.device) - first[:, :1]
-    x = torch.arange(width, device=images.device) - first[:, 1:]
-    inside = ((y >= 0) & (y < size))[:, :, None] & ((x >= 0) & (x < size))[:, None, :]
+    return erase(images, torch.cat([first, first + size], 1))
+
+
+def erase(images: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """Sets a rectangle of each image to 0, the mean of normalized images.
+
+    Args:
+        images: (n, H, W, 3) float, changed in place.
+        box: (n, 4) int64, top, left, bottom and right; may extend beyond the border.
+    """
+    _, height, width, _ = images.shape
+    top, left, bottom, right = box[:, :, None].unbind(1)
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
     return images.masked_fill_(inside[..., None], 0.0)

@@ -24,19 +24,23 @@ KINDS = {
     "crop, reflect": Augment(crop_padding=4, crop_fill="reflect"),
     "flip, epoch 0": Augment(flip="alternating"),
     "flip, epoch 1": Augment(flip="alternating"),
+    "RandAugment": Augment(policy="rand"),
+    "TrivialAugment": Augment(policy="trivial"),
     "brightness": Augment(brightness=0.6),
     "contrast": Augment(contrast=0.8),
     "saturation": Augment(saturation=1.0),
     "hue": Augment(hue=0.5),
     "cutout": Augment(cutout=12),
+    "random erasing": Augment(erase=1.0),
     "mixup": Augment(mixup=8.0),
     "CutMix": Augment(cutmix=8.0),
+    "two repeats": Augment(policy="rand", crop_padding=4, flip="random", repeats=2),
 }
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Draw the first training images of an epoch under every kind of augmentation."""
+    """Draw the first training images of an epoch under every kind of augmentation; repeats show half of them twice."""
 
     data: Path
     """Folder made by `python -m data_prep prepare`."""

@@ -63,6 +63,8 @@ class BatchStream(ABC):
         self.device = torch.device(options.device)
         self.labels = torch.from_numpy(labels).to(self.device)
         self.augment = options.augment if options.training else None
+        self.repeats = self.augment.repeats if self.augment else 1
+        self.slots = order.repeated_slots(len(labels), self.repeats, options.batch_size)
         self.mixes = self.augment is not None and bool(self.augment.mixup or self.augment.cutmix)
         reflect = self.augment is not None and self.augment.crop_fill == "reflect"
         # (x - mean) / std as one multiplication and one addition for each channel.
@@ -100,18 +102,19 @@ class BatchStream(ABC):
     def order_of(self, epoch: int) -> np.ndarray:
         """Returns the order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
         if self.options.training:
-            return order.epoch_order(self.num_images, self.options.seed, epoch)
+            return order.epoch_order(self.num_images, self.options.seed, epoch)[self.slots // self.repeats]
         return np.arange(self.num_images)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields this rank's images (n, 3, H, W) float32 and targets of each global batch; see Batches."""
         options, steps = self.options, range(start_step, len(self))
-        epoch_order = self.order_of(epoch)
-        local_samples = [epoch_order[self._positions(step)] for step in steps]
-        sizes = [len(samples) for samples in local_samples]
-        samples = np.concatenate([epoch_order[:0], *local_samples])
+        local_positions = [self._positions(step) for step in steps]
+        sizes = [len(positions) for positions in local_positions]
+        positions = np.concatenate([self.slots[:0], *local_positions])
+        samples, copies = self.order_of(epoch)[positions], self.slots[positions] % self.repeats
         # Augmentation is sampled and copied to the device once per epoch; each batch only takes a slice.
-        params = augment.sample_params(self.augment, samples, options.image_size, options.seed, epoch).to(self.device)
+        keys = order.copy_keys(samples, copies)
+        params = augment.sample_params(self.augment, keys, options.image_size, options.seed, epoch).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
         stop = 0
         for step, size, (images, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
@@ -132,7 +135,7 @@ class BatchStream(ABC):
         ((images, index),) = self.read(samples, [len(samples)])
         return self._to_model_input(self._transform(images, index, params))
 
-    def _positions(self, step: int) -> slice | np.ndarray:
+    def _positions(self, step: int) -> np.ndarray:
         """The positions in the epoch's order that this rank reads for global batch `step`.
 
         Mixing also needs the predecessor of the rank's first image. The batch is circular: its first
@@ -140,7 +143,7 @@ class BatchStream(ABC):
         """
         local_slice = self.slice_of(step)
         if not self.mixes:
-            return local_slice
+            return np.arange(local_slice.start, local_slice.stop)
         start, size = step * self.options.batch_size, self.size_of(step)
         return start + np.arange(local_slice.start - start - 1, local_slice.stop - start) % size
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from runner.common.errors import UserError
-from runner.data import color
+from runner.data import augment
 from runner.data.kernels import crop
 from runner.data.stream import BatchStream, StreamOptions
 from runner.system import cpu
@@ -59,8 +59,8 @@ class StreamingBatches(BatchStream):
         super().__init__(labels, options)
         if self.device.type == "cpu":
             crop.load_loop()  # must be compiled before FFCV starts threads
-            if self.augment is not None and any(self.augment.jitter):
-                color.load_loop()
+            if self.augment is not None:
+                augment.load_loops(self.augment)
         self.path, self.workers, self.records = path, workers, records
         self.loader: Any = None  # compiled at the first read
 

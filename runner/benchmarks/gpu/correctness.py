@@ -19,6 +19,8 @@ AUGMENTATIONS = {
     "crop-flip": Augment(crop_padding=4, flip="random"),
     "reflect-alternating": Augment(crop_padding=2, crop_fill="reflect", flip="alternating"),
     "cutout": Augment(crop_padding=4, flip="random", cutout=8),
+    "rand-augment": Augment(policy="rand", rand_ops=3),
+    "trivial-augment": Augment(policy="trivial", erase=0.5, repeats=2),
     "jitter": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
 }
 BATCHES = 3  # number of batches to compare per augmentation
