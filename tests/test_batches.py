@@ -227,6 +227,47 @@ GOLDEN_ORDER = [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
 GOLDEN_BITS = [17964823697111478408, 18027570692173722940, 11203626095865337575]
 
 
+def test_augmentation_matches_earlier_versions() -> None:
+    """Of images that are not square, in two epochs."""
+    everything = Augment(crop_padding=4, brightness=0.5, contrast=0.3, saturation=1.5, hue=0.2, cutout=8)
+    for flip, epoch, expected in (
+        ("random", 2, [True, True, False]), ("none", 2, [False] * 3),
+        ("alternating", 2, [True, False, True]), ("alternating", 3, [False, True, False]),
+    ):  # fmt: skip
+        params = augment.sample_params(
+            dataclasses.replace(everything, flip=flip), np.array([0, 5, 9]), (24, 40), 3, epoch
+        )
+        assert params.flip.tolist() == expected, flip
+    assert params.changes_pixels
+    assert (params.row.tolist(), params.column.tolist()) == ([2, 4, 3], [-2, -1, -3])
+    assert params.cutout_center.tolist() == [[15, 37], [19, 12], [5, 5]]
+    assert params.jitter_order.tolist() == [[2, 3, 1, 0], [3, 2, 1, 0], [3, 0, 2, 1]]
+    factors = [
+        [0.7274263501, 0.8820937872, 2.3767967224, 0.1198977754],
+        [0.6096324921, 0.7952500582, 0.8437219262, -0.1667605937],
+        [1.2839127779, 1.0199627876, 0.4481503069, -0.0290910192],
+    ]
+    np.testing.assert_allclose(params.jitter_factors.numpy(), factors, rtol=1e-6)
+    assert params[1:].row.tolist() == [4, 3]
+    plain = augment.sample_params(Augment(crop_padding=4), np.array([0, 5, 9]), (24, 40), 3, 3)
+    assert plain.row.tolist() == [2, 4, 3]
+    assert not plain.changes_pixels
+    nothing = augment.sample_params(None, np.array([0, 5]), (24, 40), 3, 3)
+    assert [nothing.row.tolist(), nothing.column.tolist(), nothing.flip.tolist()] == [[0, 0], [0, 0], [False, False]]
+
+
+def test_mixing_matches_earlier_versions() -> None:
+    """A batch of images that are not square is mixed by one of both."""
+    both = [mixing.sample_params(Augment(mixup=0.3, cutmix=1.0), (24, 40), 3, 2, step) for step in range(6)]
+    weights = [0.1169808600, 0.5333333333, 0.9375, 0.6940383038, 0.5416666667, 0.1136943567]
+    assert [params.weight for params in both] == pytest.approx(weights, rel=1e-8)
+    boxes = [None, (2, 4, 18, 32), (17, 20, 23, 30), None, (4, 0, 24, 22), None]
+    assert [params.box for params in both] == boxes
+    for setting, expected in (("cutmix", [0.4333333333, 0.75]), ("mixup", [0.2292056578, 0.7145288032])):
+        params = [mixing.sample_params(Augment(**{setting: 0.5}), (24, 40), 3, 2, step) for step in range(2)]
+        assert [one.weight for one in params] == pytest.approx(expected, rel=1e-8)
+
+
 CHANGES = {
     "crop_padding": 4, "crop_fill": "reflect", "flip": "random", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5,
     "hue": 0.2, "cutout": 8, "mixup": 1.0, "cutmix": 1.0, "policy": "trivial", "rand_ops": 3, "rand_magnitude": 10,
@@ -410,6 +451,8 @@ def test_cutout_blanks_one_square_around_its_center() -> None:
     assert blank.sum((1, 2)).tolist() == [64, 4 * 5, 5 * 6]
     assert blank[0, 12:20, 12:20].all()
     assert blank[1, 0:4, 27:].all()
+    odd = augment.cut_out(images[:1].clone(), torch.tensor([[16, 16]]), 5)[0, ..., 0] == 0
+    assert odd.sum() == odd[14:19, 14:19].sum() == 25
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

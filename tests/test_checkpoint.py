@@ -2,20 +2,25 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import read, sha256_of, write
 from runner.config.recipe import Architecture
 from runner.run.folder import Run
+from runner.run.schema import Manifest
 from runner.training import checkpoint
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
@@ -54,6 +59,134 @@ def test_a_failure_waits_for_the_pending_checkpoint(run: Run, monkeypatch: pytes
         writer.save(Tiny(norm=True).state_dict(), 8)
         raise ZeroDivisionError
     assert checkpoint.latest(run).name == "step-8"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "x"), "no space left on the disk", "make room, then resume"),
+        (OSError(errno.EROFS, "read-only file system"), "read-only file system", "resume"),
+        (RuntimeError("no tensor"), "no tensor", "resume"),
+    ],
+)
+def test_a_failed_write_is_reported_by_the_next_wait(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, remedy: str
+) -> None:
+    """Once, with what is left; and in place of no other error."""
+
+    def fail(staging: Path, *_: object) -> None:
+        staging.rmdir()  # cannot be removed any more
+        raise error
+
+    def divide(writer: checkpoint.CheckpointWriter) -> None:
+        writer.save({}, 8)
+        raise ZeroDivisionError
+
+    for step in (5, 7):
+        checkpoint.save(run, {}, step)
+    monkeypatch.setattr(checkpoint, "_write_files", fail)
+    for previous in ("step-7 stays", "step-7 stays", "there is no earlier one"):
+        message = f"{run.checkpoints}: cannot write a checkpoint ({reason}); {previous}; {remedy} with --resume auto"
+        writer = checkpoint.CheckpointWriter(run)
+        with pytest.raises(checkpoint.CheckpointError, match=f"^{re.escape(message)}$"), writer:
+            writer.save({}, 8)
+        writer.wait()
+        writer.save({}, 8)
+        with pytest.raises(checkpoint.CheckpointError):
+            writer.save({}, 9)
+        with pytest.raises(ZeroDivisionError), checkpoint.CheckpointWriter(run) as writer:
+            divide(writer)
+        for folder in sorted(run.checkpoints.iterdir())[:1]:
+            shutil.rmtree(folder)
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
+    """A checkpoint of weights alone has no state to resume from; other files are left alone."""
+    assert checkpoint.newest_intact(run) == (None, [])
+    checkpoint.keep_last(run, run.checkpoints)  # before there are any
+    weights = Tiny(norm=True).state_dict()
+    first, second = checkpoint.save(run, weights, 9, {"step": 9}), checkpoint.save(run, weights, 10)
+    assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
+    assert [path.name for path in sorted(second.iterdir())] == ["manifest.json", "model.safetensors"]
+    content = (second / checkpoint.MANIFEST).read_bytes()
+    manifest = read(second / checkpoint.MANIFEST, Manifest)
+    assert manifest.step == 10
+    write(second / checkpoint.MANIFEST, manifest)
+    assert (second / checkpoint.MANIFEST).read_bytes() == content  # formatted like other files
+    assert checkpoint.read_state(first) == {"step": 9, "run_config": run.record.read_text()}
+    assert checkpoint.newest_intact(run) == (first, [f"{second}: expected state.pt to resume from, found only weights"])
+    with pytest.raises(UserError, match=r"expected a checkpoint with manifest\.json, found none"):
+        checkpoint.read_state(run.folder)
+    assert [checkpoint.is_newest(run, folder) for folder in (first, second, second / ".." / "step-10")] == [
+        False,
+        True,
+        True,
+    ]
+    (run.checkpoints / "notes").mkdir()
+    (run.checkpoints / ".step-9.replaced").mkdir()  # step-9 is there
+    (run.checkpoints / ".step-x.replaced").mkdir()
+    assert checkpoint.newest_intact(run)[0] == first
+    (run.checkpoints / "step-9").rename(run.checkpoints / ".step-8.replaced")
+    assert checkpoint.newest_intact(run)[0] == run.checkpoints / "step-8"
+    checkpoint.keep_last(run)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["notes", "step-10"]
+    assert checkpoint.is_newest(run, second)
+
+
+def test_another_rank_waits_until_it_sees_the_checkpoint(run: Run) -> None:
+    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 3, {"step": 3})
+    chosen = checkpoint.check_resumable(folder)
+    hidden = folder.rename(run.checkpoints / ".hidden")
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(checkpoint.wait_for_state, folder, chosen, 100.0)
+        time.sleep(0.1)
+        checkpoint.save(run, Tiny(norm=True).state_dict(), 3, {"step": 2})  # not the one that the first rank sees
+        time.sleep(0.4)
+        assert not waiting.done()
+        shutil.rmtree(folder)
+        hidden.rename(folder)
+        assert waiting.result()["step"] == 3
+    with pytest.raises(UserError, match=f"after 0.1 s: .*expected SHA-256 other, as on rank 0, found {chosen}"):
+        checkpoint.wait_for_state(folder, "other", 0.1)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"after 0 s: .*found none"):
+        checkpoint.wait_for_state(folder, chosen, 0.0)
+
+
+class Payload:
+    """An object that would run code where it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize("damage", [lambda path: torch.save(Payload(), path), lambda path: os.truncate(path, 300)])
+def test_a_state_that_torch_cannot_read_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    """Although its hash is right: the files are written by others."""
+    monkeypatch.chdir(run.folder)
+    folder = checkpoint.save(run, {}, 1, {"step": 1})
+    damage(folder / checkpoint.STATE)
+    manifest = read(folder / checkpoint.MANIFEST, Manifest)
+    hashes = manifest.sha256 | {checkpoint.STATE: sha256_of(folder / checkpoint.STATE)}
+    write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
+    with pytest.raises(UserError, match=f"^{re.escape(str(folder / checkpoint.STATE))}: cannot be read: "):
+        checkpoint.read_state(folder)
+    assert not (run.folder / "unpickled").exists()
+
+
+@pytest.mark.parametrize("listed", [[], ["state.pt"], ["model.safetensors", "other"]])
+def test_a_manifest_lists_each_file(run: Run, listed: list[str]) -> None:
+    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, {"step": 1})
+    manifest = read(folder / checkpoint.MANIFEST, Manifest)
+    hashes = {name: manifest.sha256.get(name, "0") for name in listed}
+    write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
+    with pytest.raises(
+        UserError, match=r"damaged: expected (a SHA-256 of each file|SHA-256 0, found no such file); train"
+    ):
+        (checkpoint.check_resumable(folder), checkpoint.load_model(run))
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +260,17 @@ def test_a_damaged_file_is_named(run: Run) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
         checkpoint.load_model(run)
+
+
+def test_a_damaged_state_matters_only_to_resuming(run: Run) -> None:
+    folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, {"step": 1})
+    with (folder / checkpoint.STATE).open("ab") as file:
+        file.write(b"x")
+    found, damaged = checkpoint.newest_intact(run)
+    assert found is None
+    assert len(damaged) == 1
+    assert damaged[0].startswith(f"{folder / checkpoint.STATE}: damaged: expected SHA-256 ")
+    checkpoint.load_model(run)
 
 
 def test_a_run_without_checkpoints_is_refused(run: Run) -> None:

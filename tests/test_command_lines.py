@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 import data_prep.cli
 from launch.quickstart import Quickstart
 from runner import cli, experiments
-from runner.common.command_line import check_limits, read_command
+from runner.common.command_line import (
+    HELP,
+    Flag,
+    check_limits,
+    options_of,
+    parse_words,
+    read_command,
+    read_command_and_rest,
+)
 from runner.common.errors import UserError
 from runner.config.train_config import TrainConfig
 
@@ -294,6 +302,161 @@ def test_an_invalid_command_line_is_reported(line: str, message: str) -> None:
         cli.parse(line.split())
 
 
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A nested value."""
+
+    some_rate: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
+    on: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A command with an option of each kind."""
+
+    inner: Inner = Inner()
+    unnamed: Annotated[Inner, tyro.conf.arg(name="")] = Inner()
+    numbers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    pair: tuple[float, float] = (0.0, 0.0)
+    texts: tuple[str, ...] = ()
+    added: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    number: Annotated[int | None, tyro.conf.arg(aliases=("--nth",))] = None
+    either: int | str | None = None
+    kind: Literal["a", "b"] = "a"
+    plain: Flag = False
+
+
+@pytest.mark.parametrize(
+    ("line", "positional", "words"),
+    [
+        # Lists take what can be a value of theirs; of one option they may stand in several places.
+        ("--numbers 1 -2 x --pair 1 -inf 3 --texts a b", "x 3", "--numbers 1 -2 --pair 1 -inf --texts a b"),
+        ("--numbers=1 2 --numbers 3", "2", "--numbers 1 3"),
+        ("--texts a --texts=b c --texts d", "c", "--texts a b d"),
+        ("--added a b --added=c d", "b d", "--added=a --added=c"),
+        ("--nth=3x", None, "--nth 3x: expected an integer"),
+        ("--kind a b --nth 1 2 --either x y", "b 2 y", "--kind=a --number=1 --either=x"),
+        ("--either None", None, "--either None: expected a value; omit the option to leave it unset"),
+        # Flags.
+        ("--inner.on x --no-on --plain y", "x y", "--inner.on --no-on --plain"),
+        ("--inner.on=FALSE --on=True --plain", "", "--inner.no-on --on --plain"),
+        ("--inner.no-on=true --no-on=false", "", "--inner.no-on --on"),
+        ("--inner.no-on=yes", None, "--inner.no-on=yes: expected no value; it is a flag"),
+        ("--plain=true", None, "--plain=true: expected no value; it is a flag"),
+        ("--help=true", None, "--help=true: expected no value; it is a flag"),
+        ("--inner.on --inner.on=false", None, "--inner.on: expected once, found twice"),
+        ("-h x", "x", "-h"),
+        # Options of a dict.
+        ("--arguments.a.b 1 --arguments.c d e", "e", "--arguments.a.b=1 --arguments.c=d"),
+        ("--arguments.no-c d --arguments.e", "d", "--arguments.c=False --arguments.e=True"),
+        ("--arguments.f=", "", "--arguments.f="),
+        ("--arguments.c 1 --arguments.no-c", None, "--arguments.no-c: expected once, found twice: 1 and False"),
+        # Names and counts.
+        ("--inner.some_rate 1 --some-rate=2 -- --number 3", "--number 3", "--inner.some-rate=1 --some-rate=2"),
+        ("--some-rate x", None, "--some-rate x: expected a number"),
+        ("--pair 1 --plain", None, "--pair: expected 2 values (a number), found 1"),
+        ("--pair 1 x --plain", None, "--pair: expected 2 values (a number), found 1 x"),
+        ("--pair=x 1", None, "--pair=x: expected a number"),
+        ("--pair=1 2 --either=-x", "", "--pair 1 2 --either=-x"),
+        ("--pair", None, "--pair: expected 2 values (a number), found none"),
+        ("--pair 1 -- 2", None, "--pair: expected 2 values (a number), found 1"),
+        ("--texts a -- b", "b", "--texts=a"),
+        ("--texts --plain", None, "--texts: expected one or more values, found none"),
+        ("--number --plain", None, "--number: expected a value (an integer), found none"),
+        ("--either", None, "--either: expected a value, found none"),
+        ("--kind c", None, "--kind c: expected a or b"),
+        ("--texts=a --texts=-b", None, "--texts -b: expected a value, which does not begin with '-'"),
+        ("--texts=a --texts=-1", "", "--texts a -1"),
+        ("--numbers=x", None, "--numbers=x: expected an integer"),
+        ("--texts=", None, "--texts '': expected a value, found an empty one; omit the option to leave it unset"),
+        ("--number=", None, "--number '': expected a value, found an empty one; omit the option to leave it unset"),
+        ("--no 1", None, "--no: no such option; expected --on or --no-on or --nth"),
+        ("--m 1", None, "--m: no such option; expected --inner.some-rate or --some-rate or --numbers"),
+        ("--q 1", None, "--q: no such option; see --help"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_option(line: str, positional: str | None, words: str) -> None:
+    """`words` are those of the options in the form that tyro parses, or the message where `positional` is None."""
+    options = options_of(Sample) | HELP
+    if positional is None:
+        with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+            parse_words(line.split(" "), options)
+    else:
+        parsed = parse_words(line.split(" "), options)
+        assert (" ".join(parsed.positional), " ".join(parsed.words())) == (positional, words)
+
+
+@pytest.mark.parametrize(
+    ("line", "positional", "words"),
+    [
+        ("--texts a b --arguments.x c", "b", "--texts=a --arguments.x=c"),  # a list keeps another value
+        ("--arguments.x c --texts a", "c", "--arguments.x=True --texts=a"),  # this list would keep none
+        ("--texts a b --texts c", "b", "--texts a c"),
+        ("--texts a --texts b c --arguments.x d", "c", "--texts a b --arguments.x=d"),
+        ("--arguments.x known --texts a b", "known", "--arguments.x=True --texts a b"),
+        ("--texts a b --texts c d", "d", "--texts a b c"),
+        ("--arguments.x c --arguments.y d", "d", "--arguments.x=c --arguments.y=True"),
+        ("--arguments.x 1 --arguments.y=c --texts=c", "", "--arguments.x=1 --arguments.y=c --texts=c"),
+        ("--arguments.x True --arguments.y .5 --pair 1 2", "", "--arguments.x=True --arguments.y=.5 --pair 1 2"),
+        ("--texts a b x", "x", "--texts a b"),
+        ("x --texts a b", "x", "--texts a b"),
+    ],
+)  # fmt: skip
+def test_a_missing_positional_argument_is_the_most_likely_value(line: str, positional: str, words: str) -> None:
+    parsed = parse_words(line.split(" "), options_of(Sample), True, lambda word: word == "known")
+    assert (" ".join(parsed.positional), " ".join(parsed.words())) == (positional, words)
+    if "x" not in positional:
+        unchanged = parse_words(line.split(" "), options_of(Sample))
+        assert not unchanged.positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A command with values that are optional."""
+
+    number: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    other: float | None = 0.5
+    either: int | str | None = None
+    plain: int = 3
+
+
+def test_an_optional_value_is_shown_like_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """No word stands for None: the option is left out."""
+    with pytest.raises(SystemExit):
+        read_command(Shown, ["--help"], "p")
+    lines = {" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()}
+    assert {
+        "--number INT (default: none)", "--other FLOAT (default: 0.5)", "--either {None}|INT|STR (default: None)",
+        "--plain INT (default: 3)",
+    } <= lines  # fmt: skip
+    assert read_command(Shown, ["--number", "3", "--other=1"], "p") == Shown(3, 1.0)
+    assert read_command(Shown, [], "p") == Shown()
+
+
+@dataclasses.dataclass(frozen=True)
+class Two:
+    """A command with two positional words."""
+
+    first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FIRST")]
+    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SECOND")]
+    plain: Flag = False
+
+
+def test_options_of_another_program_are_passed_on() -> None:
+    """As `python -m launch` does, in the form that the other parses again."""
+    words = ["--epochs", "3", "x", "--plain", "--seeds=1", "--recipe.no-drop-last", "--seeds", "2", "y"]
+    others = options_of(TrainConfig)
+    assert read_command_and_rest(Two, words, "p", others) == (
+        Two("x", "y", plain=True),
+        ["--recipe.epochs=3", "--seeds", "1", "2", "--recipe.no-drop-last"],
+    )
+    with pytest.raises(UserError, match=r"^FIRST: expected at least one, found none; see p --help$"):
+        read_command(Two, ["--plain"], "p")
+    with pytest.raises(UserError, match=r"^z: expected no further word; see p --help$"):
+        read_command(Two, ["x", "y", "z"], "p")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -348,6 +511,33 @@ def test_every_number_has_limits(command: str) -> None:
 
     visit(COMMANDS[command], command)
     assert unlimited == NUMBERS_WITHOUT_LIMITS
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (Sample(inner=Inner(some_rate=2.0)), "--inner.some-rate 2.0: expected a number < 1.0"),
+        (Sample(unnamed=Inner(some_rate=0.0)), "--some-rate 0.0: expected a number > 0.0"),
+        (Sample(inner=Inner(some_rate=float("inf"))), "--inner.some-rate inf: expected a finite number"),
+        (Sample(numbers=(1, -2)), "--numbers -2: expected an integer >= 0"),
+    ],
+)
+def test_a_number_beyond_a_limit_is_reported_with_its_option(sample: Sample, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_limits(sample)
+    check_limits(Sample(numbers=(0, 1), number=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Few:
+    """A command with a list that has a longest length."""
+
+    texts: Annotated[tuple[str, ...], msgspec.Meta(max_length=1)] = ()
+
+
+def test_a_list_that_is_too_long_is_reported_with_its_option() -> None:
+    with pytest.raises(UserError, match=r"^--texts .*: expected array of length <= 1$"):
+        check_limits(Few(("a", "b")))
 
 
 def test_limits_of_nested_numbers_are_checked() -> None:

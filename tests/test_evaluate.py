@@ -23,15 +23,26 @@ def test_the_sum_over_ranks_matches_a_single_process(
     monkeypatch.setitem(EVALUATION_BATCH, "cpu", batch)
     torch.manual_seed(0)
     model = Tiny(norm=True)
-    tables = []
+    tables, counts = [], []
 
     def all_reduce(table: torch.Tensor) -> torch.Tensor:
         tables.append(table)
         return sum(tables) if len(tables) == world else torch.ones_like(table)
 
+    def not_empty(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        assert len(inputs[0])  # not every model takes a slice without images
+
+    model.register_forward_pre_hook(not_empty)
     for rank in range(world):
-        result = evaluate(model, batches(small_data, rank, world, loader), 10, all_reduce)
+        result = evaluate(model, batches(small_data, rank, world, loader), 10, all_reduce, counts.append)
     single = evaluate(model, batches(small_data), 10)
+    images, labels = zip(*batches(small_data).epoch(0), strict=True)
+    with torch.no_grad():
+        expected = model.eval()(torch.cat(images))
+    model.train()
+    assert torch.allclose(single.logits, expected, atol=1e-5)
+    assert torch.equal(single.labels, torch.cat(labels))
+    assert sum(counts) == 200
     assert torch.allclose(result.logits, single.logits, atol=1e-5)
     assert torch.equal(result.labels, single.labels)
     assert single.num_images == 200

@@ -44,6 +44,22 @@ def test_schedules_end_at_final() -> None:
     assert optim.lr_factor(Constant(warmup=0.5), 0, 10) == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "step", "steps", "factor"),
+    [
+        (Linear(0.05), 1, 2, 1 - 0.9 / 1.9),
+        (Step((0.1,), 0.5, warmup=0.2), 2, 10, 0.5),  # the first step after the warmup
+        (OneCycle(0.1, 0.0), 0, 10, 0.0),  # the peak is in the first step, which has the initial rate
+        (OneCycle(0.25, 0.0), 1, 10, 0.75),  # two thirds of the way to the peak at 1.5
+        (OneCycle(0.95, 0.0, 0.125), 9, 10, 0.125),  # the last step is half a step after the peak
+        (OneCycle(0.8, 0.0, 0.5), 8, 10, 0.75),
+        (OneCycle(1.0, 0.0), 9, 10, 1.0),
+    ],
+)
+def test_schedules_of_few_steps(schedule: Schedule, step: int, steps: int, factor: float) -> None:
+    assert optim.lr_factor(schedule, step, steps) == pytest.approx(factor)
+
+
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
     rates = [optim.lr_factor(Cosine(), step, 100) for step in (7, 3, 99, 3)]
     assert rates[1] == rates[3] == (1 + math.cos(math.pi * 0.03)) / 2
@@ -65,11 +81,13 @@ def test_settings_reach_the_optimizer() -> None:
     model = small()
     for recipe, kind, settings in (
         (SGD(0.1, 0.8, nesterov=True, weight_decay=1e-4), torch.optim.SGD,
-         {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 1e-4}),
-        (Adam(0.01, (0.8, 0.95), 5e-4), torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 5e-4}),
+         {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 1e-4, "fused": True}),
+        (Adam(0.01, (0.8, 0.95), 5e-4), torch.optim.Adam,
+         {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 5e-4, "fused": True}),
         (RMSprop(0.02, 0.9, 0.5, 1e-3), torch.optim.RMSprop,
          {"lr": 0.02, "alpha": 0.9, "momentum": 0.5, "weight_decay": 1e-3}),
-        (AdamW(0.01, (0.8, 0.95), 0.1), torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+        (AdamW(0.01, (0.8, 0.95), 0.1), torch.optim.AdamW,
+         {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1, "fused": True}),
     ):  # fmt: skip
         optimizer = optim.build_optimizer(recipe, model)
         assert isinstance(optimizer, kind)
@@ -95,10 +113,32 @@ def test_frozen_parameters_are_not_optimized() -> None:
 
 
 def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
-    model = small()
+    model = nn.Sequential(*small(), nn.Linear(10, 10))
     matrices, others = optim.build_optimizer(Muon(0.1), model).param_groups
-    assert [p.shape for p in matrices["params"]] == [model[0].weight.shape, model[3].weight.shape]
-    assert any(p is model[4].weight for p in others["params"])
+    assert [id(p) for p in matrices["params"]] == [id(model[index].weight) for index in (0, 3, 4)]
+    assert len(others["params"]) == 7
+    assert any(p is model[5].weight for p in others["params"])
+
+
+def test_settings_of_muon_reach_its_groups() -> None:
+    recipe = Muon(
+        0.1, 0.7, 0.01, unit_rows=True, iterations=3, other_lr=0.2, other_momentum=0.8, other_weight_decay=0.02
+    )
+    groups = optim.build_optimizer(recipe, small()).param_groups
+    names = ("orthogonal", "lr", "momentum", "weight_decay")
+    assert [[group[name] for name in names] for group in groups] == [[True, 0.1, 0.7, 0.01], [False, 0.2, 0.8, 0.02]]
+    assert (groups[0]["unit_rows"], groups[0]["iterations"]) == (True, 3)
+
+
+def test_parameters_without_a_gradient_stay() -> None:
+    model = small()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = optim.build_optimizer(Muon(0.1), model)
+    optimizer.step()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    optimizer.step()
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)]
+    assert changed == ["0.weight"]
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 72), (64, 10)])
@@ -106,7 +146,11 @@ def test_an_update_of_muon_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     other = torch.randn(shape[0], shape[1] + 3)  # filled up with zeros in the same batch, if it is wide
-    orthogonal, _ = optim.orthogonalize([matrix, other])
+    orthogonal, _ = optim.orthogonalize([matrix, other], 5)
+    (tiny,) = optim.orthogonalize([matrix / 1000], 5)
+    torch.testing.assert_close(tiny, orthogonal, atol=0.05, rtol=0)
+    assert not optim.orthogonalize([0 * matrix], 5)[0].any()
+    assert orthogonal.dtype == torch.float32
     values = torch.linalg.svdvals(orthogonal)
     assert values.min() > 0.5
     assert values.max() < 1.3
@@ -115,15 +159,19 @@ def test_an_update_of_muon_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     assert torch.nn.functional.cosine_similarity(orthogonal.flatten(), exact.flatten(), 0) > 0.97
 
 
-def test_muon_matches_torch_on_matrices() -> None:
+@pytest.mark.parametrize("shape", [(4, 8), (12, 4)])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.5), (0.5, 0.0)])
+def test_muon_matches_torch_on_matrices(shape: tuple[int, int], momentum: float, decay: float) -> None:
     """torch.optim.Muon supports only matrices."""
-    one, other = (nn.Parameter(torch.arange(32.0).sin().view(4, 8)) for _ in range(2))
-    muon = optim.Muon([{"params": [one], "orthogonal": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
-    reference = torch.optim.Muon([other], lr=0.1, momentum=0.9, weight_decay=0.01)
+    one, other = (nn.Parameter(torch.arange(48.0).sin()[: math.prod(shape)].view(shape)) for _ in range(2))
+    settings = {"lr": 0.1, "momentum": momentum, "weight_decay": decay}
+    muon = optim.Muon([{"params": [one], "orthogonal": True, "unit_rows": False, "iterations": 5, **settings}])
+    reference = torch.optim.Muon([other], **settings)
     for step in range(5):
-        gradient = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         one.grad, other.grad = gradient.clone(), gradient.clone()
         muon.step()
+        # torch averages the gradients, and this sums them: the direction is the same.
         reference.step()
     torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)  # both iterate in bf16
 
@@ -140,11 +188,36 @@ def test_the_other_group_of_muon_is_sgd_with_nesterov_momentum() -> None:
 
 
 def test_unit_rows_keep_the_norm() -> None:
-    weight = nn.Parameter(torch.randn(6, 3, 3, 3))
-    muon = optim.Muon([{"params": [weight], "orthogonal": True, "unit_rows": True, "lr": 0.0, "momentum": 0.9}])
-    weight.grad = torch.randn_like(weight)
+    """The weights have the norm of orthogonal rows before each step, and no other decay."""
+    weight, zeros = nn.Parameter(0.001 * torch.randn(6, 3, 3, 3)), nn.Parameter(torch.zeros(4, 4))
+    settings = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.5, "iterations": 5}
+    muon = optim.Muon([{"params": [weight, zeros], "orthogonal": True, "unit_rows": True, **settings}])
+    for parameter in (weight, zeros):
+        parameter.grad = torch.randn_like(parameter)
     muon.step()
     assert weight.norm().item() == pytest.approx(6**0.5)
+    assert not zeros.any()
+    before = weight.detach().clone()
+    muon.param_groups[0]["lr"] = 0.1
+    muon.step()
+    assert (weight - before).norm().item() == pytest.approx(0.1 * 6**0.5, rel=0.3)  # without a factor for tall matrices
+
+
+def test_the_average_is_of_the_weights_alone() -> None:
+    """Its buffers are those of the model when it is used; no gradient flows to it."""
+    model = small()
+    ema = optim.EMA(model, 0.75)
+    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
+    for step, value in ((1, 8.0), (2, 0.0), (3, 4.0)):
+        with torch.no_grad():
+            model[3].weight.fill_(value)
+        model[1].running_mean.fill_(value)
+        ema.update(step)
+    assert ema.average[1].running_mean.tolist() == [0.0] * 8
+    assert ema.module[3].weight[0, 0].item() == 0.75 * (0.75 * 8) + 0.25 * 4
+    assert ema.module[1].running_mean.tolist() == [4.0] * 8
+    model[1].running_mean.fill_(5.0)
+    assert ema.module[1].running_mean.tolist() == [4.0] * 8  # until the next update
 
 
 def test_groups_of_another_peak_have_a_learning_rate_of_their_own() -> None:

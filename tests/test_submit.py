@@ -5,9 +5,13 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launch.submit import Allocation, name_and_log
+from launch.submit import sbatch as submitted
+from runner.common.errors import UserError
 from tests.support.processes import ROOT, TINY, Done, module, python
 
 
@@ -152,6 +156,75 @@ def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
     assert not outer.keys() & environment.keys()
     assert environment["SLURM_CONF"] == "mine"
     assert environment["NCCL_DEBUG"] == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("0", 0),
+        ("5", 300),
+        ("5:06", 306),
+        ("1:02:03", 3723),
+        ("2-3", 183_600),
+        ("2-3:04", 183_840),
+        ("2-3:04:05", 183_845),
+    ],
+)
+def test_a_time_limit_is_read_like_sbatch_reads_it(limit: str, seconds: int) -> None:
+    """Of up to its seconds before the limit, a job could use none."""
+    assert Allocation(time=limit, stop_before=max(seconds - 1, 1)).time == limit
+    if 0 < seconds <= 65_535:
+        with pytest.raises(UserError, match="expected more than"):
+            Allocation(time=limit, stop_before=seconds)
+
+
+@pytest.mark.parametrize(
+    ("resources", "ranks"),
+    [
+        ({}, 2),
+        ({"gpus_per_node": "8"}, 16),
+        ({"gpus_per_node": "h100:8", "gres": "nvme:1K", "cpus_per_gpu": 4}, 16),
+        ({"gres": "nvme:4"}, 2),
+        ({"gres": "nvme:1,gpu:4", "cpus_per_gpu": 4}, 8),
+        ({"gres": "gpu:a100:2,nvme:7,gpu:h100:1"}, 6),
+        ({"gres": "gpu:2,gpu:1"}, "expected each resource once"),
+        ({"gres": "nvme:1,gpu:2K"}, "GPUs as a plain number"),
+        ({"gres": "gpu:1", "gpus_per_node": "1"}, "leave out the other"),
+        ({"cpus_per_gpu": 4, "cpus_per_task": 4, "gpus_per_node": "1"}, "leave out the other"),
+        ({"cpus_per_gpu": 4, "gres": "nvme:1"}, "without GPUs, use --cpus-per-task"),
+    ],
+)
+def test_each_gpu_has_a_rank(resources: dict[str, Any], ranks: int | str) -> None:
+    if isinstance(ranks, int):
+        assert Allocation(nodes=2, **resources).ranks == ranks
+    else:
+        with pytest.raises(UserError, match=ranks):
+            Allocation(nodes=2, **resources)
+
+
+def test_a_job_has_a_plain_name_and_an_exact_log(tmp_path: Path) -> None:
+    name, log = name_and_log("podeti/alexnet lr 0.1", tmp_path / "50%", "%A_%a")
+    assert name == "--job-name=runner-podeti-alexnet-lr-0.1"
+    assert log == f"--output={tmp_path}/50%%/slurm/%x-%A_%a.log"
+    for path in ("a\\b", "a\nb"):
+        with pytest.raises(UserError, match="expected no backslash and no line break"):
+            name_and_log("tiny", tmp_path / path, "%j")
+
+
+def test_the_answer_of_sbatch(sbatch: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number may be followed by the name of a cluster; a key of W&B is not passed on, which is reported."""
+    script = tmp_path / "bin" / "sbatch"
+    for environ, lines in ((sbatch, 0), ({**sbatch, "WANDB_API_KEY": "canary"}, 1)):
+        assert submitted([str(script)], tmp_path / "runs", environ) == "7"
+        assert capsys.readouterr().err.count("W&B: its key is not passed to SLURM") == lines
+        assert "canary" not in (tmp_path / "environment").read_text()
+    script.write_text("#!/bin/sh\necho '8;cluster'\n")
+    assert submitted([str(script)], tmp_path / "runs", sbatch) == "8"
+    script.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"^sbatch refused: sbatch: error: no such partition$"):
+        submitted([str(script)], tmp_path / "runs", sbatch)
+    with pytest.raises(UserError, match=r"cannot write there \(Not a directory\); choose another folder"):
+        submitted([str(script)], script, sbatch)
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,9 @@ def test_test_time_augmentation_is_reported_apart(trained) -> None:
 
 def test_views() -> None:
     images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
-    assert len(augmented_views(images, "none")) == 1
+    ((weight, alone),) = augmented_views(images, "none")
+    assert weight == 1
+    assert alone is images
     (half, same), (_, mirrored) = augmented_views(images, "flip")
     assert half == 0.5
     assert torch.equal(same, images)
@@ -366,7 +368,9 @@ def test_figures_are_torchmetrics() -> None:
     )
 
     torch.manual_seed(0)
-    logits, labels = 2 * torch.randn(500, 10), torch.randint(10, (500,))
+    logits, labels = torch.randn(500, 10), torch.randint(10, (500,))
+    logits[:100] *= 9  # too confident by far
+    logits[100:200] = 1.5 * F.one_hot(labels[100:200], 10)  # not confident enough
     found = Evaluation(logits, labels)
     assert found.accuracy == pytest.approx(multiclass_accuracy(logits, labels, 10, average="micro").item())
     assert found.top5 == pytest.approx(multiclass_accuracy(logits, labels, 10, average="micro", top_k=5).item())
@@ -375,6 +379,14 @@ def test_figures_are_torchmetrics() -> None:
     theirs = multiclass_calibration_error(logits.softmax(1), labels, 10, n_bins=15).item()
     assert found.calibration_error == pytest.approx(theirs, abs=1e-6)
     assert Evaluation(logits[:3], torch.tensor([0, 0, 1])).class_accuracy[2:] == [None] * 8
+    for label, hit in ((5, 1.0), (4, 0.0)):
+        assert Evaluation(torch.arange(10.0)[None], torch.tensor([label])).top5 == hit
+    many = torch.zeros(4, 20)
+    many[2:, 7] = 1.0
+    found = Evaluation(many, torch.tensor([1, 0, 0, 0]))  # in two bins, of which one is too confident, one too little
+    assert found.calibration_error == pytest.approx((abs(2 * 0.05 - 1) + 2 * np.e / (np.e + 19)) / 4)
+    assert found.num_predicted_classes == 2
+    assert np.isnan(Evaluation(torch.full((2, 3), torch.nan), torch.tensor([0, 1])).calibration_error)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def _take_positional(line: CommandLine, is_known: Callable[[str], bool]) -> None
 def _take_values(remaining: list[str], option: Option, count: int) -> list[str]:
     """Removes the values of an option that already has `count` values from the front of the remaining words."""
     values: list[str] = []
-    while remaining and remaining[0] != "--" and not _is_option(remaining[0]):
+    while remaining and not _is_option(remaining[0]):
         if option.nargs != 1 and not option.accepts(remaining[0]):
             break
         most = 1 if option.appends else option.nargs
@@ -281,15 +281,14 @@ def _check_values(option: Option, spelling: str, values: list[str], equals: str,
         raise UserError(f"{spelling}={values[0]}: expected no value; it is a flag")
     if option.nargs == 1 and values and not option.accepts(values[0]):
         raise UserError(f"{spelling} {values[0]}: expected {option.expected}")
-    if option.nargs != 1 and option.nargs != 0:
+    if option.nargs != 1:
         for value in values:
             if value.startswith("-") and not NEGATIVE.fullmatch(value):
                 raise UserError(f"{spelling} {value}: expected {option.expected}, which does not begin with '-'")
             if not option.accepts(value):
                 raise UserError(f"{spelling}={value}: expected {option.expected}")
     if len(values) < (1 if option.nargs is None else option.nargs) and not option.is_prefix:
-        count = "one or more values" if option.nargs is None else "a value"
-        count = f"{option.nargs} values" if (option.nargs or 0) > 1 else count
+        count = {None: "one or more values", 1: "a value"}.get(option.nargs, f"{option.nargs} values")
         found = [*values, *([] if not remaining or _is_option(remaining[0]) else remaining[:1])]
         kind = f" ({option.expected})" if option.expected != "a value" else ""
         raise UserError(f"{spelling}: expected {count}{kind}, found {' '.join(found) or 'none'}")
@@ -325,7 +324,8 @@ def _add(line: CommandLine, option: Option, spelling: str, values: list[str], eq
 
 
 def _is_option(word: str) -> bool:
-    return word == "-h" or (word.startswith("--") and len(word) > 2)
+    """Whether a word is an option, or `--`, after which there are none."""
+    return word == "-h" or word.startswith("--")
 
 
 def check_limits(config: Any) -> None:
@@ -363,11 +363,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
     if not isinstance(inner, PrimitiveConstructorSpec):
         return None
-    return replace(
-        inner,
-        is_instance=lambda value: value is None or inner.is_instance(value),
-        str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value),
-    )
+    return replace(inner, str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value))
 
 
 def read_command(kind: Any, words: Sequence[str], prog: str) -> Any:

@@ -308,7 +308,8 @@ def best_of_architectures(records: list[RunRecord]) -> list[int]:
     for position, record in enumerate(records):
         if record.summary is not None:
             key = (record.config.architecture.factory, record.dataset)
-            best[key] = max(best.get(key, (-1.0, 0)), (record.summary.test_accuracy, position))
+            entry = (record.summary.test_accuracy, position)
+            best[key] = max(best.get(key, entry), entry)
     return sorted(position for _, position in best.values())
 
 

@@ -71,7 +71,8 @@ class Evaluation:
         Guo et al. 2017, arXiv:1706.04599.
         """
         confidence = self.logits.double().softmax(1).amax(1)
-        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # intervals (0, 1/15], (1/15, 2/15], …
+        # Intervals (0, 1/15], (1/15, 2/15], …; NaN, which is no integer, stays NaN in the first.
+        bins = (confidence * 15).ceil().long().clamp(min=1) - 1
         hits = (self.predicted == self.labels).double()
         distance = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, confidence - hits)
         return distance.abs().sum().item() / self.num_images

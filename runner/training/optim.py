@@ -66,8 +66,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        defaults = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "unit_rows": False, "iterations": 5}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # takes no closure
@@ -109,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, directions, alpha=-group["lr"])
 
 
-def orthogonalize(matrices: list[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
+def orthogonalize(matrices: list[torch.Tensor], iterations: int) -> list[torch.Tensor]:
     """Approximates the nearest orthogonal matrices: singular values become 0.7 to 1.2, singular vectors are unchanged.
 
     Uses Newton-Schulz iteration in bf16 with an odd polynomial of degree five and the coefficients of K. Jordan's Muon.
@@ -211,7 +210,7 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
         peak = warmup - 1
         if step <= peak:
             return _cosine(schedule.initial, 1.0, step / max(1.0, peak))
-        return _cosine(1.0, schedule.final, (step - peak) / max(1.0, steps - 1 - peak))
+        return _cosine(1.0, schedule.final, (step - peak) / (steps - 1 - peak))
     if step < warmup:
         return (step + 1) / (warmup + 1)
     match schedule:

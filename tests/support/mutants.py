@@ -1,71 +1,118 @@
-"""Mutation testing with cosmic-ray: breaks a module in many small ways and reports what its tests do not notice.
+"""Mutation testing: breaks a module in many small ways, drawn by cosmic-ray, and reports what its tests do not notice.
 
-`launch/mutants MODULE` calls this. It works on a copy of the checkout. A mutant that survives is a missing assertion,
-or it does what the original does; then its entry in the ledger gets the reason by hand (`equivalent`), which the next
-run keeps.
+`launch/mutants MODULE` calls this. It works on a copy of the checkout. The tests of each mutant run in a process that
+is forked from this one, in which torch and other libraries, but nothing of the project, are already imported. A mutant
+that survives is a missing assertion, needless code, or does what the original does; then its entry in the ledger gets
+the reason by hand (`equivalent`), which the next run keeps.
 """
 
+import contextlib
+import difflib
+import gc
+import importlib
 import json
+import os
 import re
+import select
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from runner.common.console import progress
+import pytest
+from hypothesis import Phase, settings
+
 from runner.system import environment
+from tests.support import processes, warm
 
 ROOT = Path(__file__).parents[2]
 LEDGERS = ROOT / "tests" / "mutants"
-TIMEOUT = 180.0  # seconds for the tests of one mutant, which may loop forever
-STREAM = "tests/test_batches.py -k 'earlier_versions or seed_and_epoch or offsets or alternating"
-# The modules, and the arguments of pytest that select their tests: as few as hold what the module promises.
+STREAM = "earlier_versions or seed_and_epoch or offsets or alternating"
+# The modules, and for each the selections of tests, as arguments of pytest: as few tests as hold what the module
+# promises, and the quick ones first, because the later ones run only on the mutants that survive those before.
 MODULES = {
-    "launch/submit.py": "tests/test_submit.py",
-    "runner/common/command_line.py": "tests/test_command_lines.py",
-    "runner/data/augment.py": f"{STREAM} or changes_the_images or jitter or cutout'",
-    "runner/data/mixing.py": f"{STREAM} or mixed or mixup or union_over_ranks and resident'",
-    "runner/data/order.py": f"{STREAM}'",
-    "runner/deploy/parity.py": "tests/test_deploy.py -k 'gate or parity or refused or current'",
-    "runner/report/compare.py": "tests/test_report.py tests/test_watch.py",
-    "runner/training/checkpoint.py": "tests/test_checkpoint.py tests/test_resume.py",
-    "runner/training/evaluate.py": "tests/test_evaluate.py tests/test_train_pieces.py",
-    "runner/training/optim.py": "tests/test_optim.py",
-    "runner/training/state.py": "tests/test_train_pieces.py tests/test_resume.py",
+    "launch/submit.py": [
+        "tests/test_submit.py -k 'time_limit or each_gpu or plain_name or the_answer or inherit'",
+        "tests/test_submit.py -k 'dry_run or exits_2 or missing or before_the_queue'",
+    ],
+    "runner/common/command_line.py": [
+        "tests/test_command_lines.py -k 'not any_order'",
+        "tests/test_command_lines.py -k any_order",
+    ],
+    "runner/data/augment.py": [f"tests/test_batches.py -k '{STREAM} or changes_the_images or jitter or cutout'"],
+    "runner/data/mixing.py": [
+        "tests/test_batches.py -k 'earlier_versions or mixed or mixup'",
+        "tests/test_batches.py -k 'union_over_ranks and resident'",
+    ],
+    "runner/data/order.py": [f"tests/test_batches.py -k '{STREAM}'"],
+    "runner/deploy/parity.py": ["tests/test_parity.py"],
+    "runner/report/compare.py": [
+        "tests/test_compare.py",
+        "tests/test_report.py -k 'grouped or label or deviation or reproduced or earlier_versions or json_rows'",
+    ],
+    "runner/training/checkpoint.py": [
+        "tests/test_checkpoint.py -k 'not kill_at_any'",
+        "tests/test_checkpoint.py -k kill_at_any",
+    ],
+    "runner/training/evaluate.py": [
+        "tests/test_evaluate.py tests/test_train_pieces.py -k 'test_metrics or views or torchmetrics or resident'",
+        "tests/test_evaluate.py tests/test_train_pieces.py -k 'restored or twice or augmentation_is_reported'",
+    ],
+    "runner/training/optim.py": [
+        "tests/test_optim.py tests/test_properties.py -k 'test_optim or schedule'",
+        "tests/test_train_pieces.py -k 'average_over_steps or statistics_of_batch'",
+    ],
+    "runner/training/state.py": ["tests/test_state.py"],
 }
 # One replacement for each operator, because others of the same operator survive or die together.
 OPERATORS = (
-    "ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_FloorDiv|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|RShift_LShift|LShift_RShift"
-    "|BitOr_BitAnd|BitAnd_BitOr|BitXor_BitOr)",
-    "ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|LtE_GtE|Gt_Lt|GtE_LtE|Is_IsNot"
-    "|IsNot_Is)",
-    "ReplaceUnaryOperator_.*", "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr",
-    "ReplaceOrWithAnd", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "NumberReplacer", "ExceptionReplacer",
-    "ZeroIterationForLoop",
-)  # fmt: skip
+    "core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_FloorDiv|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|RShift_LShift"
+    "|LShift_RShift|BitOr_BitAnd|BitAnd_BitOr|BitXor_BitOr)"
+    "|ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|LtE_GtE|Gt_Lt|GtE_LtE|Is_IsNot"
+    "|IsNot_Is)"
+    "|ReplaceUnaryOperator_.*|AddNot|ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd"
+    "|ReplaceBreakWithContinue|ReplaceContinueWithBreak|NumberReplacer|ExceptionReplacer|ZeroIterationForLoop)"
+)
 
 
 def main(tool: Path, arguments: list[str]) -> None:
-    """Runs all mutants of a module, and writes and prints its ledger."""
-    (module,) = arguments if len(arguments) == 1 else ("",)
-    if module not in MODULES:
-        expected = f"expected one of {', '.join(MODULES)}"
+    """Runs the mutants of a module, or those that survived in its ledger, and writes and prints the ledger."""
+    module, again = "".join(arguments[:1]), arguments[1:] == ["--survivors"]
+    if module not in MODULES or (arguments[1:] and not again):
+        expected = f"expected one of {', '.join(MODULES)}, and then nothing or --survivors"
         print(
             f"mutants: {' '.join(arguments) or 'MODULE'}: {expected}; others are added in {__file__}", file=sys.stderr
         )
         raise SystemExit(2)
+    install(tool)
+    earlier = read_ledger(module)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         checkout = copy_checkout(Path(folder))
-        tests = f"env PYTHONPATH={checkout} {sys.executable} -m pytest -x -q -p no:cacheprovider {MODULES[module]}"
-        baseline = subprocess.run(tests, cwd=checkout, shell=True, capture_output=True, text=True, check=False)
-        if baseline.returncode != 0:
-            print(f"mutants: {tests}: expected to pass without a mutant:\n{baseline.stdout[-2000:]}", file=sys.stderr)
-            raise SystemExit(1)
-        rows = run_mutants(tool, checkout, module, tests)
-    write_ledger(module, rows)
+        mutants = draw(tool, checkout, module)
+        if again:
+            known = {entry["change"] for entry in earlier["survived"]}
+            mutants = [mutant for mutant in mutants if mutant["change"] in known]
+        prepare_to_fork(checkout)
+        run_mutants(checkout, module, mutants)
+    write_ledger(module, mutants, earlier, again)
+
+
+def install(tool: Path) -> None:
+    """Installs cosmic-ray, apart from the project's environment, which it does not belong to."""
+    if not (tool / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", tool], check=True)
+        command = ["uv", "pip", "install", "--quiet", "--python", tool / "bin/python", "cosmic-ray==8.7.0"]
+        subprocess.run(command, check=True)
+        (tool / "complete").touch()
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -80,82 +127,205 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def run_mutants(tool: Path, checkout: Path, module: str, tests: str) -> list[dict[str, Any]]:
-    """Runs the tests on each mutant; returns cosmic-ray's results."""
-    config, session = checkout / "mutants.toml", checkout / "mutants.sqlite"
-    excluded = f"^(?!core/({'|'.join(OPERATORS)})$)"
-    config.write_text(
-        f"[cosmic-ray]\nmodule-path = {json.dumps(module)}\ntimeout = {TIMEOUT}\nexcluded-modules = []\n"
-        f"test-command = {json.dumps(tests)}\n[cosmic-ray.distributor]\nname = 'local'\n"
-        f"[cosmic-ray.filters.operators-filter]\nexclude-operators = [{json.dumps(excluded)}]\n"
-    )
-    for command in (["cosmic-ray", "init", config, session], ["cr-filter-operators", session, config]):
-        subprocess.run([tool / command[0], *command[1:]], cwd=checkout, check=True)
-    made = len(results(tool, session, done=False))
-    process = subprocess.Popen([tool / "cosmic-ray", "exec", config, session], cwd=checkout)
-    with progress(f"mutants of {module}", made) as advance:
-        done = 0
-        while done < made:
-            ended = process.poll() is not None
-            now = len(results(tool, session))
-            advance(now - done)
-            done = now
-            if ended:
+def draw(tool: Path, checkout: Path, module: str) -> list[dict[str, Any]]:
+    """Returns the mutants of a module: `line`, `source` and `change`, which is the changed lines."""
+    program = ROOT / "tests/support/programs/draw_mutants.py"
+    command = [tool / "bin/python", program, checkout / module, OPERATORS]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env={}).stdout
+    original = (checkout / module).read_text()
+    drawn = [
+        mutant | {"change": change_of(original, mutant["source"])} for mutant in map(json.loads, printed.splitlines())
+    ]
+    # Checks of the program itself, which no input fails.
+    checks = re.compile("(frozen|kw_only|strict)=False")
+    return sorted((one for one in drawn if not checks.search(one["change"])), key=lambda mutant: mutant["line"])
+
+
+def change_of(before: str, after: str) -> str:
+    """Returns the lines that differ in one line: `before → after`."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
+    texts = (" ".join(re.sub("  # .*", "", line[1:]).strip() for line in lines if line[0] == sign) for sign in "-+")
+    return " → ".join(texts)
+
+
+def prepare_to_fork(checkout: Path) -> None:
+    """Imports libraries, forgets the project's modules, and makes the copy of the checkout the one that is imported."""
+    for name in warm.IMPORTS:
+        if not name.startswith(("runner", "launch", "data_prep")):
+            importlib.import_module(name)
+    for name in [name for name in sys.modules if name.startswith(("runner", "launch", "data_prep", "tests"))]:
+        del sys.modules[name]
+    sys.path[:] = [str(checkout), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    os.environ["PYTHONPATH"] = str(checkout)
+    os.chdir(checkout)
+    # The first example that fails is enough.
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("mutants")
+    gc.collect()
+    gc.freeze()
+
+
+def run_mutants(checkout: Path, module: str, mutants: list[dict[str, Any]]) -> None:
+    """Adds an `outcome` to each mutant: killed, timed out, or survived."""
+    path, log, stages = checkout / module, checkout / "mutant.log", []
+    for selection in MODULES[module]:
+        start = time.monotonic()
+        recorder = LineRecorder(path, checkout / "lines.json")
+        if run_tests(shlex.split(selection), log, 1800, recorder) != "survived":
+            print(f"mutants: pytest {selection}: expected to pass without a mutant:", file=sys.stderr)
+            print(log.read_text()[-3000:], file=sys.stderr)
+            raise SystemExit(1)
+        seconds = time.monotonic() - start
+        stages.append((json.loads(recorder.output.read_text()), 20 + 4 * seconds))  # a mutant may loop forever
+        print(f"without a mutant, {seconds:.1f} s: pytest {selection}", flush=True)
+    # Python compares a compiled file with the size and the second of its source, which mutants have in common.
+    os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        compiled.unlink()
+    for number, mutant in enumerate(mutants, 1):
+        path.write_text(mutant["source"])
+        start = time.monotonic()
+        for stage, (lines, limit) in enumerate(stages, 1):  # noqa: B007
+            mutant["outcome"] = run_tests(tests_of(mutant["line"], lines), log, limit)
+            if mutant["outcome"] != "survived":
                 break
-            time.sleep(2)
-    if process.wait() != 0:
-        raise SystemExit(f"mutants: cosmic-ray ended with exit code {process.returncode}")
-    return results(tool, session)
+        took = f"{mutant['outcome']} by selection {stage} in {time.monotonic() - start:.1f} s"
+        print(f"{number}/{len(mutants)} {took}: {mutant['line']}: {mutant['change']}", flush=True)
 
 
-def results(tool: Path, session: Path, done: bool = True) -> list[dict[str, Any]]:
-    """Returns the mutants that are not filtered out, with their outcome if `done`."""
-    dump = subprocess.run([tool / "cosmic-ray", "dump", session], capture_output=True, text=True, check=True).stdout
-    rows = []
-    for job, outcome in map(json.loads, dump.splitlines()):
-        wanted = not done if outcome is None else outcome["worker_outcome"] != "skipped"
-        if wanted:
-            rows.append(job["mutations"][0] | (outcome or {}))
-    return rows
+def tests_of(line: int, lines: dict[str, list[int]]) -> list[str]:
+    """Returns the tests that run a line, and those that run none of the module, perhaps because its process is another.
+
+    A line that no test runs by itself runs when the module is imported; then all tests are returned.
+    """
+    if not any(line in found for found in lines.values()):
+        return list(lines)
+    return [test for test, found in lines.items() if line in found or not found]
 
 
-def write_ledger(module: str, rows: list[dict[str, Any]]) -> None:
+class LineRecorder:
+    """A plugin of pytest that records which lines of a file each test runs in this process."""
+
+    def __init__(self, path: Path, output: Path) -> None:
+        self.path, self.output = str(path), output
+        self.lines: dict[str, set[int]] = {}
+        self.current: set[int] = set()
+
+    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        """Called by Python for each line of the file, and for each call elsewhere."""
+        if frame.f_code.co_filename != self.path or frame.f_code.co_name == "<module>":
+            return None
+        self.current.add(frame.f_lineno)
+        return self.trace
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.current = self.lines.setdefault(item.nodeid, set())
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+
+    def pytest_sessionfinish(self) -> None:
+        self.output.write_text(json.dumps({test: sorted(lines) for test, lines in self.lines.items()}))
+
+
+def run_tests(tests: list[str], log: Path, seconds: float, plugin: LineRecorder | None = None) -> str:
+    """Runs tests in a forked process for at most `seconds`."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        run_pytest(tests, log, plugin)
+    descriptor = os.pidfd_open(child)
+    try:
+        ended = select.select([descriptor], [], [], seconds)[0]
+    finally:
+        os.close(descriptor)
+        for process in processes.descendants_of(child):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return "survived" if ended and code == 0 else "killed" if ended else "timed out"
+
+
+def run_pytest(tests: list[str], log: Path, plugin: LineRecorder | None) -> NoReturn:
+    """Runs pytest in this process, which is a fork, and ends it."""
+    code = 1
+    try:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        fork_warm_server()
+        # As a process of pytest-xdist, it shares the datasets and runs that the first made, without a mutant.
+        os.environ["PYTEST_XDIST_WORKER"] = "mutant"
+        folder = log.with_name("temporary") / "mutant"
+        folder.parent.mkdir(exist_ok=True)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder)]
+        code = pytest.main([*options, *tests], [plugin] if plugin else [])
+    finally:
+        os._exit(code)
+
+
+def fork_warm_server() -> None:
+    """Gives the tests of this process a server of warm processes that is forked too, which costs less."""
+    from tests.support import processes, warm  # of the copy
+
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        select.select([theirs], [], [])  # most tests never need it
+        sys.argv[1:] = [str(theirs.detach())]
+        warm.main()
+        os._exit(0)
+    theirs.close()
+    server = object.__new__(warm.Server)
+    server.socket = ours
+    processes._servers.append(server)
+
+
+def read_ledger(module: str) -> dict[str, Any]:
+    """Returns the ledger of a module, or {} if there is none."""
+    path = ledger_of(module)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def ledger_of(module: str) -> Path:
+    """Returns the file of a module's ledger."""
+    return LEDGERS / f"{module.removesuffix('.py').replace('/', '.')}.json"
+
+
+def write_ledger(module: str, mutants: list[dict[str, Any]], earlier: dict[str, Any], again: bool) -> None:
     """Writes the ledger of a module, keeps the reasons of earlier equivalent mutants, and prints the survivors."""
-    path = LEDGERS / f"{module.removesuffix('.py').replace('/', '.')}.json"
-    reasons: dict[str, str | None] = {}
-    if path.is_file():
-        reasons = {entry["change"]: entry["equivalent"] for entry in json.loads(path.read_text())["survived"]}
+    reasons = {entry["change"]: entry["equivalent"] for entry in earlier.get("survived", ())}
+    survived = [
+        {key: mutant[key] for key in ("line", "change")} | {"equivalent": reasons.get(mutant["change"])}
+        for mutant in mutants if mutant["outcome"] == "survived"
+    ]  # fmt: skip
     # A test that times out has noticed the mutant as well: it loops forever, or waits for what never comes.
-    timed_out = [row for row in rows if "timeout" in (row.get("output") or "").lower()[:200]]
-    survived = []
-    for row in rows:
-        if row["test_outcome"] == "survived":
-            change = change_of(row["diff"])
-            survived.append({"line": row["start_pos"][0], "change": change, "equivalent": reasons.get(change)})
-    survived.sort(key=lambda entry: entry["line"])
+    timed_out = sum(mutant["outcome"] == "timed out" for mutant in mutants) + (earlier["timed_out"] if again else 0)
+    made = earlier["made"] if again else len(mutants)
     ledger = {
         "module": module,
         "tests": MODULES[module],
         "commit": environment.git_revision().commit,
-        "made": len(rows),
-        "killed": len(rows) - len(survived) - len(timed_out),
-        "timed_out": len(timed_out),
+        "made": made,
+        "killed": made - timed_out - len(survived),
+        "timed_out": timed_out,
+        "survived_at_first": earlier.get("survived_at_first", len(survived)),
         "survived": survived,
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(ledger, indent=2) + "\n")
+    LEDGERS.mkdir(exist_ok=True)
+    ledger_of(module).write_text(json.dumps(ledger, indent=2, ensure_ascii=False) + "\n")
     for entry in survived:
         print(f"{module}:{entry['line']}: {entry['change']}: {entry['equivalent'] or 'not noticed by any test'}")
     equivalent = sum(entry["equivalent"] is not None for entry in survived)
-    print(f"{len(rows)} mutants: {ledger['killed']} killed, {len(timed_out)} timed out, {len(survived)} survived, "
-          f"of which {equivalent} equivalent; {path.relative_to(ROOT)}")  # fmt: skip
-
-
-def change_of(diff: str) -> str:
-    """Returns the changed lines of a unified diff in one line: `before → after`."""
-    lines = [re.sub("  # .*", "", line) for line in diff.splitlines() if re.match(r"[-+](?![-+]{2} )", line)]
-    before, after = (" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
-    return f"{before} → {after}"
+    print(f"{made} mutants: {ledger['killed']} killed, {timed_out} timed out, {len(survived)} survived, of which "
+          f"{equivalent} equivalent; {ledger_of(module).relative_to(ROOT)}")  # fmt: skip
 
 
 if __name__ == "__main__":

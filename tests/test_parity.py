@@ -1,0 +1,428 @@
+"""The parity gate, on graphs written operator by operator, which takes no export."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from msgspec.structs import replace
+from onnx import TensorProto, helper, numpy_helper
+
+from data_prep import manifest
+from runner.common.errors import UserError
+from runner.common.files import read, write
+from runner.data.open import model_input, open_test_of_run
+from runner.deploy import onnx as exporter
+from runner.deploy import parity
+from runner.deploy.onnx import OnnxFile
+from runner.deploy.session import ProviderError, Session
+from runner.run.folder import Run
+from runner.run.schema import Dataset, FrontEnd, Gate, Machine, ParityReport, TorchRow
+from runner.training import checkpoint
+from runner.training.evaluate import Evaluation, evaluate
+from tests.support.configs import config_of, trusted
+from tests.support.models.tiny import Tiny
+
+CPU = "CPUExecutionProvider"
+Change = Callable[[dict[str, np.ndarray]], object]
+
+
+def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
+    """The network of the tests' experiments, whose logits are multiplied by a constant of the graph."""
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    conv = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["images", "layers.0.weight", "layers.0.bias"], ["a"], name="first", **conv),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "layers.3.weight", "layers.3.bias"], ["c"], name="second", **conv),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("AveragePool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "layers.8.weight", "layers.8.bias"], ["g"], name="last", transB=1),
+        helper.make_node("Constant", [], ["h"], name="scale", value_float=scale),
+        helper.make_node("Mul", ["g", "h"], ["logits"]),
+    ]
+    float_tensor = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "tiny",
+        [float_tensor("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [float_tensor("logits", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def add_file(
+    run: Run,
+    precision: str,
+    change: Change = lambda weights: None,
+    raw: bool = False,
+    scale: float = 1.0,
+    first: str = "x",
+) -> OnnxFile:
+    """Writes an ONNX file of a run, with some of its weights changed in place.
+
+    Below fp32, the output of its first operator is named `first`; in fp32, it is `a`.
+    """
+    model = checkpoint.load_model(run)
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    change(weights)
+    proto = graph_of(model, scale)
+    for node in proto.graph.node if precision != "fp32" else ():
+        for names in (node.input, node.output):
+            names[:] = [first if name == "a" else name for name in names]
+    proto = exporter.with_raw_input(proto, run.config()) if raw else proto
+    return exporter.write(run, proto, precision, raw, exporter.weights_sha256(run))
+
+
+def scale_second(factor: float) -> Change:
+    """Scales what the second convolution computes."""
+
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights["layers.3.weight"] *= factor
+        weights["layers.3.bias"] *= factor
+
+    return change
+
+
+@pytest.fixture
+def run(small_data: Path, tmp_path: Path) -> Run:
+    """A run with random weights that predicts various classes, and its fp32 file."""
+    run, prepared = trusted(tmp_path / "tiny" / "seed-0"), manifest.read(small_data)
+    dataset = Dataset(
+        name=prepared.name, fingerprint=prepared.fingerprint, classes=list(prepared.classes),
+        image_shape=list(prepared.image_shape), mean=list(prepared.mean), std=list(prepared.std),
+        folder=str(small_data),
+    )  # fmt: skip
+    config = config_of(dataset=dataset)
+    write(run.record, replace(config, input=model_input(prepared, config.recipe)))
+    torch.manual_seed(0)
+    model = Tiny().requires_grad_(False)
+    images = torch.cat([images for images, _ in open_test_of_run(run.config(), None, torch.device("cpu")).epoch(0)])
+    model.layers[-1].bias -= model(images).mean(0)
+    checkpoint.save(run, model.state_dict(), 1)
+    add_file(run, "fp32")
+    return run
+
+
+def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either front end; progress is of every image, once for the model and once for each file."""
+    add_file(run, "fp32", raw=True)
+    counted: list[float] = []
+
+    class Progress:
+        def __init__(self, text: str, total: float) -> None:
+            counted.append(-total)
+
+        def __enter__(self) -> Callable[[float], None]:
+            return counted.append
+
+        def __exit__(self, *_: object) -> None: ...
+
+    prepared: list[str] = []
+    monkeypatch.setattr(parity, "progress", Progress)
+    monkeypatch.setattr(parity.cpu, "prepare", lambda: prepared.append("cpu"))
+    monkeypatch.setattr(parity.cuda, "disable_tf32", lambda: prepared.append("no TF32"))
+    report = parity.compare(run, exporter.all_exported(run), None, "cpu")
+    assert counted[0] == -600
+    assert sum(counted) == 0
+    assert read(run.parity, ParityReport) == report
+    batches = open_test_of_run(run.config(), None, torch.device("cpu"))
+    expected = evaluate(checkpoint.load_model(run), batches, 10)
+    assert (report.images, report.eager_accuracy) == (200, expected.accuracy)
+    assert (report.torch, report.not_scored) == ([], [])
+    normalized, raw = report.rows
+    for row in (normalized, raw):
+        assert (row.images, row.accuracy, row.accuracy_change, row.agreement) == (200, expected.accuracy, 0.0, 1.0)
+        assert row.class_change == [0.0] * 10
+        assert (row.passed, row.limit, row.culprit, row.caveat) == (True, "agreement ≥ 99.99%", None, None)
+        assert (row.backend, row.provider, row.engine_sha256) == ("onnxruntime", CPU, None)
+        assert row.classes_predicted == expected.num_predicted_classes > 1
+        assert row.machine == parity.this_machine()
+        assert row.largest_logit_difference < 1e-4
+    assert normalized.onnx_sha256 == exporter.exported(run).sha256
+    assert [row.onnx for row in report.rows] == ["deploy/model.fp32.onnx", "deploy/model.fp32.raw.onnx"]
+    assert [row.front_end for row in report.rows] == [FrontEnd.NORMALIZED, FrontEnd.RAW]
+    assert prepared == ["cpu"]
+
+    # On a GPU, for which this processor stands in, the model is scored in fp16 too, also without any file.
+    monkeypatch.setattr(parity, "open_test_of_run", lambda config, data, device: batches)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(parity, "Session", lambda path, device, fp16: Session(path, "cpu"))
+    counted.clear()
+    for files in ([exporter.exported(run)], []):
+        report = parity.compare(run, files, None, "cuda")
+        (row,) = report.torch
+        assert (row.precision, row.weights, row.machine) == (
+            "fp16",
+            exporter.weights_sha256(run),
+            parity.this_machine(),
+        )
+        assert (row.limit, row.images) == ("agreement ≥ 99.90%", 200)
+        assert row.largest_logit_difference > 1e-5
+        assert sum(counted) == 0
+    assert counted[0] == -600
+    assert prepared == ["cpu", "no TF32", "no TF32"]
+
+
+def test_a_report_keeps_the_rows_of_other_files_that_are_current(run: Run) -> None:
+    fp32, fp16 = exporter.exported(run), add_file(run, "fp16")
+    first = parity.compare(run, [fp32, fp16], None, "cpu")
+    elsewhere = replace(first.rows[0], provider="tensorrt-rtx 1.2")
+    torch_row = TorchRow(**_scores(), precision="fp16", weights="w", machine=Machine(cpu="x"))
+    write(run.parity, replace(first, rows=[*first.rows, elsewhere], torch=[torch_row]))
+    second = parity.compare(run, [fp32], None, "cpu")
+    assert [(row.precision, row.provider) for row in second.rows] == [
+        ("fp16", CPU), ("fp32", "tensorrt-rtx 1.2"), ("fp32", CPU),
+    ]  # fmt: skip
+    assert second.torch == [torch_row]
+    add_file(run, "fp16", scale_second(1.0001))
+    assert [row.precision for row in parity.compare(run, [fp32], None, "cpu").rows] == ["fp32", "fp32"]
+
+
+def test_without_anything_to_score_there_is_no_report(run: Run) -> None:
+    message = f"not available here on cpu; engines run on a GPU, and are built with: runner engine {run.folder}"
+    for backends, listed in (((), "onnxruntime engine"), (("engine",), "engine")):
+        with pytest.raises(UserError, match=f"^--backend {listed}: {message}$"):
+            parity.compare(run, [] if not backends else [exporter.exported(run)], None, "cpu", backends)
+    assert not run.parity.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "images", "passes"),
+    [("fp32", 10_000, 1), ("fp16", 1000, 1), ("int8", 10_000, 50), ("int8-cpu", 200, 1), ("int8", 1000, 5)],
+)
+@pytest.mark.parametrize("correct", [1.0, 0.9])
+def test_a_file_at_its_limit_passes_and_one_image_beyond_fails(
+    kind: str, images: int, passes: int, correct: float
+) -> None:
+    """Of images of which the model is right about all or some, so many get another class and become wrong."""
+    labels = torch.arange(images) % 10
+    model = torch.where(torch.arange(images) < correct * images, labels, (labels + 1) % 10)
+    for wrong in (passes, passes + 1):
+        predicted = torch.cat([(labels[:wrong] + 1) % 10, model[wrong:]])
+        scores = parity._compare_scores(
+            kind, *(Evaluation(torch.eye(10)[classes], labels) for classes in (model, predicted))
+        )
+        assert scores.passed == (wrong == passes)
+        assert scores.agreement == pytest.approx(1 - wrong / images)
+        assert scores.accuracy_change == pytest.approx(-wrong / images)
+        assert scores.accuracy == pytest.approx(correct - wrong / images)
+        assert sum(scores.class_change) == pytest.approx(-10 * wrong / images)
+        assert (scores.images, scores.largest_logit_difference) == (images, 1.0)
+
+
+def test_an_infinite_logit_fails_the_gate() -> None:
+    """Although its class is the right one; a class without images has no accuracy to compare."""
+    labels = torch.zeros(10, dtype=torch.int64)
+    logits = torch.eye(2)[labels]
+    infinite = logits.clone()
+    infinite[0, 0] = torch.inf
+    for kind, limit in (("fp32", "agreement ≥ 99.99%"), ("int8", "accuracy drop ≤ 0.5 points")):
+        scores = parity._compare_scores(kind, Evaluation(logits, labels), Evaluation(infinite, labels))
+        assert (scores.passed, scores.largest_logit_difference) == (False, None)
+        assert scores.limit == f"{limit}, and finite logits"
+        assert scores.class_change == [0.0, None]
+        assert parity._compare_scores(kind, Evaluation(logits, labels), Evaluation(logits, labels)).limit == limit
+
+
+def _scores(passed: bool = True) -> dict[str, Any]:
+    return {
+        "images": 9, "accuracy": 0.5, "accuracy_change": -0.1, "agreement": 0.9, "class_change": [0.0],
+        "largest_logit_difference": 0.1, "limit": "x", "passed": passed,
+    }  # fmt: skip
+
+
+def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run) -> None:
+    file = exporter.exported(run)
+    unscored = f"{file.path}: not scored on {CPU} yet; first: runner parity {run.folder}"
+    with pytest.raises(UserError, match=f"^{unscored}$"):
+        parity.require_passed(run, file, CPU)
+    report = parity.compare(run, [file], None, "cpu")
+    (row,) = report.rows
+    assert parity.require_passed(run, file, CPU) == Gate(accuracy_change=0.0, agreement=1.0, passed=True)
+    others = [replace(row, **change) for change in (
+        {"onnx_sha256": "0"}, {"provider": "other"}, {"engine_sha256": "0"}, {"machine": Machine(cpu="other")},
+    )]  # fmt: skip
+    write(run.parity, replace(report, rows=others))
+    with pytest.raises(UserError, match=f"^{unscored}$"):
+        parity.require_passed(run, file, CPU)
+    assert parity.require_passed(run, file, CPU, "0").passed
+    failed = replace(row, passed=False)
+    write(run.parity, replace(report, rows=[*others, failed, row]))
+    with pytest.raises(UserError, match=f"{file.path}: failed the gate on {CPU} .*, so it is not measured"):
+        parity.require_passed(run, file, CPU)
+
+
+def test_only_a_row_of_the_same_precision_weights_and_machine_counts_for_torch(run: Run) -> None:
+    report = parity.compare(run, [exporter.exported(run)], None, "cpu")
+    row = TorchRow(**_scores(), precision="fp16", weights=exporter.weights_sha256(run), machine=parity.this_machine())
+    others = [
+        replace(row, **change) for change in ({"precision": "fp32"}, {"weights": "0"}, {"machine": Machine(cpu="x")})
+    ]
+    unscored = f"{run.folder}: torch in fp16 has not been scored here; first: runner parity {run.folder}"
+    for rows, message in (
+        ([], unscored),
+        (others, unscored),
+        ([*others, replace(row, passed=False), row], f"{run.folder}: torch in fp16 failed the gate .limit: x."),
+    ):
+        write(run.parity, replace(report, torch=rows))
+        with pytest.raises(UserError, match=f"^{message}$"):
+            parity.require_torch_passed(run, "fp16")
+    write(run.parity, replace(report, torch=[*others, row]))
+    parity.require_torch_passed(run, "fp16")
+    run.parity.unlink()
+    with pytest.raises(UserError, match=f"^{unscored}$"):
+        parity.require_torch_passed(run, "fp16")
+
+
+@pytest.fixture
+def without_bias(run: Run) -> Run:
+    """A run whose last operator passes a relative error on as it is."""
+    weights = checkpoint.load_model(run).state_dict()
+    checkpoint.save(run, weights | {"layers.8.bias": torch.zeros(10)}, 2)
+    add_file(run, "fp32")
+    return run
+
+
+def culprit_of(run: Run, file: OnnxFile, backend: str = "onnxruntime", provider: str = CPU, **options: Any) -> str:
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    candidate = parity.Candidate(file, backend, provider, lambda images: images)
+    return parity.find_culprit(run, candidate, images, options.get("device", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "culprit"),
+    [
+        (0.0, "Conv second (relative error 1, 0 before it)"),
+        (np.nan, "Conv second (relative error inf, 0 before it)"),
+        (3.0, "Conv second (relative error 2, 0 before it)"),
+        (1 + 2e-4, "Conv second (relative error 0.0002, 0 before it)"),
+        (1 + 5e-5, "none: onnxruntime on cpu agrees with the fp32 file; the error is in CPUExecutionProvider"),
+    ],
+)
+def test_the_culprit_is_the_operator_that_adds_the_largest_error(
+    without_bias: Run, factor: float, culprit: str
+) -> None:
+    assert culprit_of(without_bias, add_file(without_bias, "fp16", scale_second(factor))) == culprit
+
+
+def test_an_error_before_an_operator_is_not_its_own(without_bias: Run) -> None:
+    """The first convolution doubles, the second adds more: both errors are reported."""
+
+    def change(weights: dict[str, np.ndarray]) -> None:
+        scale_second(4.0)(weights)
+        for name in ("layers.0.weight", "layers.0.bias"):
+            weights[name] *= 2
+        weights["layers.3.bias"] *= 2
+
+    culprit = culprit_of(without_bias, add_file(without_bias, "fp16", change))
+    assert culprit == "Conv second (relative error 7, 1 before it)"
+
+
+def test_any_operator_may_be_the_culprit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, a constant, or one that should compute zeros; all run as written, without optimizations."""
+    options: list[dict[str, Any]] = []
+
+    def session(*arguments: Any, **more: Any) -> Session:
+        options.append(more)
+        return Session(*arguments, **more)
+
+    monkeypatch.setattr(parity, "Session", session)
+
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights["layers.0.weight"] *= 1.5
+        weights["layers.0.bias"] *= 1.5
+        weights["layers.3.bias"] *= 1.5
+        weights["layers.8.bias"] *= 1.5
+
+    culprit = culprit_of(run, add_file(run, "fp16", change, first="a"))
+    assert culprit == "Conv first (relative error 0.5, 0 before it)"
+    culprit = culprit_of(run, add_file(run, "fp16", scale=1.5))
+    assert culprit == "Constant scale (relative error 0.5, 0 before it)"
+    add_file(run, "fp32", scale=0.0)
+    assert not culprit_of(run, add_file(run, "fp16")).startswith("none")
+    assert options == [{"plain": True}] * 6
+
+
+def test_where_no_culprit_can_be_named(run: Run) -> None:
+    fp16, fp32, raw = add_file(run, "fp16"), exporter.exported(run), add_file(run, "fp32", raw=True)
+    assert culprit_of(run, raw) == "the raw front end"
+    assert culprit_of(run, fp32) == "none: the fp32 file on the CPU is the reference of the search; export it again"
+    agrees = "none: onnxruntime on cpu agrees with the fp32 file; the error is in "
+    for file in (fp16, fp32):  # an engine's file is searched on the CPU
+        assert culprit_of(run, file, "engine", "tensorrt 1", device="cuda") == f"{agrees}tensorrt 1"
+    assert culprit_of(run, fp16, device="cuda").startswith("none: the search failed (")  # onnxruntime has no GPU here
+    fp32.path.unlink()
+    assert "none: the search failed (" in culprit_of(run, fp16)
+
+
+def test_a_failed_row_names_its_culprit(run: Run) -> None:
+    (row,) = parity.compare(run, [add_file(run, "fp16", scale_second(0.0))], None, "cpu").rows
+    assert not row.passed
+    assert row.culprit.startswith("Conv second")
+    assert row.agreement < 0.999
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "opened", "left"),
+    [
+        ("cpu", (), ["onnxruntime"], []),
+        ("cpu", ("engine",), [], []),
+        ("cuda", (), ["onnxruntime", "here 1"], ["another GPU"]),
+        ("cuda", ("engine",), ["here 1"], ["another GPU"]),
+        ("cuda", ("onnxruntime",), ["onnxruntime"], []),
+    ],
+)
+def test_each_backend_opens_what_runs_here(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    backends: tuple[str, ...],
+    opened: list[str],
+    left: list[str],
+) -> None:
+    """Engines for other GPUs are left out only where there is one for this GPU."""
+    sidecars = [
+        SimpleNamespace(provider=f"{name} 1", here=here, sha256=name, caveat=None)
+        for name, here in (("here", True), ("there", False))
+    ]
+    sessions: list[tuple[str, bool]] = []
+
+    def session(path: Path, device: str, fp16: bool) -> SimpleNamespace:
+        sessions.append((device, fp16))
+        return SimpleNamespace(provider="onnxruntime")
+
+    def running(run: Run, sidecar: Any) -> SimpleNamespace:
+        if not sidecar.here:
+            raise ProviderError("another GPU")
+        return SimpleNamespace(run_in_batches=None)
+
+    monkeypatch.setattr(parity, "Session", session)
+    monkeypatch.setattr(parity.engine, "built", lambda run, file: sidecars)
+    monkeypatch.setattr(parity.engine, "why_not_here", lambda sidecar: None if sidecar.here else "another GPU")
+    monkeypatch.setattr(parity.engine, "RunningEngine", running)
+    file = dataclasses.replace(exporter.exported(run), precision="fp16")
+    candidates, not_scored = parity._open_candidates(run, [file], device, backends)
+    assert [candidate.provider for candidate in candidates] == opened
+    assert [(entry.onnx, entry.backend, entry.reason) for entry in not_scored] == [
+        (str(file.path), "engine", reason) for reason in left
+    ]
+    assert set(sessions) <= {(device, True)}
+    assert [candidate.engine_sha256 for candidate in candidates if candidate.backend == "engine"] == ["here"] * (
+        "here 1" in opened
+    )
+    if device == "cuda" and backends != ("onnxruntime",):
+        sidecars[0].here = False
+        if backends:
+            with pytest.raises(UserError, match="another GPU"):
+                parity._open_candidates(run, [file], device, backends)
+        else:
+            candidates, not_scored = parity._open_candidates(run, [file], device, backends)
+            assert [candidate.provider for candidate in candidates] == ["onnxruntime"]
+            assert [entry.reason for entry in not_scored] == ["another GPU"] * 2
