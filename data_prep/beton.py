@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import beton_file
+from data_prep import beton_reader
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
 from data_prep.sources import Source, Split
@@ -114,7 +114,7 @@ def _has_content(folder: Path, manifest: Manifest, source: Source) -> bool:
         split, expected = manifest.splits[name], getattr(source, name)
         if split.images != len(expected.labels):
             return False
-        images, labels = beton_file.read(folder / split.file, split, manifest)
+        images, labels = beton_reader.read_split(folder / split.file, split, manifest)
         if not (np.array_equal(images, expected.images) and np.array_equal(labels, expected.labels)):
             return False
     return True

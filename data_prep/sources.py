@@ -23,6 +23,7 @@ from data_prep.official import BY_SOURCE, CIFAR10, DATASETS, Official, load_spli
 from runner.common.console import progress
 from runner.common.errors import UserError
 from runner.common.files import files_below, sha256_of
+from runner.common.text import first_line
 
 CONNECT_TIMEOUT = 20.0  # seconds
 CIFAR10_CLASSES = CIFAR10.classes
@@ -182,7 +183,7 @@ def _from_archive(path: Path, sha256: str | None, size: int | None, fit: Fit | N
     except DAMAGED as error:
         if isinstance(error, PermissionError):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
             f"--source {path}: not a complete tar or zip archive ({reason}); expected one of images or batches, "
             "without a password"

@@ -61,11 +61,11 @@ def _draw_chunk(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         (np.floor((y + x) / p) % 2 == 0) & (box < 1.3 * r),
         distance < r,
         (box < r) & (box > 0.6 * r),
-        stripes_y & (box < 1.3 * r) & (x == x),
+        stripes_y & (box < 1.3 * r),
         (distance < r) & (distance > 0.6 * r),
         box < 0.85 * r,
         (y < 0.8 * r) & (abs(x) < (y + r) / 2),
-        stripes_x & (box < 1.3 * r) & (y == y),
+        stripes_x & (box < 1.3 * r),
     ]
     mask = np.choose(labels[:, None, None], masks)[..., None]
     image = np.where(mask, foreground[:, None, None], background[:, None, None])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import beton_file
+from data_prep import beton_reader
 from data_prep import manifest as manifests
 from data_prep.beton import mean_and_std
 from data_prep.dataset import Source, Split
@@ -26,7 +26,7 @@ def verify(folder: Path, source: Source | None = None) -> Manifest:
     manifests.check_files(folder, manifest)
     for name in manifests.SPLITS:
         split = manifest.splits[name]
-        decoded = Split(*beton_file.read(folder / split.file, split, manifest))
+        decoded = Split(*beton_reader.read_split(folder / split.file, split, manifest))
         if name == "train" and not np.allclose(mean_and_std(decoded), (manifest.mean, manifest.std), rtol=1e-9):
             raise UserError(f"{folder}: mean and standard deviation differ from the manifest; prepare it again")
         if source is not None:

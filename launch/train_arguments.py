@@ -112,14 +112,14 @@ def check_dataset(config: TrainConfig, manifest: Manifest, ranks: int) -> None:
     Raises:
         UserError: `runner train` would refuse the arguments; it calls the same functions.
     """
-    from runner.data.open import check_training, split_records  # imported here, because it imports torch
+    from runner.data.open import check_training, split_indices  # imported here, because it imports torch
 
     images = manifest.splits["train"].images
-    records = split_records("train", images, config.recipe.validation)
+    records = split_indices("train", images, config.recipe.validation)
     check_training(manifest, config.recipe, images if records is None else len(records), ranks)
     for option, folder in (("--teacher", config.teacher), ("--start-from", config.start_from)):
         if folder:
-            finished_run(option, folder, config.code)
+            finished_run(option, folder, config.trusted_code)
 
 
 def check_models(config: TrainConfig, manifest: Manifest) -> None:
@@ -143,7 +143,7 @@ def check_models(config: TrainConfig, manifest: Manifest) -> None:
     torch.set_num_threads(1)
     try:
         if config.start_from:
-            start = Run(config.start_from, config.code)
+            start = Run(config.start_from, config.trusted_code)
             build_model(config.architecture, config.recipe, 0, _no_images, start, classes, shape)
         else:
             build_for(config.architecture, classes, shape)

@@ -139,7 +139,7 @@ def check_same_training(run: Run, seed: int, config: TrainConfig, fingerprint: s
     Raises:
         UserError: the folder holds a different training.
     """
-    if not is_file(run.record):
+    if not is_file(run.run_json):
         return
     recorded = run.config()
     options = _other_options(config)

@@ -115,7 +115,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
     if (run := started_run(config)) is not None:
         started = run.config()
         if started.architecture.factory != config.architecture.factory:
-            experiments.check_trusted(started.architecture, config.code, run.record)
+            experiments.check_trusted(started.architecture, config.trusted_code, run.run_json)
         options = started.options
         kept = {name: getattr(options, name) for name in KEPT_BY_RESUME} if options else {}
         default = dataclasses.replace(
@@ -138,7 +138,7 @@ def started_run(config: TrainConfig) -> Run | None:
     if config.resume == "never":
         return None
     runs = [Run(config.runs / config.experiment / name) for name in config.run_names().values()]
-    return next((run for run in runs if is_file(run.record)), None)
+    return next((run for run in runs if is_file(run.run_json)), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

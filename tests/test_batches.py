@@ -15,14 +15,14 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from data_prep import beton_file, manifest
+from data_prep import beton_reader, manifest
 from data_prep.sources import Source
 from runner.common.errors import UserError
 from runner.config.recipe import SGD, Augment, Recipe
 from runner.data import augment, color, mixing, order, streaming
 from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
-from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_test_of_run, split_records
+from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_test_of_run, split_indices
 from runner.data.stream import BatchStream
 from tests.support.configs import CONFIG, config_of
 from tests.support.processes import python
@@ -197,8 +197,8 @@ def test_seed_and_epoch_each_change_order_and_augmentation() -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_validation_images_are_held_out_of_training(small_data: Path, loader: str) -> None:
     recipe = dataclasses.replace(PLAIN, validation=100)
-    held_out = split_records("validation", 500, 100)
-    remaining = split_records("train", 500, 100)
+    held_out = split_indices("validation", 500, 100)
+    remaining = split_indices("train", 500, 100)
     assert sorted([*held_out, *remaining]) == list(range(500))
     everything = torch.from_numpy(opened(small_data).images.numpy())
     validation = opened(small_data, split="validation", recipe=recipe, loader=loader)
@@ -533,7 +533,7 @@ def test_images_are_normalized_in_channels_last(small_data: Path) -> None:
     images = torch.cat([images for images, _ in batches.epoch(0)])
     assert images.is_contiguous(memory_format=torch.channels_last)
     prepared = manifest.read(small_data)
-    raw, _ = beton_file.read(small_data / "test.beton", prepared.splits["test"], prepared)
+    raw, _ = beton_reader.read_split(small_data / "test.beton", prepared.splits["test"], prepared)
     expected = (raw - np.array(prepared.mean)) / np.array(prepared.std)
     np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
@@ -595,7 +595,7 @@ def corrupted(data: Path, change) -> Path:
     return data
 
 
-TABLE = beton_file.HEADER.itemsize + 2 * beton_file.FIELD.itemsize
+TABLE = beton_reader.HEADER.itemsize + 2 * beton_reader.FIELD.itemsize
 
 
 @pytest.mark.parametrize(
@@ -604,13 +604,13 @@ TABLE = beton_file.HEADER.itemsize + 2 * beton_file.FIELD.itemsize
         (lambda c: c.__setitem__(0, 3), "expected format version 2"),
         (lambda c: c.__setitem__(2, 3), "expected format version 2"),
         (lambda c: c.__setitem__(8, 99), "expected 500 samples, found"),
-        (lambda c: c.__setitem__(beton_file.HEADER.itemsize, 0), "expected the fields image"),
+        (lambda c: c.__setitem__(beton_reader.HEADER.itemsize, 0), "expected the fields image"),
         (lambda c: c.__setitem__(TABLE, 0), "expected raw images of 32×32"),
         (
-            lambda c: c.__setitem__(TABLE + beton_file.SAMPLE.fields["label"][1], 10),
+            lambda c: c.__setitem__(TABLE + beton_reader.SAMPLE.fields["label"][1], 10),
             "expected labels 0 to 9, found label 10",
         ),
-        (lambda c: c.__setitem__(TABLE + beton_file.SAMPLE.fields["label"][1], 5), "images per class"),
+        (lambda c: c.__setitem__(TABLE + beton_reader.SAMPLE.fields["label"][1], 5), "images per class"),
         (lambda c: c.__setitem__(TABLE + 11, 255), "expected pixels within the file"),
         (lambda c: c.__delitem__(slice(0, None)), "expected an FFCV file, found 0 bytes"),
     ],

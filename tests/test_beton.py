@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import beton, manifest
-from data_prep import beton_file as reader
+from data_prep import beton_reader as reader
 from data_prep.sources import Source, Split
 from data_prep.verify import verify
 from runner.common.errors import UserError
@@ -92,7 +92,7 @@ def test_the_reader_matches_ffcvs_decoder(small: Source, small_data: Path) -> No
     prepared = manifest.read(small_data)
     for split in ("train", "test"):
         path = small_data / f"{split}.beton"
-        images, labels = reader.read(path, prepared.splits[split], prepared)
+        images, labels = reader.read_split(path, prepared.splits[split], prepared)
         decoded = decoded_by_ffcv(path)
         np.testing.assert_array_equal(images, decoded.images)
         np.testing.assert_array_equal(labels, decoded.labels)
@@ -157,10 +157,10 @@ def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, data: s
         path = Path(folder, "test.beton")
         path.write_bytes(content)
         try:
-            images, labels = reader.read(path, split, prepared)
+            images, labels = reader.read_split(path, split, prepared)
         except UserError:
             return
-    expected = reader.read(small_data / "test.beton", split, prepared)
+    expected = reader.read_split(small_data / "test.beton", split, prepared)
     assert np.array_equal(images, expected[0])
     assert np.array_equal(labels, expected[1])
 
@@ -207,7 +207,7 @@ def betons(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[P
         path = folder / f"{seed}.beton"
         path.write_bytes(crafted_at_random(sound, seed, split.images))
         try:
-            images, _ = reader.read(path, split, prepared)
+            images, _ = reader.read_split(path, split, prepared)
             accepted[path] = hashlib.sha256(images).hexdigest()
         except UserError:
             path.unlink()
@@ -216,7 +216,7 @@ def betons(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[P
 
 def test_of_crafted_files_only_harmless_ones_are_accepted(small_data: Path, betons: dict[Path, str]) -> None:
     """Whose changes FFCV does not read, or which show other pixels of the file."""
-    sound = hashlib.sha256(reader.read(small_data / "test.beton", *of_test(small_data))[0]).hexdigest()
+    sound = hashlib.sha256(reader.read_split(small_data / "test.beton", *of_test(small_data))[0]).hexdigest()
     assert 10 < len(betons) < 60, len(betons)
     assert list(betons.values()).count(sound) > 5
     for path in betons:  # FFCV copies, for each image, what its allocation says
@@ -280,7 +280,7 @@ def test_verify_and_a_streaming_training_stay_within_their_memory(
 def test_the_reader_crosses_pages(source: Source, data: Path) -> None:
     """50,000 images fill 19 pages."""
     prepared = manifest.read(data)
-    images, labels = reader.read(data / "train.beton", prepared.splits["train"], prepared)
+    images, labels = reader.read_split(data / "train.beton", prepared.splits["train"], prepared)
     np.testing.assert_array_equal(images, source.train.images)
     np.testing.assert_array_equal(labels, source.train.labels)
 
@@ -316,7 +316,7 @@ def test_another_dataset_is_not_overwritten(small: Source, own_data: Path) -> No
     assert prepared.name == "other"
     manifest.check_files(own_data, prepared)
     for split in ("train", "test"):
-        images, _ = reader.read(own_data / f"{split}.beton", prepared.splits[split], prepared)
+        images, _ = reader.read_split(own_data / f"{split}.beton", prepared.splits[split], prepared)
         np.testing.assert_array_equal(images, small.test.images)
 
 

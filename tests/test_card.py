@@ -88,7 +88,7 @@ def test_text_of_a_run_is_escaped(run: Run, capsys: pytest.CaptureFixture[str]) 
     dataset = msgspec.structs.replace(
         config.dataset, name="a|b\n# Title", classes=["<script>", *config.dataset.classes[1:]], source={"k|": "`x`"}
     )
-    write(run.record, msgspec.structs.replace(config, dataset=dataset))
+    write(run.run_json, msgspec.structs.replace(config, dataset=dataset))
     card = card_of(run.folder, capsys)
     assert "<script>" not in card
     assert "\n# Title" not in card

@@ -31,7 +31,7 @@ from tests.support.processes import ROOT, python
 def run(tmp_path: Path) -> Run:
     run = trusted(tmp_path / "run")
     architecture = Architecture("tests.support.models.tiny:Tiny", {"norm": True})
-    write(run.record, config_of(architecture=architecture, dataset="synthetic-10"))
+    write(run.run_json, config_of(architecture=architecture, dataset="synthetic-10"))
     return run
 
 
@@ -114,7 +114,7 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     assert manifest.step == 10
     write(second / checkpoint.MANIFEST, manifest)
     assert (second / checkpoint.MANIFEST).read_bytes() == content  # formatted like other files
-    assert checkpoint.read_state(first) == {"step": 9, "run_config": run.record.read_text()}
+    assert checkpoint.read_state(first) == {"step": 9, "run_config": run.run_json.read_text()}
     assert checkpoint.newest_intact(run) == (first, [f"{second}: expected state.pt to resume from, found only weights"])
     with pytest.raises(UserError, match=r"expected a checkpoint with manifest\.json, found none"):
         checkpoint.read_state(run.folder)

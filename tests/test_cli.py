@@ -23,7 +23,7 @@ from tests.support.processes import ROOT, TINY, clean_environment, module, pytho
 GOLDEN_RUN = ROOT / "tests/golden/runs/soni-2/seed-0"
 COMMANDS = [
     *(f"runner {name}" for name in ("list", "show", "train", "eval", "export", "parity", "engine", "bench", "predict")),
-    *("runner report", "runner sync", "runner doctor", "runner watch", "runner compare"),
+    *("runner report", "runner sync", "runner doctor", "runner watch", "runner compare", "runner card"),
     *("launch submit", "launch sweep", "launch agent", "launch.quickstart"),
     *("data_prep prepare", "data_prep verify"),
 ]

@@ -11,7 +11,7 @@ from runner.config.recipe import Reported
 from runner.report import collect, compare
 from runner.report.run_record import RunRecord
 from runner.run.folder import find_runs
-from runner.run.schema import Gate, Origin
+from runner.run.schema import GateResult, Origin
 from tests.support import many_runs
 
 
@@ -159,7 +159,7 @@ def test_the_agreement_of_a_run_is_that_of_its_fp32_file(record: RunRecord) -> N
 
 
 def test_the_best_latency_is_of_single_images_and_of_files_that_passed(record: RunRecord) -> None:
-    passed = Gate(accuracy_change=0.0, agreement=1.0, passed=True)
+    passed = GateResult(accuracy_change=0.0, agreement=1.0, passed=True)
     cell = changed(compare.run_row(record).latency[0], backend="eager", precision="fp32", batch=1, gate=passed)
     times = (
         (4.0, {}), (3.0, {"backend": "onnxruntime"}), (2.0, {"batch": 2}), (1.0, {"gate": None}),

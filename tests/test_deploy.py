@@ -25,7 +25,7 @@ from runner.config.recipe import Experiment
 from runner.data.open import model_input, open_test_of_run
 from runner.deploy import engine, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
-from runner.deploy.session import ProviderError, Session, usable_providers
+from runner.deploy.session import OnnxSession, ProviderError, usable_providers
 from runner.run.folder import Run
 from runner.run.schema import BatchRange, Dataset, EngineSidecar, FrontEnd, LatencyReport, Machine, ParityReport
 from runner.training import checkpoint
@@ -86,7 +86,7 @@ def untrained(name: str, experiment: Experiment, data: Path, folder: Path) -> Ru
         dataset=dataset,
         input=model_input(prepared, experiment.recipe),
     )
-    write(run.record, config)
+    write(run.run_json, config)
     torch.manual_seed(0)
     model = experiment.architecture.build()
     # Without this, some return the same logits for every image: a last layer is zero, or batch norm is far off.
@@ -177,7 +177,7 @@ def test_onnx_takes_the_default_largest_batch_of_an_engine(exported: Run, kind: 
 
 def check_batches(exported: Run, kind: str, largest: int) -> None:
     """The logits are the model's, except in int8, which is compared operator by operator below."""
-    session = Session(file_of(exported, kind).path, fp16=kind == "fp16")
+    session = OnnxSession(file_of(exported, kind).path, fp16=kind == "fp16")
     images = precision.calibration_images(exported, None, 30)
     expected, spread = logits_of(exported, images)
     images, expected = (np.resize(array, (largest, *array.shape[1:])) for array in (images, expected))
@@ -534,7 +534,7 @@ def test_external_data_is_refused(own: Run, where: str, tmp_path: Path) -> None:
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=where)
     (tmp_path / "link.bin").symlink_to("/etc/passwd")
-    (tmp_path / "hard-link.bin").hardlink_to(own.record)
+    (tmp_path / "hard-link.bin").hardlink_to(own.run_json)
     path = tmp_path / "untrusted.onnx"
     path.write_bytes(model.SerializeToString())
     Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
@@ -661,7 +661,7 @@ def test_files_take_the_largest_batch_of_their_metadata(varied: Run) -> None:
     for kind in ("fp32", "fp16", "int8"):
         file = file_of(varied, kind)
         assert exporter.read(file.path)[1].largest_batch == len(images)
-        session = Session(file.path, fp16=kind == "fp16")
+        session = OnnxSession(file.path, fp16=kind == "fp16")
         logits = session(images)
         in_batches = np.concatenate([session(batch) for batch in np.split(images, 64)])
         assert rms(logits - in_batches) < BETWEEN_BATCHES * spread
@@ -675,7 +675,7 @@ def test_int8_is_close_to_the_model(varied: Run) -> None:
     file = precision.convert(varied, "int8", precision.calibration_images(varied, None, 200))
     images = scored_images(varied).numpy()
     expected, spread = logits_of(varied, images)
-    assert rms(Session(file.path, plain=True)(images) - expected) < 0.15 * spread
+    assert rms(OnnxSession(file.path, optimize=False)(images) - expected) < 0.15 * spread
     (row,) = parity.compare(varied, [file], None, "cpu").rows
     assert row.passed == (row.accuracy_change >= -parity.ACCURACY_DROP["int8"])
     graph = onnx.load(file.path).graph
@@ -706,14 +706,14 @@ def test_a_file_that_does_not_load_leaves_the_rows_of_others(own: Run, monkeypat
     """Unless its backend was requested by name: then it is an error."""
     precision.convert(own, "fp16", None)
     files = exporter.all_exported(own)
-    load = Session.__init__
+    load = OnnxSession.__init__
 
-    def refuse_fp16(self: Session, file: Path, *more: object, **options: object) -> None:
+    def refuse_fp16(self: OnnxSession, file: Path, *more: object, **options: object) -> None:
         if options.get("fp16"):
             raise ProviderError("fp16 does not load")
         load(self, file, *more, **options)
 
-    monkeypatch.setattr(Session, "__init__", refuse_fp16)
+    monkeypatch.setattr(OnnxSession, "__init__", refuse_fp16)
     report = parity.compare(own, files, None, "cpu")
     assert [row.precision for row in report.rows] == ["fp32"]
     assert [entry.reason for entry in report.not_scored] == ["fp16 does not load"]
@@ -761,7 +761,7 @@ def test_what_cannot_be_built_is_one_line(own: Run) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     with pytest.raises(ProviderError, match="asked onnxruntime for CUDAExecutionProvider"):
-        Session(exporter.path_of(own, "fp32"), "cuda")
+        OnnxSession(exporter.path_of(own, "fp32"), "cuda")
     done = runner("bench", own.folder, *TINY, "--device", "cuda")
     assert done.returncode == 2
     assert "--device cuda requires 1 CUDA GPU(s) on this node, found 0" in done.stderr

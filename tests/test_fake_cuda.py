@@ -22,7 +22,7 @@ from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 from runner.run.folder import Run
 from runner.training import checkpoint, state
-from runner.training.loop import Data, LoopHooks, train
+from runner.training.loop import LoopHooks, TrainingData, train
 from runner.training.meter import Meter
 from tests.support.models.tiny import Tiny
 
@@ -176,7 +176,7 @@ def test_a_run_waits_only_where_allowed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(checkpoint, "save", lambda _, __, step, state: saved.append((step, state)))
     with fake_cuda.fake_cuda() as (watch, accelerator):
         streams = [resident(recipe, split)(DEVICE) for split in ("train", "test", "validation")]
-        data = Data(*streams, 10)
+        data = TrainingData(*streams, 10)
         for stop in (1, None):
             model = fake_cuda.on_fake_cuda(Tiny(norm=True))
             watch.on = True

@@ -90,7 +90,7 @@ def test_errors_that_pass_are_tried_again(small_data: Path, files: FaultyFiles, 
     done = runner(*words, **files.environ(";".join(rules)))
     assert done.returncode == 0, done.stderr
     assert len(files.faults()) == 17
-    assert f"{stopped.record}: Stale file handle; trying again" in done.stderr
+    assert f"{stopped.run_json}: Stale file handle; trying again" in done.stderr
     assert [entry.step for entry in stopped.config().resumed] == [5]
     assert [row.global_step for row in read_metrics(stopped)] == [7, 7, 14, 14]
 
@@ -264,7 +264,7 @@ def test_without_file_locks_two_processes_do_not_train_one_run(
     run = Run(files.below / "ending" / "seed-0")
     with start("runner", *words, **files.environ("* lock /lock EOPNOTSUPP 1 1000"), END="train 9 0 SLEEP1") as process:
         wait_for_step(run.folder, 7, running=process)
-        record = run.record.read_bytes()
+        record = run.run_json.read_bytes()
         refused = runner(*words, "--overwrite", **files.environ(second))
         assert process.poll() is None
         process.terminate()
@@ -273,7 +273,7 @@ def test_without_file_locks_two_processes_do_not_train_one_run(
     assert "lock: no file locks here (Operation not supported)" in stderr
     assert refused.returncode == 2, refused.stderr
     assert f"process {process.pid} on" in refused.stderr
-    assert run.record.read_bytes() == record
+    assert run.run_json.read_bytes() == record
     done = runner(*words, "--overwrite", "--max-steps", 1, **files.environ(second))
     assert done.returncode == 0, done.stderr
 

@@ -44,7 +44,7 @@ def imports(path: Path, *packages: str) -> set[str]:
 COMMON = ["runner.common"]
 CONFIG = [*COMMON, "runner.config", "runner.experiments"]
 RUN = [*CONFIG, "runner.run", "runner.system"]
-DATA = [*RUN, "data_prep.manifest", "data_prep.beton_file", "data_prep.images", "data_prep.synthetic", "runner.data"]
+DATA = [*RUN, "data_prep.manifest", "data_prep.beton_reader", "data_prep.images", "data_prep.synthetic", "runner.data"]
 TRAINING = [*DATA, "runner.training"]
 ALLOWED = {
     "runner.common": COMMON,

@@ -173,7 +173,7 @@ def test_a_lock_of_an_earlier_version_is_no_owner(file: Path) -> None:
 def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "tiny" / "seed-0")
     run.folder.mkdir(parents=True)
-    run.record.write_bytes(msgspec.json.encode(CONFIG, enc_hook=str))
+    run.run_json.write_bytes(msgspec.json.encode(CONFIG, enc_hook=str))
     run.lock.write_bytes(msgspec.json.encode(ELSEWHERE))
     assert run.state() == "running"
     words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--overwrite"]
@@ -181,7 +181,7 @@ def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Pa
         done = runner(*words, SLURM_JOB_ID=job)
         assert done.returncode == 2
         assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
-        assert run.record.exists()
+        assert run.run_json.exists()
     done = runner(*words, "--max-steps", 1, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
 

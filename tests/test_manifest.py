@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import beton_file as reader
+from data_prep import beton_reader as reader
 from data_prep import manifest
 from runner.common.errors import UserError
 

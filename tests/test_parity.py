@@ -20,9 +20,9 @@ from runner.data.open import model_input, open_test_of_run
 from runner.deploy import onnx as exporter
 from runner.deploy import parity
 from runner.deploy.onnx import OnnxFile
-from runner.deploy.session import ProviderError, Session
+from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
-from runner.run.schema import Dataset, FrontEnd, Gate, Machine, ParityReport, TorchRow
+from runner.run.schema import Dataset, FrontEnd, GateResult, Machine, ParityReport, TorchRow
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, evaluate
 from tests.support.configs import config_of, trusted
@@ -100,7 +100,7 @@ def run(small_data: Path, tmp_path: Path) -> Run:
         folder=str(small_data),
     )  # fmt: skip
     config = config_of(dataset=dataset)
-    write(run.record, replace(config, input=model_input(prepared, config.recipe)))
+    write(run.run_json, replace(config, input=model_input(prepared, config.recipe)))
     torch.manual_seed(0)
     model = Tiny().requires_grad_(False)
     images = torch.cat([images for images, _ in open_test_of_run(run.config(), None, torch.device("cpu")).epoch(0)])
@@ -153,7 +153,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     # On a GPU, for which this processor stands in, the model is scored in fp16 too, also without any file.
     monkeypatch.setattr(parity, "open_test_of_run", lambda config, data, device: batches)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
-    monkeypatch.setattr(parity, "Session", lambda path, device, fp16: Session(path, "cpu"))
+    monkeypatch.setattr(parity, "OnnxSession", lambda path, device, fp16: OnnxSession(path, "cpu"))
     counted.clear()
     for files in ([exporter.exported(run)], []):
         report = parity.compare(run, files, None, "cuda")
@@ -245,7 +245,7 @@ def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run
         parity.require_passed(run, file, CPU)
     report = parity.compare(run, [file], None, "cpu")
     (row,) = report.rows
-    assert parity.require_passed(run, file, CPU) == Gate(accuracy_change=0.0, agreement=1.0, passed=True)
+    assert parity.require_passed(run, file, CPU) == GateResult(accuracy_change=0.0, agreement=1.0, passed=True)
     others = [replace(row, **change) for change in (
         {"onnx_sha256": "0"}, {"provider": "other"}, {"engine_sha256": "0"}, {"machine": Machine(cpu="other")},
     )]  # fmt: skip
@@ -329,11 +329,11 @@ def test_any_operator_may_be_the_culprit(run: Run, monkeypatch: pytest.MonkeyPat
     """The first one, a constant, or one that should compute zeros; all run as written, without optimizations."""
     options: list[dict[str, Any]] = []
 
-    def session(*arguments: Any, **more: Any) -> Session:
+    def session(*arguments: Any, **more: Any) -> OnnxSession:
         options.append(more)
-        return Session(*arguments, **more)
+        return OnnxSession(*arguments, **more)
 
-    monkeypatch.setattr(parity, "Session", session)
+    monkeypatch.setattr(parity, "OnnxSession", session)
 
     def change(weights: dict[str, np.ndarray]) -> None:
         weights["layers.0.weight"] *= 1.5
@@ -403,7 +403,7 @@ def test_each_backend_opens_what_runs_here(
             raise ProviderError("another GPU")
         return SimpleNamespace(run_in_batches=None)
 
-    monkeypatch.setattr(parity, "Session", session)
+    monkeypatch.setattr(parity, "OnnxSession", session)
     monkeypatch.setattr(parity.engine, "built", lambda run, file: sidecars)
     monkeypatch.setattr(parity.engine, "why_not_here", lambda sidecar: None if sidecar.here else "another GPU")
     monkeypatch.setattr(parity.engine, "RunningEngine", running)

@@ -34,9 +34,9 @@ from runner.report import collect, compare, markdown, page
 from runner.report.compare import Outcome
 from runner.report.run_record import RunRecord
 from runner.run.folder import Run, find_runs
-from runner.run.schema import Gate
+from runner.run.schema import GateResult
 from runner.training import checkpoint
-from runner.training.loop import Data, LoopHooks, StoppedError, train
+from runner.training.loop import LoopHooks, StoppedError, TrainingData, train
 from runner.training.model import build_model
 from runner.training.optim import lr_factor
 from tests.support import many_runs
@@ -148,7 +148,7 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
     recipe = Recipe(3, 90, SGD(0.05), ema=ema, schedule=Cosine(), drop_last=False, augment=augment)
     splits = {s: open_split(small_data, prepared, s, recipe, RankInfo(torch.device("cpu"))) for s in ("train", "test")}
     architecture = Architecture("tests.support.models.tiny:Tiny", {"norm": True, "dropout": 0.2})
-    data = Data(splits["train"], splits["test"], None, 10)
+    data = TrainingData(splits["train"], splits["test"], None, 10)
     accelerator = Accelerator(cpu=True)
     number = 0
 
@@ -157,7 +157,7 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
         nonlocal number
         number += 1
         run = trusted(tmp_path / str(number))
-        write(run.record, config_of(architecture=architecture, dataset=prepared.name))
+        write(run.run_json, config_of(architecture=architecture, dataset=prepared.name))
         state = None
         for stop in [*stops, 10**9]:
             count = state["step"] if state else 0
@@ -241,10 +241,10 @@ class AnyRun:
         changed = {} if self.lr == 0.1 else {"recipe.optimizer.lr": (0.1, self.lr)}
         recipe, (name, fingerprint) = replace(experiment.recipe, optimizer=optimizer), self.dataset
         dataset = msgspec.structs.replace(config.dataset, name=name, fingerprint=fingerprint)
-        write(run.record, msgspec.structs.replace(config, recipe=recipe, overrides=changed, dataset=dataset))
+        write(run.run_json, msgspec.structs.replace(config, recipe=recipe, overrides=changed, dataset=dataset))
         results = {"test_accuracy": self.accuracy, "epochs": self.epochs or 0.0}
         write(run.summary, msgspec.structs.replace(summary, **results))
-        gate = Gate(accuracy_change=0.0, agreement=1.0, passed=self.scored is True)
+        gate = GateResult(accuracy_change=0.0, agreement=1.0, passed=self.scored is True)
         rows = [msgspec.structs.replace(row, gate=row.gate and gate) for row in latency.rows]
         write(run.latency, msgspec.structs.replace(latency, rows=rows))
         parity = run.read_parity()

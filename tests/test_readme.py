@@ -39,7 +39,7 @@ def test_the_example_of_data_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (expected,) = console("data_prep/README.md", f"python -m data_prep {words}")
         assert capsys.readouterr().out.startswith(expected.removesuffix("…\n").removesuffix("…"))
     assert " ".join(sorted(path.name for path in Path("data/demo").iterdir())) == "dataset.json test.beton train.beton"
-    program = python_block("data_prep/README.md", "beton_file.read")
+    program = python_block("data_prep/README.md", "beton_reader.read")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(program, {})
     assert printed.getvalue() in (ROOT / "data_prep/README.md").read_text()

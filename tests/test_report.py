@@ -23,7 +23,7 @@ from runner.report import collect, compare, figures, markdown, page, wandb_repor
 from runner.report.grids import find_grids
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run, find_runs
-from runner.run.schema import Gate
+from runner.run.schema import GateResult
 from tests.support import many_runs
 from tests.support.processes import python, runner
 
@@ -45,7 +45,7 @@ def runs(deployed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         dataset=msgspec.structs.replace(config.dataset, name="synthetic-10"),
         overrides={"recipe.epochs": (10, 2), "recipe.x": (1, "</script><script>alert(1)</script>")},
     )
-    write(Run(other).record, changed)
+    write(Run(other).run_json, changed)
     unfinished = folder / "tiny" / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text((folder / "tiny/seed-0/run.json").read_text().replace('"seed-0"', '"half"'))
@@ -197,7 +197,7 @@ def test_the_verdict_names_the_best_the_gate_and_what_is_incomplete(mixed_html: 
     # The best complete run, not the incomplete one with a higher accuracy.
     assert "Best on CIFAR-10: podeti-mobilenetv2/seed-1, 70.00 %" in verdict
     assert "Best on own images: podeti-alexnet/seed-0, 10.00 %" in verdict
-    assert "Gate: 4 passed, 1 failed (podeti-mobilenetv2/seed-1)" in verdict
+    assert "GateResult: 4 passed, 1 failed (podeti-mobilenetv2/seed-1)" in verdict
     assert "proves little: podeti-alexnet/seed-0" in verdict
     assert "2 (podeti-mobilenetv2/short, efficientnet-b0/seed-0)" in verdict
     assert "Unfinished: 1 (podeti-mobilenetv2/seed-3)" in verdict
@@ -443,7 +443,7 @@ def test_latencies_of_earlier_versions_get_the_gate_of_the_same_file(tmp_path: P
     agreements = [msgspec.structs.replace(row, agreement=0.1 * i) for i, row in enumerate(parity.rows, 1)]
     write(run.parity, msgspec.structs.replace(parity, rows=agreements))
     cells = compare.run_row(collect.read(run)).latency
-    assert [cell.gate for cell in cells] == [None, Gate(accuracy_change=0.0, agreement=0.1, passed=True), None]
+    assert [cell.gate for cell in cells] == [None, GateResult(accuracy_change=0.0, agreement=0.1, passed=True), None]
 
 
 def markdown_of(report: dict[str, Any]) -> list[str]:

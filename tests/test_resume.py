@@ -253,7 +253,7 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
         done = runner(*other)
         assert done.returncode == 2, done.stderr
         assert difference in done.stderr.splitlines()[-1]
-    run.record.unlink()  # lost
+    run.run_json.unlink()  # lost
     lost = [*words, "--name", "a", "--resume", "auto", "--max-steps", 3]
     assert "seed: 5 → 0" in runner(*lost).stderr
     done = runner(*lost, "--seed", 5, "--lr", 0.2)
@@ -261,10 +261,10 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     assert [entry.step for entry in run.config().resumed] == [2]
     shorter = runner(*words, "--name", "a", "--resume", "auto", "--max-steps", 1)
     assert shorter.returncode == 2
-    assert "expected to continue from step 3, found an end at step 1" in shorter.stderr
+    assert "expected a last step after 3, where the checkpoint is, found 1" in shorter.stderr
     older = runner(*words, "--name", "a", "--resume", earlier, "--max-steps", 2)
     assert older.returncode == 2
-    assert "expected to continue from step 2, found an end at step 2" in older.stderr
+    assert "expected a last step after 2, where the checkpoint is, found 2" in older.stderr
 
 
 def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:

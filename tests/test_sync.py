@@ -152,7 +152,7 @@ def test_the_best_run_is_that_of_all_runs_beside_it(run: Run) -> None:
 
 def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) -> None:
     (damaged, training) = (sibling(run, name, 0.0) for name in ("damaged", "training"))
-    damaged.record.write_text("[1]")
+    damaged.run_json.write_text("[1]")
     training.summary.unlink()
     shutil.rmtree(sibling(run, "no-weights", 0.0).checkpoints)
     with training.lock.open() as lock:

@@ -32,7 +32,7 @@ from runner.run.schema import MetricRow
 from runner.system import cpu
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, augmented_views
-from runner.training.loop import Data, LoopHooks, TrainResult, micro_batches, train
+from runner.training.loop import LoopHooks, TrainingData, TrainResult, micro_batches, train
 from runner.training.loss import make_loss
 from runner.training.meter import gradient_norm
 from runner.training.model import build_model, prunable
@@ -73,10 +73,10 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         splits = {split: opened(small_data, split, recipe) for split in ("train", "test", "validation")}
         run = trusted(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
         architecture = Architecture("tests.support.models.tiny:Tiny", arguments or {})
-        write(run.record, config_of(architecture=architecture, dataset=name))
+        write(run.run_json, config_of(architecture=architecture, dataset=name))
         model = build_model(architecture, recipe, 0, splits["train"].first_images, start)
         rows: list[MetricRow] = []
-        data = Data(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
+        data = TrainingData(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
         accelerator = Accelerator(cpu=True)
         outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, hooks or LoopHooks())
         return Trained(outcome, model, checkpoint.load_model(run), rows, run)

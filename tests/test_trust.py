@@ -23,7 +23,7 @@ def hostile(deployed_run: Path, tmp_path: Path) -> tuple[Run, Path]:
     run = Run(Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0")))
     created = tmp_path / "created"
     call = Architecture("os:system", {"command": f"touch {created}"})
-    write(run.record, msgspec.structs.replace(run.config(), architecture=call))
+    write(run.run_json, msgspec.structs.replace(run.config(), architecture=call))
     return run, created
 
 
@@ -50,7 +50,7 @@ def test_a_run_folder_cannot_run_code(
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("runner: ")]
     assert lines == [
-        f"runner: {run.record}: expected a model of runner.models or of a module given by --experiments-from, found "
+        f"runner: {run.run_json}: expected a model of runner.models or of a module given by --experiments-from, found "
         "os:system; --trust imports it all the same"
     ]
     assert not created.exists()

@@ -34,7 +34,7 @@ def written(folder: Path, steps: int, **changes: object) -> Run:
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = msgspec.structs.replace(CONFIG).recipe
-    write(run.record, config_of(recipe=type(recipe)(EPOCHS, 50, recipe.optimizer), **changes))
+    write(run.run_json, config_of(recipe=type(recipe)(EPOCHS, 50, recipe.optimizer), **changes))
     rows = []
     for step in range(10, steps + 1, 10):
         speed = {"images_per_second": 1234.0, "memory_gb": 1.5, "data_seconds": 0.001, "compute_seconds": 0.04}
@@ -109,7 +109,7 @@ def test_the_time_left_is_that_of_the_steps_of_this_attempt(
     changes: dict[str, object], last: int, left: float, tmp_path: Path
 ) -> None:
     run = written(tmp_path / "run", 20, **changes)
-    os.utime(run.record, (1000, 1000))
+    os.utime(run.run_json, (1000, 1000))
     os.utime(run.metrics, (1100, 1100))
     with locked(run.lock, 1):
         progress, _ = read_progress(run)
@@ -196,7 +196,7 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
         runs.append(written(tmp_path / name, 40 - 20 * number, run=name, seed=number).folder)
         config = Run(runs[-1]).config()
         recipe = type(config.recipe)(EPOCHS, 50, type(config.recipe.optimizer)(lr))
-        write(Run(runs[-1]).record, msgspec.structs.replace(config, recipe=recipe))
+        write(Run(runs[-1]).run_json, msgspec.structs.replace(config, recipe=recipe))
     done = runner("compare", *runs, "--json")
     assert done.returncode == 0, done.stderr
     compared = json.loads(done.stdout)

@@ -67,19 +67,21 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
     from safetensors.torch import load_file
 
     from runner.deploy import onnx, parity
-    from runner.deploy.session import PROVIDERS, Session
+    from runner.deploy.session import PROVIDERS, OnnxSession
     from runner.training import checkpoint
 
     config = run.config()
     fp32, int8 = files = [onnx.exported(run, kind) for kind in ("fp32", "int8-cpu")]
     for file in files:
         parity.require_passed(run, file, PROVIDERS["cpu"])
-    copy = Run(scratch / run.folder.name, run.code)
+    copy = Run(scratch / run.folder.name, run.trusted_code)
     copy.folder.mkdir()
-    shutil.copy(run.record, copy.record)
+    shutil.copy(run.run_json, copy.run_json)
     shutil.copytree(run.checkpoints, copy.checkpoints)
     model = checkpoint.load_model(run)
-    sessions = {name: Session(file.path, threads=1, spinning=False) for name, file in (("fp32", fp32), ("int8", int8))}
+    sessions = {
+        name: OnnxSession(file.path, threads=1, spinning=False) for name, file in (("fp32", fp32), ("int8", int8))
+    }
     image = torch.randn(1, *config.input.shape, generator=torch.Generator().manual_seed(0))
     array, channels_last = image.numpy(), image.to(memory_format=torch.channels_last)
 

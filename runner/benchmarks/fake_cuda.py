@@ -28,7 +28,7 @@ from runner.config.recipe import Recipe
 from runner.data.kernels import color_gpu, gpu
 from runner.data.stream import BatchStream
 from runner.run.folder import Run
-from runner.training.loop import Data, LoopHooks, train
+from runner.training.loop import LoopHooks, TrainingData, train
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def watch_step(
                 raise _StepsDoneError
 
         batches = open_stream(DEVICE)
-        data = Data(batches, batches, None, classes)  # never evaluated
+        data = TrainingData(batches, batches, None, classes)  # never evaluated
         on_fake_cuda(model)
         if teacher is not None:
             on_fake_cuda(teacher)

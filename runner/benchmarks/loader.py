@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from data_prep import beton_file
+from data_prep import beton_reader
 from data_prep.manifest import Manifest
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
@@ -144,7 +144,7 @@ def torchvision_loader(options: LoaderBenchmark, manifest: Manifest) -> LoaderFn
     split = manifest.splits["train"]
     if options.batch_size > split.images // 3:
         raise UserError(f"batch size {options.batch_size}: expected at most a third of {split.images} images")
-    images, labels = beton_file.read(options.data / "train.beton", split, manifest)
+    images, labels = beton_reader.read_split(options.data / "train.beton", split, manifest)
     transform = v2.Compose(
         [
             v2.RandomCrop(manifest.image_shape[0], padding=PADDING),

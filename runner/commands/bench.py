@@ -40,8 +40,6 @@ class Bench:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         from runner.deploy import latency
 
-        if not self.runs:
-            raise UserError("RUNS: expected at least one run folder")
         cores = usable_cores()
         if self.threads is not None and self.threads > cores:
             raise UserError(f"--threads {self.threads}: expected at most the {cores} usable cores")

@@ -24,6 +24,7 @@ from msgspec import Meta
 from runner.commands.options import Flag
 from runner.common.console import new_table, print_table, track
 from runner.common.errors import UserError
+from runner.common.text import first_line
 from runner.system import environment
 from runner.tracking import account
 
@@ -79,7 +80,7 @@ def _run(name: str, check: Callable[[], Finding | Iterator[Finding]]) -> list[Fi
         result = check()
         return [result] if isinstance(result, Finding) else list(result)
     except Exception as error:
-        line = (str(error).splitlines() or [""])[0][:200]
+        line = first_line(error)
         return [Finding(name, "fault", f"{type(error).__name__}: {line}", "see the message")]
 
 

@@ -38,8 +38,6 @@ class Report:
         from runner.report.run_record import format_counts
         from runner.run.folder import find_runs
 
-        if not self.runs:
-            raise UserError("RUNS: expected at least one run folder or folder of runs")
         if self.wandb is not None and self.wandb.count("/") != 1:
             raise UserError(f"--wandb {self.wandb}: expected ENTITY/PROJECT")
         outputs = {"--out": self.out, "--markdown": self.markdown, "--wandb-spec": self.wandb_spec}

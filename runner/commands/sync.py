@@ -25,8 +25,6 @@ class Sync:
         from runner.tracking import wandb_sync
         from runner.tracking.account import has_key
 
-        if not self.runs:
-            raise UserError("RUNS: expected at least one run folder or folder of runs")
         runs = find_runs(list(self.runs))
         if not has_key(environ):
             raise UserError("W&B: expected an API key in WANDB_API_KEY or ~/.netrc, found none; run: wandb login")

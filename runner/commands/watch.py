@@ -100,7 +100,7 @@ class Progress(msgspec.Struct, kw_only=True):
 def read_progress(run: Run) -> tuple[Progress, list[MetricRow]]:
     """Reads the progress of a run and its rows of metrics. Raises UserError if there is no run."""
     state = run.state()
-    if state == "running" and not run.record.is_file():  # locked, and about to start
+    if state == "running" and not run.run_json.is_file():  # locked, and about to start
         return Progress(run=printable(run.folder), state=state), []
     config, rows, ending = run.config(), read_metrics(run), run.read_ending()
     progress = Progress(
@@ -118,7 +118,7 @@ def read_progress(run: Run) -> tuple[Progress, list[MetricRow]]:
         progress.last_step = min(total, config.max_steps or total)
         trained = latest.global_step - (config.resumed[-1].step if config.resumed else 0)
         if state == "running" and trained > 0:
-            seconds = max(0.0, run.metrics.stat().st_mtime - run.record.stat().st_mtime)
+            seconds = max(0.0, run.metrics.stat().st_mtime - run.run_json.stat().st_mtime)
             progress.seconds_left = seconds * (progress.last_step - latest.global_step) / trained
     return progress, rows
 

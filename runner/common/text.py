@@ -19,6 +19,11 @@ def without_controls(content: bytes) -> bytes:
     return IN_JSON.sub(rb"\1\\ufffd", content)
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, which may have many."""
+    return (str(error).splitlines() or [""])[0][:300]
+
+
 def printable(value: object) -> str:
     """Escapes what cannot be encoded or printed: file names may contain invalid Unicode and control characters."""
     text = str(value).encode(errors="backslashreplace").decode()

@@ -102,7 +102,7 @@ class TrainConfig:
     Perfetto or chrome://tracing, and a picture of the shares of kernels, to `profile` in the run folder."""
 
     @property
-    def code(self) -> TrustedCode:
+    def trusted_code(self) -> TrustedCode:
         """Which models may be built from a run folder."""
         return TrustedCode(self.experiments_from, self.trust)
 

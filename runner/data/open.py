@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from data_prep import beton_file
+from data_prep import beton_reader
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
 from runner.common.errors import UserError
@@ -59,7 +59,7 @@ class Batches(Protocol):
         ...
 
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 HELD_OUT_SEED = 2**32  # selects the validation images; no run can have this seed
 LoaderChoice = Literal["auto", "resident", "streaming"]
 RESIDENT_SHARE = 0.25  # fraction of the device's memory; `auto` keeps a smaller split resident
@@ -121,7 +121,7 @@ def model_input(manifest: Manifest, recipe: Recipe) -> ModelInput:
 def open_split(
     data: Path,
     manifest: Manifest,
-    split: Split,
+    split: SplitName,
     recipe: Recipe,
     rank_info: RankInfo,
     seed: int = 0,
@@ -136,9 +136,9 @@ def open_split(
     """
     training = split == "train"
     file = manifest.splits["test" if split == "test" else "train"]
-    records = split_records(split, file.images, recipe.validation)
+    indices = split_indices(split, file.images, recipe.validation)
     if training:
-        check_training(manifest, recipe, file.images if records is None else len(records), rank_info.world_size)
+        check_training(manifest, recipe, file.images if indices is None else len(indices), rank_info.world_size)
     mean, std = normalization(manifest, recipe)
     options = StreamOptions(
         mean=mean,
@@ -157,14 +157,14 @@ def open_split(
     )
     path = data / file.file
     if rank_info.loader_for(file)[0] == "resident":
-        pixels, labels = beton_file.read(path, file, manifest)
-        if records is not None:
-            pixels, labels = pixels[records], labels[records]
+        pixels, labels = beton_reader.read_split(path, file, manifest)
+        if indices is not None:
+            pixels, labels = pixels[indices], labels[indices]
         return ResidentBatches(pixels, labels, options)
     from runner.data.streaming import StreamingBatches
 
-    labels = beton_file.read_labels(path, file, manifest)
-    return StreamingBatches(path, labels if records is None else labels[records], options, records, rank_info.workers)
+    labels = beton_reader.read_labels(path, file, manifest)
+    return StreamingBatches(path, labels if indices is None else labels[indices], options, indices, rank_info.workers)
 
 
 def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: int) -> None:
@@ -192,8 +192,8 @@ def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: 
         raise UserError(f"--recipe.augment.cutout {recipe.augment.cutout}: expected at most the images' side of {side}")
 
 
-def split_records(split: Split, images: int, held_out: int) -> np.ndarray | None:
-    """Returns the records of a split within its file, in ascending order, (n,) int64; None for all.
+def split_indices(split: SplitName, images: int, held_out: int) -> np.ndarray | None:
+    """Returns the indices of a split within its file, in ascending order, (n,) int64; None for all.
 
     Every run holds out the same images, so that runs with different seeds are comparable.
 
@@ -234,7 +234,7 @@ def open_train_of_run(config: RunConfig, data: Path | None, device: torch.device
     return _open_of_run(config, data, device, "train")
 
 
-def _open_of_run(config: RunConfig, data: Path | None, device: torch.device, split: Split) -> BatchStream:
+def _open_of_run(config: RunConfig, data: Path | None, device: torch.device, split: SplitName) -> BatchStream:
     folder = data or Path(config.dataset.folder)
     manifest = open_manifest(folder)
     if manifest.fingerprint != config.dataset.fingerprint:

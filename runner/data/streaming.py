@@ -32,9 +32,9 @@ class StreamingBatches(BatchStream):
 
     Args:
         path: the .beton file, whose hash and layout the caller has checked.
-        labels: (N,) int64, the labels of the records of the split.
+        labels: (N,) int64, the labels of the indices of the split.
         options: how the batches are made.
-        records: (N,) int64, the records of the file that form the split; None for all.
+        indices: (N,) int64, the indices of the file that form the split; None for all.
         workers: decoding threads.
 
     Raises:
@@ -46,7 +46,7 @@ class StreamingBatches(BatchStream):
         path: Path,
         labels: np.ndarray,
         options: StreamOptions,
-        records: np.ndarray | None = None,
+        indices: np.ndarray | None = None,
         workers: int = 1,
     ) -> None:
         import numba
@@ -61,7 +61,7 @@ class StreamingBatches(BatchStream):
             crop.load_loop()  # must be compiled before FFCV starts threads
             if self.augment is not None:
                 augment.load_loops(self.augment)
-        self.path, self.workers, self.records = path, workers, records
+        self.path, self.workers, self.indices = path, workers, indices
         self.loader: Any = None  # compiled at the first read
 
     def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -72,7 +72,7 @@ class StreamingBatches(BatchStream):
             return
         with cpu.preserve_torch_num_threads():
             loader = self._ffcv_loader()
-            loader.traversal_order.samples = samples if self.records is None else self.records[samples]
+            loader.traversal_order.samples = samples if self.indices is None else self.indices[samples]
             chunks = _iterate_with_timeout(iter(loader), self.path)
         for images in upload(self._batches(chunks, sizes), self.device):
             yield images, torch.arange(len(images), device=self.device)

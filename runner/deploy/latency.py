@@ -27,7 +27,7 @@ from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.train_config import Device
 from runner.deploy import engine, onnx, parity
-from runner.deploy.session import ProviderError, Session
+from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, Method, Precision
 from runner.system import cpu, cuda, environment, launcher
@@ -224,7 +224,7 @@ def _refused(row: LatencyRow, error: UserError) -> Target:
 def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str) -> Target:
     row = LatencyRow(backend="onnxruntime", precision=file.precision)
     try:
-        session = Session(file.path, device, options.threads, spinning=False, fp16=file.precision == "fp16")
+        session = OnnxSession(file.path, device, options.threads, spinning=False, fp16=file.precision == "fp16")
     except ProviderError as error:
         return Target(replace(row, not_measured=str(error)))
     try:

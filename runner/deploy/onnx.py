@@ -22,9 +22,9 @@ import msgspec
 from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
-from runner.common.text import without_controls
+from runner.common.text import first_line, without_controls
 from runner.run.folder import Run
-from runner.run.schema import Export, FrontEnd, Manifest, OnnxMetadata, Precision, RunConfig
+from runner.run.schema import CheckpointManifest, Export, FrontEnd, OnnxMetadata, Precision, RunConfig
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -93,14 +93,14 @@ def export(run: Run) -> OnnxFile:
     model = checkpoint.load_model(run).to(memory_format=torch.contiguous_format)
 
     def check(path: Path) -> None:
-        from runner.deploy.session import Session
+        from runner.deploy.session import OnnxSession
 
         images = torch.randn(CHECK_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(images)
         if not expected.isfinite().all():
             raise UserError(f"{run.folder}: its weights give logits that are not finite; train it again")
-        difference = (torch.from_numpy(Session(path)(images.numpy())) - expected).abs().max()
+        difference = (torch.from_numpy(OnnxSession(path)(images.numpy())) - expected).abs().max()
         if not difference <= MAX_LOGIT_ERROR * expected.abs().max():
             raise RuntimeError(f"{path}: logits differ from the model's by {difference:.3g} on {CHECK_IMAGES} images")
 
@@ -202,7 +202,7 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
     """
     import numpy as np
 
-    from runner.deploy.session import Session
+    from runner.deploy.session import OnnxSession
 
     generator = np.random.default_rng(0)
     images: np.ndarray
@@ -210,7 +210,7 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
         images = generator.integers(0, 256, (CHECK_IMAGES, *shape), dtype=np.uint8)
     else:
         images = generator.standard_normal((CHECK_IMAGES, *shape), dtype=np.float32)
-    logits = Session(path, fp16=fp16)(images)
+    logits = OnnxSession(path, fp16=fp16)(images)
     if logits.shape != (CHECK_IMAGES, classes):
         raise RuntimeError(f"{path}: expected logits of shape {(CHECK_IMAGES, classes)}, found {logits.shape}")
     if not np.isfinite(logits).all():
@@ -281,7 +281,7 @@ def weights_sha256(run: Run) -> str:
     """SHA-256 of a run's latest weights, from their manifest."""
     from runner.training import checkpoint
 
-    return files.read(checkpoint.latest(run) / checkpoint.MANIFEST, Manifest).sha256[checkpoint.WEIGHTS]
+    return files.read(checkpoint.latest(run) / checkpoint.MANIFEST, CheckpointManifest).sha256[checkpoint.WEIGHTS]
 
 
 def is_current(run: Run, precision: Precision, raw: bool = False) -> bool:
@@ -321,24 +321,20 @@ def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
     try:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises exceptions from several modules
-        raise UserError(f"{path}: expected an ONNX file: {_first_line(error)}") from None
+        raise UserError(f"{path}: expected an ONNX file: {first_line(error)}") from None
     tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
     if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors):
         raise UserError(f"{path}: expected one file that holds its weights, found external data; save it as one")
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
-        raise UserError(f"{path}: expected a valid ONNX file: {_first_line(error)}") from None
+        raise UserError(f"{path}: expected a valid ONNX file: {first_line(error)}") from None
     try:
         values = {entry.key: without_controls(entry.value.encode()) for entry in proto.metadata_props}
         metadata = {key: msgspec.json.decode(value) for key, value in values.items()}
         return proto, msgspec.convert(metadata, OnnxMetadata)
     except msgspec.MsgspecError as error:
         raise UserError(f"{path}: expected metadata of runner export: {error}; export it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

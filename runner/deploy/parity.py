@@ -21,11 +21,11 @@ from runner.data.open import open_test_of_run
 from runner.data.stream import BatchStream
 from runner.deploy import engine, onnx
 from runner.deploy.onnx import OnnxFile
-from runner.deploy.session import PROVIDERS, Session
+from runner.deploy.session import PROVIDERS, OnnxSession
 from runner.run.folder import Run
 from runner.run.schema import (
     EngineSidecar,
-    Gate,
+    GateResult,
     Machine,
     NotScored,
     ParityReport,
@@ -155,7 +155,7 @@ def this_machine() -> Machine:
     return Machine(cpu=hardware.cpu, gpus=hardware.gpus, onnxruntime=versions.get("onnxruntime-gpu"))
 
 
-def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str | None = None) -> Gate:
+def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str | None = None) -> GateResult:
     """Returns the gate's result for a file, or for an engine built from it, on a provider and this kind of machine.
 
     Raises:
@@ -223,7 +223,7 @@ def _not_for_this_gpu(file: OnnxFile, sidecar: EngineSidecar) -> NotScored:
 
 
 def _open_session(file: OnnxFile, device: str) -> Candidate:
-    session = Session(file.path, device, fp16=file.precision == "fp16")
+    session = OnnxSession(file.path, device, fp16=file.precision == "fp16")
     return Candidate(
         file, "onnxruntime", session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy()))
     )
@@ -334,7 +334,7 @@ def _relative_errors(
     for proto, where in ((reference, "cpu"), (suspect, device)):
         outputs = {output.name for output in proto.graph.output}
         proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in shared if name not in outputs)
-        values.append(Session(proto.SerializeToString(), where, plain=True).all(images))
+        values.append(OnnxSession(proto.SerializeToString(), where, optimize=False).run_all_outputs(images))
     errors = {}
     for name in shared:
         expected, actual = (np.asarray(arrays[name], dtype=np.float64) for arrays in values)

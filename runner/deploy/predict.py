@@ -20,7 +20,7 @@ from runner.common.console import list_some, track
 from runner.common.errors import UserError
 from runner.common.text import printable
 from runner.deploy import onnx
-from runner.deploy.session import PROVIDERS, Session
+from runner.deploy.session import PROVIDERS, OnnxSession
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, FrontEnd, OnnxMetadata
 
@@ -166,7 +166,7 @@ def _load(model: Path, device: str) -> tuple[Forward, OnnxMetadata]:
     if model.suffix == ".engine":
         return _load_engine(model)
     _, metadata = onnx.read(model)
-    return Session(model, device, fp16=metadata.precision == "fp16"), metadata
+    return OnnxSession(model, device, fp16=metadata.precision == "fp16"), metadata
 
 
 def _load_engine(model: Path) -> tuple[Forward, OnnxMetadata]:

@@ -22,14 +22,14 @@ class ProviderError(UserError):
     """onnxruntime cannot use the requested provider."""
 
 
-class Session:
+class OnnxSession:
     """Runs an ONNX file with one input.
 
     Args:
         file: path or contents of the ONNX file.
         device: "cpu" or "cuda"; for "cuda", operators that the CUDA provider lacks still run on the CPU.
         threads: number of CPU threads; None for all usable cores.
-        plain: whether to run the graph as written, without optimizations.
+        optimize: whether onnxruntime optimizes the graph, or runs it as written.
         fp16: whether the graph has fp16 operators. Such a graph is optimized in a single pass, because repeated
             attention fusion crashes onnxruntime.
         spinning: whether threads spin between operators, which slows down other processes.
@@ -44,7 +44,7 @@ class Session:
         file: Path | bytes,
         device: str = "cpu",
         threads: int | None = None,
-        plain: bool = False,
+        optimize: bool = True,
         fp16: bool = False,
         spinning: bool = True,
     ) -> None:
@@ -54,7 +54,7 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if fp16:
             options.add_session_config_entry("session.graph_optimizations_loop_level", "0")
-        if plain:
+        if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         requested = PROVIDERS[device]
         providers: list[Any] = [requested]
@@ -76,7 +76,7 @@ class Session:
                 f"asked onnxruntime for {requested}, got {self.provider}{reason}; see what works here: runner doctor"
             )
         model_input = self.session.get_inputs()[0]
-        self.input, self.shape, self.type = model_input.name, model_input.shape, model_input.type
+        self.input_name, self.input_shape, self.input_type = model_input.name, model_input.shape, model_input.type
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Computes logits.
@@ -92,23 +92,23 @@ class Session:
         """
         return self._run(images)[0]
 
-    def all(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run_all_outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Returns every output by name. Raises UserError like `__call__`."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self._run(images), strict=True))
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         """Returns every output, in order."""
-        sizes = zip(images.shape, self.shape, strict=False)
-        fits = len(images.shape) == len(self.shape)
+        sizes = zip(images.shape, self.input_shape, strict=False)
+        fits = len(images.shape) == len(self.input_shape)
         fits = fits and all(expected in (size, None) or isinstance(expected, str) for size, expected in sizes)
-        if not fits or images.dtype != INPUT_TYPES.get(self.type):
+        if not fits or images.dtype != INPUT_TYPES.get(self.input_type):
             raise UserError(
-                f"{self.name}: takes {self.input} {self.type} of {self.shape}, found {images.dtype} of "
-                f"{list(images.shape)}"
+                f"{self.name}: takes {self.input_name} {self.input_type} of {self.input_shape}, "
+                f"found {images.dtype} of {list(images.shape)}"
             )
         with self._errors_for_users():
-            return self.session.run(None, {self.input: np.ascontiguousarray(images)})
+            return self.session.run(None, {self.input_name: np.ascontiguousarray(images)})
 
     @contextlib.contextmanager
     def _errors_for_users(self) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Session:
     def bind(self, images: Any, logits: Any) -> Callable[[], None]:
         """Returns a function that computes logits from images, both float32 CUDA tensors, without copies."""
         binding = self.session.io_binding()
-        tensors = ((binding.bind_input, self.input, images),
+        tensors = ((binding.bind_input, self.input_name, images),
                    (binding.bind_output, self.session.get_outputs()[0].name, logits))  # fmt: skip
         for bind, name, tensor in tensors:
             bind(name, "cuda", tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())

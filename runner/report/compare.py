@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from runner.common.text import printable
 from runner.config.recipe import Reported, differences, flatten
 from runner.report.run_record import RunRecord
-from runner.run.schema import FrontEnd, Gate, Precision
+from runner.run.schema import FrontEnd, GateResult, Precision
 
 MAX_CHANGES = 3  # most settings that a label lists; if there are more, it names only the first
 NAMED_FIRST = ("lr", "epochs", "batch_size", "max_steps")
@@ -53,7 +53,7 @@ class LatencyCell(msgspec.Struct, frozen=True):
     p90_ms: float
     p99_ms: float
     images_per_second: float
-    gate: Gate | None
+    gate: GateResult | None
     calls: int | None
     warning: str | None
 

@@ -15,7 +15,7 @@ from runner.common.files import write_atomically
 from runner.report import compare, figures
 from runner.report.compare import LatencyCell, RunRow
 from runner.report.grids import find_grids
-from runner.report.run_record import GateResult, RunRecord, Unreadable, format_counts
+from runner.report.run_record import GateStatus, RunRecord, Unreadable, format_counts
 from runner.run.schema import Dataset
 
 MAX_OVERLAID = 10  # most runs whose curves are drawn initially
@@ -111,7 +111,7 @@ class Overview:
     """
 
     best: dict[str, PageRun]
-    gate: dict[GateResult, list[PageRun]]
+    gate: dict[GateStatus, list[PageRun]]
     incomplete: list[PageRun]
     unfinished: list[PageRun]
     one_class: list[PageRun]
@@ -124,7 +124,7 @@ def summarize_runs(runs: Sequence[PageRun]) -> Overview:
         key=lambda run: (run.record.incomplete, -(run.row.test_accuracy or 0)),
     )
     best: dict[str, PageRun] = {}
-    gate: dict[GateResult, list[PageRun]] = {}
+    gate: dict[GateStatus, list[PageRun]] = {}
     for run in finished:
         best.setdefault(run.row.dataset, run)
         gate.setdefault(run.record.gate, []).append(run)

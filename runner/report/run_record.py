@@ -12,7 +12,7 @@ from runner.common.text import printable
 from runner.run.folder import Run, State
 from runner.run.schema import EngineSidecar, LatencyReport, MetricRow, Mistake, ParityReport, RunConfig, Summary
 
-GateResult = Literal["passed", "failed", "not scored"]
+GateStatus = Literal["passed", "failed", "not scored"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunRecord:
         return self.summary is not None and self.summary.epochs < self.recipe_epochs - 1e-9
 
     @property
-    def gate(self) -> GateResult:
+    def gate(self) -> GateStatus:
         """The result of the gate: passed if every file that was scored is within its limit."""
         if self.parity is None or not self.parity.rows:
             return "not scored"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.common.errors import UserError
+from runner.common.text import first_line
 from runner.report import markdown
 from runner.report.run_record import RunRecord, format_counts
 
@@ -63,7 +64,7 @@ def save(records: list[RunRecord], project_path: str) -> str:
             report.save()
             return report.url
     except Exception as error:  # W&B documents no common base class
-        message = (str(error).splitlines() or [""])[0]
+        message = first_line(error)
         raise UserError(
             f"--wandb {project_path}: cannot save the report in W&B ({type(error).__name__}: {message})"
         ) from None

@@ -55,14 +55,14 @@ class Run:
 
     Attributes:
         folder: its path.
-        code: which models may be built from it (see runner.experiments.check_trusted).
+        trusted_code: which models may be built from it (see runner.experiments.check_trusted).
     """
 
     folder: Path
-    code: TrustedCode = TrustedCode()
+    trusted_code: TrustedCode = TrustedCode()
 
     @property
-    def record(self) -> Path:
+    def run_json(self) -> Path:
         """Path of run.json."""
         return self.folder / "run.json"
 
@@ -169,16 +169,18 @@ class Run:
             return "running"
         if ending := self.read_ending():
             return "stopped" if ending.stopped else "failed"
-        return "crashed" if is_file(self.record) else "missing"
+        return "crashed" if is_file(self.run_json) else "missing"
 
     def config(self) -> RunConfig:
         """Reads run.json. Raises UserError if it is missing, damaged, or written by a later version."""
-        if not is_file(self.record):
+        if not is_file(self.run_json):
             raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
-        version = _read(self.record, Version).format
+        version = _read(self.run_json, Version).format
         if version != FORMAT:
-            raise UserError(f"{self.record}: expected format {FORMAT}, found {version}; use the version that wrote it")
-        return _read(self.record, RunConfig)
+            raise UserError(
+                f"{self.run_json}: expected format {FORMAT}, found {version}; use the version that wrote it"
+            )
+        return _read(self.run_json, RunConfig)
 
     def read_summary(self) -> Summary | None:
         """Reads summary.json; returns None if the run is unfinished."""
@@ -256,7 +258,7 @@ def locked_runs(
     claimed = [Run(runs / experiment / name) for name in names]
     for name, run in zip(names, claimed, strict=True):
         check_name(name)
-        if is_file(run.record) and not resuming and not overwrite:
+        if is_file(run.run_json) and not resuming and not overwrite:
             state = "a finished" if is_file(run.summary) else "an unfinished"
             raise UserError(f"{run.folder}: holds {state} run; choose another --name, --resume auto, or --overwrite")
     with contextlib.ExitStack() as stack:
@@ -289,7 +291,7 @@ def finished_run(option: str, folder: Path, code: TrustedCode) -> Run:
 def _refuse_foreign(run: Run) -> None:
     """Raises UserError if the folder contains files but no run, because --overwrite would delete the files."""
     others = sorted(path.name for path in run.folder.iterdir() if path != run.lock)
-    if others and not is_file(run.record):
+    if others and not is_file(run.run_json):
         raise UserError(f"--overwrite: {run.folder} is not a run, but holds {list_some(others)}; choose another --name")
 
 

@@ -50,7 +50,7 @@ class MetricsChecksum(TypedDict):
     sha256: str
 
 
-def sync_metrics(run: Run) -> MetricsChecksum:
+def fsync_metrics(run: Run) -> MetricsChecksum:
     """Syncs all rows to disk before the checkpoint of their step is written; returns the size and hash of the file."""
     if not is_file(run.metrics):
         return MetricsChecksum(bytes=0, sha256=hashlib.sha256().hexdigest())

@@ -25,7 +25,7 @@ Measured = Annotated[float, Meta(ge=0, le=1e12)]  # a table cannot show larger n
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 Calibration = Literal["minmax", "percentile"]  # how int8 estimates the ranges of activations
-Autocast = Literal["fp32", "bf16", "fp16"]
+TrainPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 class FrontEnd(StrEnum):
@@ -71,11 +71,11 @@ def _from_text(kind: type, value: Any) -> Any:
     return kind(value)
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class JsonStruct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base class of the JSON files and their parts."""
 
 
-class Hardware(Record, frozen=True, kw_only=True):
+class Hardware(JsonStruct, frozen=True, kw_only=True):
     """A machine: processor, usable cores, memory in GiB, the GPUs that torch sees, and its CUDA version."""
 
     cpu: str
@@ -89,14 +89,14 @@ class Hardware(Record, frozen=True, kw_only=True):
         return f"{len(self.gpus)} × {self.gpus[0]}" if self.gpus else f"{self.cores} cores of {self.cpu}"
 
 
-class Git(Record, frozen=True, kw_only=True):
+class Git(JsonStruct, frozen=True, kw_only=True):
     """The git checkout of the running code: its commit, and whether files differ from it. Empty outside a checkout."""
 
     commit: str | None = None
     changed: bool | None = None
 
 
-class Dataset(Record, frozen=True, kw_only=True):
+class Dataset(JsonStruct, frozen=True, kw_only=True):
     """The dataset of a run. `mean` and `std` are per channel, in 0..255; `image_shape` is (H, W, 3)."""
 
     name: str
@@ -116,15 +116,19 @@ class Dataset(Record, frozen=True, kw_only=True):
         return named and shape == (10, 32, 32, 3) and "limit_per_class" not in self.source
 
 
-class ModelInput(Record, frozen=True, kw_only=True):
+class ModelInput(JsonStruct, frozen=True, kw_only=True):
     """The input of a model: its shape (3, H, W), and the mean and std per channel, in 0..255, that normalize it."""
 
     shape: list[int]
     mean: list[float]
     std: list[float]
 
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"{'×'.join(map(str, self.shape))}, mean {mean}, standard deviation {std}"
 
-class Origin(Record, frozen=True, kw_only=True):
+
+class Origin(JsonStruct, frozen=True, kw_only=True):
     """The origin of weights from another run: its experiment, folder and checkpoint, and the hash of the weights."""
 
     experiment: str
@@ -133,7 +137,7 @@ class Origin(Record, frozen=True, kw_only=True):
     sha256: str
 
 
-class Resumed(Record, frozen=True, kw_only=True):
+class Resumed(JsonStruct, frozen=True, kw_only=True):
     """One resumption of a run: its step and number of ranks, whether it is bit-identical, and what had changed."""
 
     step: int
@@ -169,7 +173,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     started_from: Origin | None = None
     dataset: Dataset
     input: ModelInput
-    precision: Autocast
+    precision: TrainPrecision
     device: str = "cpu"
     world_size: Natural = 1
     threads: int | None = None
@@ -207,7 +211,7 @@ def _set_defaults(value: Any) -> None:
             _set_defaults(item)
 
 
-class Summary(Record, frozen=True, kw_only=True):
+class Summary(JsonStruct, frozen=True, kw_only=True):
     """summary.json: the results of the last epoch and of the best epoch. Accuracies are in 0..1, losses in nats.
 
     The best epoch is selected on the validation images if the recipe holds some out. Otherwise it is selected on the
@@ -244,7 +248,7 @@ METRICS = {
 } | {"train_grad_norm": "train/grad_norm", "lr_1": "lr/1"}
 
 
-class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
+class MetricRow(JsonStruct, frozen=True, kw_only=True, rename=METRICS):
     """A line of metrics.jsonl after `global_step` steps: metrics of training, or of an epoch and its evaluations."""
 
     global_step: int
@@ -273,14 +277,14 @@ class MetricRow(Record, frozen=True, kw_only=True, rename=METRICS):
     test_accuracy: float | None = None
 
 
-class Ending(Record, frozen=True, kw_only=True, rename={"reason": "told"}):
+class Ending(JsonStruct, frozen=True, kw_only=True, rename={"reason": "told"}):
     """ended.json: how the last attempt to train the run ended, if it ended early."""
 
     stopped: bool
     reason: str = ""
 
 
-class Manifest(Record, frozen=True, kw_only=True):
+class CheckpointManifest(JsonStruct, frozen=True, kw_only=True):
     """manifest.json of a checkpoint: its step, its dataset's name, and the SHA-256 of each file."""
 
     step: int
@@ -288,7 +292,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     sha256: dict[str, str]
 
 
-class Mistake(Record, frozen=True, kw_only=True):
+class Mistake(JsonStruct, frozen=True, kw_only=True):
     """A misclassified test image. The image and the classes are given by their indices."""
 
     sample: Natural
@@ -297,20 +301,20 @@ class Mistake(Record, frozen=True, kw_only=True):
     probability: Fraction
 
 
-class Mistakes(Record, frozen=True, kw_only=True):
+class Mistakes(JsonStruct, frozen=True, kw_only=True):
     """figures/mistakes.json: the mistakes with the highest confidence, in descending order."""
 
     mistakes: list[Mistake]
 
 
-class Export(Record, frozen=True, kw_only=True):
+class Export(JsonStruct, frozen=True, kw_only=True):
     """One entry of deploy/exports.json: the hash of an ONNX file, and of the weights from which it was exported."""
 
     sha256: str
     weights: str
 
 
-class Machine(Record, frozen=True, kw_only=True, omit_defaults=False):
+class Machine(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """The machine for which a result of the parity gate is valid: processor, GPUs, and version of onnxruntime."""
 
     cpu: str
@@ -318,7 +322,7 @@ class Machine(Record, frozen=True, kw_only=True, omit_defaults=False):
     onnxruntime: str | None = None
 
 
-class Scores(Record, frozen=True, kw_only=True, omit_defaults=False):
+class Scores(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """How much a model's logits differ from those of the fp32 model in torch, on all test images.
 
     `agreement` is the fraction of images with the same top class.
@@ -338,7 +342,7 @@ class Scores(Record, frozen=True, kw_only=True, omit_defaults=False):
         return f"agreement {self.agreement:.4%}, accuracy {self.accuracy:.2%} ({100 * self.accuracy_change:+.2f})"
 
 
-class Gate(Record, frozen=True, kw_only=True):
+class GateResult(JsonStruct, frozen=True, kw_only=True):
     """The result of the parity gate for the ONNX file or engine whose latency is measured."""
 
     accuracy_change: float
@@ -378,9 +382,9 @@ class ParityRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
         return self.classes_predicted == 1
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> GateResult:
         """The part of the result that is stored with a latency."""
-        return Gate(accuracy_change=self.accuracy_change, agreement=self.agreement, passed=self.passed)
+        return GateResult(accuracy_change=self.accuracy_change, agreement=self.agreement, passed=self.passed)
 
     def __str__(self) -> str:
         scores = Scores.__str__(self)
@@ -399,7 +403,7 @@ class TorchRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
     machine: Machine
 
 
-class NotScored(Record, frozen=True, kw_only=True):
+class NotScored(JsonStruct, frozen=True, kw_only=True):
     """An ONNX file that could not be scored with a backend, and the reason."""
 
     onnx: str
@@ -407,7 +411,7 @@ class NotScored(Record, frozen=True, kw_only=True):
     reason: str
 
 
-class ParityReport(Record, frozen=True, kw_only=True, omit_defaults=False):
+class ParityReport(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """deploy/parity.json: the results of the parity gate, and the accuracy of the model in torch."""
 
     run: str
@@ -421,7 +425,7 @@ class ParityReport(Record, frozen=True, kw_only=True, omit_defaults=False):
     not_scored: list[NotScored] = []
 
 
-class LatencyRow(Record, frozen=True, kw_only=True):
+class LatencyRow(JsonStruct, frozen=True, kw_only=True):
     """The latency of one backend, precision and batch size, or in `not_measured` the reason why it was not measured.
 
     `refused` is set if the reason is that it has not passed the gate.
@@ -435,7 +439,7 @@ class LatencyRow(Record, frozen=True, kw_only=True):
     engine_sha256: str | None = None
     opt_batch: int | None = None
     launched_as: str | None = None
-    gate: Gate | None = None
+    gate: GateResult | None = None
     batch: Natural | None = None
     p50_ms: Measured | None = None
     p90_ms: Measured | None = None
@@ -458,7 +462,7 @@ class LatencyRow(Record, frozen=True, kw_only=True):
         return self.p50_ms is not None
 
 
-class Method(Record, frozen=True, kw_only=True):
+class Method(JsonStruct, frozen=True, kw_only=True):
     """How latencies were measured: seconds of warmup, and the minimum duration and number of calls."""
 
     warmup_seconds: float
@@ -466,7 +470,7 @@ class Method(Record, frozen=True, kw_only=True):
     repeats: int
 
 
-class LatencyReport(Record, frozen=True, kw_only=True, omit_defaults=False):
+class LatencyReport(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """deploy/latency.json: the latencies measured on one machine.
 
     `weights` is the hash of the weights, and `load` the load average of the machine before the measurement.
@@ -484,7 +488,7 @@ class LatencyReport(Record, frozen=True, kw_only=True, omit_defaults=False):
     rows: list[LatencyRow] = []
 
 
-class BatchRange(Record, frozen=True, kw_only=True):
+class BatchRange(JsonStruct, frozen=True, kw_only=True):
     """The smallest batch size that an engine accepts, the one that it is optimized for, and the largest."""
 
     min: int
@@ -492,7 +496,7 @@ class BatchRange(Record, frozen=True, kw_only=True):
     max: int
 
 
-class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
+class EngineSidecar(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """model.*.engine.json: the description of an engine, and the hashes that identify it before it is loaded."""
 
     engine: str
@@ -535,14 +539,14 @@ class EngineSidecar(Record, frozen=True, kw_only=True, omit_defaults=False):
         return f"{self.backend} {self.version}"
 
 
-class OnnxDataset(Record, frozen=True, kw_only=True):
+class OnnxDataset(JsonStruct, frozen=True, kw_only=True):
     """The dataset of an ONNX file."""
 
     name: str
     fingerprint: str
 
 
-class OnnxMetadata(Record, frozen=True, kw_only=True):
+class OnnxMetadata(JsonStruct, frozen=True, kw_only=True):
     """The metadata that a server needs, stored in an ONNX file with each value as JSON. See ModelInput and Dataset."""
 
     classes: list[str]

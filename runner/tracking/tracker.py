@@ -6,6 +6,7 @@ from collections.abc import Callable, MutableMapping
 from queue import SimpleQueue
 from typing import Any, cast
 
+from runner.common.text import first_line
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import MetricRow, RunConfig
@@ -88,7 +89,7 @@ class Tracker:
             try:
                 action(remote)
             except Exception as error:  # no failure of W&B may stop training
-                _warn(f"failed ({type(error).__name__}: {_first_line(error)}); metrics.jsonl is still written")
+                _warn(f"failed ({type(error).__name__}: {first_line(error)}); metrics.jsonl is still written")
                 return
 
     def _start(self) -> Any:
@@ -97,17 +98,13 @@ class Tracker:
         try:
             return wandb_run.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:
-            _warn(f"cannot start {self.mode} ({type(error).__name__}: {_first_line(error)}); continuing offline")
+            _warn(f"cannot start {self.mode} ({type(error).__name__}: {first_line(error)}); continuing offline")
         try:
             return wandb_run.start(self.run, self.config, self.environ, "offline")
         except Exception as error:
-            _warn(f"cannot run offline either ({_first_line(error)}); metrics.jsonl has everything")
+            _warn(f"cannot run offline either ({first_line(error)}); metrics.jsonl has everything")
             return None
 
 
 def _warn(message: str) -> None:
     print(f"W&B {message}", file=sys.stderr)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -13,6 +13,7 @@ import msgspec
 from runner.common.console import track
 from runner.common.errors import UserError
 from runner.common.files import read, write
+from runner.common.text import first_line
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import RunConfig
@@ -74,7 +75,7 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
     except UserError:
         raise
     except Exception as error:  # W&B raises errors of many types
-        message = (str(error).splitlines() or [""])[0]
+        message = first_line(error)
         raise UserError(
             f"{run.folder}: W&B did not accept it ({type(error).__name__}: {message}); sync again later"
         ) from None
@@ -95,7 +96,7 @@ def best_run(run: Run) -> Path | None:
     for folder in run.folder.resolve().parent.iterdir():
         sibling = Run(folder)
         try:
-            if not sibling.record.is_file() or sibling.config().experiment != experiment:
+            if not sibling.run_json.is_file() or sibling.config().experiment != experiment:
                 continue
             summary = sibling.read_summary()
         except UserError:
@@ -113,7 +114,7 @@ def _digest(run: Run, best: bool, environ: Mapping[str, str]) -> str:
     """Returns a hash of the run's records, the sizes and times of its ONNX files, and the W&B project to upload to."""
     project = [environ.get(f"WANDB_{name}", "") for name in ("BASE_URL", "ENTITY", "PROJECT")]
     digest = hashlib.sha256(json.dumps([project, best]).encode())
-    for path in (run.record, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
+    for path in (run.run_json, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
         digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
     for path in _onnx_files(run):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())

@@ -32,7 +32,7 @@ from runner.common.files import (
     unreadable,
 )
 from runner.run.folder import Run
-from runner.run.schema import Manifest
+from runner.run.schema import CheckpointManifest
 
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
@@ -145,9 +145,9 @@ def _write_files(
     hashes = {WEIGHTS: _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))}
     if state is not None:
         buffer = io.BytesIO()  # when writing to a file, torch.save reports a full disk as an unexpected position
-        torch.save(state | {"run_config": run.record.read_text()}, buffer)  # identifies the training that wrote it
+        torch.save(state | {"run_config": run.run_json.read_text()}, buffer)  # identifies the training that wrote it
         hashes[STATE] = _write(staging / STATE, buffer.getbuffer())
-    manifest = Manifest(step=step, dataset=dataset, sha256=hashes)
+    manifest = CheckpointManifest(step=step, dataset=dataset, sha256=hashes)
     _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     _sync(staging)
 
@@ -280,12 +280,14 @@ def load_model(run: Run) -> nn.Module:
     folder = latest(run)
     _check(folder, (WEIGHTS,))
     config = run.config()
-    experiments.check_trusted(config.architecture, run.code, run.record)
+    experiments.check_trusted(config.architecture, run.trusted_code, run.run_json)
     _, height, width = config.input.shape
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         model = config.architecture.build(len(config.dataset.classes), (height, width))
     if not isinstance(model, nn.Module):
-        raise UserError(f"{run.record}: expected a model, found that {config.architecture.factory} makes {type(model)}")
+        raise UserError(
+            f"{run.run_json}: expected a model, found that {config.architecture.factory} makes {type(model)}"
+        )
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -302,7 +304,7 @@ def _step_of(folder: Path) -> int:
 
 def _check(folder: Path, names: Iterable[str] = ()) -> None:
     """Raises UserError if a file, or one of `names` if given, does not match its hash in the manifest."""
-    hashes = read(folder / MANIFEST, Manifest).sha256
+    hashes = read(folder / MANIFEST, CheckpointManifest).sha256
     if not hashes or not set(names) <= hashes.keys():
         raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")
     for name in names or hashes:

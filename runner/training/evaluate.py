@@ -99,7 +99,7 @@ class Evaluation:
         return {"logits": self.logits.numpy(), "labels": self.labels.numpy()}
 
 
-class SplitBatches(Protocol):
+class EvaluationBatches(Protocol):
     """This rank's slices of the batches of a split, in file order; see `runner.data.Batches`."""
 
     @property
@@ -115,7 +115,7 @@ class SplitBatches(Protocol):
 
 def evaluate(
     forward: Callable[[torch.Tensor], torch.Tensor],
-    batches: SplitBatches,
+    batches: EvaluationBatches,
     num_classes: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     advance: Callable[[float], None] = lambda amount: None,

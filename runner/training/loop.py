@@ -21,7 +21,7 @@ from runner.config.recipe import Recipe
 from runner.data import Batches
 from runner.data.order import rank_seed
 from runner.run.folder import Run
-from runner.run.metrics import sync_metrics
+from runner.run.metrics import fsync_metrics
 from runner.run.schema import MetricRow
 from runner.training import checkpoint, optim
 from runner.training.evaluate import Evaluation, Views, evaluate
@@ -39,7 +39,7 @@ class StoppedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """This rank's slices of the images that a model is trained and evaluated on."""
 
     train: Batches
@@ -106,7 +106,7 @@ class LoopHooks:
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
 
 
-class Checkpoints:
+class CheckpointSchedule:
     """Saves the state of training when a checkpoint is due, and stops training when that is asked for.
 
     Use it as a context manager, which waits at its end for the last checkpoint.
@@ -115,9 +115,9 @@ class Checkpoints:
     def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator, last_step: int) -> None:
         self.hooks, self.accelerator, self.last_step = hooks, accelerator, last_step
         self.writer = checkpoint.CheckpointWriter(run)
-        self.pause_end = -math.inf  # by the clock of this rank
+        self.next_save_time = -math.inf  # by the clock of this rank
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointSchedule":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -133,7 +133,7 @@ class Checkpoints:
         stopping = not ended and any_rank_stops(hooks.should_stop, state.step, self.accelerator)
         if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and self.pause_is_over()):
             save(state, self.writer, evaluated)
-            self.pause_end = time.monotonic() + hooks.checkpoint_seconds
+            self.next_save_time = time.monotonic() + hooks.checkpoint_seconds
         if stopping:
             self.writer.wait()
             raise StoppedError(state.step)
@@ -156,7 +156,7 @@ class Checkpoints:
 
     def pause_is_over(self) -> bool:
         """Returns whether the last checkpoint is old enough, by the clock of rank 0; the same on all ranks."""
-        over = time.monotonic() >= self.pause_end
+        over = time.monotonic() >= self.next_save_time
         if self.accelerator.num_processes == 1:
             return over
         by_rank_0 = torch.tensor(float(over and self.accelerator.is_main_process), device=self.accelerator.device)
@@ -186,7 +186,7 @@ class TrainResult:
 def train(
     model: nn.Module,
     recipe: Recipe,
-    data: Data,
+    data: TrainingData,
     accelerator: Accelerator,
     run: Run,
     seed: int,
@@ -246,7 +246,7 @@ def train(
 
     evaluations: dict[str, Evaluation] = {}
     with (
-        Checkpoints(run, hooks, accelerator, steps.last) as checkpoints,
+        CheckpointSchedule(run, hooks, accelerator, steps.last) as checkpoints,
         progress("train", steps.last, shown=accelerator.is_main_process) as advance,
     ):
         advance(state.step)
@@ -350,7 +350,7 @@ def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool
     state.meter.check(state.step, state.eval_model)
     everything = state.state_dict() | {"evaluated": evaluated, "evaluating": evaluating}
     if state.accelerator.is_main_process:
-        everything["metrics"] = dict(sync_metrics(writer.run))  # synced to disk before the checkpoint
+        everything["metrics"] = dict(fsync_metrics(writer.run))  # synced to disk before the checkpoint
         writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)
 
 

@@ -17,13 +17,13 @@ from runner.config.train_config import TrainConfig
 from runner.data.open import RankInfo, model_input
 from runner.run import schema
 from runner.run.folder import Run
-from runner.run.schema import Autocast, Dataset, Origin, Resumed, RunConfig, Summary
+from runner.run.schema import Dataset, Origin, Resumed, RunConfig, Summary, TrainPrecision
 from runner.system import environment
 from runner.training import checkpoint
 from runner.training.loop import TrainResult
 from runner.training.model import count_parameters_and_macs
 
-MIXED_PRECISION: dict[Autocast, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names
+MIXED_PRECISION: dict[TrainPrecision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names
 
 
 def run_config(
@@ -104,7 +104,7 @@ def origin(folder: Path) -> Origin:
     """Describes the latest weights of another run, which this run uses."""
     run = Run(folder)
     weights = checkpoint.latest(run)
-    sha256 = read(weights / checkpoint.MANIFEST, schema.Manifest).sha256[checkpoint.WEIGHTS]
+    sha256 = read(weights / checkpoint.MANIFEST, schema.CheckpointManifest).sha256[checkpoint.WEIGHTS]
     return Origin(
         experiment=run.config().experiment, folder=str(folder.absolute()), checkpoint=weights.name, sha256=sha256
     )
@@ -156,14 +156,19 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
             --resume-anyway was not given or does not allow it; or the record of the training is missing.
     """
     step, ranks = (state["step"], state["world_size"]) if state else (0, current.world_size)
-    own = run.config() if is_file(run.record) else None
+    own = run.config() if is_file(run.run_json) else None
     before = config_of(state) if state and "run_config" in state else own
     if before is None:
-        raise UserError(f"{run.record}: expected the record of the checkpoint's training, found none; restore it")
+        raise UserError(
+            f"{run.run_json}: expected run.json of the run that wrote the checkpoint, found none; restore it"
+        )
     changed = changes_since(own, current) | changes_since(before, current) if own else changes_since(before, current)
     if changed and not config.resume_anyway:
         lines = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
-        raise UserError(f"{run.folder}: expected the training that was started, found {lines}; or use --resume-anyway")
+        raise UserError(
+            f"{run.folder}: expected the training that was started, found {lines}; restore these options, "
+            "or use --resume-anyway"
+        )
     if fixed := [name for name in changed if state and name.startswith(IMMUTABLE_PREFIXES)]:
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
     before = own or before

@@ -25,15 +25,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
-from data_prep import beton_file
+from data_prep import beton_reader
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
 from runner.common.files import is_file, remove, write, write_atomically
+from runner.common.text import first_line
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
-from runner.data.open import RankInfo, Split, model_input, open_manifest, open_split
+from runner.data.open import RankInfo, SplitName, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
 from runner.run.folder import Run, finished_run, locked_runs
 from runner.run.metrics import truncate_metrics
@@ -41,7 +42,7 @@ from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import Data, LoopHooks, Steps, StoppedError, TrainResult, any_rank_stops, train
+from runner.training.loop import LoopHooks, Steps, StoppedError, TrainingData, TrainResult, any_rank_stops, train
 from runner.training.meter import DivergedError, flops_utilization
 from runner.training.model import build_model
 from runner.training.profile import StepProfiler
@@ -185,7 +186,7 @@ class Session:
     tracking: Tracking
     manifest: Manifest
     rank_info: RankInfo
-    streams: dict[Split, BatchStream]
+    streams: dict[SplitName, BatchStream]
     teacher: nn.Module | None
     accelerator: Accelerator
     scaler_state: dict[str, Any] | None
@@ -227,7 +228,9 @@ class Session:
             wandb_id, group,
         )  # fmt: skip
         # Rank 0 decides, because it overwrites the file as soon as all have read it.
-        if not broadcast_object_list([state is not None or (self.config.resume != "never" and is_file(run.record))])[0]:
+        if not broadcast_object_list([state is not None or (self.config.resume != "never" and is_file(run.run_json))])[
+            0
+        ]:
             return new
         resumed = record.resumed_config(self.config, run, new, state)
         self.accelerator.wait_for_everyone()
@@ -252,7 +255,7 @@ class SeedRun:
         )  # which the results would not be of
         if state and (state["step"] > self.steps.last or (older and state["step"] == self.steps.last)):
             raise UserError(
-                f"{run.folder}: expected to continue from step {state['step']}, found an end at step "
+                f"{run.folder}: expected a last step after {state['step']}, where the checkpoint is, found "
                 f"{self.steps.last}; raise --max-steps or --recipe.epochs"
             )
         self.profiler = self.make_profiler()
@@ -274,7 +277,7 @@ class SeedRun:
             session.teacher.to(accelerator.device)
         streams = session.streams
         train_stream = streams["train"].with_seed(self.seed)
-        data = Data(train_stream, streams["test"], streams.get("validation"), len(session.manifest.classes))
+        data = TrainingData(train_stream, streams["test"], streams.get("validation"), len(session.manifest.classes))
         log = self.log_to(self.tracker) if self.tracker else lambda row: None
         name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
         try:
@@ -340,7 +343,7 @@ class SeedRun:
         if step < self.steps.last or any(entry.changed for entry in self.run_config.resumed[-1:]):
             # Delete the summary first, so that it never exists beside the run.json of another training.
             remove(self.run.summary)
-        write(self.run.record, self.run_config)
+        write(self.run.run_json, self.run_config)
         remove(self.run.ended)
         return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
 
@@ -365,8 +368,7 @@ class SeedRun:
         accelerator, stopped = self.session.accelerator, isinstance(error, StoppedError)
         failure = diagnose_failure(error, self.session.config.recipe, accelerator.num_processes)
         if self.tracker:
-            first_line = (str(error).splitlines() or [""])[0]
-            reason = failure.reason if failure else f"{type(error).__name__}: {first_line}"
+            reason = failure.reason if failure else f"{type(error).__name__}: {first_line(error)}"
             with contextlib.suppress(OSError):
                 write(self.run.ended, Ending(stopped=stopped, reason=reason))
         if failure is None:
@@ -400,7 +402,7 @@ class SeedRun:
         test = session.manifest.splits["test"]
 
         def read_images(samples: np.ndarray) -> np.ndarray:
-            return beton_file.read_some(session.config.data / test.file, test, session.manifest, samples)
+            return beton_reader.read_images(session.config.data / test.file, test, session.manifest, samples)
 
         session.tracking.draw(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
@@ -423,9 +425,9 @@ def prepare_device(
     crop.prepare(device)
 
 
-def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -> dict[Split, BatchStream]:
+def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -> dict[SplitName, BatchStream]:
     """Opens the splits that the recipe uses. Raises UserError as `open_split` does."""
-    splits: list[Split] = ["train", "test"]
+    splits: list[SplitName] = ["train", "test"]
     if config.recipe.validation:
         splits.append("validation")
     return {split: open_split(config.data, manifest, split, config.recipe, rank_info) for split in splits}
@@ -433,7 +435,7 @@ def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -
 
 def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream) -> nn.Module:
     """Builds the initial model of a seed. Raises UserError as `build_model` does."""
-    start = finished_run("--start-from", config.start_from, config.code) if config.start_from else None
+    start = finished_run("--start-from", config.start_from, config.trusted_code) if config.start_from else None
     channels, height, width = model_input(manifest, config.recipe).shape
     return build_model(
         config.architecture, config.recipe, seed, train_stream.first_images, start, len(manifest.classes),
@@ -607,11 +609,16 @@ def load_teacher(config: TrainConfig, manifest: Manifest) -> nn.Module:
     """
     assert config.teacher
     folder = config.teacher
-    run = finished_run("--teacher", folder, config.code)
+    run = finished_run("--teacher", folder, config.trusted_code)
     teacher = run.config()
     if teacher.dataset.classes != list(manifest.classes):
-        raise UserError(f"--teacher {folder}: expected a run on the classes of {manifest.name}")
+        raise UserError(
+            f"--teacher {folder}: expected a run on the classes of {manifest.name}, found one on {teacher.dataset.name}"
+        )
     expected = model_input(manifest, config.recipe)
     if teacher.input != expected:
-        raise UserError(f"--teacher {folder}: expected a run on images like {expected}, found {teacher.input}")
+        raise UserError(
+            f"--teacher {folder}: expected a run on images of {expected}, found {teacher.input}; train it with the "
+            "same --recipe.resize and --recipe.normalize"
+        )
     return checkpoint.load_model(run).requires_grad_(False)

@@ -11,7 +11,7 @@ from runner.run.folder import Run
 from runner.run.metrics import encode_row
 from runner.run.schema import (
     FrontEnd,
-    Gate,
+    GateResult,
     Hardware,
     LatencyReport,
     LatencyRow,
@@ -60,7 +60,7 @@ def write_run(run: Run, name: str, experiment: Experiment, seed: int, wandb_id: 
         )
         for epoch in range(1, epochs + 1)
     ]  # fmt: skip
-    gate = Gate(accuracy_change=0.0, agreement=1.0, passed=True)
+    gate = GateResult(accuracy_change=0.0, agreement=1.0, passed=True)
     latencies = [
         LatencyRow(
             backend=backend, provider="CPU", precision=precision, batch=1, calls=300,
@@ -87,7 +87,7 @@ def write_run(run: Run, name: str, experiment: Experiment, seed: int, wandb_id: 
         method=Method(warmup_seconds=1.0, seconds=3.0, repeats=100), rows=latencies,
     )  # fmt: skip
     for path, content in (
-        (run.record, config), (run.summary, summary), (run.parity, parity), (run.latency, latency),
+        (run.run_json, config), (run.summary, summary), (run.parity, parity), (run.latency, latency),
     ):  # fmt: skip
         write_file(path, content)
     run.metrics.write_bytes(b"".join(map(encode_row, rows)))

@@ -285,7 +285,7 @@ def fork_warm_server() -> None:
     theirs.close()
     server = object.__new__(warm.Server)
     server.socket = ours
-    processes._servers.append(server)
+    processes._servers[""] = server
 
 
 def read_ledger(module: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from runner.config.recipe import SGD, Augment, Recipe
 from runner.data.open import RankInfo, open_split
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
-from runner.run.schema import Manifest
+from runner.run.schema import CheckpointManifest
 
 AUGMENTATIONS = {
     "crop-flip": Augment(crop_padding=4, flip="random"),
@@ -148,7 +148,7 @@ def _train_and_kill(context: Context, run: Run, argv: list[object], steps: int) 
 
 def _weights_sha256(run: Run) -> str:
     (folder,) = run.checkpoints.glob("step-*")
-    return files.read(folder / "manifest.json", Manifest).sha256["model.safetensors"]
+    return files.read(folder / "manifest.json", CheckpointManifest).sha256["model.safetensors"]
 
 
 def compare_one_ddp_rank(context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.common import files
 from runner.common.errors import UserError
+from runner.common.text import first_line
 from runner.config.recipe import to_json
 from runner.run.schema import Hardware
 from runner.system import environment
@@ -77,8 +78,7 @@ class Ledger:
         for key in SAME:
             old, new = (_comparable(getattr(file, key)) for file in (previous, self.file))
             if old != new:
-                difference = f"holds findings of {key} {old}, this is {new}"
-                raise UserError(f"{self.path}: {difference}; expected an --out of its own for each")
+                raise UserError(f"{self.path}: expected findings of {key} {new}, found {old}; choose another --out")
         self.file.findings, self.file.ended = previous.findings, previous.ended
         self.file.experiments = previous.experiments
 
@@ -117,8 +117,7 @@ class Ledger:
         except (MissingError, ModuleNotFoundError) as error:
             finding = {"missing": str(error)}
         except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            finding = {"failed": f"{type(error).__name__}: {first_line}"}
+            finding = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         if remeasure and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
             return previous
         finding.setdefault("took_seconds", round(time.monotonic() - start, 2))

@@ -54,7 +54,7 @@ class SpeedRun:
 
         from runner.data.open import RankInfo, open_split
         from runner.system import cpu, cuda
-        from runner.training.loop import Data
+        from runner.training.loop import TrainingData
         from runner.training.record import run_config
 
         self.context = context
@@ -69,7 +69,7 @@ class SpeedRun:
         self.train_split, test_split = (
             open_split(context.data, context.manifest, split, self.recipe, rank_info) for split in ("train", "test")
         )
-        self.data = Data(self.train_split, test_split, None, len(context.manifest.classes))
+        self.data = TrainingData(self.train_split, test_split, None, len(context.manifest.classes))
         self.run = Run(context.out / "runs" / NAME / "clocked")
         config = TrainConfig(NAME, context.data, self.experiment.architecture, self.recipe)
         record = run_config(
@@ -77,7 +77,7 @@ class SpeedRun:
             model=self.experiment.architecture.build(),
             wandb_id="", group="",
         )  # fmt: skip
-        write(self.run.record, record)  # checkpoints read this file
+        write(self.run.run_json, record)  # checkpoints read this file
 
     def __call__(self, seed: int) -> tuple[float, float]:
         """Trains one seed; returns the seconds and the accuracy."""
@@ -171,11 +171,11 @@ def write_images(context: Context, folder: Path) -> None:
     """Writes the dataset where airbench's scripts expect it."""
     import torch
 
-    from data_prep import beton_file
+    from data_prep import beton_reader
 
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
     for name, split in context.manifest.splits.items():
-        images, labels = beton_file.read(context.data / split.file, split, context.manifest)
+        images, labels = beton_reader.read_split(context.data / split.file, split, context.manifest)
         content = {
             "images": torch.from_numpy(np.array(images)),
             "labels": torch.from_numpy(np.array(labels)).long(),

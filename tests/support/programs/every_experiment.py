@@ -25,7 +25,7 @@ from runner.run.folder import Run
 from runner.system import cpu
 from runner.training import checkpoint
 from runner.training.evaluate import evaluate
-from runner.training.loop import Data, train
+from runner.training.loop import TrainingData, train
 from runner.training.model import build_model
 from runner.training.record import MIXED_PRECISION
 from tests.support.configs import config_of
@@ -51,8 +51,8 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
         model = build_model(experiment.architecture, recipe, 0, splits["train"].first_images, None)
         run = Run(folder / name)
         if accelerator.is_main_process:
-            write(run.record, config_of(architecture=experiment.architecture, dataset=manifest.name))
-        whole = Data(splits["train"], splits["test"], splits.get("validation"), 10)
+            write(run.run_json, config_of(architecture=experiment.architecture, dataset=manifest.name))
+        whole = TrainingData(splits["train"], splits["test"], splits.get("validation"), 10)
         outcome = train(model, recipe, whole, accelerator, run, seed=0, max_steps=2)
         found[name] = {"images": outcome.test.num_images, "loss": outcome.test.loss, "steps": outcome.steps}
         if accelerator.num_processes == 1 and precision == "fp32":

@@ -30,7 +30,7 @@ def contents(step: int) -> tuple[dict, dict]:
 
 def main(folder: Path, replace: bool) -> None:
     template = Run(folder / "template")
-    write(template.record, config_of(dataset="none"))
+    write(template.run_json, config_of(dataset="none"))
     weights, state = contents(1)
     checkpoint.save(template, weights, 1, state)
     lost, left, k = [], [], 0

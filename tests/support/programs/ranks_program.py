@@ -26,7 +26,7 @@ from runner.data.stream import BatchStream
 from runner.models import norm
 from runner.training import checkpoint
 from runner.training.evaluate import evaluate
-from runner.training.loop import Data, LoopHooks, StoppedError, train
+from runner.training.loop import LoopHooks, StoppedError, TrainingData, train
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
 
@@ -98,8 +98,8 @@ def train_and_stop(accelerator: Accelerator, data: Path, folder: Path, stops: bo
     """Trains three steps; with `stops`, the last rank asks to stop after the first, and training is resumed."""
     run, architecture = trusted(folder), Architecture("tests.support.models.tiny:Tiny")
     if accelerator.is_main_process:
-        write(run.record, config_of(architecture=architecture, dataset=open_manifest(data).name))
-    batches = Data(open_stream(accelerator, data, "train"), open_stream(accelerator, data, "test"), None, 10)
+        write(run.run_json, config_of(architecture=architecture, dataset=open_manifest(data).name))
+    batches = TrainingData(open_stream(accelerator, data, "train"), open_stream(accelerator, data, "test"), None, 10)
     state = None
     for stop in (True, False) if stops else (False,):
         accelerator.wait_for_everyone()

@@ -30,11 +30,11 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-NAMES = ["image", "label"]
+FIELD_NAMES = ["image", "label"]
 VERSION, TYPE_INT, TYPE_RGB_IMAGE, MODE_RAW = 2, 1, 2, 1
 
 
-def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+def read_split(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """Reads a whole split: images (N, H, W, 3) uint8 and labels (N,) int64. Raises UserError like `read_labels`."""
     content, addresses, labels = _read_table(path, split, manifest)
     size = math.prod(manifest.image_shape)
@@ -46,7 +46,7 @@ def read(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.ndarray, 
     return images.reshape(-1, *manifest.image_shape), labels
 
 
-def read_some(path: Path, split: SplitFile, manifest: Manifest, samples: np.ndarray) -> np.ndarray:
+def read_images(path: Path, split: SplitFile, manifest: Manifest, samples: np.ndarray) -> np.ndarray:
     """Reads the images with the indices `samples` (n,), as (n, H, W, 3) uint8. Raises UserError like `read_labels`."""
     content, addresses, _ = _read_table(path, split, manifest)
     size = math.prod(manifest.image_shape)
@@ -82,7 +82,7 @@ def _read_table(path: Path, split: SplitFile, manifest: Manifest) -> tuple[np.nd
     fields = content[HEADER.itemsize : fields_end].view(FIELD)
     types = fields["type_id"].tolist()
     names = [name.tobytes().rstrip(b"\0").decode(errors="backslashreplace") for name in fields["name"]]
-    if types != [TYPE_RGB_IMAGE, TYPE_INT] or names != NAMES:
+    if types != [TYPE_RGB_IMAGE, TYPE_INT] or names != FIELD_NAMES:
         actual = f"{' and '.join(names)} of types {types}"
         raise _layout_error(path, "the fields image (RGB image) and label (integer)", actual)
     if header["page_size"].bit_count() != 1:
