@@ -1,5 +1,6 @@
 """Decodes image files to RGB and resizes them, in the same way for `data_prep prepare` and `runner predict`."""
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -42,12 +43,18 @@ def available_memory() -> int:
     """Returns how many bytes this process can still allocate: of the machine, or within the limit of its cgroup."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    try:
-        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2])
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(available, limit - used)
-    except (OSError, ValueError, IndexError):  # no limit: the value is "max", or there is no such file
-        return available
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, IndexError):
+        group = root / Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2]
+        for folder in (group, *group.parents):  # the limit of a job is often that of a parent
+            if not folder.is_relative_to(root):
+                break
+            with contextlib.suppress(OSError, ValueError):  # no limit: the value is "max", or there is no such file
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+                usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cache = int(usage["inactive_file"]) + int(usage["active_file"])  # freed when it is needed
+                available = min(available, limit - used + cache)
+    return available
 
 
 def decode(name: str, content: bytes) -> "Image.Image":

@@ -41,12 +41,13 @@ class Slots:
 
 @dataclass
 class RunningTrial:
-    """A trial that occupies a slot, with its process, log and stop file."""
+    """A trial that occupies a slot, with its process, log and stop file; earlier attempts wrote the log's beginning."""
 
     trial: Trial
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     stop_file: Path
+    log_start: int
     start: float = field(default_factory=time.monotonic)
 
 
@@ -91,6 +92,7 @@ class Pool:
         stop_file = trial.run.folder / f".stop-{os.getpid()}"
         stop_file.unlink(missing_ok=True)
         log = (self.logs / f"{trial.id.replace('/', '-')}.log").open("ab")
+        log_start = log.tell()
         command = training_command(self.slots.launcher, self.slots.threads)
         process = subprocess.Popen(
             [sys.executable, *command, *with_stop_file(trial.arguments, stop_file)],
@@ -102,7 +104,7 @@ class Pool:
             start_new_session=True,  # only this process receives Ctrl-C
             preexec_fn=launcher.end_with_parent,
         )
-        return RunningTrial(trial, process, log, stop_file)
+        return RunningTrial(trial, process, log, stop_file, log_start)
 
     def _visible_gpu(self, slot: int) -> dict[str, str]:
         if not self.slots.gpus:
@@ -114,7 +116,10 @@ class Pool:
         """Records and prints the outcome of a trial that has ended."""
         running.log.close()
         running.stop_file.unlink(missing_ok=True)
-        outcome = _outcome(running.trial, Path(running.log.name))
+        try:
+            outcome = _outcome(running)
+        except (UserError, OSError) as error:  # the others continue
+            outcome = f"failed: {error}"
         self.outcomes[running.trial.id] = outcome
         _print(f"{running.trial.id}: {outcome}")
 
@@ -149,14 +154,15 @@ def train_trials(trials: list[Trial], slots: Slots, logs: Path, environ: Mapping
     return bool(interrupts)
 
 
-def _outcome(trial: Trial, log: Path) -> str:
+def _outcome(running: RunningTrial) -> str:
     """Returns the test accuracy of a complete run, or why it is not complete."""
+    trial, log = running.trial, Path(running.log.name)
     state = trial.state()
     if state == "complete" and (summary := trial.run.read_summary()):
         return f"{summary.test_accuracy:.2%}"
     if state in ("failed", "stopped") and (ending := trial.run.read_ending()):
         return f"{state}: {ending.reason}"
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_bytes()[running.log_start :].decode(errors="replace").split("\n")  # of this attempt
     messages = [line.removeprefix("runner: ") for line in lines if line.startswith("runner: ")] or ["no message"]
     return f"failed: {messages[-1]} (log: {log})"
 

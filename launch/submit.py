@@ -251,7 +251,7 @@ def name_and_log(name: str, runs: Path, number: str) -> list[str]:
 
 
 def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, environ: Mapping[str, str]) -> None:
-    """Checks the folders that slurm/train.sbatch mounts into a container, in the same way.
+    """Checks the folders and files that slurm/train.sbatch mounts into a container, in the same way.
 
     Raises:
         UserError: the path of one contains a character at which pyxis would split it.
@@ -259,11 +259,9 @@ def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, e
     modules = job_environment(environ)["PYTHONPATH"].split(os.pathsep)
     words = [re.sub(r"^--[^=]*=", "", word) for word in arguments]
     for path in (str(ROOT), *modules, str(runs.absolute()), *words) if allocation.container_image else ():
-        if path.startswith("/") and re.search("[,:]", path) and Path(path).is_dir():
+        if path.startswith("/") and re.search("[,:]", path) and Path(path).exists():
             split = "at which pyxis splits --container-mounts"
-            raise UserError(
-                f"{path}: expected no comma and no colon with --container-image, {split}; rename the folder"
-            )
+            raise UserError(f"{path}: expected no comma and no colon with --container-image, {split}; rename it")
 
 
 def require_sbatch(environ: Mapping[str, str]) -> None:

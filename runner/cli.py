@@ -112,7 +112,8 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
     if "--pretrained" in line.options and "--architecture.arguments.weights" in line.options:
         raise UserError("--pretrained and --architecture.arguments.weights: expected one of them")
-    if (run := started_run(config)) is not None:
+    run = started_run(config)
+    if run is not None:
         started = run.config()
         if started.architecture.factory != config.architecture.factory:
             experiments.check_trusted(started.architecture, config.trusted_code, run.run_json)
@@ -130,7 +131,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
         if options and options.deterministic:  # set here, because a flag that is on by default could not be passed
             config = dataclasses.replace(config, deterministic=True)
-    return config.with_pretrained()
+    return config.with_pretrained(started=run is not None)
 
 
 def started_run(config: TrainConfig) -> Run | None:

@@ -284,6 +284,10 @@ BAD = {
     ),
     "an empty name of a run": ("runner eval ", "'': expected a name or a path, found an empty one"),
     "an empty name of a dataset": ("data_prep verify ", "'': expected a name or a path, found an empty one"),
+    "weight decay of normalized weights": (
+        "runner train speedrun --data {data} --runs {new} --weight-decay 0.1",
+        "--recipe.optimizer.weight-decay 0.1: expected 0 with --recipe.optimizer.unit-rows",
+    ),
     "steps in reverse": (
         "runner train tiny --data {data} --runs {new} --profile-steps 3:2",
         "--profile-steps 3:2: expected the first and the last step, counted from 1, such as 10:12",
@@ -293,6 +297,10 @@ BAD = {
     "steps after the last": (
         "runner train tiny --data {data} --runs {new} --max-steps 9 --profile-steps 8:10",
         "--profile-steps 8:10: expected steps up to 9",
+    ),
+    "steps of two epochs": (
+        "runner train tiny --data {data} --runs {new} --profile-steps 8:9",
+        "--profile-steps 8:9: expected steps of one epoch, which has",
     ),
     "no peak": ("runner train tiny --data {data} --runs {new} --peak-tflops 0", "--peak-tflops 0"),
     "nothing to watch": ("runner watch {empty}", "run.json"),

@@ -113,6 +113,21 @@ def test_a_stop_is_obeyed_within_an_evaluation(
     assert_same_run(tmp_path / "straight" / "ending" / "seed-0", run.folder)
 
 
+@pytest.mark.every
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_that_stopped_within_an_evaluation_is_resumed_on_other_ranks(
+    ranks: int, small_data: Path, tmp_path: Path
+) -> None:
+    words = arguments(small_data, tmp_path, "--resume", "auto", "--epochs", 2)
+    ended = launch(2, *words, END="eval 3 1 SIGUSR1")
+    assert "stopped at step 7" in ended.stderr, ended.stderr
+    done = launch(ranks, *words)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(Run(tmp_path / "ending" / "seed-0"))
+    assert [row.global_step for row in rows if row.test_accuracy is not None] == [7, 14]
+
+
 def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Path) -> None:
     words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
     asked = tmp_path / "asked"

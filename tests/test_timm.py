@@ -1,6 +1,7 @@
 """Models of timm by name: found, built for the dataset, started from a file of weights, trained and deployed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from runner.common.files import sha256_of
 from runner.config.recipe import Architecture, Argument
 from runner.config.trust import TrustedCode
 from runner.experiments import timm as timm_experiments
+from runner.models import norm
 from runner.training.model import build_for, build_model, count_parameters_and_macs
 from tests.support.processes import launch, module, on_ranks, runner
 
@@ -123,6 +125,22 @@ def no_images(count: int) -> torch.Tensor:
     raise AssertionError("weights of a file are not fitted to images")
 
 
+def test_batch_norm_with_an_activation_is_not_synchronized() -> None:
+    """A conversion would lose the activation, which timm computes in the same layer."""
+    with pytest.raises(UserError, match=r"expected a model with nn\.BatchNorm2d, found timm\..*BatchNormAct2d"):
+        norm.convert_sync_batch_norm(timm.create_model(SMALL))
+
+
+def test_a_resumed_run_does_not_need_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    weights_of(SMALL, path, classes=1000)
+    config = cli.parse_train([f"timm/{SMALL}", "--data", "nowhere", "--pretrained", str(path)])
+    path.unlink()
+    with pytest.raises(UserError, match="found none"):
+        build_model(config.architecture, config.recipe, 0, no_images, None)
+    build_model(config.architecture, config.recipe, 0, no_images, None, resumed=True)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_training_starts_from_a_file_of_weights(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -134,6 +152,10 @@ def test_training_starts_from_a_file_of_weights(suffix: str, tmp_path: Path) -> 
     assert all(torch.equal(started[key], state[key]) for key in rest)
     again = start_from(SMALL, path)
     assert all(torch.equal(tensor, again[key]) for key, tensor in started.items())
+    features = path.with_name(f"features{suffix}")
+    (save_file if suffix == ".safetensors" else torch.save)({key: state[key] for key in rest}, features)
+    started = start_from(SMALL, features)
+    assert all(torch.equal(started[key], state[key]) for key in rest)
     same_classes = start_from(SMALL, path, classes=1000)
     assert all(torch.equal(same_classes[key], tensor) for key, tensor in state.items())
 
@@ -164,6 +186,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--pretrained: .*has no pretrained weights"):
         cli.parse_train(["soni-2", "--data", "nowhere", "--pretrained", str(other)])
     both = ["--pretrained", str(other), "--architecture.arguments.weights", str(other)]
+    with pytest.raises(UserError, match="--pretrained and --start-from: expected one of them"):
+        cli.parse_train([f"timm/{SMALL}", "--data", "d", "--pretrained", str(other), "--start-from", "run"]).check()
     with pytest.raises(UserError, match="expected one of them"):
         cli.parse_train([f"timm/{SMALL}", "--data", "nowhere", *both])
 
@@ -171,11 +195,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_hash_in_the_name_of_a_file_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     weights_of(SMALL, path, classes=1000)
-    named = path.rename(tmp_path / f"{SMALL}-{sha256_of(path)[:8]}.pth")
+    stated = next(digest for end in range(8, 64) if re.search("[a-f]", digest := sha256_of(path)[:end]))
+    named = path.rename(tmp_path / f"{SMALL}-{stated}.pth")
     assert start_from(SMALL, named)
-    wrong = named.rename(tmp_path / f"{SMALL}-00000000.pth")
-    with pytest.raises(UserError, match=r"expected SHA-256 00000000…, found"):
+    wrong = named.rename(tmp_path / f"{SMALL}-0000000f.pth")
+    with pytest.raises(UserError, match=r"expected SHA-256 0000000f…, found"):
         start_from(SMALL, wrong)
+    assert start_from(SMALL, wrong.rename(tmp_path / f"{SMALL}-20240531.pth"))  # a date
 
 
 def test_commands_without_timm_do_not_import_it() -> None:

@@ -21,7 +21,7 @@ class Eval:
     device: Device = "auto"
     """Device to compute on; auto selects a GPU if there is one, and reports its choice."""
     precision: Literal["run", "fp32", "bf16", "fp16"] = "run"
-    """TrainPrecision precision; by default the one used in training."""
+    """Autocast precision; by default the one used in training."""
     test_augmentation: Literal["run", "none", "flip", "flip-shift"] = "run"
     """Also evaluate with test-time augmentation, reported separately; by default as in the recipe."""
     code: Code = TrustedCode()

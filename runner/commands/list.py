@@ -1,4 +1,4 @@
-"""`runner list`: lists every experiment, or every grid."""
+"""`runner list`: lists every experiment, every grid, or timm's models."""
 
 import dataclasses
 import json as json_format
@@ -44,8 +44,9 @@ class List:
 
     def list_timm(self, pattern: str) -> None:
         """Prints the names of timm's models that match a pattern, without a table, so that scripts can use them."""
-        if self.grids:
-            raise UserError(f"--timm {pattern} and --grids: expected one of them")
+        if self.grids or self.experiments_from:
+            other = "--grids" if self.grids else "--experiments-from"
+            raise UserError(f"--timm {pattern} and {other}: expected one of them")
         names = [timm.PREFIX + name for name in timm.list_models(pattern.removeprefix(timm.PREFIX))]
         if not names:
             raise UserError(f"--timm {pattern!r}: matches no model; expected a pattern such as 'convnext*'")

@@ -354,6 +354,11 @@ def check_recipe(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
     if isinstance(optimizer, SGD) and optimizer.nesterov and not optimizer.momentum:
         raise UserError("--recipe.optimizer.nesterov: expected --recipe.optimizer.momentum above 0")
+    if isinstance(optimizer, Muon) and optimizer.unit_rows and optimizer.weight_decay:
+        raise UserError(
+            f"--recipe.optimizer.weight-decay {optimizer.weight_decay}: expected 0 with "
+            "--recipe.optimizer.unit-rows, which sets the norm of the weights"
+        )
     if recipe.ema and recipe.prune:
         raise UserError("--recipe.ema and --recipe.prune: expected one of them; torch cannot copy a pruned model")
     augment, default = recipe.augment, Augment()

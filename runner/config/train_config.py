@@ -82,7 +82,8 @@ class TrainConfig:
     defaults are those of the first run that was started. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder
     stops a run with a checkpoint and exit code 75."""
     resume_anyway: Flag = False
-    """Resume even if the recipe, data or anything else has changed; the changes are recorded in run.json."""
+    """Resume even if the data or most settings have changed, but not the architecture, the kind of optimizer, EMA or
+    pruning; the changes are recorded in run.json."""
     stop_file: Path | None = None
     """File that stops the run with a checkpoint when it is created, and that is then removed; by default `stop` in the
     run folder."""
@@ -111,8 +112,10 @@ class TrainConfig:
         """The seeds of all runs."""
         return self.seeds or (self.seed or 0,)
 
-    def with_pretrained(self) -> "TrainConfig":
+    def with_pretrained(self, started: bool) -> "TrainConfig":
         """Returns these options with the file of --pretrained as an argument of the architecture.
+
+        A run that has `started` does not need the file any more.
 
         Raises:
             UserError: there is no such file, or the architecture has no such argument.
@@ -123,9 +126,9 @@ class TrainConfig:
         if "weights" not in arguments:
             raise UserError(f"--pretrained: {self.architecture.factory} has no pretrained weights; choose an "
                             "architecture with an argument `weights`, such as those of timm")  # fmt: skip
-        if not self.pretrained.is_file():
+        if not started and not self.pretrained.is_file():
             raise UserError(f"--pretrained {self.pretrained}: expected a file with weights, found none")
-        arguments = arguments | {"weights": str(self.pretrained)}
+        arguments = arguments | {"weights": str(self.pretrained.absolute())}
         return replace(self, architecture=replace(self.architecture, arguments=arguments))
 
     def run_names(self) -> dict[int, str]:
@@ -186,6 +189,8 @@ class TrainConfig:
         if self.trust and self.resume == "never" and self.teacher is None and self.start_from is None:
             raise UserError("--trust: expected with --resume, --teacher or --start-from, whose models it permits")
         _ = self.profiled_steps
+        if self.pretrained is not None and self.start_from is not None:
+            raise UserError("--pretrained and --start-from: expected one of them, both are initial weights")
         if self.workers != 1 and self.loader == "resident":
             raise UserError(f"--workers {self.workers}: expected with --loader streaming, found resident")
         for option, path in (("--data", self.data), ("--runs", self.runs)):
@@ -208,4 +213,7 @@ def check_precision(precision: str, device: str) -> None:
 def check_name(name: str) -> None:
     """Raises UserError if a run cannot have this name."""
     if not NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters")
+        raise UserError(
+            f"--name {name!r}: expected letters, digits, '.', '_' and '-', beginning with a letter or digit, at most "
+            "100 characters"
+        )

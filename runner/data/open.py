@@ -242,5 +242,5 @@ def _open_of_run(config: RunConfig, data: Path | None, device: torch.device, spl
             f"--data {folder}: expected the dataset of the run, {config.dataset.name} "
             f"{config.dataset.fingerprint}, found {manifest.name} {manifest.fingerprint}; pass the dataset of the run"
         )
-    recipe = replace(config.recipe, batch_size=1)  # any batch size will do
+    recipe = replace(config.recipe, batch_size=1, accumulate=1)  # any batch size will do
     return open_split(folder, manifest, split, recipe, RankInfo(device))

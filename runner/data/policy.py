@@ -148,13 +148,13 @@ def load_loop() -> None:
     """
     import numba
 
-    from runner.data.kernels import policy_cpu
+    from runner.data.kernels import crop, policy_cpu
     from runner.system import cpu
 
     cpu.choose_openmp()
     images, operations = np.zeros((1, 1, 1, 3), np.uint8), np.zeros((1, 1), np.int64)
     example = (images, operations, np.zeros((1, 1, 2, 3), np.float32), np.zeros((1, 1), np.float32), 1)
-    policy_cpu.apply.compile(tuple(map(numba.typeof, example)))
+    crop.compile_loop(policy_cpu.apply, tuple(map(numba.typeof, example)))
 
 
 def apply_torch(

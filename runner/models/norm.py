@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runner.common.errors import UserError
+
 
 class SumOverRanks(torch.autograd.Function):
     """Differentiable all-reduce: sums a tensor over all ranks, and its gradients in the backward pass."""
@@ -51,7 +53,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
-    """Converts every BatchNorm2d of a model to synchronized batch norm; parameters and their names do not change."""
+    """Converts every BatchNorm2d of a model to synchronized batch norm; parameters and their names do not change.
+
+    Raises:
+        UserError: the model has a subclass of batch norm, such as timm's with an activation, which would be lost.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and type(module) not in (nn.BatchNorm2d, SyncBatchNorm2d):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise UserError(f"--recipe.sync-batch-norm: expected a model with nn.BatchNorm2d, found {kind}")
     if not dist.is_initialized():
         return model
     if next(model.parameters()).device.type == "cuda":

@@ -79,18 +79,28 @@ def load_weights(
     """
     if not path.is_file():
         raise UserError(f"--pretrained {path}: expected a file with weights of timm/{name}, found none")
-    stated = re.search(r"-([0-9a-f]{8,64})\.", path.name)  # as in the names of PyTorch's own downloads
+    # As in the names of PyTorch's own downloads; digits alone are rather a date or a number of steps.
+    stated = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", path.name)
     if stated and not (found := sha256_of(path)).startswith(stated[1]):
         raise UserError(f"--pretrained {path}: expected SHA-256 {stated[1]}…, found {found[:12]}…; download it again")
     config = timm.get_pretrained_cfg(name) or PretrainedCfg()
+    last = config.classifier if isinstance(config.classifier, str) else (config.classifier or ("",))[0]
+    failures = []
     try:
-        # In a model with as many classes as the file, so that timm refuses a file that lacks any other weight.
-        last = load_state_dict(str(path)).get(f"{config.classifier}.weight")
-        classes = config.num_classes if last is None else len(last)
-        overlay = {"file": str(path), "num_classes": classes, "custom_load": False}
-        source = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
-        )
+        weight = load_state_dict(str(path)).get(f"{last}.weight")
+        # In a model with as many classes as the file, so that timm refuses a file that lacks any other weight. If the
+        # last layer is not there, the file calls it differently, or lacks it.
+        for classes in (config.num_classes, 0) if weight is None else (len(weight),):
+            overlay = {"file": str(path), "num_classes": classes, "custom_load": False}
+            try:
+                source = timm.create_model(
+                    name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
+                )
+                break
+            except RuntimeError as error:  # other names or shapes
+                failures.append(error)
+        else:
+            raise failures[0]
         if classes != model.num_classes:
             source.reset_classifier(model.num_classes)  # type: ignore[operator]  # every model of timm has it
         model.load_state_dict(source.state_dict())

@@ -114,7 +114,7 @@ def accuracy(record: RunRecord, summary: Summary) -> str:
     """Accuracy and calibration after the last epoch, and the accuracy that the paper reports."""
     rows: dict[str, object] = {
         f"test accuracy, {summary.test_images:,} images": percent(summary.test_accuracy, None),
-        "among the first five": percent(summary.test_top5, None),
+        "top-5 accuracy": percent(summary.test_top5, None),
     }
     if summary.test_accuracy_augmented is not None:
         rows["with test-time augmentation"] = percent(summary.test_accuracy_augmented, None)
@@ -173,7 +173,7 @@ def gate(record: RunRecord) -> str:
     ]
     if not rows:
         return "None has been compared with the model: `runner export`, then `runner parity`."
-    titles = ("file", "precision", "run by", "same top class", "accuracy (change in points)", "gate")
+    titles = ("file", "precision", "run by", "top-1 agreement", "accuracy (change in points)", "gate")
     return f"Compared with the model in torch on the whole test set.\n\n{table(titles, rows)}"
 
 
@@ -206,21 +206,21 @@ def limits(record: RunRecord, summary: Summary) -> Iterator[str]:
     if record.failed_precisions:
         yield f"Not to be used, because the gate failed: {', '.join(record.failed_precisions)}."
     if record.predicts_one_class:
-        yield "A file predicts the same class for all images, so that agreement with the model proves nothing."
+        yield "A file predicts the same class for all images, so that agreement with the model proves little."
 
 
 def use(record: RunRecord) -> str:
     """Code that loads an exported file that passed the gate, or else the command that makes one."""
     rows = record.parity.rows if record.parity else []
-    passed = [row.onnx for row in rows if row.passed and row.engine_sha256 is None and row.front_end == "normalized"]
+    passed = [row for row in rows if row.passed and row.engine_sha256 is None and row.front_end == "normalized"]
     if not passed:
         return "Export a file first: `runner export RUN`, then `runner parity RUN`."
-    path, (channels, height, width) = json.dumps(str(record.run.folder / passed[0])), record.config.input.shape
+    path, (channels, height, width) = json.dumps(str(record.run.folder / passed[0].onnx)), record.config.input.shape
     return f"""```python
 import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession({path}, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession({path}, providers=[{json.dumps(passed[0].provider)}])
 pixels = np.zeros((1, {channels}, {height}, {width}), np.float32)  # RGB, 0 to 255
 mean = np.array({[round(value, 4) for value in record.config.input.mean]}, np.float32).reshape(1, 3, 1, 1)
 std = np.array({[round(value, 4) for value in record.config.input.std]}, np.float32).reshape(1, 3, 1, 1)

@@ -53,12 +53,12 @@ def sync_numba_num_threads() -> int:
 
 
 def peak_memory() -> int:
-    """Returns the most bytes of memory that this process has had at a time.
+    """Returns the most bytes of memory that this process has had at a time; 0 if the system does not tell.
 
     Unlike getrusage, which may report the memory of the process that started this one.
     """
     status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def prepare(processes: int = 1) -> None:

@@ -7,6 +7,7 @@ row at the same index again; so no row is repeated or lost by a resume, an outag
 """
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
@@ -207,4 +208,4 @@ def artifact(name: str, kind: str, files: list[Path], metadata: Mapping[str, Any
 
 def _artifact_name(name: str) -> str:
     """Replaces the characters that W&B does not allow in an artifact's name."""
-    return "".join(character if character.isalnum() or character in "._-" else "-" for character in name).strip("-")
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name).strip("-") or "unnamed"

@@ -22,6 +22,7 @@ def build_model(
     start: Run | None,
     classes: int = 10,
     shape: tuple[int, int, int] = (3, 32, 32),
+    resumed: bool = False,
 ) -> nn.Module:
     """Builds the model of an experiment on the CPU, identical on every rank.
 
@@ -36,6 +37,7 @@ def build_model(
         start: the run whose weights are loaded; None for random or pretrained weights.
         classes: number of classes; by default that of CIFAR-10.
         shape: (3, H, W) of the model's input; by default that of CIFAR-10.
+        resumed: whether a checkpoint replaces the weights; then `initialize` is not called.
 
     Raises:
         UserError: invalid arguments, an image size that the architecture does not support, or weights that are missing
@@ -52,7 +54,7 @@ def build_model(
             ) from None
     elif hasattr(model, "initialise"):
         raise UserError(f"{architecture.factory}: expected a method initialize(), found initialise(); rename it")
-    elif (initialize := getattr(model, "initialize", None)) is not None:
+    elif (initialize := getattr(model, "initialize", None)) is not None and not resumed:
         initialize(first_images)
     if recipe.prune:
         with torch.no_grad():

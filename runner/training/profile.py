@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 # The kind of a kernel is the first whose pattern matches its name. On the CPU, operators take the place of kernels.
@@ -32,11 +31,13 @@ class StepProfiler:
     Attributes:
         folder: the folder, which is created if needed.
         title: what was trained, for the picture.
+        device: "cuda" or "cpu".
         first, last: numbers of the steps, counted from 1.
     """
 
     folder: Path
     title: str
+    device: str
     first: int
     last: int
     _active: profile | None = field(default=None, init=False)
@@ -52,7 +53,7 @@ class StepProfiler:
         if not self.first <= step <= self.last:
             return
         if self._active is None:
-            gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            gpu = [ProfilerActivity.CUDA] if self.device == "cuda" else []
             self._active = profile(activities=[ProfilerActivity.CPU, *gpu])
             self._active.start()
         self._step = record_function(f"step {step}")

@@ -148,6 +148,9 @@ RESUME_FIELDS = ("experiment", "seed", "architecture", "recipe", "precision", "t
 IMMUTABLE_PREFIXES = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
 
 
+PRETRAINED = "architecture.arguments.weights"  # a file that a resumed run does not read, and that may have moved
+
+
 def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dict[str, Any] | None) -> RunConfig:
     """Builds run.json of a resumed run: its own contents, and the step from which it resumes (0 without a checkpoint).
 
@@ -173,7 +176,9 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
     before = own or before
     same_code = before.git.commit == current.git.commit
-    bitwise = same_code and not changed and ranks == current.world_size and same_summation_order(before, current)
+    deterministic = current.device == "cpu" or current.deterministic
+    bitwise = same_code and deterministic and not changed and ranks == current.world_size
+    bitwise = bitwise and same_summation_order(before, current)
     if not bitwise:
         print(f"runner: {run.folder}: resumed from step {step}, not bit-identical", file=sys.stderr)
     resumption = Resumed(
@@ -203,6 +208,7 @@ def config_of(state: dict[str, Any]) -> RunConfig:
 def changes_since(before: RunConfig, current: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Returns the settings that differ between two trainings, as (before, current) by dotted name."""
     changed = differences(*({key: getattr(config, key) for key in RESUME_FIELDS} for config in (before, current)))
+    changed.pop(PRETRAINED, None)
     if before.dataset.fingerprint != current.dataset.fingerprint:
         changed["dataset"] = (before.dataset.fingerprint, current.dataset.fingerprint)
     return changed

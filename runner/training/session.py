@@ -123,9 +123,9 @@ def run_training(
                 raise SystemExit(EXIT_BAD_INPUT) from None  # the launcher ends this rank; the first prints the error
             raise
         except RuntimeError as error:  # before or after the training of a seed, which reports its own failures
-            if not is_lost_rank(error):
+            if not is_lost_rank(error, int(environ.get("WORLD_SIZE", 1))):
                 raise
-            print(f"runner: rank {environ.get('RANK', 0)}: {LOST_RANK}", file=sys.stderr)
+            print(f"runner: rank {environ.get('RANK', 0)}: {LOST_RANK} ({first_line(error)})", file=sys.stderr)
             raise SystemExit(1) from None
 
 
@@ -151,9 +151,16 @@ def _run_training(
     steps = Steps.of(config.recipe, streams["train"], config.max_steps)
     if (profiled := config.profiled_steps) and profiled[1] > steps.last:
         raise UserError(f"--profile-steps {config.profile_steps}: expected steps up to {steps.last}, the last one")
+    if profiled and (profiled[0] - 1) // steps.per_epoch != (profiled[1] - 1) // steps.per_epoch:
+        raise UserError(
+            f"--profile-steps {config.profile_steps}: expected steps of one epoch, which has {steps.per_epoch}, "
+            "because an evaluation may follow it"
+        )
     teacher = load_teacher(config, manifest) if config.teacher else None
     # Build the first model now, so that unusable weights are refused before anything is written.
-    first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"])
+    first_run = Run(config.runs / config.experiment / config.run_names()[config.all_seeds[0]])
+    resumed = config.resume != "never" and any(first_run.checkpoints.glob("step-*"))
+    first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"], resumed)
     refuse_to_overwrite_sources(config)
     if config.resume not in ("auto", "never") and not is_file(Path(config.resume, checkpoint.MANIFEST)):
         raise UserError(f"--resume {config.resume}: expected auto, never, or the folder of a checkpoint, found none")
@@ -205,7 +212,9 @@ class Session:
                 raise SystemExit(EXIT_STOPPED)  # every seed before this one is complete
             if self.scaler_state:  # fp16: every seed starts with the same loss scale
                 self.accelerator.scaler.load_state_dict(self.scaler_state)
-            model = models.pop(seed, None) or initial_model(config, seed, self.manifest, self.streams["train"])
+            model = models.pop(seed, None) or initial_model(
+                config, seed, self.manifest, self.streams["train"], states[seed] is not None
+            )
             seed_run = SeedRun(self, run, seed, self.make_run_config(run, seed, model, states[seed]), states[seed])
             seed_run.train(model)
             if seed_run.tracker:
@@ -298,23 +307,18 @@ class SeedRun:
             raise
 
     def make_profiler(self) -> StepProfiler | None:
-        """Returns the profiler of --profile-steps, which runs on rank 0 and in the first attempt that trains the steps.
-
-        Raises:
-            UserError: the run resumes after the steps, which no earlier attempt has profiled.
-        """
+        """Returns the profiler of --profile-steps, for rank 0 and the first attempt that trains the steps."""
         config = self.session.config
         if config.profiled_steps is None or not self.session.accelerator.is_main_process:
             return None
-        profiler = StepProfiler(self.run.profile, self.run_config.name, *config.profiled_steps)
+        device = self.session.accelerator.device.type
+        profiler = StepProfiler(self.run.profile, self.run_config.name, device, *config.profiled_steps)
         start = self.state["step"] if self.state else 0
         if profiler.trace.is_file() and start >= profiler.first:
             return None
         if start >= profiler.last:
-            raise UserError(
-                f"--profile-steps {config.profile_steps}: expected steps after {start}, from which {self.run.folder} "
-                "resumes; choose others, or leave it out"
-            )
+            print(f"profile: none, because {self.run.folder} resumes after these steps, at {start}", file=sys.stderr)
+            return None
         return profiler
 
     def should_stop(self) -> bool:
@@ -349,14 +353,18 @@ class SeedRun:
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
         """Prints the run folder and tracker status; returns a function that logs rows and prints those of epochs."""
-        config, macs, peak = self.run_config, self.run_config.macs, self.session.config.peak_tflops
+        macs, peak, ranks = (
+            self.run_config.macs,
+            self.session.config.peak_tflops,
+            self.session.accelerator.num_processes,
+        )
         print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
         start_step = self.state["step"] if self.state else 0
         printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.steps.last)
 
         def log(row: MetricRow) -> None:
             if row.images_per_second and macs and peak:
-                utilization = flops_utilization(row.images_per_second, macs, config.world_size, peak)
+                utilization = flops_utilization(row.images_per_second, macs, ranks, peak)
                 row = msgspec.structs.replace(row, flops_utilization=utilization)
             tracker.log(row)
             printer.log(row)
@@ -433,13 +441,19 @@ def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -
     return {split: open_split(config.data, manifest, split, config.recipe, rank_info) for split in splits}
 
 
-def initial_model(config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream) -> nn.Module:
-    """Builds the initial model of a seed. Raises UserError as `build_model` does."""
+def initial_model(
+    config: TrainConfig, seed: int, manifest: Manifest, train_stream: BatchStream, resumed: bool
+) -> nn.Module:
+    """Builds the initial model of a seed; with `resumed`, a checkpoint replaces its weights.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
     start = finished_run("--start-from", config.start_from, config.trusted_code) if config.start_from else None
     channels, height, width = model_input(manifest, config.recipe).shape
     return build_model(
         config.architecture, config.recipe, seed, train_stream.first_images, start, len(manifest.classes),
-        (channels, height, width),
+        (channels, height, width), resumed,
     )  # fmt: skip
 
 
@@ -510,8 +524,8 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
     if isinstance(error, OSError) and error.errno in FILE_SERVER:
         file = error.filename or "metrics.jsonl"
         return Failure(1, f"{file}: cannot be read or written ({error.strerror}); resume with --resume auto")
-    if is_lost_rank(error):
-        return Failure(1, LOST_RANK)
+    if is_lost_rank(error, ranks):
+        return Failure(1, f"{LOST_RANK} ({first_line(error)})")
     if "does not have a deterministic implementation" in str(error):
         operator = str(error).split(" does not")[0]
         return Failure(1, f"--deterministic: {operator} has no deterministic kernel; train without it")
@@ -527,12 +541,15 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
     return None
 
 
-def is_lost_rank(error: Exception) -> bool:
-    """Returns whether a collective failed because another rank has ended."""
-    return (
-        isinstance(error, torch.distributed.DistError)
-        or re.search("by peer|Connection refused", str(error)) is not None
-    )
+def is_lost_rank(error: Exception, ranks: int) -> bool:
+    """Returns whether a collective failed because another rank has ended.
+
+    NCCL raises the same error for its other failures, such as two ranks on one GPU.
+    """
+    if ranks == 1:
+        return False
+    without_peer = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError)
+    return without_peer or re.search("by peer|Connection refused|ncclRemoteError", str(error)) is not None
 
 
 @contextlib.contextmanager

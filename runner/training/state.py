@@ -103,6 +103,7 @@ class TrainState:
             sums = ranks[rank]["meter"]
         else:  # rank 0 takes the sums of all ranks since the last row
             sums = _sum_meters([entry["meter"] for entry in ranks]) if rank == 0 else {}
+            sums |= {"epoch_sums": ranks[0]["meter"]["epoch_sums"]}  # the same on all ranks
         self.meter = Meter(self.accelerator, sums | {"grad_norm": ranks[0]["meter"].get("grad_norm")})
         set_rng_state(source["generators"], self.accelerator.device)
 

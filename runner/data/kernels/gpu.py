@@ -1,4 +1,4 @@
-"""`crop.make_batch` as one Triton kernel: one thread per value, no intermediate results in memory."""
+"""`crop.make_batch` as one Triton kernel: each program makes 1,024 values, without intermediate results in memory."""
 
 import torch
 import triton
