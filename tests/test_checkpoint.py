@@ -20,7 +20,7 @@ from runner.common.errors import UserError
 from runner.common.files import read, sha256_of, write
 from runner.config.recipe import Architecture
 from runner.run.folder import Run
-from runner.run.schema import Manifest
+from runner.run.schema import CheckpointManifest
 from runner.training import checkpoint
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
@@ -110,7 +110,7 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
     assert [path.name for path in sorted(second.iterdir())] == ["manifest.json", "model.safetensors"]
     content = (second / checkpoint.MANIFEST).read_bytes()
-    manifest = read(second / checkpoint.MANIFEST, Manifest)
+    manifest = read(second / checkpoint.MANIFEST, CheckpointManifest)
     assert manifest.step == 10
     write(second / checkpoint.MANIFEST, manifest)
     assert (second / checkpoint.MANIFEST).read_bytes() == content  # formatted like other files
@@ -169,7 +169,7 @@ def test_a_state_that_torch_cannot_read_is_named(
     monkeypatch.chdir(run.folder)
     folder = checkpoint.save(run, {}, 1, {"step": 1})
     damage(folder / checkpoint.STATE)
-    manifest = read(folder / checkpoint.MANIFEST, Manifest)
+    manifest = read(folder / checkpoint.MANIFEST, CheckpointManifest)
     hashes = manifest.sha256 | {checkpoint.STATE: sha256_of(folder / checkpoint.STATE)}
     write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
     with pytest.raises(UserError, match=f"^{re.escape(str(folder / checkpoint.STATE))}: cannot be read: "):
@@ -180,7 +180,7 @@ def test_a_state_that_torch_cannot_read_is_named(
 @pytest.mark.parametrize("listed", [[], ["state.pt"], ["model.safetensors", "other"]])
 def test_a_manifest_lists_each_file(run: Run, listed: list[str]) -> None:
     folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, {"step": 1})
-    manifest = read(folder / checkpoint.MANIFEST, Manifest)
+    manifest = read(folder / checkpoint.MANIFEST, CheckpointManifest)
     hashes = {name: manifest.sha256.get(name, "0") for name in listed}
     write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
     with pytest.raises(

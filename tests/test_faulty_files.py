@@ -15,7 +15,7 @@ from runner.run.metrics import read_metrics
 from runner.training import checkpoint
 from tests.conftest import Once
 from tests.support import wandb_file
-from tests.support.compare import assert_same_run
+from tests.support.compare import MEASURED, assert_same_run
 from tests.support.faulty_files import FaultyFiles, build, synced_sizes
 from tests.support.processes import ENDING, TINY, launch, module, runner, start, wait_for_step
 from tests.support.wandb_server import Server
@@ -344,7 +344,7 @@ def logged_rows(run: Run) -> dict[int, dict]:
 
 def comparable(row: dict) -> dict:
     """A row of metrics without what differs between two equal runs."""
-    return {key: value for key, value in row.items() if not key.startswith("_") and key != "images_per_second"}
+    return {key: value for key, value in row.items() if not key.startswith("_") and key not in MEASURED}
 
 
 @pytest.mark.every

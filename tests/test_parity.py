@@ -347,7 +347,7 @@ def test_any_operator_may_be_the_culprit(run: Run, monkeypatch: pytest.MonkeyPat
     assert culprit == "Constant scale (relative error 0.5, 0 before it)"
     add_file(run, "fp32", scale=0.0)
     assert not culprit_of(run, add_file(run, "fp16")).startswith("none")
-    assert options == [{"plain": True}] * 6
+    assert options == [{"optimize": False}] * 6
 
 
 def test_where_no_culprit_can_be_named(run: Run) -> None:

@@ -197,7 +197,7 @@ def test_the_verdict_names_the_best_the_gate_and_what_is_incomplete(mixed_html: 
     # The best complete run, not the incomplete one with a higher accuracy.
     assert "Best on CIFAR-10: podeti-mobilenetv2/seed-1, 70.00 %" in verdict
     assert "Best on own images: podeti-alexnet/seed-0, 10.00 %" in verdict
-    assert "GateResult: 4 passed, 1 failed (podeti-mobilenetv2/seed-1)" in verdict
+    assert "Gate: 4 passed, 1 failed (podeti-mobilenetv2/seed-1)" in verdict
     assert "proves little: podeti-alexnet/seed-0" in verdict
     assert "2 (podeti-mobilenetv2/short, efficientnet-b0/seed-0)" in verdict
     assert "Unfinished: 1 (podeti-mobilenetv2/seed-3)" in verdict

@@ -289,7 +289,10 @@ def test_a_job_is_requeued_a_limited_number_of_times(
     assert cluster.job_info(job)["ExitCode"] == "75:0"
     assert cluster.restart_count(job) == 1
     assert log.read_text().count("stopped with a checkpoint; queued again") == 1
-    assert "stopped with a checkpoint; not queued again after 1 times; submit it again to resume" in log.read_text()
+    assert (
+        "stopped with a checkpoint; not queued again, because MAX_REQUEUES is 1; submit it again to resume"
+        in log.read_text()
+    )
 
 
 def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(

@@ -222,7 +222,7 @@ def test_a_pretrained_model_is_trained_resumed_and_scored(small_data: Path, tmp_
     recorded = json.loads((run / "run.json").read_text())
     assert recorded["overrides"]["architecture.arguments.weights"] == ["", str(weights)]
     assert recorded["parameters"] > 10**5
-    assert recorded["macs"] > 10**6
+    assert recorded["macs"] > 10**5
     weights.unlink()  # needed once
     done = runner("eval", run, "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -258,7 +258,7 @@ def test_twelve_families_are_exported_scored_and_built(name: str, small_data: Pa
     options = ["--data", small_data, "--runs", tmp_path, "--max-steps", 2, "--batch-size", 64, "--device", "cpu"]
     for words in (
         ["train", f"timm/{name}", *options],
-        ["export", run, "--precision", "fp32", "fp16", "int8"],
+        ["export", run, "--precision", "fp32", "fp16", "int8", "--calibration", 64],
         ["engine", run],
     ):
         done = runner(*words)

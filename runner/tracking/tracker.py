@@ -100,6 +100,7 @@ class Tracker:
         except Exception as error:
             _warn(f"cannot start {self.mode} ({type(error).__name__}: {first_line(error)}); continuing offline")
         try:
+            wandb_run.stop_service()  # in which the failed attempt still uses the id
             return wandb_run.start(self.run, self.config, self.environ, "offline")
         except Exception as error:
             _warn(f"cannot run offline either ({first_line(error)}); metrics.jsonl has everything")

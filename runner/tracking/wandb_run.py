@@ -66,6 +66,13 @@ def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, j
     return remote
 
 
+def stop_service() -> None:
+    """Ends W&B's own process; the next run starts another one."""
+    import wandb
+
+    wandb.teardown()
+
+
 def tags(config: RunConfig) -> list[str]:
     """Returns the W&B tags of a run: architecture, dataset and precision."""
     return [config.architecture.factory.rpartition(":")[2], config.dataset.name, config.precision]
