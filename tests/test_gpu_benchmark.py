@@ -181,7 +181,7 @@ def test_a_folder_with_findings_of_another_dataset_is_rejected(rehearsed: Path, 
     words = ["--rehearse", "--out", rehearsed, "--only", "tests", "--data", small_data]
     done = module("runner.benchmarks.gpu", *words)
     assert done.returncode == 2
-    assert "expected an --out of its own" in done.stderr
+    assert "choose another --out" in done.stderr
 
 
 @pytest.mark.parametrize(

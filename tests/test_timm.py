@@ -259,7 +259,7 @@ def test_twelve_families_are_exported_scored_and_built(name: str, small_data: Pa
     for words in (
         ["train", f"timm/{name}", *options],
         ["export", run, "--precision", "fp32", "fp16", "int8", "--calibration", 64],
-        ["engine", run],
+        ["engine", run, "--precision", "fp32", "fp16", "int8"],
     ):
         done = runner(*words)
         assert done.returncode == 0, done.stderr

@@ -76,23 +76,21 @@ def _to_fp16(proto: "ModelProto") -> "ModelProto":
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    _unshare_constants(proto.graph)
     fp32_operators = [*float16.DEFAULT_OP_BLOCK_LIST, *FP32_OPS]
     fp16 = float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=fp32_operators)
+    _drop_repeated_casts(fp16.graph)
     OnnxModel(fp16).topological_sort()  # the converter appends casts after the operators that read them
     del fp16.graph.value_info[:]  # some of these types are outdated
     return fp16
 
 
-def _unshare_constants(graph: Any) -> None:
-    """Gives each FP32_OPS operator its own constants: the converter gives casts of shared ones duplicate names."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for number, node in enumerate(graph.node):
-        for index, name in enumerate(node.input):
-            if node.op_type in FP32_OPS and name in constants:
-                node.input[index] = f"{name}.{number}"
-                graph.initializer.add().CopyFrom(constants[name])
-                graph.initializer[-1].name = node.input[index]
+def _drop_repeated_casts(graph: Any) -> None:
+    """Keeps one of the casts of a value: the converter adds the same one for each operator that needs it."""
+    casts: dict[str, Any] = {}
+    for node in [node for node in graph.node if node.op_type == "Cast"]:
+        first = casts.setdefault(node.output[0], node)
+        if first is not node and (first.input, first.attribute) == (node.input, node.attribute):
+            graph.node.remove(node)
 
 
 def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> "ModelProto":
