@@ -198,10 +198,20 @@ def test_the_memory_that_is_free_is_that_of_the_cgroup_too(tmp_path: Path, monke
     assert 2**20 < images.available_memory() < 2**50
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n", "/proc/self/cgroup": "0::/job\n"}
     files |= {"/sys/fs/cgroup/job/memory.max": "max\n", "/sys/fs/cgroup/job/memory.current": "1000\n"}
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    files["/sys/fs/cgroup/job/memory.stat"] = "anon 1\ninactive_file 100\nactive_file 50\n"
     assert images.available_memory() == 8192
     files["/sys/fs/cgroup/job/memory.max"] = "5000\n"
-    assert images.available_memory() == 4000
+    assert images.available_memory() == 4150  # the cache of files is freed when it is needed
+    files["/proc/self/cgroup"] = "0::/job/step/task\n"  # whose own limit is that of the job
+    files["/sys/fs/cgroup/job/step/memory.max"] = "max\n"
+    assert images.available_memory() == 4150
 
 
 def test_a_file_that_is_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:

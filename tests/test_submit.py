@@ -249,7 +249,7 @@ def test_a_path_that_a_container_cannot_mount_is_refused_before_the_queue(
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"launch: {tmp_path}/my,runs: expected no comma and no colon with --container-image, at which pyxis splits "
-        "--container-mounts; rename the folder"
+        "--container-mounts; rename it"
     ]
     assert not (tmp_path / "job").exists()
     assert module("launch", *words, "--dry-run").returncode == 0

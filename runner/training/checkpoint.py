@@ -228,13 +228,14 @@ def wait_for_state(folder: Path, manifest_sha256: str, seconds: float) -> dict[s
         try:
             found = check_resumable(folder)
             if found == manifest_sha256:
-                return _load_state(folder)
+                break
             problem = f"{folder / MANIFEST}: expected SHA-256 {manifest_sha256}, as on rank 0, found {found}"
         except (UserError, OSError) as error:
             problem = str(error)
         if time.monotonic() > end:
             raise UserError(f"rank 0 resumes from a checkpoint that cannot be read here after {seconds:g} s: {problem}")
         time.sleep(0.2)
+    return _load_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

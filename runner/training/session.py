@@ -29,7 +29,7 @@ from data_prep import beton_reader
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
-from runner.common.files import is_file, remove, write, write_atomically
+from runner.common.files import is_file, names_in, remove, write, write_atomically
 from runner.common.text import first_line
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
@@ -159,7 +159,7 @@ def _run_training(
     teacher = load_teacher(config, manifest) if config.teacher else None
     # Build the first model now, so that unusable weights are refused before anything is written.
     first_run = Run(config.runs / config.experiment / config.run_names()[config.all_seeds[0]])
-    resumed = config.resume != "never" and any(first_run.checkpoints.glob("step-*"))
+    resumed = config.resume != "never" and any(name.startswith("step-") for name in names_in(first_run.checkpoints))
     first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"], resumed)
     refuse_to_overwrite_sources(config)
     if config.resume not in ("auto", "never") and not is_file(Path(config.resume, checkpoint.MANIFEST)):
