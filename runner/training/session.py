@@ -237,9 +237,8 @@ class Session:
             wandb_id, group,
         )  # fmt: skip
         # Rank 0 decides, because it overwrites the file as soon as all have read it.
-        if not broadcast_object_list([state is not None or (self.config.resume != "never" and is_file(run.run_json))])[
-            0
-        ]:
+        resuming = state is not None or (self.config.resume != "never" and is_file(run.run_json))
+        if not broadcast_object_list([resuming])[0]:
             return new
         resumed = record.resumed_config(self.config, run, new, state)
         self.accelerator.wait_for_everyone()
@@ -353,11 +352,8 @@ class SeedRun:
 
     def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
         """Prints the run folder and tracker status; returns a function that logs rows and prints those of epochs."""
-        macs, peak, ranks = (
-            self.run_config.macs,
-            self.session.config.peak_tflops,
-            self.session.accelerator.num_processes,
-        )
+        macs, peak = self.run_config.macs, self.session.config.peak_tflops
+        ranks = self.session.accelerator.num_processes
         print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
         start_step = self.state["step"] if self.state else 0
         printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.steps.last)

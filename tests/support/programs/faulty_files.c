@@ -17,7 +17,7 @@
 // FAULTS_TRACE   also log what changed the disk, with the kind `done`; the last column is the size of a file that was
 //                created or synced, or the path before a rename
 //
-// Processes that were forked read their own variables, so that a warm process can be told after the fork.
+// Processes that were forked read their own variables, so that a warm process can be configured after the fork.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
