@@ -102,7 +102,8 @@ class BatchStream(ABC):
     def order_of(self, epoch: int) -> np.ndarray:
         """Returns the order of the samples in an epoch, (N,) int64: shuffled for training, otherwise file order."""
         if self.options.training:
-            return order.epoch_order(self.num_images, self.options.seed, epoch)[self.slots // self.repeats]
+            shuffled = order.epoch_order(self.num_images, self.options.seed, epoch)
+            return shuffled if self.repeats == 1 else shuffled[self.slots // self.repeats]
         return np.arange(self.num_images)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
