@@ -46,6 +46,7 @@ def draw_figures(
     """Draws the figures of a finished run; `read_images` reads test images by index."""
     from runner.tracking import figures
 
-    arrays = test.arrays()
-    figures.write_mistakes(run, read_images(figures.mistakes_of(arrays["logits"], arrays["labels"])))
-    figures.draw(run, config, test.confusion, read_images(figures.samples_of(test.num_images)))
+    logits, labels = test.logits.numpy(), test.labels.numpy()
+    figures.write_mistakes(run, logits, labels, read_images(figures.mistakes_of(logits, labels)))
+    samples = read_images(figures.samples_of(test.num_images))
+    figures.draw(run, config, test.confusion, logits, labels, samples)

@@ -37,17 +37,17 @@ def mistakes_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return by_confidence[wrong[by_confidence]][:MAX_MISTAKES]
 
 
-def write_mistakes(run: Run, images: np.ndarray) -> None:
+def write_mistakes(run: Run, logits: np.ndarray, labels: np.ndarray, images: np.ndarray) -> None:
     """Writes mistakes.png, the images side by side, and mistakes.json, their labels and predictions.
 
     Args:
-        run: a run with predictions.
+        run: the run, for its paths.
+        logits: (N, classes) float32.
+        labels: (N,) int64.
         images: (n, H, W, 3) uint8, the test images that `mistakes_of` selects.
     """
     from PIL import Image
 
-    predictions = np.load(run.predictions)
-    logits, labels = predictions["logits"], predictions["labels"]
     probabilities = _softmax(logits)
     if len(images):
         run.figures.mkdir(exist_ok=True)
@@ -69,25 +69,33 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return exponents / exponents.sum(1, keepdims=True)
 
 
-def draw(run: Run, config: RunConfig, confusion: list[list[int]], images: np.ndarray) -> list[Path]:
+def draw(
+    run: Run,
+    config: RunConfig,
+    confusion: list[list[int]],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    images: np.ndarray,
+) -> list[Path]:
     """Draws the curves, the confusion matrix and the samples of a finished run into its `figures/` folder.
 
     Args:
-        run: a run with metrics and predictions.
+        run: a run with metrics.
         config: the contents of its run.json.
         confusion: number of test images by [label][predicted].
+        logits: (N, classes) float32.
+        labels: (N,) int64.
         images: (n, H, W, 3) uint8, the test images that `samples_of` selects.
 
     Returns:
         The paths of the figures.
     """
     classes, title = config.dataset.classes, f"{config.experiment} on {config.dataset.name}"
-    predictions = np.load(run.predictions)
     run.figures.mkdir(exist_ok=True)
     return [
         _draw_curves(run, title),
         _draw_confusion(run, title, np.array(confusion), classes),
-        _draw_samples(run, title, images, predictions["logits"], predictions["labels"], classes),
+        _draw_samples(run, title, images, logits, labels, classes),
     ]
 
 
