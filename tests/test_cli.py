@@ -288,6 +288,22 @@ BAD = {
         "runner train speedrun --data {data} --runs {new} --weight-decay 0.1",
         "--recipe.optimizer.weight-decay 0.1: expected 0 with --recipe.optimizer.unit-rows",
     ),
+    "early stopping by test images": (
+        "runner train tiny --data {data} --runs {new} --recipe.patience 2",
+        "--recipe.patience 2: expected --recipe.validation above 0, found 0",
+    ),
+    "early stopping between evaluations": (
+        "runner train tiny --data {data} --runs {new} --recipe.patience 3 --recipe.validation 50 --evaluate-every 2",
+        "--recipe.patience 3: expected a multiple of --evaluate-every 2",
+    ),
+    "early stopping of a pruned model": (
+        "runner train tiny --data {data} --runs {new} --recipe.patience 3 --recipe.validation 50 --recipe.prune 0.5",
+        "--recipe.patience and --recipe.prune: expected one of them",
+    ),
+    "layers with one step size": (
+        "runner train speedrun --data {data} --runs {new} --recipe.layer-decay 0.5",
+        "--recipe.layer-decay 0.5: expected 1 with Muon",
+    ),
     "steps in reverse": (
         "runner train tiny --data {data} --runs {new} --profile-steps 3:2",
         "--profile-steps 3:2: expected the first and the last step, counted from 1, such as 10:12",

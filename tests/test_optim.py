@@ -1,7 +1,9 @@
 import math
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from runner.config.recipe import SGD, Adam, AdamW, Constant, Cosine, Linear, Muon, OneCycle, RMSprop, Schedule, Step
@@ -95,13 +97,55 @@ def test_settings_reach_the_optimizer() -> None:
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 8
 
 
-def test_adamw_leaves_vectors_undecayed() -> None:
-    decayed, undecayed = optim.build_optimizer(AdamW(0.01, weight_decay=0.1), small()).param_groups
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW, RMSprop])
+def test_vectors_have_no_weight_decay_unless_the_recipe_says_so(kind: type) -> None:
+    recipe = kind(0.01, weight_decay=0.1, decay_vectors=False)
+    decayed, undecayed = optim.build_optimizer(recipe, small()).param_groups
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in undecayed["params"]} == {1}
-    assert undecayed["weight_decay"] == 0
-    (together,) = optim.build_optimizer(AdamW(0.01, weight_decay=0.1, decay_vectors=True), small()).param_groups
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0)
+    (together,) = optim.build_optimizer(kind(0.01, weight_decay=0.1, decay_vectors=True), small()).param_groups
     assert len(together["params"]) == 8
+    by_default = optim.build_optimizer(kind(0.01, weight_decay=0.1), small()).param_groups
+    assert len(by_default) == (2 if kind is AdamW else 1)
+
+
+def rates_of(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The learning rate of each parameter, in units of the peak, after a schedule has halved it."""
+    optimizer = optim.build_optimizer(AdamW(0.5), model, layer_decay)
+    optim.set_lr(optimizer, Linear(), 50, 100)
+    rates = {id(p): group["lr"] / 0.25 for group in optimizer.param_groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in model.named_parameters()}
+
+
+def test_each_layer_learns_slower_than_the_next() -> None:
+    rates = rates_of(small(), 0.5)
+    assert rates == {
+        "0.weight": 0.25, "0.bias": 0.25, "1.weight": 0.25, "1.bias": 0.25, "3.weight": 0.5, "3.bias": 0.5,
+        "4.weight": 1.0, "4.bias": 1.0,
+    }  # fmt: skip
+    assert set(rates_of(small(), 1.0).values()) == {1.0}
+
+
+def test_blocks_of_a_resnet_are_layers() -> None:
+    rates = rates_of(torchvision.models.resnet18(num_classes=10), 0.5)
+    assert rates["fc.weight"] == rates["fc.bias"] == 1
+    assert rates["layer4.1.conv1.weight"] == rates["layer4.1.bn2.bias"] == 0.5
+    assert rates["layer4.0.downsample.0.weight"] == rates["layer4.0.conv2.weight"] == 0.25
+    assert rates["conv1.weight"] == rates["bn1.weight"] == 0.5**9
+
+
+def test_layers_of_timm_are_those_that_it_names() -> None:
+    rates = rates_of(timm.create_model("vit_tiny_patch16_224", num_classes=10), 0.5)
+    assert rates["head.weight"] == 1
+    assert rates["blocks.11.attn.qkv.weight"] == rates["blocks.11.norm1.bias"] == rates["blocks.10.mlp.fc1.bias"] * 2
+    assert rates["patch_embed.proj.weight"] == rates["pos_embed"] == min(rates.values())
+
+
+def test_the_first_layers_rate_is_logged_beside_the_last_ones() -> None:
+    optimizer = optim.build_optimizer(SGD(0.5), small(), 0.5)
+    optim.set_lr(optimizer, Linear(), 50, 100)
+    assert optim.learning_rates(optimizer) == {"lr": 0.25, "lr_1": 0.0625}
 
 
 def test_frozen_parameters_are_not_optimized() -> None:
@@ -225,6 +269,6 @@ def test_groups_of_another_peak_have_a_learning_rate_of_their_own() -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.2, 0.2, 0.4)]
     optimizer = torch.optim.SGD(groups)
     optim.set_lr(optimizer, Linear(), 50, 100)
-    assert optim.learning_rates(optimizer) == {"lr": 0.1, "lr_2": 0.2}
+    assert optim.learning_rates(optimizer) == {"lr": 0.1, "lr_1": 0.2}
     optim.set_lr(optimizer, Linear(), 100, 100)
-    assert optim.learning_rates(optimizer) == {"lr": 0.0, "lr_2": 0.0}
+    assert optim.learning_rates(optimizer) == {"lr": 0.0, "lr_1": 0.0}

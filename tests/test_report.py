@@ -145,6 +145,17 @@ def test_seeds_of_one_recipe_are_grouped(runs: Path) -> None:
     assert "+0.00" in text
 
 
+def test_a_run_that_stopped_early_is_complete(runs: Path) -> None:
+    record = collect.read(Run(runs / "tiny" / "seed-0"))
+    ended = [
+        replace(record, summary=msgspec.structs.replace(record.summary, epochs=epochs, stopped_early=early))
+        for epochs, early in ((1.0, False), (1.0, True), (1.5, True))
+    ]
+    assert [one.incomplete for one in ended] == [True, False, False]
+    (outcome,) = compare.outcomes(ended[1:])
+    assert outcome.epochs == 1.25
+
+
 def variant(record: RunRecord, name: str, accuracy: float = 0.5, **changes: Any) -> RunRecord:
     """A record under another name; `dataset` is a name, and `epochs` how many it ran of the recipe's."""
     experiment, run = name.split("/")

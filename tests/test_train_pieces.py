@@ -36,6 +36,7 @@ from runner.training.loop import LoopHooks, TrainingData, TrainResult, micro_bat
 from runner.training.loss import make_loss
 from runner.training.meter import gradient_norm
 from runner.training.model import build_model, prunable
+from runner.training.state import TrainState
 from tests.support.compare import MEASURED
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
@@ -118,6 +119,47 @@ def test_ema_has_the_statistics_of_batch_norm(trained) -> None:
     plain, averaged = trained({"norm": True}), trained({"norm": True}, ema=0.5)
     found = averaged.model.layers[1].running_mean
     torch.testing.assert_close(found, plain.model.layers[1].running_mean, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"schedule": Step((1 / 6,), 0.0)}, id="no change after an epoch"),
+        pytest.param({"optimizer": SGD(0.3), "ema": 0.5}, id="up and down"),
+    ],
+)
+def test_early_stopping_keeps_the_best_epoch(changes: dict[str, Any], trained) -> None:
+    kept = trained(epochs=6, validation=80, patience=2, test_augmentation="flip", **changes)
+    rows = [row for row in kept.rows if row.validation_accuracy is not None]
+    best = max(rows, key=lambda row: row.validation_accuracy)  # the first of equals
+    last = min(best.epoch + 2, 6)
+    assert [row.epoch for row in rows] == list(range(1, int(last) + 1))
+    outcome = kept.outcome
+    assert outcome.stopped_early == (last < 6)
+    assert outcome.best == best
+    assert (outcome.validation.accuracy, outcome.test.accuracy) == (best.validation_accuracy, best.test_accuracy)
+    until_best = trained(epochs=6, validation=80, max_steps=best.global_step, **changes)
+    assert distance(until_best.model, kept.model) == 0
+    assert outcome.augmented.accuracy == pytest.approx(
+        trained(epochs=6, validation=80, test_augmentation="flip", max_steps=best.global_step, **changes)
+        .outcome.augmented.accuracy
+    )  # fmt: skip
+    if "schedule" in changes:
+        assert outcome.stopped_early
+        assert outcome.epochs == 3
+
+
+def test_a_run_that_gets_early_stopping_at_a_resume_has_no_best_epoch_yet(trained) -> None:
+    """Because its checkpoint lacks the weights of that epoch."""
+    plain = trained(epochs=6, validation=80, schedule=Step((1 / 6,), 0.0), max_steps=14)
+    state = checkpoint.read_state(checkpoint.latest(plain.run))
+    for saved in (True, False):
+        recipe = dataclasses.replace(RECIPE, epochs=6, validation=80, patience=2)
+        resumed = TrainState(Tiny(), recipe, Accelerator(cpu=True))
+        best = resumed.best_model.state_dict() if saved else None
+        resumed.load_state_dict(state | {"best_model": best})
+        assert (resumed.best is not None) == saved
+        assert resumed.saved_model is (resumed.best_model if saved else resumed.model)
 
 
 def test_the_gradient_is_clipped(trained) -> None:
@@ -207,7 +249,7 @@ def test_the_peak_of_memory_stays() -> None:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     assert peak >= max(before, resident) >= large.nbytes
     del large
-    assert cpu.peak_memory() >= peak
+    assert cpu.peak_memory() >= peak - 2**20  # the kernel counts pages in batches
 
 
 def test_the_best_epoch_is_chosen_on_validation_images(trained) -> None:

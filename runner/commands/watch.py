@@ -34,7 +34,7 @@ SHOWN: dict[str, tuple[str, str, float]] = {
     "validation_accuracy": ("validation accuracy", "{:.2%}", 1),
     "test_accuracy": ("test accuracy", "{:.2%}", 1),
     "lr": ("learning rate", "{:.3g}", 1),
-    "lr_1": ("learning rate, group 1", "{:.3g}", 1),
+    "lr_1": ("learning rate, last group", "{:.3g}", 1),
     "train_grad_norm": ("gradient norm", "{:.3g}", 1),
     "images_per_second": ("images/s", "{:,.0f}", 1),
     "data_seconds": ("data, ms/step", "{:,.1f}", 1e3),

@@ -85,6 +85,8 @@ class SGD(Choice, frozen=True):
     """Use Nesterov momentum."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.0
     """L2 penalty added to the gradient."""
+    decay_vectors: bool = True
+    """Apply weight decay to biases and normalization layers too, not only to matrices and filters."""
 
 
 class Adam(Choice, frozen=True):
@@ -96,6 +98,8 @@ class Adam(Choice, frozen=True):
     """Decay rates of the two moments."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.0
     """L2 penalty added to the gradient (not decoupled)."""
+    decay_vectors: bool = True
+    """Apply weight decay to biases and normalization layers too, not only to matrices and filters."""
 
 
 class AdamW(Choice, frozen=True):
@@ -122,6 +126,8 @@ class RMSprop(Choice, frozen=True):
     """Momentum factor."""
     weight_decay: Annotated[NonNegative, WEIGHT_DECAY] = 0.0
     """L2 penalty added to the gradient."""
+    decay_vectors: bool = True
+    """Apply weight decay to biases and normalization layers too, not only to matrices and filters."""
 
 
 class Muon(Choice, frozen=True):
@@ -274,6 +280,11 @@ class Recipe:
     validation: Size = 0
     """Number of training images held out, the same for every run; the best epoch is selected on them, never on the
     test set."""
+    patience: Size = 0
+    """Early stopping: end after this many epochs without a better validation accuracy; 0 for none. Weights and results
+    are those of the best epoch, even if training does not end early."""
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from each layer to the one before it, for fine-tuning; 1 for the same in all."""
     clip_gradient: NonNegative = 0.0
     """Maximum norm of the gradient of all parameters; 0 for no limit."""
     accumulate: Count = 1
@@ -359,6 +370,17 @@ def check_recipe(recipe: Recipe) -> None:
             f"--recipe.optimizer.weight-decay {optimizer.weight_decay}: expected 0 with "
             "--recipe.optimizer.unit-rows, which sets the norm of the weights"
         )
+    if isinstance(optimizer, Muon) and recipe.layer_decay != 1:
+        raise UserError(
+            f"--recipe.layer-decay {recipe.layer_decay}: expected 1 with Muon, whose layers share a step size"
+        )
+    if recipe.patience and not recipe.validation:
+        raise UserError(
+            f"--recipe.patience {recipe.patience}: expected --recipe.validation above 0, found 0; early stopping never "
+            "looks at test images"
+        )
+    if recipe.patience and recipe.prune:
+        raise UserError("--recipe.patience and --recipe.prune: expected one of them; torch cannot copy a pruned model")
     if recipe.ema and recipe.prune:
         raise UserError("--recipe.ema and --recipe.prune: expected one of them; torch cannot copy a pruned model")
     augment, default = recipe.augment, Augment()

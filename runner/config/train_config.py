@@ -189,6 +189,11 @@ class TrainConfig:
         if self.trust and self.resume == "never" and self.teacher is None and self.start_from is None:
             raise UserError("--trust: expected with --resume, --teacher or --start-from, whose models it permits")
         _ = self.profiled_steps
+        if self.recipe.patience % self.evaluate_every:
+            raise UserError(
+                f"--recipe.patience {self.recipe.patience}: expected a multiple of --evaluate-every "
+                f"{self.evaluate_every}, the epochs between evaluations"
+            )
         if self.pretrained is not None and self.start_from is not None:
             raise UserError("--pretrained and --start-from: expected one of them, both are initial weights")
         if self.workers != 1 and self.loader == "resident":

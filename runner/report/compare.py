@@ -105,6 +105,7 @@ class Outcome(Setup, kw_only=True):
     """Finished runs that differ only in their seed: mean accuracies in 0..1, with standard deviations (n - 1).
 
     Attributes:
+        epochs: mean number of epochs; they differ where early stopping ended runs.
         label: the experiment and its changed settings, plus other settings if several outcomes would have this label.
         reproduced: the mean accuracy that corresponds to the reported one (see the function `reproduced`).
         difference: `reproduced` minus the reported accuracy; None if the two are not comparable.
@@ -286,7 +287,7 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     several = len(seeds) > 1  # runs of one seed have no deviation over seeds
     return Outcome(
         **{name: getattr(first, name) for name in Setup.__struct_fields__},
-        epochs=summaries[0].epochs,
+        epochs=statistics.mean(summary.epochs for summary in summaries),
         folders=[printable(record.run.folder) for record in group],
         runs=len(rows),
         seeds=seeds,

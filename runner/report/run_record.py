@@ -59,8 +59,9 @@ class RunRecord:
 
     @property
     def incomplete(self) -> bool:
-        """Whether the run finished after fewer epochs than its recipe has."""
-        return self.summary is not None and self.summary.epochs < self.recipe_epochs - 1e-9
+        """Whether the run finished after fewer epochs than its recipe has, unless by early stopping."""
+        summary = self.summary
+        return summary is not None and not summary.stopped_early and summary.epochs < self.recipe_epochs - 1e-9
 
     @property
     def gate(self) -> GateStatus:

@@ -216,6 +216,9 @@ class Summary(JsonStruct, frozen=True, kw_only=True):
 
     The best epoch is selected on the validation images if the recipe holds some out. Otherwise it is selected on the
     test images, so `best_test_accuracy` is not a valid estimate of the accuracy.
+
+    With early stopping (`recipe.patience`), all results are those of the best epoch, whose weights are saved;
+    `stopped_early` says whether epochs were left out, and `epochs` counts those that were trained.
     """
 
     experiment: str
@@ -224,6 +227,7 @@ class Summary(JsonStruct, frozen=True, kw_only=True):
     seed: int
     epochs: NonNegative
     steps: Natural
+    stopped_early: bool = False
     test_accuracy: Fraction
     test_loss: float | None
     test_top5: Fraction
@@ -255,7 +259,8 @@ class MetricRow(JsonStruct, frozen=True, kw_only=True, rename=METRICS):
     epoch: float
     lr: float | None = None
     lr_1: float | None = None
-    """Learning rate of the second group of parameters, if it has another peak than the first (Muon)."""
+    """Learning rate of the last group of parameters, if its peak differs from that of the first: with Muon, and of the
+    first layer with `layer_decay`."""
     train_loss: float | None = None
     train_accuracy: float | None = None
     train_grad_norm: float | None = None

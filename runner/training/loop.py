@@ -112,8 +112,8 @@ class CheckpointSchedule:
     Use it as a context manager, which waits at its end for the last checkpoint.
     """
 
-    def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator, last_step: int) -> None:
-        self.hooks, self.accelerator, self.last_step = hooks, accelerator, last_step
+    def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator) -> None:
+        self.hooks, self.accelerator = hooks, accelerator
         self.writer = checkpoint.CheckpointWriter(run)
         self.next_save_time = -math.inf  # by the clock of this rank
 
@@ -123,13 +123,18 @@ class CheckpointSchedule:
     def __exit__(self, *error: Any) -> None:
         self.writer.__exit__(*error)
 
-    def save_or_stop(self, state: TrainState, evaluated: bool = False) -> None:
+    def save_or_stop(self, state: TrainState, evaluated: bool = False, ended: bool = False) -> None:
         """Called after every step but the last of an epoch, and after every epoch; all ranks must call it.
+
+        Args:
+            state: the state to save.
+            evaluated: whether the state was evaluated.
+            ended: whether training has ended, which is always followed by a checkpoint.
 
         Raises:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
-        hooks, ended = self.hooks, state.step == self.last_step
+        hooks = self.hooks
         stopping = not ended and any_rank_stops(hooks.should_stop, state.step, self.accelerator)
         if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and self.pause_is_over()):
             save(state, self.writer, evaluated)
@@ -165,13 +170,14 @@ class CheckpointSchedule:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The evaluations after the last epoch, and the best epoch.
+    """The evaluations after the last epoch, or with early stopping those of the best one.
 
     Attributes:
         test: the evaluation on the test images.
         augmented: the same with test-time augmentation; None if the recipe does not use it.
         validation: the evaluation on the validation images; None if the recipe holds out none.
         steps, epochs: number of optimizer steps and epochs trained.
+        stopped_early: whether early stopping left out the last epochs.
         best: the metrics of the epoch with the best accuracy, on the validation images if there are any.
     """
 
@@ -180,6 +186,7 @@ class TrainResult:
     validation: Evaluation | None
     steps: int
     epochs: float
+    stopped_early: bool
     best: MetricRow
 
 
@@ -222,37 +229,16 @@ def train(
         rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
         state.load_state_dict(hooks.resume)
 
-    def evaluate_splits(splits: dict[str, Batches], evaluated: bool, views: Views = "none") -> dict[str, Evaluation]:
-        stop = partial(checkpoints.stop_in_evaluation, state, evaluated=evaluated)
-        return {name: evaluate_split(state.eval_model, split, data.classes, accelerator, views, hooks.heartbeat, stop)
-                for name, split in splits.items()}  # fmt: skip
-
-    def log_window() -> None:
-        rates = optim.learning_rates(state.optimizer)
-        log(replace(row_at(state, steps.per_epoch), **rates, **state.meter.window(state.step)))
-
-    def end_epoch(evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
-        if not averaged:  # twice could change the last bit
-            average_buffers(state.eval_model, accelerator)
-        evaluations = evaluate_splits(data.evaluated, evaluated=False) if evaluate_now else {}
-        for split, evaluation in evaluations.items():
-            require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
-        row = replace(row_at(state, steps.per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
-        log(row)
-        if evaluate_now:
-            state.best = max(state.best or row, row, key=selection_accuracy)
-        checkpoints.save_or_stop(state, evaluate_now)
-        return evaluations
-
     evaluations: dict[str, Evaluation] = {}
     with (
-        CheckpointSchedule(run, hooks, accelerator, steps.last) as checkpoints,
+        CheckpointSchedule(run, hooks, accelerator) as checkpoints,
         progress("train", steps.last, shown=accelerator.is_main_process) as advance,
     ):
+        epochs = EpochEnds(state, data, steps, recipe.patience, log, hooks, checkpoints)
         advance(state.step)
         if hooks.resume and hooks.resume.get("evaluating"):  # stopped during the evaluation of this step
-            evaluations = end_epoch(True, averaged=True)
-        while state.step < steps.last:
+            evaluations = epochs.end(True, averaged=True)
+        while not epochs.ended:
             epoch, start = divmod(state.step, steps.per_epoch)
             if start == 0:
                 state.meter = Meter(accelerator)
@@ -265,25 +251,88 @@ def train(
                 hooks.heartbeat()
                 hooks.after_step(state.step)
                 if logged:
-                    log_window()
+                    epochs.log_window()
                 if steps.end_epoch(state.step):
                     break
                 checkpoints.save_or_stop(state)
-            evaluations = end_epoch(state.step == steps.last or (epoch + 1) % hooks.evaluate_every == 0)
-        if not evaluations:  # resumed at the last step, which may have been within an epoch of the interrupted run
-            if hooks.resume and hooks.resume.get("evaluated", True):
-                evaluations = evaluate_splits(data.evaluated, evaluated=True)
-                state.best = state.best or replace(row_at(state, steps.per_epoch), **metrics_of(evaluations))
-            else:
-                if state.meter.pending():
-                    log_window()
-                evaluations = end_epoch(True)
+            evaluations = epochs.end(state.step == steps.last or (epoch + 1) % hooks.evaluate_every == 0)
+        if not evaluations:
+            evaluations = epochs.end_again(hooks.resume or {})
         # Before the end of the block, which waits for the last checkpoint.
-        views = recipe.test_augmentation
-        augmented = evaluate_splits({"test": data.test}, evaluated=True, views=views) if views != "none" else {}
+        if state.saved_model is not state.eval_model:
+            evaluations = epochs.evaluate(state.saved_model, data.evaluated, final=True)
+        augmented = {}
+        if (views := recipe.test_augmentation) != "none":
+            augmented = epochs.evaluate(state.saved_model, {"test": data.test}, final=True, views=views)
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
-                       state.step / steps.per_epoch, state.best)  # fmt: skip
+                       state.step / steps.per_epoch, state.step < steps.last, state.best)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EpochEnds:
+    """Evaluates, logs and saves at the end of an epoch."""
+
+    state: TrainState
+    data: TrainingData
+    steps: Steps
+    patience: int
+    log: Callable[[MetricRow], None]
+    hooks: LoopHooks
+    checkpoints: CheckpointSchedule
+
+    @property
+    def ended(self) -> bool:
+        """Whether training has ended: after the last step, or by early stopping after the last evaluation."""
+        step, best = self.state.step, self.state.best
+        if self.patience and best and step // self.steps.per_epoch - math.ceil(best.epoch) >= self.patience:
+            return True
+        return step >= self.steps.last
+
+    def log_window(self) -> None:
+        """Logs the metrics of the steps since the last row."""
+        rates, window = optim.learning_rates(self.state.optimizer), self.state.meter.window(self.state.step)
+        self.log(replace(row_at(self.state, self.steps.per_epoch), **rates, **window))
+
+    def end(self, evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
+        """Ends an epoch; returns the evaluations of all splits by name, or {} if they are not evaluated now.
+
+        `averaged` says whether the buffers are already averaged over ranks: twice could change the last bit.
+        """
+        state = self.state
+        if not averaged:
+            average_buffers(state.eval_model, state.accelerator)
+        evaluations = self.evaluate(state.eval_model, self.data.evaluated) if evaluate_now else {}
+        for split, evaluation in evaluations.items():
+            require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
+        row = replace(row_at(state, self.steps.per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
+        self.log(row)
+        if evaluate_now:
+            state.add_evaluation(row)
+        self.checkpoints.save_or_stop(state, evaluate_now, self.ended)
+        return evaluations
+
+    def end_again(self, resumed: dict[str, Any]) -> dict[str, Evaluation]:
+        """Evaluates a run that was resumed at its last step, which was within an epoch if `max_steps` was higher."""
+        if not resumed.get("evaluated", True):
+            if self.state.meter.pending():
+                self.log_window()
+            return self.end(True)
+        evaluations = self.evaluate(self.state.eval_model, self.data.evaluated, final=True)
+        if self.state.best is None:
+            self.state.add_evaluation(replace(row_at(self.state, self.steps.per_epoch), **metrics_of(evaluations)))
+        return evaluations
+
+    def evaluate(
+        self, model: nn.Module, splits: dict[str, Batches], final: bool = False, views: Views = "none"
+    ) -> dict[str, Evaluation]:
+        """Evaluates a model on splits; `final` says whether the metrics of this step are already logged."""
+        accelerator, alive = self.state.accelerator, self.hooks.heartbeat
+        stop = partial(self.checkpoints.stop_in_evaluation, self.state, evaluated=final)
+        return {
+            name: evaluate_split(model, split, self.data.classes, accelerator, views, alive, stop)
+            for name, split in splits.items()
+        }
 
 
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
@@ -351,7 +400,7 @@ def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool
     everything = state.state_dict() | {"evaluated": evaluated, "evaluating": evaluating}
     if state.accelerator.is_main_process:
         everything["metrics"] = dict(fsync_metrics(writer.run))  # synced to disk before the checkpoint
-        writer.save(to_cpu(masked_state_dict(state.eval_model)), state.step, everything)
+        writer.save(to_cpu(masked_state_dict(state.saved_model)), state.step, everything)
 
 
 def any_rank_stops(should_stop: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
@@ -399,13 +448,6 @@ def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:
         for split, evaluation in evaluations.items()
         for name, value in (("loss", evaluation.loss), ("accuracy", evaluation.accuracy))
     }
-
-
-def selection_accuracy(row: MetricRow) -> float:
-    """Returns the accuracy that selects the best epoch: on the validation images, or else on the test images."""
-    accuracy = row.test_accuracy if row.validation_accuracy is None else row.validation_accuracy
-    assert accuracy is not None, "only rows of evaluations are compared"
-    return accuracy
 
 
 def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +14,74 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from runner.config import recipe as recipes
 from runner.config.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
 
+LAYER = re.compile(r".*?(?:\.|_)\d+(?=\.)|[^.]*")  # of a parameter's name: up to its first index, or first part
 
-def build_optimizer(recipe: recipes.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds the recipe's optimizer for the trainable parameters of `model`, fused where torch supports it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+def build_optimizer(recipe: recipes.Optimizer, model: nn.Module, layer_decay: float = 1.0) -> torch.optim.Optimizer:
+    """Builds the recipe's optimizer for the trainable parameters of `model`, fused where torch supports it.
+
+    Args:
+        recipe: the optimizer's settings.
+        model: the model to train.
+        layer_decay: factor of the learning rate from each layer to the one before it; see `layer_numbers`.
+    """
+    if isinstance(recipe, recipes.Muon):
+        return build_muon(recipe, model)
+    groups = parameter_groups(recipe, model, layer_decay)
     match recipe:
-        case recipes.SGD(lr, momentum, nesterov, weight_decay):
-            return torch.optim.SGD(trained, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
-        case recipes.Adam(lr, betas, weight_decay):
-            return torch.optim.Adam(trained, lr, betas, weight_decay=weight_decay, fused=True)
-        case recipes.AdamW(lr, betas, weight_decay, decay_vectors):
-            matrices = [p for p in trained if p.ndim > 1 or decay_vectors]
-            vectors = [p for p in trained if p.ndim <= 1 and not decay_vectors]
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-            return torch.optim.AdamW([group for group in groups if group["params"]], lr, betas, fused=True)
-        case recipes.RMSprop(lr, alpha, momentum, weight_decay):
-            return torch.optim.RMSprop(trained, lr, alpha, weight_decay=weight_decay, momentum=momentum)
-        case recipes.Muon():
-            return build_muon(recipe, model)
+        case recipes.SGD():
+            return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+        case recipes.Adam():
+            return torch.optim.Adam(groups, betas=recipe.betas, fused=True)
+        case recipes.AdamW():
+            return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+        case recipes.RMSprop():
+            return torch.optim.RMSprop(groups, alpha=recipe.alpha, momentum=recipe.momentum)
+
+
+def parameter_groups(
+    recipe: recipes.SGD | recipes.Adam | recipes.AdamW | recipes.RMSprop, model: nn.Module, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Returns the trainable parameters by learning rate and weight decay, as torch's optimizers take them.
+
+    The last layers are first; of a layer, matrices and filters come before vectors without weight decay.
+    """
+    layers = layer_numbers(model) if layer_decay != 1 else {}
+    last = max(layers.values(), default=0)
+    groups: defaultdict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            without_decay = parameter.ndim <= 1 and not recipe.decay_vectors
+            groups[last - layers.get(name, last), without_decay].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.lr * layer_decay**depth,
+            "weight_decay": 0.0 if without_decay else recipe.weight_decay,
+        }
+        for (depth, without_decay), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """Returns the number of the layer of each parameter, by name, from 0 at the input.
+
+    Models of timm say which parameters form a layer. Elsewhere it is an element of a sequence, such as a block of a
+    ResNet, or else a module of the model itself; normalization layers belong to the filters before them.
+    """
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
+
+        return group_parameters(model, matcher(coarse=False), reverse=True)
+    layer_of = {name: match[0] for name, _ in model.named_parameters() if (match := LAYER.match(name))}
+    with_matrices = {layer_of[name] for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    numbers: dict[str, int] = {}
+    number = -1
+    for layer in dict.fromkeys(layer_of.values()):
+        number = max(0, number + (layer in with_matrices))
+        numbers[layer] = number
+    return {name: numbers[layer] for name, layer in layer_of.items()}
 
 
 def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
@@ -189,10 +240,9 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, step
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rate of the first group, and of groups with another peak, by their names in MetricRow."""
-    first, *others = optimizer.param_groups
-    differing = {f"lr_{k}": group["lr"] for k, group in enumerate(others, 1) if group["peak_lr"] != first["peak_lr"]}
-    return {"lr": first["lr"]} | differing
+    """Returns the learning rates of the first group and, if its peak differs, the last one, as in MetricRow."""
+    first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
+    return {"lr": first["lr"]} | ({"lr_1": last["lr"]} if last["peak_lr"] != first["peak_lr"] else {})
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

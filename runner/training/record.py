@@ -129,6 +129,7 @@ def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result
         seed=seed,
         epochs=result.epochs,
         steps=result.steps,
+        stopped_early=result.stopped_early,
         test_accuracy=test.accuracy,
         test_loss=test.loss,
         test_top5=test.top5,

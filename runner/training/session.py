@@ -218,6 +218,7 @@ class Session:
             seed_run = SeedRun(self, run, seed, self.make_run_config(run, seed, model, states[seed]), states[seed])
             seed_run.train(model)
             if seed_run.tracker:
+                seed_run.report_early_stop()
                 try:
                     summaries.append(seed_run.write_results())
                 except OSError as error:
@@ -394,6 +395,15 @@ class SeedRun:
         if self.tracker and self.tracker.hung:
             os._exit(failure.exit_code)
         raise SystemExit(failure.exit_code) from None
+
+    def report_early_stop(self) -> None:
+        """Prints that early stopping ended the training, if so, and of which epoch the weights are."""
+        assert self.result
+        if self.result.stopped_early:
+            reason = f"no better validation accuracy in {self.session.config.recipe.patience} epochs"
+            print(
+                f"early stopping: {reason}; the weights are those of epoch {self.result.best.epoch:g}", file=sys.stderr
+            )
 
     def write_results(self) -> Summary:
         """Writes predictions, figures and summary.json, keeps only the last checkpoint, and finishes the tracker."""

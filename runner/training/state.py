@@ -1,5 +1,6 @@
 """The training state: everything that changes while a model trains, saved and restored bit by bit."""
 
+import copy
 import random
 from typing import Any
 
@@ -36,6 +37,7 @@ class TrainState:
         ema: the averaged weights, or None.
         step: number of completed optimizer steps.
         best: the metrics of the best epoch so far.
+        best_model: with early stopping, a copy of the model with the weights of that epoch; else None.
         meter: sums for the next row of metrics.
     """
 
@@ -43,7 +45,8 @@ class TrainState:
         model = model.to(accelerator.device)
         self.model = norm.convert_sync_batch_norm(model) if recipe.sync_batch_norm else model
         self.ema = EMA(self.model, recipe.ema) if recipe.ema else None
-        optimizer = build_optimizer(recipe.optimizer, self.model)
+        self.best_model = copy.deepcopy(self.model).requires_grad_(False) if recipe.patience else None
+        optimizer = build_optimizer(recipe.optimizer, self.model, recipe.layer_decay)
         compiled = self.model if recipe.compile == "none" else torch.compile(self.model, mode=recipe.compile)
         self.ddp, self.optimizer = accelerator.prepare(compiled, optimizer)
         self.accelerator = accelerator
@@ -55,6 +58,17 @@ class TrainState:
     def eval_model(self) -> nn.Module:
         """The model that is evaluated and exported: with averaged weights if there are any."""
         return self.ema.module if self.ema else self.model
+
+    @property
+    def saved_model(self) -> nn.Module:
+        """The model that is saved and exported: with early stopping the best one so far, else the one evaluated."""
+        return self.best_model if self.best_model and self.best else self.eval_model
+
+    def add_evaluation(self, row: MetricRow) -> None:
+        """Receives the metrics of every evaluation of `eval_model`, to keep the best."""
+        self.best = max(self.best or row, row, key=selection_accuracy)
+        if self.best_model and self.best is row:
+            self.best_model.load_state_dict(self.eval_model.state_dict())
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -70,6 +84,7 @@ class TrainState:
                 "step": self.step,
                 "world_size": self.accelerator.num_processes,
                 "best": msgspec.to_builtins(self.best) if self.best else {},
+                "best_model": self.best_model.state_dict() if self.best_model else None,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.ema.module.state_dict() if self.ema else None,
@@ -87,6 +102,11 @@ class TrainState:
         """
         self.step = state["step"]
         self.best = msgspec.convert(state["best"], MetricRow) if state["best"] else None
+        if self.best_model is not None:
+            if state.get("best_model") is None:  # resumed with other settings: the best epoch's weights are lost
+                self.best = None
+            else:
+                self.best_model.load_state_dict(state["best_model"])
         self.model.load_state_dict(state["model"])
         self._load_optimizer(state["optimizer"])
         if self.ema is not None:
@@ -114,6 +134,13 @@ class TrainState:
         self.optimizer.load_state_dict(state)
         for group, settings in zip(self.optimizer.param_groups, current, strict=True):
             group.update(settings | {"lr": group["lr"], "peak_lr": settings["lr"]})
+
+
+def selection_accuracy(row: MetricRow) -> float:
+    """Returns the accuracy that selects the best epoch: on the validation images, or else on the test images."""
+    accuracy = row.test_accuracy if row.validation_accuracy is None else row.validation_accuracy
+    assert accuracy is not None, "only rows of evaluations are compared"
+    return accuracy
 
 
 def rebuild_ddp_buckets(state: TrainState, loss_fn: Loss, batches: Batches, recipe: Recipe) -> None:
