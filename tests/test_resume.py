@@ -8,11 +8,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from runner.common.files import sha256_of
+from runner.common.files import sha256_of, write
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Resumed
@@ -251,6 +252,20 @@ def test_a_run_is_resumed_with_its_own_recipe(small_data: Path, tmp_path: Path) 
     config = Run(tmp_path / "tiny" / "named").config()
     assert (config.seed, config.precision, config.options.deterministic) == (7, "bf16", True)
     assert [(entry.step, entry.changed) for entry in config.resumed] == [(3, {}), (4, {})]
+
+
+def test_a_run_of_other_code_is_not_called_bit_identical(small_data: Path, tmp_path: Path) -> None:
+    """Also where a commit says nothing: with uncommitted changes, or outside a checkout."""
+    words = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--epochs", 1]
+    assert runner(*words, "--max-steps", 3).returncode == 0
+    run = Run(tmp_path / "tiny" / "seed-0")
+    config = run.config()
+    assert re.fullmatch("[0-9a-f]{64}", config.source_sha256)
+    write(run.run_json, msgspec.structs.replace(config, source_sha256="0" * 64))
+    done = runner(*words, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 3, not bit-identical" in done.stderr
+    assert [entry.bitwise for entry in run.config().resumed] == [False]
 
 
 def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> None:

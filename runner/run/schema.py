@@ -182,6 +182,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     versions: dict[str, str]
     git: Git = Git()
+    source_sha256: str | None = None
+    """SHA-256 of the files of this package; runs of earlier versions lack it."""
     wandb_id: str = ""
     group: str = ""
     resumed: list[Resumed] = []

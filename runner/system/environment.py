@@ -1,6 +1,7 @@
 """Collects versions, the git commit and the hardware for `run.json`. Does not import torch by itself."""
 
 import ctypes
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -65,6 +66,16 @@ def git_revision() -> Git:
         return Git(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--", ":/")))
     except (OSError, subprocess.CalledProcessError):
         return Git()
+
+
+def source_sha256() -> str:
+    """Returns a SHA-256 of the Python files of this package, which also tells uncommitted versions apart."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def describe_hardware() -> Hardware:

@@ -94,6 +94,7 @@ def run_config(
         hardware=environment.describe_hardware(),
         versions=environment.package_versions(),
         git=environment.git_revision(),
+        source_sha256=environment.source_sha256(),
         wandb_id=wandb_id,
         group=group,
         options=config,
@@ -176,7 +177,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     if fixed := [name for name in changed if state and name.startswith(IMMUTABLE_PREFIXES)]:
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
     before = own or before
-    same_code = before.git.commit == current.git.commit
+    same_code = before.source_sha256 == current.source_sha256
     deterministic = current.device == "cpu" or current.deterministic
     bitwise = same_code and deterministic and not changed and ranks == current.world_size
     bitwise = bitwise and same_summation_order(before, current)
@@ -187,7 +188,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
         world_size=current.world_size,
         bitwise=bitwise,
         changed=changed,
-        commit=None if same_code else current.git.commit,
+        commit=None if before.git.commit == current.git.commit else current.git.commit,
     )
     return msgspec.structs.replace(
         own if own and not changed else current,
