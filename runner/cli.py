@@ -9,6 +9,7 @@ import difflib
 import functools
 import operator
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from runner.commands.list import List
 from runner.commands.parity import Parity
 from runner.commands.predict import Predict
 from runner.commands.report import Report
+from runner.commands.serve_repo import ServeRepo
 from runner.commands.show import Show
 from runner.commands.sync import Sync
 from runner.commands.train import Train
@@ -41,8 +43,24 @@ from runner.config.recipe import SGD, Architecture, Recipe
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run
 
-KINDS = (List, Show, Watch, Compare, Eval, Export, Parity, Engine, Bench, Predict, Report, Card, Sync, Doctor)
-COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in KINDS}
+KINDS = (
+    List,
+    Show,
+    Watch,
+    Compare,
+    Eval,
+    Export,
+    Parity,
+    Engine,
+    Bench,
+    Predict,
+    ServeRepo,
+    Report,
+    Card,
+    Sync,
+    Doctor,
+)
+COMMANDS: dict[str, Any] = {re.sub(r"\B(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in KINDS}
 KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every", "peak_tflops")
 ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."
 

@@ -255,7 +255,7 @@ def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run
     assert parity.require_passed(run, file, CPU, "0").passed
     failed = replace(row, passed=False)
     write(run.parity, replace(report, rows=[*others, failed, row]))
-    with pytest.raises(UserError, match=f"{file.path}: failed the gate on {CPU} .*, so it is not measured"):
+    with pytest.raises(UserError, match=f"{file.path}: failed the gate on {CPU} .*, so it is not used"):
         parity.require_passed(run, file, CPU)
 
 

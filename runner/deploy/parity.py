@@ -167,7 +167,7 @@ def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str |
         if (row.onnx_sha256, row.provider, row.engine_sha256, row.machine) == wanted:
             if row.passed:
                 return row.gate
-            raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not measured")
+            raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not used")
     raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}")
 
 

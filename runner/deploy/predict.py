@@ -44,16 +44,19 @@ class Prediction:
     probability: float
 
 
-def predict(model: Path, inputs: list[Path], batch: int, device: str, sheet: Path | None) -> list[Prediction]:
+def predict(
+    model: Path, inputs: list[Path], batch: int, device: str, sheet: Path | None, server: str | None = None
+) -> list[Prediction]:
     """Classifies images, and draws a contact sheet if requested.
 
     Args:
         model: an ONNX file; a run folder, to use its ONNX file that passed the gate; or, on a GPU, an engine with its
-            sidecar next to it.
+            sidecar next to it. With `server`, the name of a model on it.
         inputs: image files, or folders of them.
         batch: batch size; the last batch may be smaller.
         device: "cpu" or "cuda", for ONNX files.
         sheet: PNG or JPEG file to draw the contact sheet to; None draws none.
+        server: address of an inference server; None to run the model here.
 
     Raises:
         UserError: an image or the model cannot be read, the model has no metadata, or the batch size is too large.
@@ -65,8 +68,13 @@ def predict(model: Path, inputs: list[Path], batch: int, device: str, sheet: Pat
         rows = -(-len(paths) // COLUMNS)
         needed = 2 * rows * COLUMNS * TILE * (TILE + CAPTION) * 3  # and its encoded copy
         images.require_memory(needed, f"--sheet {sheet}: {len(paths):,} images", "leave it out, or use fewer images")
-    model = _passed_file(Run(model), device) if model.is_dir() else model
-    forward, metadata = _load(model, device)
+    if server is not None:
+        from runner.deploy import triton  # imports torch
+
+        forward, metadata = triton.open_served(server, str(model))
+    else:
+        model = _passed_file(Run(model), device) if model.is_dir() else model
+        forward, metadata = _load(model, device)
     if batch > metadata.largest_batch:
         raise UserError(f"--batch {batch}: expected at most {metadata.largest_batch}, the limit of {model}")
     height, width, _ = metadata.image_shape

@@ -1,0 +1,212 @@
+"""A model repository for Triton Inference Server, checked by its published schema and used by a client."""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from PIL import Image
+
+from data_prep.sources import Source
+from runner.common.errors import UserError
+from runner.deploy import onnx, triton
+from runner.run.folder import Run
+from tests.conftest import Once
+from tests.support.processes import TINY, runner
+from tests.support.triton_server import SCHEMA, TritonServer, read_config
+
+
+@pytest.fixture(scope="session")
+def scored(once: Once, tiny_run: Path) -> Path:
+    """The tiny run exported with either front end, and scored."""
+
+    def make(folder: Path) -> None:
+        run = folder / "tiny" / "seed-0"
+        shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("wandb"))
+        for words in (["export", run, "--raw", *TINY], ["parity", run, "--device", "cpu", *TINY]):
+            done = runner(*words)
+            assert done.returncode == 0, done.stderr
+
+    return once("scored-raw", make) / "tiny" / "seed-0"
+
+
+@pytest.fixture
+def repository(scored: Path, tmp_path: Path) -> Path:
+    done = runner("serve-repo", scored, "--out", tmp_path / "models", "--batch", 128, "--delay-us", 250)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as running:
+        yield running
+
+
+def test_the_repository_is_what_the_schema_asks_for(scored: Path, repository: Path) -> None:
+    folder = repository / "tiny-seed-0"
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "1/model.onnx", "config.pbtxt", "labels.txt",
+    ]  # fmt: skip
+    config = read_config(folder)
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny-seed-0", "onnxruntime", 128)
+    assert [(one.name, one.data_type, list(one.dims)) for one in config.input] == [
+        ("pixels", SCHEMA.TYPE_UINT8, [32, 32, 3])
+    ]
+    assert [(one.name, one.data_type, list(one.dims), one.label_filename) for one in config.output] == [
+        ("logits", SCHEMA.TYPE_FP32, [10], "labels.txt")
+    ]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 250
+    assert [group.kind for group in config.instance_group] == [SCHEMA.ModelInstanceGroup.KIND_CPU]
+    run = Run(scored)
+    assert (folder / "labels.txt").read_text().splitlines() == run.config().dataset.classes
+    assert (folder / "1/model.onnx").read_bytes() == onnx.path_of(run, "fp32", raw=True).read_bytes()
+
+
+def test_any_class_name_is_quoted(scored: Path) -> None:
+    _, metadata = onnx.read(onnx.path_of(Run(scored), "fp32", raw=True))
+    names = ['"', "\\", "a\\n", "'", "{", "naïve 🐦"] + [str(k) for k in range(4)]
+    options = triton.ServeOptions("a", "fp32", "tensorrt", "cpu", 8, 0)
+    text = triton.config_text(triton.replace(metadata, classes=names), options)
+    config = text_format.Parse(text, SCHEMA.ModelConfig())
+    assert json.loads(config.parameters[triton.METADATA].string_value)["classes"] == names
+    assert [group.kind for group in config.instance_group] == [SCHEMA.ModelInstanceGroup.KIND_GPU]
+
+
+def test_a_client_gets_the_classes_that_the_file_itself_gives(
+    scored: Path, server: TritonServer, source: Source, tmp_path: Path
+) -> None:
+    """For 1,000 test images; the server gets exactly their pixels."""
+    images = source.test.images[:1000]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(pictures / f"{number:04}.png", compress_level=1)
+    file = onnx.path_of(Run(scored), "fp32", raw=True)
+    here = runner("predict", file, pictures, "--json", "--batch", 128)
+    there = runner("predict", "tiny-seed-0", pictures, "--json", "--batch", 128, "--server", f"{server.url}/")
+    assert there.returncode == 0, there.stderr
+    expected, found = (json.loads(done.stdout) for done in (here, there))
+    assert len(found) == 1000
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    assert [one["probability"] for one in found] == pytest.approx([one["probability"] for one in expected], rel=1e-5)
+    assert [len(pixels) for pixels in server.pixels] == [128] * 7 + [104]
+    assert np.concatenate(server.pixels).tobytes() == images.tobytes()
+
+
+def test_what_has_not_passed_the_gate_is_not_served(tiny_run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(tiny_run, tmp_path / "tiny" / "own", ignore=shutil.ignore_patterns("wandb")))
+    out = tmp_path / "models"
+    steps = (
+        (None, "own: expected deploy/model.fp32.raw.onnx, found none; make it: runner export"),
+        (["export", own, "--raw", *TINY], "not scored on CPUExecutionProvider yet; first: runner parity"),
+    )
+    for words, reason in steps:
+        assert words is None or runner(*words).returncode == 0
+        done = runner("serve-repo", own, "--out", out)
+        assert done.returncode == 2
+        assert reason in done.stderr
+    assert runner("parity", own, "--device", "cpu", *TINY).returncode == 0
+    report = json.loads((own / "deploy/parity.json").read_text())
+    for row in report["rows"]:
+        row["passed"] = False
+    (own / "deploy/parity.json").write_text(json.dumps(report))
+    done = runner("serve-repo", own, "--out", out)
+    assert done.returncode == 2
+    assert "failed the gate on CPUExecutionProvider" in done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--batch", 5000), "--batch 5000: expected at most 4096"),
+        (("--batch", 0), "--batch 0: expected"),
+        (("--delay-us", -1), "--delay-us -1: expected"),
+        (("--name", "../x"), "--name '../x': expected letters"),
+        (("--name", ""), "--name"),
+        (("--precision", "int8"), "expected deploy/model.int8.raw.onnx, found none"),
+        (("--backend", "tensorrt"), "expected an engine of TensorRT, found none"),
+        (("--backend", "tensorrt", "--device", "cuda"), "--device cuda: expected with --backend onnxruntime"),
+        (("--device", "cuda"), "not scored on CUDAExecutionProvider"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_wrong_options_write_nothing(words: tuple[object, ...], reason: str, scored: Path, tmp_path: Path) -> None:
+    done = runner("serve-repo", scored, "--out", tmp_path / "models", *words)
+    assert done.returncode == 2, done.stderr
+    assert reason in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_model_is_not_replaced(scored: Path, repository: Path) -> None:
+    before = (repository / "tiny-seed-0" / "config.pbtxt").read_bytes()
+    done = runner("serve-repo", scored, "--out", repository)
+    assert done.returncode == 2
+    assert "exists; remove it, or choose another --name" in done.stderr
+    assert (repository / "tiny-seed-0" / "config.pbtxt").read_bytes() == before
+    assert runner("serve-repo", scored, "--out", repository, "--name", "second").returncode == 0
+    assert sorted(path.name for path in repository.iterdir()) == ["second", "tiny-seed-0"]
+
+
+def test_a_server_that_answers_otherwise_is_one_line(server: TritonServer, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    pixels = np.zeros((1, 32, 32, 3), np.uint8)
+    forward, metadata = triton.open_served(server.url, "tiny-seed-0")
+    assert metadata.largest_batch == 128
+    logits = forward(pixels)
+    header = {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 10]}]}
+
+    def answer(**changes: object) -> tuple[int, dict[str, str], bytes]:
+        text = json.dumps({"outputs": [header["outputs"][0] | changes]}).encode()
+        return 200, {"Inference-Header-Content-Length": str(len(text))}, text + logits.tobytes()
+
+    server.response = answer()
+    assert forward(pixels).tolist() == logits.tolist()
+    for response in (
+        (500, {}, b'{"error": "out of memory"}'),
+        (500, {}, b"<html>"),
+        (200, {}, b""),
+        (200, {}, b"{}"),
+        (200, {"Inference-Header-Content-Length": "x"}, b"{}"),
+        (200, {"Inference-Header-Content-Length": "2"}, b"{}"),
+        (200, {"Inference-Header-Content-Length": "15"}, b'{"outputs": []}'),
+        answer(shape=[1, 9]),
+        answer(datatype="FP16"),
+        answer(name="other"),
+        (200, answer()[1], answer()[2][:-4]),
+        (200, answer()[1], answer()[2] + struct.pack("f", 0)),
+    ):
+        server.response = response
+        with pytest.raises(UserError, match="/v2/models/tiny-seed-0") as raised:
+            forward(pixels)
+        assert "\n" not in str(raised.value)
+    for response in (
+        (200, {}, b"[]"),
+        (200, {}, b'{"parameters": {}}'),
+        (200, {}, b"\xff"),
+        (200, {}, b'{"parameters": {"runner_metadata": {"string_value": 1}}}'),
+    ):
+        server.response = response
+        with pytest.raises(UserError, match="expected a model of runner serve-repo"):
+            triton.open_served(server.url, "tiny-seed-0")
+    server.response = None
+    for words, reason in (
+        (("tiny", "--server", server.url), "Request for unknown model: 'tiny' is not found"),
+        (("a/b?c", "--server", server.url), "a%2Fb%3Fc/config: refused"),
+        (("tiny-seed-0", "--server", "localhost:8000"), "--server localhost:8000: expected an address"),
+        (("tiny-seed-0", "--server", "file:///etc/passwd"), "expected an address"),
+        (("tiny-seed-0", "--server", "http://127.0.0.1:1"), "no answer (["),
+        (("tiny-seed-0", "--server", "http://["), "no answer ("),
+        (("tiny-seed-0", "--server", server.url, "--batch", 129), "--batch 129: expected at most 128"),
+        (("tiny-seed-0", "--server", server.url, "--device", "cuda"), "--device cuda and --server: expected one"),
+    ):
+        done = runner("predict", words[0], tmp_path / "black.png", *words[1:])
+        assert done.returncode == 2, done.stderr
+        assert reason in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
