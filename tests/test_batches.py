@@ -22,7 +22,7 @@ from runner.config.recipe import SGD, Augment, Recipe
 from runner.data import augment, color, mixing, order, streaming
 from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
-from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_test_of_run, split_indices
+from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_split_of_run, split_indices
 from runner.data.stream import BatchStream
 from tests.support.configs import CONFIG, config_of
 from tests.support.processes import python
@@ -576,9 +576,9 @@ def test_a_dataset_other_than_the_runs_is_refused(small_data: Path, data: Path) 
     prepared = manifest.read(small_data)
     dataset = replace(CONFIG.dataset, name=prepared.name, fingerprint=prepared.fingerprint, folder=str(small_data))
     config = config_of(recipe=RECIPE, dataset=dataset)
-    assert open_test_of_run(config, None, CPU).num_images == 200
+    assert open_split_of_run(config, None, "test", CPU).num_images == 200
     with pytest.raises(UserError, match="expected the dataset of the run"):
-        open_test_of_run(config, data, CPU)
+        open_split_of_run(config, data, "test", CPU)
 
 
 def corrupted(data: Path, change) -> Path:

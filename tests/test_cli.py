@@ -288,6 +288,16 @@ BAD = {
         "runner train speedrun --data {data} --runs {new} --weight-decay 0.1",
         "--recipe.optimizer.weight-decay 0.1: expected 0 with --recipe.optimizer.unit-rows",
     ),
+    "kept operators without int8": ("runner export {run} --keep a b", "--keep a b: expected with --precision int8"),
+    "a search without int8": (
+        "runner export {run} --precision fp16 --search-precision",
+        "--search-precision: expected with --precision int8",
+    ),
+    "a limit without a search": ("runner export {run} --precision int8 --drop 1", "--drop 1: expected with --search-"),
+    "a search of what is given": (
+        "runner export {run} --precision int8 --search-precision --keep a",
+        "--keep and --search-precision: expected one",
+    ),
     "early stopping by test images": (
         "runner train tiny --data {data} --runs {new} --recipe.patience 2",
         "--recipe.patience 2: expected --recipe.validation above 0, found 0",

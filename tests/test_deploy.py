@@ -22,7 +22,7 @@ from runner import experiments
 from runner.common.errors import UserError
 from runner.common.files import read, sha256_of, write
 from runner.config.recipe import Experiment
-from runner.data.open import model_input, open_test_of_run
+from runner.data.open import model_input, open_split_of_run
 from runner.deploy import engine, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
 from runner.deploy.session import OnnxSession, ProviderError, usable_providers
@@ -281,7 +281,8 @@ def confident(unbuilt: Run) -> Run:
 
 def scored_images(run: Run) -> torch.Tensor:
     """The test images as the model takes them."""
-    return torch.cat([images for images, _ in open_test_of_run(run.config(), None, torch.device("cpu")).epoch(0)])
+    batches = open_split_of_run(run.config(), None, "test", torch.device("cpu"))
+    return torch.cat([images for images, _ in batches.epoch(0)])
 
 
 def test_files_of_earlier_weights_are_refused(own: Run) -> None:

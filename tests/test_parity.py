@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from data_prep import manifest
 from runner.common.errors import UserError
 from runner.common.files import read, write
-from runner.data.open import model_input, open_test_of_run
+from runner.data.open import model_input, open_split_of_run
 from runner.deploy import onnx as exporter
-from runner.deploy import parity
+from runner.deploy import parity, sensitivity
 from runner.deploy.onnx import OnnxFile
 from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
@@ -103,7 +103,8 @@ def run(small_data: Path, tmp_path: Path) -> Run:
     write(run.run_json, replace(config, input=model_input(prepared, config.recipe)))
     torch.manual_seed(0)
     model = Tiny().requires_grad_(False)
-    images = torch.cat([images for images, _ in open_test_of_run(run.config(), None, torch.device("cpu")).epoch(0)])
+    batches = open_split_of_run(run.config(), None, "test", torch.device("cpu"))
+    images = torch.cat([images for images, _ in batches.epoch(0)])
     model.layers[-1].bias -= model(images).mean(0)
     checkpoint.save(run, model.state_dict(), 1)
     add_file(run, "fp32")
@@ -132,7 +133,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     assert counted[0] == -600
     assert sum(counted) == 0
     assert read(run.parity, ParityReport) == report
-    batches = open_test_of_run(run.config(), None, torch.device("cpu"))
+    batches = open_split_of_run(run.config(), None, "test", torch.device("cpu"))
     expected = evaluate(checkpoint.load_model(run), batches, 10)
     assert (report.images, report.eager_accuracy) == (200, expected.accuracy)
     assert (report.torch, report.not_scored) == ([], [])
@@ -151,7 +152,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     assert prepared == ["cpu"]
 
     # On a GPU, for which this processor stands in, the model is scored in fp16 too, also without any file.
-    monkeypatch.setattr(parity, "open_test_of_run", lambda config, data, device: batches)
+    monkeypatch.setattr(parity, "open_split_of_run", lambda config, data, split, device: batches)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(parity, "OnnxSession", lambda path, device, fp16: OnnxSession(path, "cpu"))
     counted.clear()
@@ -293,7 +294,7 @@ def without_bias(run: Run) -> Run:
 def culprit_of(run: Run, file: OnnxFile, backend: str = "onnxruntime", provider: str = CPU, **options: Any) -> str:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     candidate = parity.Candidate(file, backend, provider, lambda images: images)
-    return parity.find_culprit(run, candidate, images, options.get("device", "cpu"))
+    return parity.find_culprit(run, candidate, images, options.get("device", "cpu"))[0]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_any_operator_may_be_the_culprit(run: Run, monkeypatch: pytest.MonkeyPat
         options.append(more)
         return OnnxSession(*arguments, **more)
 
-    monkeypatch.setattr(parity, "OnnxSession", session)
+    monkeypatch.setattr(sensitivity, "OnnxSession", session)
 
     def change(weights: dict[str, np.ndarray]) -> None:
         weights["layers.0.weight"] *= 1.5
@@ -403,7 +404,7 @@ def test_each_backend_opens_what_runs_here(
             raise ProviderError("another GPU")
         return SimpleNamespace(run_in_batches=None)
 
-    monkeypatch.setattr(parity, "OnnxSession", session)
+    monkeypatch.setattr(sensitivity, "OnnxSession", session)
     monkeypatch.setattr(parity.engine, "built", lambda run, file: sidecars)
     monkeypatch.setattr(parity.engine, "why_not_here", lambda sidecar: None if sidecar.here else "another GPU")
     monkeypatch.setattr(parity.engine, "RunningEngine", running)

@@ -3,8 +3,12 @@
 import dataclasses
 import json as json_format
 import shlex
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from runner.commands.options import Calibration, Code, Flag, Precision, RunFolder, open_run
 from runner.commands.output import note_unfinished
@@ -12,8 +16,9 @@ from runner.common.console import track
 from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.config.trust import TrustedCode
+from runner.run.folder import Run
 
-FOR_INT8 = ("data", "calibration", "calibration_method")
+FOR_INT8 = ("data", "calibration", "calibration_method", "keep", "search_precision", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,13 @@ class Export:
     """How the activation ranges of int8 files are estimated."""
     data: Path | None = None
     """Prepared dataset for calibration; by default the one that the run was trained on."""
+    keep: tuple[str, ...] = ()
+    """Operators of int8 files that stay in fp32, by their names in the ONNX file; a failed gate proposes some."""
+    search_precision: Flag = False
+    """Find the least operators that must stay in fp32 for the int8 files to keep their accuracy on validation images,
+    or on training images where the recipe holds out none."""
+    drop: Annotated[float, Meta(ge=0, le=100)] = 0.5
+    """With --search-precision: largest drop in accuracy, in percentage points; by default the gate's limit."""
     code: Code = TrustedCode()
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
@@ -41,20 +53,19 @@ class Export:
         from runner.deploy import onnx, precision
 
         run = open_run(self.run, self.code)
-        if not any(kind.startswith("int8") for kind in self.precision):
-            for field in dataclasses.fields(self):
-                if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:
-                    option = f"--{field.name.replace('_', '-')} {value}"
-                    raise UserError(f"{option}: expected with --precision int8, which is calibrated on images")
+        self.check()
         note_unfinished(run)
         files = []
         if "fp32" in self.precision or not onnx.is_current(run, "fp32"):
             files.append(onnx.export(run))
         lower = [kind for kind in self.precision if kind != "fp32"]
+        kept = dict.fromkeys(lower, self.keep)
+        if self.search_precision:
+            kept |= {kind: self.search(run, kind) for kind in lower if kind.startswith("int8")}
         quantized = any(kind.startswith("int8") for kind in lower)
         images = precision.calibration_images(run, self.data, self.calibration) if quantized else None
         files += [
-            precision.convert(run, kind, images, self.calibration_method)
+            precision.convert(run, kind, images, self.calibration_method, kept[kind])
             for kind in track(lower, "convert", len(lower))
         ]
         if self.raw:
@@ -70,3 +81,35 @@ class Export:
         for file, size in zip(files, sizes, strict=True):
             print(f"{file.path}: {size:,} bytes")
         print(f"next, the gate: runner parity {shlex.quote(str(self.run))}")
+
+    def check(self) -> None:
+        """Raises UserError for options that would be ignored."""
+        if not any(kind.startswith("int8") for kind in self.precision):
+            for field in dataclasses.fields(self):
+                if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:
+                    words = "" if value is True else " ".join(value) if isinstance(value, tuple) else value
+                    option = f"--{field.name.replace('_', '-')} {words}".strip()
+                    raise UserError(f"{option}: expected with --precision int8, which is calibrated on images")
+        if self.keep and self.search_precision:
+            raise UserError("--keep and --search-precision: expected one of them")
+        if not self.search_precision and self.drop != type(self).drop:
+            raise UserError(f"--drop {self.drop:g}: expected with --search-precision, found none")
+
+    def search(self, run: Run, kind: Precision) -> tuple[str, ...]:
+        """Returns the operators that must stay in fp32."""
+        from runner.deploy import precision_search
+
+        def report(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        limit = self.drop / 100
+        found = precision_search.search(
+            run, kind, self.data, self.calibration, self.calibration_method, limit, report
+        )  # fmt: skip
+        report(
+            f"{kind}: {len(found.kept)} of {found.operators} operators stay in fp32: drop {100 * found.drop:.2f} "
+            f"points on {found.images}; with all in int8 {100 * found.drop_of_all:.2f}, limit {self.drop:g}"
+        )
+        for name, drop in found.drop_without.items():
+            report(f"  {name}: {100 * drop:.2f} points if it is in int8 too")
+        return tuple(found.kept)

@@ -1,6 +1,7 @@
 """`runner parity`: compares exported files with the model on the test set."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -50,6 +51,12 @@ class Parity:
             line = f"{self.run / row.onnx} on {row.provider}: {row}, {row.images:,} images"
             if not row.passed or row.classes_predicted == 1:
                 print(f"runner: {line}", file=sys.stderr)
+                if row.proposed:
+                    export = f"runner export {shlex.quote(str(self.run))} --precision {row.precision}"
+                    print(
+                        f"runner: next: {export} --search-precision, or --keep {' '.join(row.proposed)}",
+                        file=sys.stderr,
+                    )
             elif not self.json:
                 print(line)
         for entry in report.not_scored:

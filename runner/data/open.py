@@ -215,26 +215,18 @@ def open_manifest(data: Path) -> Manifest:
     return manifest
 
 
-def open_test_of_run(config: RunConfig, data: Path | None, device: torch.device) -> BatchStream:
-    """Opens the whole test split that a run was evaluated on.
+def open_split_of_run(config: RunConfig, data: Path | None, split: SplitName, device: torch.device) -> BatchStream:
+    """Opens a split that a run was trained or evaluated on.
 
     Args:
         config: the contents of the run's run.json.
         data: the prepared dataset; None for the folder stored in run.json.
+        split: the split; training batches have one image, so use `BatchStream.clean_images`.
         device: the device of the batches.
 
     Raises:
         UserError: the dataset is missing, damaged, or not the dataset of the run.
     """
-    return _open_of_run(config, data, device, "test")
-
-
-def open_train_of_run(config: RunConfig, data: Path | None, device: torch.device) -> BatchStream:
-    """Opens the training split of a run, for `BatchStream.clean_images`; see `open_test_of_run`."""
-    return _open_of_run(config, data, device, "train")
-
-
-def _open_of_run(config: RunConfig, data: Path | None, device: torch.device, split: SplitName) -> BatchStream:
     folder = data or Path(config.dataset.folder)
     manifest = open_manifest(folder)
     if manifest.fingerprint != config.dataset.fingerprint:

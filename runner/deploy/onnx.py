@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -132,6 +132,7 @@ def write(
     raw: bool,
     weights: str,
     check: Callable[[Path], None] | None = None,
+    kept: Sequence[str] = (),
 ) -> OnnxFile:
     """Writes a graph with its metadata as a run's ONNX file, if it passes onnx's checker and `check`.
 
@@ -141,6 +142,7 @@ def write(
         precision, raw: precision and front end, which select the file to write.
         weights: SHA-256 of the weights in the graph.
         check: raises if the file must not be kept.
+        kept: operators of an int8 graph that stay in fp32.
     """
     import onnx
 
@@ -149,7 +151,7 @@ def write(
     staging = path.with_name(f".{path.name}.part")
     try:
         del proto.metadata_props[:]
-        onnx.helper.set_model_props(proto, _metadata_of(run, precision, raw, weights))
+        onnx.helper.set_model_props(proto, _metadata_of(run, precision, raw, weights, kept))
         onnx.save_model(proto, staging, save_as_external_data=False)
         onnx.checker.check_model(staging, full_check=True)
         if check is not None:
@@ -165,7 +167,7 @@ def write(
     return written
 
 
-def _metadata_of(run: Run, precision: Precision, raw: bool, weights: str) -> dict[str, str]:
+def _metadata_of(run: Run, precision: Precision, raw: bool, weights: str, kept: Sequence[str]) -> dict[str, str]:
     """The metadata of an ONNX file, each value as JSON."""
     config = run.config()
     values = {
@@ -182,6 +184,7 @@ def _metadata_of(run: Run, precision: Precision, raw: bool, weights: str) -> dic
         "dataset": {"name": config.dataset.name, "fingerprint": config.dataset.fingerprint},
         "commit": config.git.commit,
         "weights": weights,
+        "kept": list(kept),
         "largest_batch": LARGEST_BATCH,
     }
     metadata = msgspec.convert(values, OnnxMetadata)  # checks that `read` will accept it

@@ -17,10 +17,11 @@ from msgspec.structs import asdict
 from runner.common.console import progress
 from runner.common.errors import UserError
 from runner.common.files import write
-from runner.data.open import open_test_of_run
+from runner.data.open import open_split_of_run
 from runner.data.stream import BatchStream
-from runner.deploy import engine, onnx
+from runner.deploy import engine, onnx, precision
 from runner.deploy.onnx import OnnxFile
+from runner.deploy.sensitivity import added_errors
 from runner.deploy.session import PROVIDERS, OnnxSession
 from runner.run.folder import Run
 from runner.run.schema import (
@@ -39,11 +40,12 @@ from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, evaluate
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    pass
 
 AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # minimum share of images with the same top class
 ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantization may cause
 CULPRIT_IMAGES = 16
+PROPOSED = 3  # most operators that a failed int8 file proposes to keep in fp32
 MIN_CULPRIT_ERROR = 1e-4  # an operator is named only if it adds at least this relative error
 Backend = Literal["onnxruntime", "engine"]
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "engine")
@@ -97,7 +99,7 @@ def compare(
     else:
         cuda.disable_tf32()
     config = run.config()
-    batches = open_test_of_run(config, data, torch.device(device))
+    batches = open_split_of_run(config, data, "test", torch.device(device))
     classes = len(config.dataset.classes)
     candidates, not_scored = _open_candidates(run, files, device, backends)
     if not candidates and (backends or device == "cpu"):  # on a GPU, torch in fp16 can be scored without any
@@ -238,6 +240,7 @@ def _row(
     run: Run, candidate: Candidate, baseline: Evaluation, measured: Evaluation, images: torch.Tensor, device: str
 ) -> ParityRow:
     file, scores = candidate.file, _compare_scores(candidate.file.precision, baseline, measured)
+    culprit, proposed = (None, []) if scores.passed else find_culprit(run, candidate, images, device)
     return ParityRow(
         **asdict(scores),
         backend=candidate.backend,
@@ -249,7 +252,8 @@ def _row(
         provider=candidate.provider,
         caveat=candidate.caveat,
         classes_predicted=measured.num_predicted_classes,
-        culprit=None if scores.passed else find_culprit(run, candidate, images, device),
+        culprit=culprit,
+        proposed=proposed,
         machine=this_machine(),
     )
 
@@ -280,11 +284,10 @@ def _compare_scores(precision: Precision, baseline: Evaluation, measured: Evalua
     )
 
 
-def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: str) -> str:
+def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: str) -> tuple[str, list[str]]:
     """Describes the operator that adds the largest error to a file's values, or why none can be named.
 
-    onnxruntime runs the file and the fp32 file and returns every tensor that both have. An operator's error is the
-    relative error of its output minus the largest one of its inputs.
+    Returns it with the names of the quantized operators that add the largest errors, which `export --keep` takes.
 
     Args:
         run: the run that the file belongs to.
@@ -296,51 +299,22 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
     file = candidate.file
     if file.precision == "fp32":
         if file.raw:
-            return "the raw front end"
+            return "the raw front end", []
         if candidate.provider == PROVIDERS["cpu"]:
-            return "none: the fp32 file on the CPU is the reference of the search; export it again"
+            return "none: the fp32 file on the CPU is the reference of the search; export it again", []
     search_device = device if candidate.backend == "onnxruntime" else "cpu"
     try:
         reference, _ = onnx.read(onnx.exported(run, "fp32").path)
         suspect, _ = onnx.read(onnx.exported(run, file.precision).path)
-        errors = _relative_errors(reference, suspect, images.cpu().numpy(), search_device)
+        errors = added_errors(reference, suspect, images.cpu().numpy(), search_device)
     except UserError as error:
-        return f"none: the search failed ({error})"
-    added: dict[str, tuple[float, float, str]] = {}
-    for node in reference.graph.node:
-        before = max((errors.get(name, 0.0) for name in node.input), default=0.0)
-        for name in node.output:
-            if name in errors and np.isfinite(before):
-                added[name] = (errors[name] - before, before, f"{node.op_type} {node.name or name}")
-    worst = max(added, key=lambda name: added[name][0], default=None)
-    if worst is None or added[worst][0] < MIN_CULPRIT_ERROR:
-        return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is in {candidate.provider}"
-    _, before, operator = added[worst]
-    return f"{operator} (relative error {errors[worst]:.2g}, {before:.2g} before it)"
-
-
-def _relative_errors(
-    reference: "ModelProto", suspect: "ModelProto", images: np.ndarray, device: str
-) -> dict[str, float]:
-    """Returns the relative errors of the tensors that two graphs share, by name; the reference runs on the CPU.
-
-    Modifies both graphs: marks these tensors as outputs.
-    """
-    from onnx import helper
-
-    suspect_names = {name for node in suspect.graph.node for name in node.output}
-    shared = [name for node in reference.graph.node for name in node.output if name in suspect_names]
-    values = []
-    for proto, where in ((reference, "cpu"), (suspect, device)):
-        outputs = {output.name for output in proto.graph.output}
-        proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in shared if name not in outputs)
-        values.append(OnnxSession(proto.SerializeToString(), where, optimize=False).run_all_outputs(images))
-    errors = {}
-    for name in shared:
-        expected, actual = (np.asarray(arrays[name], dtype=np.float64) for arrays in values)
-        error = float(np.linalg.norm(actual - expected) / (np.linalg.norm(expected) + 1e-12))
-        errors[name] = error if np.isfinite(error) else np.inf
-    return errors
+        return f"none: the search failed ({error})", []
+    if not errors or errors[0].added < MIN_CULPRIT_ERROR:
+        provider = candidate.provider
+        return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is in {provider}", []
+    quantized = precision.quantized_operators(suspect)
+    proposed = [error.operator for error in errors if error.operator in quantized and error.added >= MIN_CULPRIT_ERROR]
+    return str(errors[0]), proposed[:PROPOSED]
 
 
 class _RawBatches:

@@ -8,14 +8,16 @@ and the CPU's kernels are fast for unsigned ones (U8S8).
 """
 
 import contextlib
+import difflib
 import logging
 import tempfile
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from runner.common.errors import UserError
 from runner.deploy import onnx
@@ -32,7 +34,13 @@ QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
 FP32_OPS = ["LayerNormalization", "Softmax"]
 
 
-def convert(run: Run, precision: Precision, calibration: np.ndarray | None, method: Calibration = "minmax") -> OnnxFile:
+def convert(
+    run: Run,
+    precision: Precision,
+    calibration: np.ndarray | None,
+    method: Calibration = "minmax",
+    kept: Sequence[str] = (),
+) -> OnnxFile:
     """Converts a run's fp32 ONNX file to a lower precision, and writes the result.
 
     Args:
@@ -40,16 +48,24 @@ def convert(run: Run, precision: Precision, calibration: np.ndarray | None, meth
         precision: "fp16", "int8" (for TensorRT) or "int8-cpu".
         calibration: for int8, images for estimating the activation ranges, (N, 3, H, W) float32, normalized.
         method: how the activation ranges are estimated.
+        kept: for int8, names of operators that stay in fp32.
 
     Raises:
-        UserError: the run has not been exported in fp32.
+        UserError: the run has not been exported in fp32, or there is nothing of this name to quantize.
     """
     proto, metadata = onnx.read(onnx.exported(run, "fp32").path)
     if precision == "fp16":
         converted = _to_fp16(proto)
     else:
         assert calibration is not None
-        converted = _to_int8(onnx.path_of(run, "fp32"), precision, calibration, method)
+        source = onnx.path_of(run, "fp32")
+        quantizer = Quantizer(source, precision, calibration, method)
+        for name in kept:
+            if name not in quantizer.operators:
+                near = difflib.get_close_matches(name, quantizer.operators) or quantizer.operators[:3]
+                raise UserError(f"--keep {name}: expected an operator that {precision} quantizes: {', '.join(near)} …")
+        converted = quantizer.quantize(kept)
+        metadata = replace(metadata, kept=list(kept))
     return _write_checked(run, converted, precision, raw=False, metadata=metadata)
 
 
@@ -68,7 +84,7 @@ def _write_checked(run: Run, proto: "ModelProto", precision: Precision, raw: boo
         raw=raw,
         fp16=precision == "fp16",
     )
-    return onnx.write(run, proto, precision, raw, metadata.weights, check)
+    return onnx.write(run, proto, precision, raw, metadata.weights, check, metadata.kept)
 
 
 def _to_fp16(proto: "ModelProto") -> "ModelProto":
@@ -93,43 +109,73 @@ def _drop_repeated_casts(graph: Any) -> None:
             graph.node.remove(node)
 
 
-def _to_int8(source: Path, precision: Precision, images: np.ndarray, method: Calibration) -> "ModelProto":
-    """Inserts Q/DQ pairs; weights are quantized per output channel; for TensorRT, biases stay fp32.
+class Quantizer:
+    """Makes int8 graphs of an fp32 ONNX file, which differ in the operators that stay in fp32.
 
-    For TensorRT, only the inputs of QUANTIZED_OPS are quantized, because TensorRT fuses an activation into the
-    preceding convolution only if there is no Q/DQ pair between them. The CPU's kernels pass int8 to each other, so all
-    supported operators are quantized for the CPU.
+    Weights are quantized per output channel. For TensorRT, only the inputs of QUANTIZED_OPS are quantized, and biases
+    stay fp32, because TensorRT fuses an activation into the preceding convolution only if there is no Q/DQ pair between
+    them. The CPU's kernels pass int8 to each other, so all supported operators are quantized for the CPU.
+
+    Args:
+        source: the fp32 file.
+        precision: "int8" (for TensorRT) or "int8-cpu".
+        images: for estimating the activation ranges, (N, 3, H, W) float32, normalized.
+        method: how these are estimated.
+        ranges: file to keep the ranges in, so that they are estimated once for several graphs.
     """
-    import onnx as library
-    from onnxruntime import quantization
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 
-    methods = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
-    settings: dict[str, Any] = {"activation_type": QuantType.QUInt8}
-    if precision == "int8":
-        settings = {
-            "activation_type": QuantType.QInt8,
-            "op_types_to_quantize": QUANTIZED_OPS,
-            "extra_options": {
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": QUANTIZED_OPS,
-            },
-        }
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "int8.onnx"
-        quantization.quantize_static(
-            str(source),
-            str(path),
-            _CalibrationReader(images),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            calibrate_method=methods[method],
-            **settings,
-        )
-        return library.load(path)
+    def __init__(
+        self, source: Path, precision: Precision, images: np.ndarray, method: Calibration, ranges: Path | None = None
+    ) -> None:
+        self.source, self.precision, self.images, self.method, self.ranges = source, precision, images, method, ranges
+
+    @cached_property
+    def operators(self) -> list[str]:
+        """The names of the operators that are quantized unless they are kept."""
+        return quantized_operators(self.quantize(()))
+
+    def quantize(self, kept: Sequence[str]) -> "ModelProto":
+        """Inserts Q/DQ pairs before all operators but those to keep in fp32."""
+        import onnx as library
+        from onnxruntime import quantization
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
+
+        methods = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
+        settings: dict[str, Any] = {"activation_type": QuantType.QUInt8}
+        if self.precision == "int8":
+            settings = {
+                "activation_type": QuantType.QInt8,
+                "op_types_to_quantize": QUANTIZED_OPS,
+                "extra_options": {
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,
+                    "OpTypesToExcludeOutputQuantization": QUANTIZED_OPS,
+                },
+            }
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            path = Path(folder) / "int8.onnx"
+            quantization.quantize_static(
+                str(self.source),
+                str(path),
+                _CalibrationReader(self.images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                calibrate_method=methods[self.method],
+                nodes_to_exclude=list(kept),
+                calibration_cache_path=self.ranges,
+                **settings,
+            )
+            return library.load(path)
+
+
+def quantized_operators(proto: "ModelProto") -> list[str]:
+    """Returns the names of the operators of an int8 graph that read quantized values, in the order of the graph."""
+    dequantized = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    quantizers = ("QuantizeLinear", "DequantizeLinear")
+    readers = [node for node in proto.graph.node if node.op_type not in quantizers and dequantized & set(node.input)]
+    return [node.name for node in readers if node.name]
 
 
 class _CalibrationReader:
@@ -171,9 +217,9 @@ def calibration_images(run: Run, data: Path | None, count: int) -> np.ndarray:
     import torch
 
     from runner.data import order
-    from runner.data.open import open_train_of_run
+    from runner.data.open import open_split_of_run
 
-    stream = open_train_of_run(run.config(), data, torch.device("cpu"))
+    stream = open_split_of_run(run.config(), data, "train", torch.device("cpu"))
     if not 1 <= count <= stream.num_images:
         raise UserError(f"--calibration {count}: expected 1 to {stream.num_images:,}, the number of training images")
     samples = order.epoch_order(stream.num_images, 0, 0)[:count]  # shuffled, because a file may be sorted by class

@@ -321,6 +321,35 @@ class Export(JsonStruct, frozen=True, kw_only=True):
     weights: str
 
 
+class PrecisionSearch(JsonStruct, frozen=True, kw_only=True):
+    """deploy/search.*.json: the operators that must stay in fp32 for an int8 file to keep its accuracy.
+
+    Accuracies and drops are fractions of the images; a drop is relative to the fp32 file.
+    """
+
+    precision: Precision
+    calibration_method: Calibration
+    images: str
+    accuracy: Fraction
+    """Accuracy of the fp32 file."""
+    limit: float
+    operators: Natural
+    """Number of operators that can be quantized."""
+    drop_of_all: float
+    """Drop with all of them quantized."""
+    bytes_of_all: Natural
+    kept: list[str]
+    """The operators that stay in fp32."""
+    drop: float
+    bytes: Natural
+    drop_without: dict[str, float]
+    """Drop if this one is quantized as well, which exceeds the limit."""
+    measured: Natural
+    """Number of sets of operators that were measured."""
+    added_errors: dict[str, float]
+    """Relative error that each operator adds when all are quantized."""
+
+
 class Machine(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     """The machine for which a result of the parity gate is valid: processor, GPUs, and version of onnxruntime."""
 
@@ -374,6 +403,8 @@ class ParityRow(Scores, frozen=True, kw_only=True, rename={"machine": "place"}):
     front_end: FrontEnd
     provider: str
     culprit: str | None = None
+    proposed: list[str] = []
+    """For a failed int8 file, the operators that `runner export --keep` should leave in fp32 first."""
     caveat: str | None = None
     """For an engine, what of its arithmetic is outside NVIDIA's support matrix."""
     classes_predicted: int | None = None
@@ -570,4 +601,6 @@ class OnnxMetadata(JsonStruct, frozen=True, kw_only=True):
     dataset: OnnxDataset
     commit: str | None = None
     weights: str = ""
+    kept: list[str] = []
+    """Operators of an int8 file that stay in fp32."""
     largest_batch: int

@@ -9,7 +9,7 @@ import torch
 
 from runner.common.console import progress
 from runner.config.train_config import Device
-from runner.data.open import open_test_of_run
+from runner.data.open import open_split_of_run
 from runner.run.folder import Run
 from runner.system import cpu, launcher
 from runner.training import checkpoint
@@ -47,7 +47,7 @@ def evaluate_run(
     model = checkpoint.load_model(run).to(selected)
     precision = config.precision if precision == "run" else precision
     tta: Views = config.recipe.test_augmentation if views == "run" else views
-    batches = open_test_of_run(config, data, torch.device(selected))
+    batches = open_split_of_run(config, data, "test", torch.device(selected))
 
     def evaluate_views(views: Views) -> Evaluation:
         autocast = torch.autocast(selected, DTYPES[precision], enabled=precision != "fp32")
