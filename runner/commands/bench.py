@@ -23,8 +23,12 @@ class Bench:
     """Batch sizes to measure."""
     precision: tuple[Precision, ...] = ("fp32",)
     """Precisions of the ONNX files and engines to measure."""
-    backend: tuple[Literal["eager", "compiled", "onnxruntime", "engine"], ...] = ("eager", "onnxruntime", "engine")
-    """Backends that run the model; compiled takes about a minute to compile."""
+    backend: tuple[Literal["eager", "compiled", "aotinductor", "onnxruntime", "engine"], ...] = (
+        "eager",
+        "onnxruntime",
+        "engine",
+    )
+    """Backends that run the model; compiled takes about a minute to compile, aotinductor runs the compiled package."""
     seconds: Positive = 3.0
     """Minimum duration of each measurement."""
     repeats: Count = 100

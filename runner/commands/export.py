@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -32,6 +32,9 @@ class Export:
     CPU. The others are converted from fp32, which is exported first if it is missing or its weights are outdated."""
     raw: Flag = False
     """Also write files that take uint8 pixels (batch, H, W, 3) and normalize them inside the graph."""
+    aot_inductor: tuple[Literal["cpu", "cuda"], ...] = ()
+    """Also compile the fp32 model with AOTInductor into packages for these devices of this machine, which torch runs
+    without this project."""
     calibration: Count = 512
     """Number of training images for estimating the activation ranges of int8 files."""
     calibration_method: Calibration = "minmax"
@@ -50,7 +53,7 @@ class Export:
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
-        from runner.deploy import onnx, precision
+        from runner.deploy import onnx, package, precision
 
         run = open_run(self.run, self.code)
         self.check()
@@ -70,10 +73,16 @@ class Export:
         ]
         if self.raw:
             files += [precision.add_raw_front_end(run, kind) for kind in self.precision]
+        files += [package.compile_package(run, device) for device in self.aot_inductor]
         sizes = [file.path.stat().st_size for file in files]
         if self.json:
             rows = [
-                {"onnx": str(file.path), "name": file.name, "sha256": file.sha256, "bytes": size}
+                {
+                    "onnx": str(file.path),
+                    "name": file.path.name.removeprefix("model.").removesuffix(".onnx"),
+                    "sha256": file.sha256,
+                    "bytes": size,
+                }
                 for file, size in zip(files, sizes, strict=True)
             ]
             print(json_format.dumps(rows))

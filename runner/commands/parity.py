@@ -26,8 +26,8 @@ class Parity:
     """Prepared dataset; by default the one that the run was trained on."""
     device: Device = "auto"
     """Device to compute on; on a GPU, engines are scored as well."""
-    backend: tuple[Literal["onnxruntime", "engine"], ...] = ()
-    """Backends that must run the files; by default all that work here. Engines run only on a GPU."""
+    backend: tuple[Literal["onnxruntime", "engine", "aotinductor"], ...] = ()
+    """Backends that must run the files; by default onnxruntime and, on a GPU, engines, where they work."""
     code: Code = TrustedCode()
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
@@ -44,7 +44,7 @@ class Parity:
         print(message, file=sys.stderr)
         report = parity.compare(run, files, self.data, device, self.backend)
         names = [str(file.path.relative_to(run.folder)) for file in files]
-        rows = [row for row in report.rows if row.onnx in names]
+        rows = [row for row in report.rows if row.onnx in names or row.backend in self.backend]
         if self.json:
             print(msgspec.json.encode(report).decode())
         for row in rows:

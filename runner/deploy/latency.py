@@ -26,7 +26,7 @@ from runner.common.console import new_table, print_table, progress
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.train_config import Device
-from runner.deploy import engine, onnx, parity
+from runner.deploy import engine, onnx, package, parity
 from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, Method, Precision
@@ -34,10 +34,11 @@ from runner.system import cpu, cuda, environment, launcher
 from runner.training import checkpoint
 
 WARMUP_SECONDS = 0.5
+FEW_CALLS = 100  # number of calls below which a row gets a warning
 WIDE_SPREAD = 1.5  # ratio of p90 to p50 above which a row gets a warning
 COMPILED_LIMIT = {"fp32": 1e-3, "fp16": 3e-2}  # maximum difference from eager logits, relative to the largest
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
-Backend = Literal["eager", "compiled", "onnxruntime", "engine"]
+Backend = Literal["eager", "compiled", "aotinductor", "onnxruntime", "engine"]
 Steps = dict[str, Callable[[], Any]]  # of one call: "compute", preceded on a GPU by "copy_in" and "copy_out"
 
 
@@ -160,7 +161,8 @@ def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
     if earlier is None or replace(earlier, load=report.load, rows=[]) != report:
         return []
     engines = {sidecar.sha256 for sidecar in run.read_engines() if (run.folder / sidecar.engine).is_file()}
-    current = {None} | {file.sha256 for file in onnx.all_exported(run)} | engines
+    files = [*onnx.all_exported(run), *package.all_compiled(run)]
+    current = {None} | {file.sha256 for file in files} | engines
     return [row for row in earlier.rows if {row.onnx_sha256, row.engine_sha256} <= current]
 
 
@@ -176,6 +178,8 @@ def _targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device
         if backend in options.backends:
             for precision in precisions:
                 yield _torch_target(run, backend, precision, device)
+    if "aotinductor" in options.backends:
+        yield _package_target(run, device)
     for file in files:
         if "onnxruntime" in options.backends:
             yield _onnxruntime_target(run, file, options, device)
@@ -241,6 +245,26 @@ def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, de
         return Call(_copies(host, on_device, logits) | {"compute": session.bind(on_device, logits)})
 
     return Target(replace(row, provider=session.provider, onnx_sha256=file.sha256, gate=gate), prepare)
+
+
+def _package_target(run: Run, device: str) -> Target:
+    provider = package.provider_of(device)
+    row = LatencyRow(backend="aotinductor", provider=provider, precision="fp32")
+    try:
+        file = package.compiled(run, "cuda" if device == "cuda" else "cpu")
+        gate = parity.require_passed(run, file, provider)
+    except UserError as error:
+        return _refused(row, error)
+    forward = package.load(file.path)
+
+    def prepare(images: np.ndarray) -> Call:
+        host = torch.from_numpy(images)
+        if device == "cpu":
+            return Call({"compute": lambda: forward(host)})
+        on_device = host.cuda()
+        return Call(_copies(host, on_device, forward(on_device)) | {"compute": lambda: forward(on_device)})
+
+    return Target(replace(row, onnx_sha256=file.sha256, gate=gate), prepare)
 
 
 def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Target]:
@@ -350,7 +374,7 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
 
     Returns:
         Fields of `LatencyRow`: percentiles in milliseconds, images per second at p50, the number of calls, the p50 of
-        each copy, and a warning if the spread is wide.
+        each copy, and a warning if the spread is wide or the calls are few.
     """
     timer = _time_by_events if device == "cuda" else _time_by_clock
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -366,9 +390,10 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
     figures: dict[str, Any] = {name: float(np.percentile(compute, percent)) for name, percent in PERCENTILES.items()}
     figures |= {f"{name}_p50_ms": float(np.median(copy)) for name, copy in times.items()}
     figures |= {"images_per_second": images * 1e3 / figures["p50_ms"], "calls": len(compute)}
+    warnings = [f"only {len(compute)} calls"] if len(compute) < FEW_CALLS else []
     if (spread := figures["p90_ms"] / figures["p50_ms"]) > WIDE_SPREAD:
-        figures["warning"] = f"p90 is {spread:.1f} times p50: other programs were running"
-    return figures
+        warnings.append(f"p90 is {spread:.1f} times p50: other programs were running")
+    return figures | {"warning": "; ".join(warnings) or None}
 
 
 def _time_by_clock(call: Callable[[], Any]) -> float:
@@ -411,7 +436,7 @@ def show(reports: list[LatencyReport]) -> None:
     for report in reports:
         print(f"\n{report.run}")
         table = new_table(
-            "backend", "precision", "batch", *(name.replace("_", " ") for name in PERCENTILES), "images/s"
+            "backend", "precision", "batch", *(name.replace("_", " ") for name in PERCENTILES), "images/s", ""
         )
         notes = []
         for row in report.rows:
@@ -422,6 +447,6 @@ def show(reports: list[LatencyReport]) -> None:
                 notes.append(f"{' '.join(filter(None, cells))}: {note}")
             if row.measured:
                 cells += [f"{getattr(row, name):.2f}" for name in PERCENTILES]
-                table.add_row(*cells, f"{row.images_per_second:,.0f}")
+                table.add_row(*cells, f"{row.images_per_second:,.0f}", "fastest" if row in report.fastest else "")
         print_table(table)
         print(*notes, sep="\n", end="\n" if notes else "")

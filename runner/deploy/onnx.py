@@ -111,7 +111,7 @@ def to_proto(model: Any, shape: list[int]) -> "ModelProto":
     """Traces a model with torch's exporter, for images of one shape (3, H, W) and any batch size."""
     import torch
 
-    with _quiet():
+    with hidden_warnings():
         program = torch.onnx.export(
             model,
             (torch.zeros(2, *shape),),
@@ -357,7 +357,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def hidden_warnings() -> Iterator[None]:
     """Silences torch's exporter, which prints its progress to standard output."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -19,7 +19,7 @@ from runner.common.errors import UserError
 from runner.common.files import write
 from runner.data.open import open_split_of_run
 from runner.data.stream import BatchStream
-from runner.deploy import engine, onnx, precision
+from runner.deploy import engine, onnx, package, precision
 from runner.deploy.onnx import OnnxFile
 from runner.deploy.sensitivity import added_errors
 from runner.deploy.session import PROVIDERS, OnnxSession
@@ -47,8 +47,8 @@ ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantiza
 CULPRIT_IMAGES = 16
 PROPOSED = 3  # most operators that a failed int8 file proposes to keep in fp32
 MIN_CULPRIT_ERROR = 1e-4  # an operator is named only if it adds at least this relative error
-Backend = Literal["onnxruntime", "engine"]
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "engine")
+Backend = Literal["onnxruntime", "engine", "aotinductor"]
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "engine")  # by default; a package runs code from the run's folder
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,8 +58,8 @@ class Candidate:
 
     Attributes:
         file: the ONNX file.
-        backend: "onnxruntime" or "engine".
-        provider: onnxruntime's execution provider, or the engine's library and version.
+        backend: what runs it.
+        provider: onnxruntime's execution provider, the engine's library and version, or the package's device.
         forward: maps images to logits.
         engine_sha256: SHA-256 of the engine; None for onnxruntime.
         caveat: what of the engine's arithmetic is outside NVIDIA's support matrix.
@@ -145,7 +145,8 @@ def compare(
 def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> list[ParityRow]:
     """Returns the earlier rows that `rows` do not replace and whose files are current."""
     replaced = {(row.onnx, row.provider) for row in rows}
-    current = {str(file.path.relative_to(run.folder)): file.sha256 for file in onnx.all_exported(run)}
+    exported = [*onnx.all_exported(run), *package.all_compiled(run)]
+    current = {str(file.path.relative_to(run.folder)): file.sha256 for file in exported}
     return [
         row for row in earlier if (row.onnx, row.provider) not in replaced and current.get(row.onnx) == row.onnx_sha256
     ]
@@ -217,6 +218,10 @@ def _open_candidates(
                 if backends:
                     raise
                 not_scored.append(NotScored(onnx=str(file.path), backend=backend, reason=str(error)))
+    if "aotinductor" in backends:
+        file = package.compiled(run, "cuda" if device == "cuda" else "cpu")
+        provider = package.provider_of(device)
+        candidates.append(Candidate(file, "aotinductor", provider, package.load(file.path)))
     return candidates, not_scored
 
 

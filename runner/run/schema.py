@@ -525,6 +525,15 @@ class LatencyReport(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     load: float | None = None
     rows: list[LatencyRow] = []
 
+    @property
+    def fastest(self) -> list[LatencyRow]:
+        """The row with the lowest p50 of each precision and batch size, where several backends were measured."""
+        rivals: dict[tuple[Precision, int | None], list[LatencyRow]] = {}
+        for row in self.rows:
+            if row.p50_ms is not None:
+                rivals.setdefault((row.precision, row.batch), []).append(row)
+        return [min(rows, key=lambda row: row.p50_ms or 0.0) for rows in rivals.values() if len(rows) > 1]
+
 
 class BatchRange(JsonStruct, frozen=True, kw_only=True):
     """The smallest batch size that an engine accepts, the one that it is optimized for, and the largest."""
