@@ -207,7 +207,7 @@ def test_a_file_at_its_limit_passes_and_one_image_beyond_fails(
     model = torch.where(torch.arange(images) < correct * images, labels, (labels + 1) % 10)
     for wrong in (passes, passes + 1):
         predicted = torch.cat([(labels[:wrong] + 1) % 10, model[wrong:]])
-        scores = parity._compare_scores(
+        scores = parity.compare_scores(
             kind, *(Evaluation(torch.eye(10)[classes], labels) for classes in (model, predicted))
         )
         assert scores.passed == (wrong == passes)
@@ -225,11 +225,11 @@ def test_an_infinite_logit_fails_the_gate() -> None:
     infinite = logits.clone()
     infinite[0, 0] = torch.inf
     for kind, limit in (("fp32", "agreement ≥ 99.99%"), ("int8", "accuracy drop ≤ 0.5 points")):
-        scores = parity._compare_scores(kind, Evaluation(logits, labels), Evaluation(infinite, labels))
+        scores = parity.compare_scores(kind, Evaluation(logits, labels), Evaluation(infinite, labels))
         assert (scores.passed, scores.largest_logit_difference) == (False, None)
         assert scores.limit == f"{limit}, and finite logits"
         assert scores.class_change == [0.0, None]
-        assert parity._compare_scores(kind, Evaluation(logits, labels), Evaluation(logits, labels)).limit == limit
+        assert parity.compare_scores(kind, Evaluation(logits, labels), Evaluation(logits, labels)).limit == limit
 
 
 def _scores(passed: bool = True) -> dict[str, Any]:

@@ -60,6 +60,15 @@ class DeployBenchmark:
         measure.report_ratios("deployment on the CPU", ratios, goals, {"settings": settings}, self.json)
 
 
+def copy_of(run: Run, scratch: Path) -> Run:
+    """Returns a copy of a run in the folder `scratch`, which can be exported and leaves the run as it is."""
+    copy = Run(scratch / run.folder.name, run.trusted_code)
+    copy.folder.mkdir()
+    shutil.copy(run.run_json, copy.run_json)
+    shutil.copytree(run.checkpoints, copy.checkpoints)
+    return copy
+
+
 def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
     """Returns functions that take one measurement in seconds, by name; exports go to a copy of the run in `scratch`."""
     import torch
@@ -74,10 +83,7 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
     fp32, int8 = files = [onnx.exported(run, kind) for kind in ("fp32", "int8-cpu")]
     for file in files:
         parity.require_passed(run, file, PROVIDERS["cpu"])
-    copy = Run(scratch / run.folder.name, run.trusted_code)
-    copy.folder.mkdir()
-    shutil.copy(run.run_json, copy.run_json)
-    shutil.copytree(run.checkpoints, copy.checkpoints)
+    copy = copy_of(run, scratch)
     model = checkpoint.load_model(run)
     sessions = {
         name: OnnxSession(file.path, threads=1, spinning=False) for name, file in (("fp32", fp32), ("int8", int8))

@@ -123,7 +123,7 @@ def compare(
         if device == "cuda":
             half = model.half()
             measured = evaluate(lambda images: half(images.half()), batches, classes)
-            scores = asdict(_compare_scores("fp16", baseline, measured))
+            scores = asdict(compare_scores("fp16", baseline, measured))
             weights = onnx.weights_sha256(run)
             torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, machine=this_machine())]
             advance(batches.num_images)
@@ -244,7 +244,7 @@ def _open_engine(run: Run, file: OnnxFile, sidecar: EngineSidecar) -> Candidate:
 def _row(
     run: Run, candidate: Candidate, baseline: Evaluation, measured: Evaluation, images: torch.Tensor, device: str
 ) -> ParityRow:
-    file, scores = candidate.file, _compare_scores(candidate.file.precision, baseline, measured)
+    file, scores = candidate.file, compare_scores(candidate.file.precision, baseline, measured)
     culprit, proposed = (None, []) if scores.passed else find_culprit(run, candidate, images, device)
     return ParityRow(
         **asdict(scores),
@@ -263,7 +263,7 @@ def _row(
     )
 
 
-def _compare_scores(precision: Precision, baseline: Evaluation, measured: Evaluation) -> Scores:
+def compare_scores(precision: Precision, baseline: Evaluation, measured: Evaluation) -> Scores:
     """Compares an evaluation with the baseline, the fp32 model in torch, and applies the limit for the precision."""
     agreement = (baseline.predicted == measured.predicted).double().mean().item()
     change = measured.accuracy - baseline.accuracy
