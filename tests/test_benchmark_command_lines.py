@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.benchmarks import allreduce, deploy, loader, operators, overhead, papers, parity, scaling, tables
+from runner.benchmarks import (
+    allreduce,
+    deploy,
+    loader,
+    operators,
+    overhead,
+    papers,
+    parity,
+    quantizers,
+    scaling,
+    tables,
+)
 from runner.benchmarks.gpu.__main__ import GpuBenchmark
 from runner.common.command_line import options_of, read_command
 from runner.data.preview import Preview
@@ -26,6 +37,7 @@ PROGRAMS: dict[str, Any] = {
     "runner.benchmarks.overhead": overhead.OverheadBenchmark,
     "runner.benchmarks.papers": papers.Papers,
     "runner.benchmarks.parity": parity.CollectParity,
+    "runner.benchmarks.quantizers": quantizers.Quantizers,
     "runner.benchmarks.scaling": scaling.ScalingBenchmark,
     "runner.benchmarks.tables": tables.Tables,
     "runner.data.preview": Preview,
@@ -102,6 +114,7 @@ def test_every_number_has_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("benchmarks.overhead --data d --part loop --json f", "--json f: expected without --part"),
         ("benchmarks.papers --json f", "RUNS: expected at least one, found none"),
         ("benchmarks.parity --json f", "RUNS: expected at least one, found none"),
+        ("benchmarks.quantizers --modelopt python", "RUNS: expected at least one, found none"),
         ("benchmarks.scaling --data d --batch 0", "--batch 0: expected an integer >= 1"),
         ("benchmarks.scaling --data d --batch 8 --json f", "--json f: expected without --batch"),
         ("benchmarks.scaling --data nowhere", "nowhere"),
