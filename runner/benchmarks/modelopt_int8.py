@@ -19,6 +19,6 @@ quantize(
     calibration_shapes=f"images:{'x'.join(map(str, shape))}",
     calibration_eps=["cpu"],
     high_precision_dtype="fp32",  # of all that is not int8; by default fp16
-    dq_only=True,  # stores the weights as int8; by default as floats, which the engine quantizes
+    dq_only=True,  # stores the weights as int8; by default in the other precision, for the engine to quantize
     output_path=target,
 )

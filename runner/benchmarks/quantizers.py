@@ -42,6 +42,9 @@ PRINT_VERSIONS = (
     "import json; from importlib.metadata import version;"
     "print(json.dumps({name: version(name) for name in ('nvidia-modelopt', 'onnx')}))"
 )
+# The types that ModelOpt documents. Others, such as Shape, may read a quantized value as well, but gain nothing by it.
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+OTHERS = ("Add", "AveragePool", "BatchNormalization", "Clip", "GlobalAveragePool", "MaxPool", "Mul")
 TITLES = ("quantizer", "exported", "same class", "passed", "operators in int8", "MB")
 METHODS = ("entropy", "max")  # ModelOpt's default, and the one that estimates ranges like onnxruntime's minmax
 
@@ -220,19 +223,17 @@ def operators_of(graph: "GraphProto") -> dict[str, Operators]:
     """Counts the operators of a graph by type.
 
     An operator takes int8 values if they come from DequantizeLinear: of a convolution or matrix product both the
-    activations and the weights, of any other operator at least one input. The rest of an addition is then what an
-    int8 convolution gives, of which TensorRT makes the addition a part.
+    activations and the weights, of any other operator at least one input, because the other operand of an addition
+    can be the result of a convolution, of which TensorRT makes the addition a part.
     """
-    from runner.deploy.precision import QUANTIZED_OPS
-
     dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     counts: dict[str, Operators] = {}
     for node in graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type in (*PRODUCTS, *OTHERS):
             inputs = [name in dequantized for name in node.input]
             count = counts.setdefault(node.op_type, Operators())
             count.all += 1
-            count.int8 += all(inputs[:2]) if node.op_type in QUANTIZED_OPS else any(inputs)
+            count.int8 += all(inputs[:2]) if node.op_type in PRODUCTS else any(inputs)
     return counts
 
 
