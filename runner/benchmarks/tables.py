@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from runner import experiments
-from runner.benchmarks import program
+from runner.benchmarks import program, quantizers
 from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
 from runner.benchmarks.measure import Ratio
 from runner.benchmarks.papers import PaperOutcome
@@ -360,12 +360,30 @@ def _parity_cells(report: ParityRun, row: ParityRow, trained: str, letter: str) 
     ]
 
 
+def int8() -> str:
+    """Returns the table of int8 files by onnxruntime's quantizer and by ModelOpt."""
+    titles = ["experiment", "trained", *quantizers.TITLES]
+    path = RESULTS / "quantizers-cpu.json"
+    if not path.is_file():
+        return table(titles, [_missing_row(titles)])
+    found = read(path, quantizers.Result)
+    rows = [
+        [f"`{run.experiment}`", f"{run.epochs:.2f} epochs, seed {run.seed}, {run.dataset}", *cells]
+        for run in found.runs
+        for cells in quantizers.cells_of(run)
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found.modelopt.items())
+    machine = f"{_machine(found.hardware, found.versions)}; ModelOpt's environment: {versions}"
+    return f"{table(titles, rows)}\n\nMeasured on: {machine}."
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"results": results},
     BENCHMARKS_README: {
         "papers": papers,
         "ratios": ratios,
         "parity": parity,
+        "int8": int8,
         "correctness": correctness,
         "architectures": architectures,
         "profile": profile,
