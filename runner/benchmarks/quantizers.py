@@ -150,11 +150,11 @@ class Quantizers:
         """
         import torch
 
-        from runner.data.open import open_test_of_run
+        from runner.data.open import open_split_of_run
         from runner.training import checkpoint
 
         run = open_run(folder, self.code)
-        batches = open_test_of_run(run.config(), self.data, torch.device("cpu"))
+        batches = open_split_of_run(run.config(), self.data, "test", torch.device("cpu"))
         checkpoint.latest(run)
         summary = run.read_summary()
         if summary is None:

@@ -2,7 +2,8 @@
 
 model.fp32.<device>.pt2   normalized images (batch, 3, H, W) float32 to logits (batch, classes) float32
 
-Images must be contiguous. A package contains code for the machine that compiled it, so only packages of one's own are loaded, and only when asked.
+Images must be contiguous. A package contains code for the machine that compiled it, so only packages of one's own are
+loaded, and only when asked.
 """
 
 import os
