@@ -95,7 +95,7 @@ def read(folder: Path) -> Manifest:
         if manifest.splits.keys() != set(SPLITS):
             raise ValueError(f"splits {', '.join(manifest.splits)}")
         return manifest
-    except ValueError as error:  # of msgspec, or of text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # of msgspec, or of text that is not UTF-8
         raise UserError(f"{path}: expected a manifest of format {FORMAT}, found {error}; {remedy}") from None
 
 

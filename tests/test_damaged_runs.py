@@ -21,10 +21,11 @@ from PIL import Image
 
 from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import read, write
 from runner.report import collect, compare, markdown, page
 from runner.run.folder import Run, find_runs
 from runner.run.metrics import read_metrics
+from runner.run.schema import CheckpointManifest, EngineSidecar
 from tests.support.processes import TINY, runner
 
 FILES = (
@@ -267,6 +268,14 @@ def test_one_damaged_run_is_refused_in_one_line(
     assert (stopped.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert message in captured.err
     assert not page_file.exists()
+
+
+@pytest.mark.parametrize("kind", [CheckpointManifest, EngineSidecar])
+def test_json_that_is_nested_too_deep_is_damaged(kind: type, tmp_path: Path) -> None:
+    """Also in a key that no command reads."""
+    (tmp_path / "file.json").write_text('{"more": ' + "[" * 10_000)
+    with pytest.raises(UserError, match=r"file\.json: damaged, or written by another version"):
+        read(tmp_path / "file.json", kind)
 
 
 def test_a_folder_need_not_have_a_unicode_name(own: Run, tmp_path: Path) -> None:

@@ -163,11 +163,12 @@ def test_the_owner_gives_signs(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert file.stat().st_mtime > 0
 
 
-def test_a_lock_of_an_earlier_version_is_no_owner(file: Path) -> None:
-    file.write_text("process 1 on somewhere\n")
-    assert not is_locked(file)
-    with locked(file, 0):
-        pass
+def test_a_lock_of_an_earlier_version_or_of_a_stranger_is_no_owner(file: Path) -> None:
+    for content in ("process 1 on somewhere\n", '{"more": ' + "[" * 10_000):
+        file.write_text(content)
+        assert not is_locked(file)
+        with locked(file, 0):
+            pass
 
 
 def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Path, tmp_path: Path) -> None:

@@ -28,7 +28,18 @@ def test_the_fingerprint_follows_the_contents(own_data: Path) -> None:
     assert manifest.read(own_data).fingerprint != before
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "splits": {}}', "nonsense"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "splits": {}}',
+        "nonsense",
+        pytest.param('{"more": ' + "[" * 10_000, id="nested too deep"),
+    ],
+)
 def test_invalid_manifests_are_refused(own_data: Path, content: str) -> None:
     (own_data / "dataset.json").write_text(content)
     with pytest.raises(UserError, match="expected a manifest of format 1"):

@@ -1,4 +1,4 @@
-"""The parity gate, on graphs written operator by operator, which takes no export."""
+"""The parity gate, on graphs written operator by operator (`support/graphs.py`), which takes no export."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,11 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from msgspec.structs import replace
-from onnx import TensorProto, helper, numpy_helper
 
 from data_prep import manifest
 from runner.common.errors import UserError
@@ -26,35 +24,11 @@ from runner.run.schema import Dataset, FrontEnd, GateResult, Machine, ParityRepo
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, evaluate
 from tests.support.configs import config_of, trusted
+from tests.support.graphs import graph_of
 from tests.support.models.tiny import Tiny
 
 CPU = "CPUExecutionProvider"
 Change = Callable[[dict[str, np.ndarray]], object]
-
-
-def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
-    """The network of the tests' experiments, whose logits are multiplied by a constant of the graph."""
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    conv = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
-    nodes = [
-        helper.make_node("Conv", ["images", "layers.0.weight", "layers.0.bias"], ["a"], name="first", **conv),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("Conv", ["b", "layers.3.weight", "layers.3.bias"], ["c"], name="second", **conv),
-        helper.make_node("Relu", ["c"], ["d"]),
-        helper.make_node("AveragePool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Flatten", ["e"], ["f"]),
-        helper.make_node("Gemm", ["f", "layers.8.weight", "layers.8.bias"], ["g"], name="last", transB=1),
-        helper.make_node("Constant", [], ["h"], name="scale", value_float=scale),
-        helper.make_node("Mul", ["g", "h"], ["logits"]),
-    ]
-    float_tensor = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "tiny",
-        [float_tensor("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
-        [float_tensor("logits", TensorProto.FLOAT, ["batch", 10])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
 def add_file(

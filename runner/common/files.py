@@ -115,7 +115,7 @@ def read(path: Path, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=_from_text)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise unreadable(path, error) from None
 
 

@@ -119,7 +119,6 @@ def to_proto(model: Any, shape: list[int]) -> "ModelProto":
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},),
             dynamo=True,
-            verbose=False,
         )
     assert program is not None
     return program.model_proto
@@ -336,7 +335,7 @@ def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
         values = {entry.key: without_controls(entry.value.encode()) for entry in proto.metadata_props}
         metadata = {key: msgspec.json.decode(value) for key, value in values.items()}
         return proto, msgspec.convert(metadata, OnnxMetadata)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UserError(f"{path}: expected metadata of runner export: {error}; export it again") from None
 
 

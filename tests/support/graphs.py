@@ -1,0 +1,31 @@
+"""ONNX graphs that are written operator by operator, which takes no export."""
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.support.models.tiny import Tiny
+
+
+def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
+    """The network of the tests' experiments, whose logits are multiplied by a constant of the graph."""
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    conv = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["images", "layers.0.weight", "layers.0.bias"], ["a"], name="first", **conv),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "layers.3.weight", "layers.3.bias"], ["c"], name="second", **conv),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("AveragePool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "layers.8.weight", "layers.8.bias"], ["g"], name="last", transB=1),
+        helper.make_node("Constant", [], ["h"], name="scale", value_float=scale),
+        helper.make_node("Mul", ["g", "h"], ["logits"]),
+    ]
+    float_tensor = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "tiny",
+        [float_tensor("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [float_tensor("logits", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
