@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from launch.submit import Allocation, name_and_log
+from launch.submit import Allocation, Submit, name_and_log
 from launch.submit import sbatch as submitted
+from runner.common.command_line import options_of, read_command_and_rest
 from runner.common.errors import UserError
+from runner.config.train_config import TrainConfig
 from tests.support.processes import ROOT, TINY, Done, module, python
 
 
@@ -162,6 +164,7 @@ def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
     ("limit", "seconds"),
     [
         ("0", 0),
+        ("0:01", 1),
         ("5", 300),
         ("5:06", 306),
         ("1:02:03", 3723),
@@ -171,11 +174,32 @@ def test_a_job_does_not_inherit_the_requests_of_the_job_that_submits_it(
     ],
 )
 def test_a_time_limit_is_read_like_sbatch_reads_it(limit: str, seconds: int) -> None:
-    """Of up to its seconds before the limit, a job could use none."""
-    assert Allocation(time=limit, stop_before=max(seconds - 1, 1)).time == limit
-    if 0 < seconds <= 65_535:
+    """A job that stops as many seconds before the limit could use none; 0 is no limit."""
+    assert Allocation(time=limit, stop_before=seconds - 1).time == limit
+    if seconds > 0:
         with pytest.raises(UserError, match="expected more than"):
             Allocation(time=limit, stop_before=seconds)
+
+
+def test_a_job_requests_one_node_by_default_and_the_rest_is_the_clusters() -> None:
+    fixed = ["--requeue", "--open-mode=append", "--signal=B:USR1@180"]
+    assert Allocation().options() == [*fixed, "--nodes=1", "--export=ALL"]
+    assert Allocation().ranks == 1
+
+
+@pytest.mark.parametrize(("seconds", "accepted"), [(0, False), (1, True), (65_535, True), (65_536, False)])
+def test_stop_before_takes_what_sbatch_takes(seconds: int, accepted: bool) -> None:
+    """The seconds of its --signal."""
+    words = ["tiny", "--data", "data", "--stop-before", str(seconds)]
+
+    def read() -> Submit:
+        return read_command_and_rest(Submit, words, "launch submit", options_of(TrainConfig))[0]
+
+    if accepted:
+        assert read().slurm.stop_before == seconds
+    else:
+        with pytest.raises(UserError, match=f"--stop-before {seconds}: expected an integer"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ STREAM = "earlier_versions or seed_and_epoch or offsets or alternating"
 # promises, and the quick ones first, because the later ones run only on the mutants that survive those before.
 MODULES = {
     "launch/submit.py": [
-        "tests/test_submit.py -k 'time_limit or each_gpu or plain_name or the_answer or inherit'",
+        "tests/test_submit.py -k 'sbatch_takes or sbatch_reads or one_node or each_gpu or plain_name or the_answer'",
+        "tests/test_submit.py -k inherit",
         "tests/test_submit.py -k 'dry_run or exits_2 or missing or before_the_queue'",
     ],
     "runner/common/command_line.py": [
@@ -54,6 +55,10 @@ MODULES = {
         "tests/test_batches.py -k 'union_over_ranks and resident'",
     ],
     "runner/data/order.py": [f"tests/test_batches.py -k '{STREAM}'"],
+    "runner/deploy/onnx.py": [
+        "tests/test_onnx.py -k 'not computes_what'",
+        "tests/test_onnx.py -k computes_what",
+    ],
     "runner/deploy/parity.py": ["tests/test_parity.py"],
     "runner/report/compare.py": [
         "tests/test_compare.py",
