@@ -5,16 +5,23 @@ import io
 import json
 import re
 import shlex
+import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep import cli as data_prep
+from data_prep.sources import Source
 from launch.trials import expand
 from runner import cli
+from runner.deploy import precision
 from runner.run.folder import Run
+from tests.conftest import Train
+from tests.support.configs import trusted
 from tests.support.processes import ROOT, TINY, module, python, runner
 
 
@@ -22,6 +29,23 @@ def console(readme: str, command: str) -> list[str]:
     """The lines that a README shows after a command, up to the next one."""
     text = (ROOT / readme).read_text()
     return re.split(r"\n\$ |\n```", text[text.index(f"$ {command}") :])[0].splitlines()[1:]
+
+
+def shape(lines: list[str], **places: object) -> list[str]:
+    """Lines without what differs between runs and machines: numbers, signs, bars, the name of the experiment.
+
+    Args:
+        lines: lines that a README shows, or that a command has printed.
+        places: texts, such as the folder of a test, by the word of the README that they are replaced with.
+    """
+    shapes = []
+    for line in lines:
+        for name, place in places.items():
+            line = line.replace(str(place), name)
+        line = re.sub(r"\b(soni-2|tiny)\b", "EXPERIMENT", line)
+        line = re.sub(r"[+-]?\d[\d,.]*", "#", line)
+        shapes.append(" ".join(re.sub("[▁-█━]+", "▁", line).split()))
+    return shapes
 
 
 def python_block(readme: str, containing: str) -> str:
@@ -110,6 +134,97 @@ def test_eval_in_another_precision_and_with_augmentation(tiny_run: Path) -> None
     assert other["test_loss_augmented"] != other["test_loss"] != plain["test_loss"]
     assert other["test_loss"] == pytest.approx(plain["test_loss"], rel=0.02)
     assert np.sum(other["confusion"]) == 200
+
+
+def test_the_examples_show_the_same_run() -> None:
+    """Training, evaluation, a resumed run, the gate and the table of the report agree in its accuracy."""
+    training = console("runner/README.md", "runner train soni-2 --data data/demo --seeds 0 1")
+    seeds = [float(line.partition(": ")[2].partition("%")[0]) for line in training[-3:-1]]
+    assert training[-1] == f"2 seeds: {statistics.mean(seeds):.2f}% ± {statistics.stdev(seeds):.2f}%"
+    assert f"({seeds[0]:.2f}%), lr 0.01" in training[5]
+    for command in ("runner eval runs/soni-2/seed-0", "runner train soni-2 --data data/demo --epochs 2"):
+        assert console("runner/README.md", command)[-1] == training[-3]
+    for kind, line in zip(("fp32", "fp16", "int8", "int8-cpu"),
+                          console("runner/deploy/README.md", "runner parity runs"), strict=True):  # fmt: skip
+        accuracy, change = re.fullmatch(rf"….{kind}.onnx on .*, accuracy (\S+)% \((\S+)\), .*", line).groups()
+        assert float(accuracy) - float(change) == pytest.approx(seeds[0])
+    mean = f"{statistics.mean(seeds):.2f} ± {statistics.stdev(seeds):.2f} %"
+    assert f"| 2 seeds | {mean} |" in (ROOT / "runner/report/README.md").read_text()
+
+
+def test_training_and_evaluation_print_what_the_example_shows(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = train("tiny", "--seeds", 0, 1, "--epochs", 2, WANDB_MODE="offline")
+    shown = console("runner/README.md", "runner train soni-2 --data data/demo --seeds 0 1")
+    more = shown.index("…")
+    assert shape(done.stderr.splitlines(), runs=tmp_path)[:more] == shape(shown[:more])
+    assert shape(done.stdout.splitlines(), runs=tmp_path) == shape(shown[more + 1 :])
+    rows = [list(json.loads(line)) for line in done.run.metrics.read_text().splitlines()]
+    for row, line in zip(rows, console("runner/README.md", "cat runs/soni-2"), strict=False):
+        assert row[: line.count('":')] == re.findall(r'"([^"]+)":', line)
+    cli.main(["eval", str(done.run.folder), *TINY, "--device", "cpu"])
+    assert shape(capsys.readouterr().out.splitlines(), runs=tmp_path) == shape(
+        console("runner/README.md", "runner eval runs/soni-2/seed-0")
+    )
+
+
+def test_watch_and_report_print_what_the_examples_show(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = console("runner/README.md", "runner watch runs/soni-2/seed-0")
+    cli.main(["watch", str(tiny_run)])
+    printed = capsys.readouterr().out.splitlines()
+    assert shape(printed[1 : len(shown)]) == shape(shown[1:])
+    for head in (shown[0], printed[0]):  # between them is the machine
+        assert re.fullmatch(r"(soni-2|tiny)/seed-0  complete  \S.*, fp32 *", head)
+    for seed in (0, 1):
+        shutil.copytree(tiny_run, tmp_path / "runs" / f"seed-{seed}")
+    words = ["--out", str(tmp_path / "report.html"), "--markdown", str(tmp_path / "report.md")]
+    cli.main(["report", str(tmp_path / "runs"), *words])
+    shown = console("runner/report/README.md", "runner report runs")
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/{line}" for line in shown]
+    table = re.findall("^> (.*)$", (ROOT / "runner/report/README.md").read_text(), re.M)
+    written = (tmp_path / "report.md").read_text().splitlines()
+    assert set(table[:2]) <= set(written)
+    (row,) = [line for line in written if line.startswith("| `tiny")]
+    assert len(row.split(" | ")) == len(table[2].split(" | "))
+
+
+def test_the_example_of_predict(
+    deployed_run: Path, small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The commands of the README, on images with the names that it shows."""
+    readme, shown = "runner/deploy/README.md", "runner predict runs/soni-2/seed-0/deploy/model.fp32.raw.onnx pictures"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(deployed_run, "runs/soni-2/seed-0")
+    precision.add_raw_front_end(trusted("runs/soni-2/seed-0"), "fp32")
+    Path("pictures").mkdir()
+    names = [line.partition(":")[0] for line in console(readme, shown)]
+    for name, image in zip(names, small.test.images, strict=False):
+        Image.fromarray(image).save(name)
+    (command,) = re.findall(rf"^\$ (runner {shown[7:]}.*)$", (ROOT / readme).read_text(), re.M)
+    cli.main(shlex.split(command)[1:])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == names
+    classes = "|".join(map(re.escape, small.classes))
+    for line in [*printed, *console(readme, shown)]:
+        assert re.fullmatch(rf"pictures/\w+\.png: ({classes}) \d+\.\d%", line)
+    assert Image.open("sheet.png").format == "PNG"
+
+
+def test_the_gate_and_the_engine_print_what_the_example_shows(
+    deployed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(deployed_run, "runs/soni-2/seed-0")
+    for words, more in (("export", TINY), ("engine", ()), ("parity", (*TINY, "--device", "cpu"))):
+        cli.main([words, "runs/soni-2/seed-0", *more])
+        printed = capsys.readouterr().out.splitlines()
+        shown = console("runner/deploy/README.md", f"runner {words} runs/soni-2/seed-0")
+        shown = [line for line in shown if not re.search("fp16|int8", line)]  # which take longer
+        places = {"…": "runs/soni-2/seed-0/deploy/model"} if words == "parity" else {}
+        assert " ".join(shape(printed, **places)) == " ".join(shape(shown))
 
 
 def test_tab_completion_is_a_script_that_knows_the_commands() -> None:

@@ -63,6 +63,7 @@ MODULES = {
     "runner/report/compare.py": [
         "tests/test_compare.py",
         "tests/test_report.py -k 'grouped or label or deviation or reproduced or earlier_versions or json_rows'",
+        "tests/test_watch.py -k 'compare_shows or without_a_difference'",
     ],
     "runner/training/checkpoint.py": [
         "tests/test_checkpoint.py -k 'not kill_at_any'",
@@ -90,7 +91,7 @@ OPERATORS = (
 
 
 def main(tool: Path, arguments: list[str]) -> None:
-    """Runs the mutants of a module, or those that survived in its ledger, and writes and prints the ledger."""
+    """Runs the mutants of a module, or those that `--survivors` selects, and writes and prints the ledger."""
     module, again = "".join(arguments[:1]), arguments[1:] == ["--survivors"]
     if module not in MODULES or (arguments[1:] and not again):
         expected = f"expected one of {', '.join(MODULES)}, and then nothing or --survivors"
@@ -102,13 +103,13 @@ def main(tool: Path, arguments: list[str]) -> None:
     earlier = read_ledger(module)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         checkout = copy_checkout(Path(folder))
-        mutants = draw(tool, checkout, module)
+        drawn = mutants = draw(tool, checkout, module)
         if again:
-            known = {entry["change"] for entry in earlier["survived"]}
-            mutants = [mutant for mutant in mutants if mutant["change"] in known]
+            known, newer = {entry["change"] for entry in earlier["survived"]}, lines_since(earlier["commit"], module)
+            mutants = [mutant for mutant in drawn if mutant["change"] in known or mutant["line"] in newer]
         prepare_to_fork(checkout)
         run_mutants(checkout, module, mutants)
-    write_ledger(module, mutants, earlier, again)
+    write_ledger(module, len(drawn), mutants, earlier, again)
 
 
 def install(tool: Path) -> None:
@@ -144,6 +145,16 @@ def draw(tool: Path, checkout: Path, module: str) -> list[dict[str, Any]]:
     # Checks of the program itself, which no input fails.
     checks = re.compile("(frozen|kw_only|strict)=False")
     return sorted((one for one in drawn if not checks.search(one["change"])), key=lambda mutant: mutant["line"])
+
+
+def lines_since(commit: str, module: str) -> set[int]:
+    """Returns the lines of a module that are not the same as in an earlier commit."""
+    command = ["git", "diff", "--unified=0", commit, "--", module]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines: set[int] = set()
+    for start, count in re.findall(r"^@@ \S+ \+(\d+)(?:,(\d+))? @@", printed, re.M):
+        lines |= set(range(int(start), int(start) + int(count or 1)))
+    return lines
 
 
 def change_of(before: str, after: str) -> str:
@@ -304,7 +315,7 @@ def ledger_of(module: str) -> Path:
     return LEDGERS / f"{module.removesuffix('.py').replace('/', '.')}.json"
 
 
-def write_ledger(module: str, mutants: list[dict[str, Any]], earlier: dict[str, Any], again: bool) -> None:
+def write_ledger(module: str, made: int, mutants: list[dict[str, Any]], earlier: dict[str, Any], again: bool) -> None:
     """Writes the ledger of a module, keeps the reasons of earlier equivalent mutants, and prints the survivors."""
     reasons = {entry["change"]: entry["equivalent"] for entry in earlier.get("survived", ())}
     survived = [
@@ -313,7 +324,7 @@ def write_ledger(module: str, mutants: list[dict[str, Any]], earlier: dict[str, 
     ]  # fmt: skip
     # A test that times out has noticed the mutant as well: it loops forever, or waits for what never comes.
     timed_out = sum(mutant["outcome"] == "timed out" for mutant in mutants) + (earlier["timed_out"] if again else 0)
-    made = earlier["made"] if again else len(mutants)
+    new = sum(entry["change"] not in reasons for entry in survived)
     ledger = {
         "module": module,
         "tests": MODULES[module],
@@ -321,7 +332,7 @@ def write_ledger(module: str, mutants: list[dict[str, Any]], earlier: dict[str, 
         "made": made,
         "killed": made - timed_out - len(survived),
         "timed_out": timed_out,
-        "survived_at_first": earlier.get("survived_at_first", len(survived)),
+        "survived_at_first": earlier.get("survived_at_first", 0) + new,
         "survived": survived,
     }
     LEDGERS.mkdir(exist_ok=True)
