@@ -2,6 +2,7 @@
 behind."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,30 @@ def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None
         process.kill()
     assert len(ranks) == 2
     assert gone(ranks, 10)
+
+
+@pytest.mark.every
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigusr1_is_for_ranks_because_it_kills_the_launcher(ranks: int, small_data: Path, tmp_path: Path) -> None:
+    """And with it all ranks, so that the run resumes from its last checkpoint; a rank saves another one first."""
+    words = ending(small_data, tmp_path, "--checkpoint-every", 3, "--resume", "auto")
+    run = Run(tmp_path / "ending" / "seed-0")
+    for target, state in (("launcher", "crashed"), ("rank", "stopped")):
+        with start_ranks(ranks, *words, END=f"train 1 {ranks - 1} SLEEP1") as process:
+            wait_for_step(run.folder, 3 if target == "launcher" else 6)
+            started = children_of(process.pid)
+            assert len(started) == ranks
+            os.kill(process.pid if target == "launcher" else started[-1], signal.SIGUSR1)
+            _, output = process.communicate(timeout=100)
+        assert process.returncode == (-signal.SIGUSR1 if target == "launcher" else 1), output
+        assert gone(started, 10)
+        assert run.state() == state
+        assert ("resume with --resume auto" in output) == (target == "rank")
+    assert launch(ranks, *words).returncode == 0
+    first, second = [entry.step for entry in run.config().resumed]
+    assert first % 3 == 0
+    assert second > first
 
 
 @pytest.mark.processes

@@ -71,7 +71,7 @@ MODULES = {
     ],
     "runner/training/evaluate.py": [
         "tests/test_evaluate.py tests/test_train_pieces.py -k 'test_metrics or views or torchmetrics or resident'",
-        "tests/test_evaluate.py tests/test_train_pieces.py -k 'restored or twice or augmentation_is_reported'",
+        "tests/test_evaluate.py tests/test_train_pieces.py -k 'asked or restored or twice or augmentation_is_reported'",
     ],
     "runner/training/optim.py": [
         "tests/test_optim.py tests/test_properties.py -k 'test_optim or schedule'",
