@@ -162,7 +162,7 @@ def test_each_rank_takes_the_state_of_one(
         content["ranks"].append(
             {
                 "buffers": {name: buffer.clone() for name, buffer in trained_buffers(state.model)},
-                "meter": meter | {"epoch_sums": [1.0, 2.0, 3.0]},
+                "meter": meter | {"epoch_sums": [1.0, 2.0, 3.0], "grad_norm": torch.tensor(5.0)},
                 "generators": rng_state(CPU),
             }
         )
@@ -176,6 +176,7 @@ def test_each_rank_takes_the_state_of_one(
     assert restored.meter.images == images
     assert restored.meter.sums.tolist() == [images / 10] * 2
     assert restored.meter.epoch_sums == [1.0, 2.0, 3.0]
+    assert restored.meter.grad_norm == 5
 
 
 def test_only_the_first_rank_has_the_state(accelerator: Accelerator) -> None:

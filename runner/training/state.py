@@ -119,12 +119,12 @@ class TrainState:
         source = ranks[rank % len(ranks)]
         for name, buffer in trained_buffers(self.model):
             buffer.copy_(source["buffers"][name])
-        if state["world_size"] == self.accelerator.num_processes:
-            sums = ranks[rank]["meter"]
-        else:  # rank 0 takes the sums of all ranks since the last row
+        meter = source["meter"]
+        if state["world_size"] != self.accelerator.num_processes:
+            # Rank 0 takes the sums of all ranks since the last row; what else there is, all ranks have.
             sums = _sum_meters([entry["meter"] for entry in ranks]) if rank == 0 else {}
-            sums |= {"epoch_sums": ranks[0]["meter"]["epoch_sums"]}  # the same on all ranks
-        self.meter = Meter(self.accelerator, sums | {"grad_norm": ranks[0]["meter"].get("grad_norm")})
+            meter = sums | {"epoch_sums": meter["epoch_sums"], "grad_norm": meter.get("grad_norm")}
+        self.meter = Meter(self.accelerator, meter)
         set_rng_state(source["generators"], self.accelerator.device)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
@@ -216,5 +216,4 @@ def _sum_meters(meters: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "sums": torch.stack([meter["sums"] for meter in meters]).sum(0),
         "images": sum(meter["images"] for meter in meters),
-        "epoch_sums": meters[0]["epoch_sums"],
     }
