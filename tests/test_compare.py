@@ -33,6 +33,22 @@ def with_summary(record: RunRecord, **changes: Any) -> RunRecord:
     return replace(record, summary=changed(record.summary, **changes))
 
 
+def test_settings_differ_if_those_of_any_two_runs_do(record: RunRecord) -> None:
+    """Also a setting that one of the runs lacks."""
+    dataset, gpu = record.config.dataset, changed(record.config.hardware, gpus=["H100"])
+    records = [
+        record,
+        with_config(record, seed=7),
+        with_config(record, hardware=gpu, dataset=changed(dataset, name="x")),
+    ]
+    assert compare.setting_differences(records[:1]) == {}
+    assert compare.setting_differences(records) == {
+        "dataset.name": [dataset.name, dataset.name, "x"],
+        "hardware.gpus": [None, None, ["H100"]],
+        "seed": [record.config.seed, 7, record.config.seed],
+    }
+
+
 def test_a_row_has_what_the_files_have(record: RunRecord) -> None:
     row = compare.run_row(record)
     for name in compare.SUMMARY_FIELDS:

@@ -241,8 +241,8 @@ def setting_text(key: str, value: Any) -> str:
 
 def setting_differences(records: list[RunRecord]) -> dict[str, list[Any]]:
     """Returns the settings in which runs differ, by dotted name: the value of each run, None where it has none."""
-    settings = [flatten(_configuration(record)) for record in records]
-    names = sorted({name for other in settings for name in differences(settings[0], other)})
+    first, *others = settings = [flatten(_configuration(record)) for record in records]
+    names = sorted({name for other in others for name in differences(first, other)})
     return {name: [one.get(name) for one in settings] for name in names}
 
 
