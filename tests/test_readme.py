@@ -152,21 +152,22 @@ def test_the_examples_show_the_same_run() -> None:
     assert f"| 2 seeds | {mean} |" in (ROOT / "runner/report/README.md").read_text()
 
 
-def test_training_and_evaluation_print_what_the_example_shows(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.every
+def test_training_prints_what_the_example_shows(train: Train, tmp_path: Path) -> None:
     done = train("tiny", "--seeds", 0, 1, "--epochs", 2, WANDB_MODE="offline")
     shown = console("runner/README.md", "runner train soni-2 --data data/demo --seeds 0 1")
     more = shown.index("…")
     assert shape(done.stderr.splitlines(), runs=tmp_path)[:more] == shape(shown[:more])
     assert shape(done.stdout.splitlines(), runs=tmp_path) == shape(shown[more + 1 :])
-    rows = [list(json.loads(line)) for line in done.run.metrics.read_text().splitlines()]
+
+
+def test_metrics_and_evaluation_are_what_the_example_shows(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [list(json.loads(line)) for line in Run(tiny_run).metrics.read_text().splitlines()]
     for row, line in zip(rows, console("runner/README.md", "cat runs/soni-2"), strict=False):
         assert row[: line.count('":')] == re.findall(r'"([^"]+)":', line)
-    cli.main(["eval", str(done.run.folder), *TINY, "--device", "cpu"])
-    assert shape(capsys.readouterr().out.splitlines(), runs=tmp_path) == shape(
-        console("runner/README.md", "runner eval runs/soni-2/seed-0")
-    )
+    cli.main(["eval", str(tiny_run), *TINY, "--device", "cpu"])
+    shown = console("runner/README.md", "runner eval runs/soni-2/seed-0")
+    assert shape(capsys.readouterr().out.splitlines(), runs=tiny_run.parents[1]) == shape(shown)
 
 
 def test_watch_and_report_print_what_the_examples_show(
@@ -225,6 +226,19 @@ def test_the_gate_and_the_engine_print_what_the_example_shows(
         shown = [line for line in shown if not re.search("fp16|int8", line)]  # which take longer
         places = {"…": "runs/soni-2/seed-0/deploy/model"} if words == "parity" else {}
         assert " ".join(shape(printed, **places)) == " ".join(shape(shown))
+
+
+def test_bench_prints_what_the_example_shows(deployed_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(deployed_run, tmp_path / "runs" / "soni-2" / "seed-0")
+    quick = ("--batch", 1, "--seconds", 0.05, "--repeats", 3)
+    done = runner("bench", run, *TINY, "--device", "cpu", *quick)
+    assert done.returncode == 0, done.stderr
+    printed, shown = (
+        [line for line in lines if not re.search("int8-cpu|programs were running", line)]
+        for lines in (done.stdout.splitlines(), console("runner/deploy/README.md", "runner bench runs/soni-2"))
+    )
+    assert re.match("latency on .", printed[0])
+    assert shape(printed[1:], runs=tmp_path / "runs") == shape(shown[1:])
 
 
 def test_tab_completion_is_a_script_that_knows_the_commands() -> None:
