@@ -81,6 +81,7 @@ def test_an_export_computes_what_the_model_does_for_any_batch(run: Run, capsys: 
     assert capsys.readouterr().out == ""
     assert not [one for one in warned if "torch" in one.filename]
     assert logger.level == logging.WARNING
+    assert b".py" not in file.path.read_bytes()  # nor does the file hold paths of this machine
     proto, metadata = exporter.read(file.path)
     (taken,), (returned,) = proto.graph.input, proto.graph.output
     assert (taken.name, returned.name) == ("images", "logits")

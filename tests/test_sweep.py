@@ -370,6 +370,8 @@ def test_a_failed_trial_does_not_stop_the_others(small_data: Path, tmp_path: Pat
     done = sweep(*words, "--max-steps", 4)
     assert done.returncode == 1, done.stderr
     assert "lower the learning rate" in done.stdout
+    assert done.stdout.splitlines()[0] == "2 trials: 2 missing"
+    assert re.search(r"^tiny/[0-9a-f]{8}-seed-0: \d+\.\d\d%$", done.stdout, re.M)  # as in the README
     assert done.stdout.splitlines()[-1] == "2 trials: 1 complete, 1 failed"
     dry = sweep(*words, "--max-steps", 4, "--dry-run")
     assert dry.stdout.splitlines()[-1] == "2 trials: 1 complete, 1 failed; 1 to train"

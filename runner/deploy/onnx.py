@@ -121,7 +121,12 @@ def to_proto(model: Any, shape: list[int]) -> "ModelProto":
             dynamo=True,
         )
     assert program is not None
-    return program.model_proto
+    proto = program.model_proto
+    # The exporter's notes, such as a stack trace of each operator, with the paths of this machine.
+    for graph in (proto.graph, *proto.functions):
+        for part in (graph, *graph.node):
+            del part.metadata_props[:]
+    return proto
 
 
 def write(
