@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from safetensors import safe_open
 
+from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import read, sha256_of, write
 from runner.config.recipe import Architecture
@@ -104,7 +106,7 @@ def test_a_failed_write_is_reported_by_the_next_wait(
 def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     """A checkpoint of weights alone has no state to resume from; other files are left alone."""
     assert checkpoint.newest_intact(run) == (None, [])
-    checkpoint.keep_last(run, run.checkpoints)  # before there are any
+    checkpoint.keep_last(run, 1)  # before there are any
     weights = Tiny(norm=True).state_dict()
     first, second = checkpoint.save(run, weights, 9, {"step": 9}), checkpoint.save(run, weights, 10)
     assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
@@ -132,6 +134,34 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     checkpoint.keep_last(run)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["notes", "step-10"]
     assert checkpoint.is_newest(run, second)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MANIFEST, checkpoint.WEIGHTS])
+def test_a_checkpoint_that_cannot_be_read_may_be_intact(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that without another one the run does not start over; errors of a file server name no file."""
+    failing: list[Path] = []
+    opened = Path.open
+
+    def open_or_fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path in failing:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(path, *arguments, **options)
+
+    def message_about(folder: Path) -> str:
+        return f"{folder / name}: cannot be read (Stale file handle); repeat the command"
+
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    older, newer = (checkpoint.save(run, Tiny(norm=True).state_dict(), step, {"step": step}) for step in (1, 2))
+    failing[:] = [newer / name]
+    assert checkpoint.newest_intact(run) == (older, [message_about(newer)])
+    failing[:] = [newer / name, older / name]
+    with pytest.raises(UserError, match=re.escape(message_about(newer))):
+        checkpoint.newest_intact(run)
+    failing[:] = [older / name]
+    (newer / checkpoint.STATE).write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape(message_about(older))):
+        checkpoint.newest_intact(run)
 
 
 def test_another_rank_waits_until_it_sees_the_checkpoint(run: Run) -> None:

@@ -196,7 +196,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
         except UserError as error:
             damaged.append(error)
         except OSError as error:
-            damaged.append(unreadable(Path(error.filename or folder), error))
+            damaged.append(unreadable(Path(error.filename), error))
     if unreadable_now := [reason for reason in damaged if isinstance(reason, UnreadableError)]:
         raise unreadable_now[0]
     return None, [str(reason) for reason in damaged]
