@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -121,6 +122,50 @@ def test_the_example_of_an_architecture(small_data: Path, tmp_path: Path) -> Non
     assert (refused.returncode, "found mine:MyNet" in refused.stderr) == (2, True)
     scored = runner("eval", run, "--device", "cpu", "--experiments-from", "mine", "--json", **environ)
     assert json.loads(scored.stdout)["test_accuracy"] == Run(run).read_summary().test_accuracy
+
+
+def test_the_example_of_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Five classes of photographs, with files among them that are no images."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        for split in ("train", "val"):
+            folder = Path("flowers") / split / f"flower-{number}"
+            folder.mkdir(parents=True)
+            for name in "ab":
+                Image.new("RGB", (80, 70), (10 * number, 20, 30 + ord(name))).save(folder / f"{name}.png")
+    Path("flowers/LICENSE.txt").touch()
+    Path("flowers/train/notes.csv").touch()
+    command = "prepare --source flowers --size 64 --out data/flowers"
+    data_prep.main(command.split())
+    printed = capsys.readouterr()
+    shown = console("data_prep/README.md", f"python -m data_prep {command}")
+    assert printed.err.splitlines() == shown[:-1]
+    form = ".*".join(map(re.escape, shown[-1].split("…")))
+    assert re.fullmatch(form + "\n", printed.out)
+
+
+def test_the_example_of_a_damaged_file(own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    own_data.rename("data/demo")
+    with Path("data/demo/train.beton").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "soni-2", "--data", "data/demo", "--device", "cpu"])
+    (shown,) = console("data_prep/README.md", "runner train soni-2 --data data/demo")
+    form = ".*".join(map(re.escape, re.sub("[0-9a-f]{8}…", "…", shown).split("…")))
+    assert re.fullmatch(form, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_example_of_a_sweep_of_wandb(small_data: Path, tmp_path: Path) -> None:
+    command = "python -m launch sweep soni --data data/cifar10 --as-wandb-sweep sweep.yaml"
+    words = [str(small_data) if word == "data/cifar10" else word for word in command.split()[2:]]
+    done = module(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == console("launch/README.md", command)
 
 
 def test_eval_in_another_precision_and_with_augmentation(tiny_run: Path) -> None:
