@@ -94,6 +94,27 @@ def test_an_export_computes_what_the_model_does_for_any_batch(run: Run, capsys: 
             np.testing.assert_allclose(session(images[:batch].numpy()), expected, atol=1e-5)
 
 
+class Attention(nn.Module):
+    """Attention among the pixels of an image, which asks for the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 3, batch_first=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.flatten(2).transpose(1, 2)
+        return self.attention(pixels, pixels, pixels, need_weights=False)[0].mean(1)
+
+
+def test_a_graph_with_attention_computes_what_the_model_does_for_any_batch() -> None:
+    """The exporter would take the batch of its example for the only one if that has a single image."""
+    model = Attention().requires_grad_(False).eval()
+    session = OnnxSession(exporter.to_proto(model, [3, 4, 4]).SerializeToString(), threads=1)
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 4, 4)
+        np.testing.assert_allclose(session(images.numpy()), model(images), atol=1e-5)
+
+
 @pytest.mark.parametrize(("scale", "kept"), [(1.0009, True), (1.0011, False), (0.9989, False), (float("nan"), False)])
 def test_an_export_with_other_logits_is_not_kept(
     scale: float, kept: bool, run: Run, monkeypatch: pytest.MonkeyPatch
