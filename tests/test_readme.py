@@ -124,6 +124,7 @@ def test_the_example_of_an_architecture(small_data: Path, tmp_path: Path) -> Non
     assert json.loads(scored.stdout)["test_accuracy"] == Run(run).read_summary().test_accuracy
 
 
+@pytest.mark.every
 def test_the_example_of_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Five classes of photographs, with files among them that are no images."""
     monkeypatch.chdir(tmp_path)
