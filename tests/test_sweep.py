@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from launch import local_pool, slurm_array
 from launch.agent import Agent
 from launch.slurm_array import ArrayJob
 from launch.sweep import Sweep, SweepManifest
-from launch.trials import Trial, expand
+from launch.trials import Trial, check_same_training, expand
 from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import read, write
@@ -82,6 +83,29 @@ def test_a_thousand_seeds_are_parsed_once(tmp_path: Path, monkeypatch: pytest.Mo
     for trial in (trials[0], trials[999], trials[1000], trials[-1]):
         assert cli.parse_train(trial.arguments) == dataclasses.replace(trial.config, stop_file=None)
     assert len({trial.id for trial in trials}) == 2000
+
+
+def test_a_trial_is_listed_with_few_file_operations(
+    tiny_run: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, crashed, missing = trials_of(["tiny"], small_data, "--runs", str(tmp_path), seeds=(0, 1, 2))
+    for trial in (complete, crashed):
+        trial.run.folder.mkdir(parents=True)
+        recorded = replace(Run(tiny_run).config(), seed=trial.config.all_seeds[0])
+        write(trial.run.run_json, recorded)
+    complete.run.summary.touch()
+    crashed.run.lock.touch()
+    calls: list[object] = []
+    for module_, name in ((os, "stat"), (io, "open")):
+        call = getattr(module_, name)
+        monkeypatch.setattr(
+            module_, name, lambda path, *more, call=call, **options: calls.append(path) or call(path, *more, **options)
+        )
+    for trial, state, most in ((complete, "complete", 4), (crashed, "crashed", 10), (missing, "missing", 5)):
+        calls.clear()
+        check_same_training(trial.run, trial.config.all_seeds[0], trial.config, recorded.dataset.fingerprint)
+        assert trial.state() == state
+        assert 0 < len(calls) <= most, calls
 
 
 def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:

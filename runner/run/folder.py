@@ -175,12 +175,13 @@ class Run:
         """Reads run.json. Raises UserError if it is missing, damaged, or written by a later version."""
         if not is_file(self.run_json):
             raise UserError(f"{self.folder}: expected a run folder with run.json; make one with: runner train")
-        version = _read(self.run_json, Version).format
+        content = _read_bytes(self.run_json)
+        version = _decode(self.run_json, content, Version).format
         if version != FORMAT:
             raise UserError(
                 f"{self.run_json}: expected format {FORMAT}, found {version}; use the version that wrote it"
             )
-        return _read(self.run_json, RunConfig)
+        return _decode(self.run_json, content, RunConfig)
 
     def read_summary(self) -> Summary | None:
         """Reads summary.json; returns None if the run is unfinished."""
@@ -231,9 +232,20 @@ class Run:
 
 def _read(path: Path, kind: type[T]) -> T:
     """Reads a JSON file. Raises UserError if it is damaged or does not match the type; the message names the key."""
+    return _decode(path, _read_bytes(path), kind)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return decode(read_bytes(path), kind)
-    except (OSError, ValueError) as error:
+        return read_bytes(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _decode(path: Path, content: bytes, kind: type[T]) -> T:
+    try:
+        return decode(content, kind)
+    except ValueError as error:
         raise unreadable(path, error) from None
 
 

@@ -133,10 +133,18 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return False
 
 
+def _is_regular(path: Path) -> bool:
+    """Returns whether there is a file, and not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_locked(path: Path) -> bool:
     """Returns whether a process is currently training the run of a lock file."""
     has_locks = True
-    if not path.is_file() or path.is_symlink():
+    if not _is_regular(path):
         return False
     try:
         with path.open() as file:
@@ -188,7 +196,7 @@ def _living_owner(path: Path, has_locks: bool) -> Owner | None:
 
 def _read(path: Path) -> Owner | None:
     """Returns the owner that a lock file names; None without one, or of an earlier version."""
-    if not path.is_file() or path.is_symlink():
+    if not _is_regular(path):
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=Owner)
