@@ -21,7 +21,7 @@ from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
 from runner.tracking.wandb_sync import best_run
 from tests.support.compare import MEASURED
-from tests.support.processes import ENDING, Running, command_lines, runner, start, wait_for_step, wait_until
+from tests.support.processes import ENDING, TINY, Running, command_lines, runner, start, wait_for_step, wait_until
 from tests.support.wandb_server import Server, end_clients
 
 KEY = "6" * 39 + "b"
@@ -256,7 +256,9 @@ def test_training_survives_a_failing_server(server: Server, fault: str, train, t
     done = train("tiny", "--json", **environ)
     assert json.loads(done.stdout)["steps"] == read_metrics(done.run)[-1].global_step == 16
     assert "W&B" in done.stderr
-    assert "continuing offline" in done.stderr
+    assert (
+        f"continuing offline; upload what is missing after the run with: runner sync {done.run.folder}" in done.stderr
+    )
     assert list(done.run.folder.glob("wandb/offline-run-*/*.wandb")) != []
     assert_nowhere(KEY, tmp_path)
     assert KEY not in done.stdout + done.stderr
@@ -295,6 +297,25 @@ def test_training_survives_an_outage_in_the_middle(server: Server, small_data: P
     assert shown_rows(server, run) == metric_rows(run), stderr
     assert sync(server, run.folder).returncode == 0
     assert shown_rows(server, run) == metric_rows(run)
+
+
+@pytest.mark.every
+def test_a_server_that_stays_away_delays_the_end_for_a_limited_time(
+    server: Server, small_data: Path, tmp_path: Path
+) -> None:
+    """It refuses everything after the start of the run. A pipe, as to tee, ends with the run."""
+    words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--seeds", 0, 1]
+    process = start("runner", "train", *words, stderr=subprocess.STDOUT, **online(server))
+    wait_until(lambda: bool(server.runs), running=process)
+    server.status = 500
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    server.status = 200
+    for run in (Run(tmp_path / "tiny" / f"seed-{seed}") for seed in (0, 1)):
+        assert output.count(f"runner sync {run.folder}") == 1, output
+        assert sync(server, run.folder).returncode == 0
+        assert shown_rows(server, run) == metric_rows(run)
 
 
 def test_a_sync_without_server_or_key_fails_with_one_line(server: Server, run: Run) -> None:

@@ -1,8 +1,6 @@
 """`runner train`: train one experiment."""
 
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING
 
@@ -35,9 +33,7 @@ class Train:
         if finished.summaries:
             print_summaries(finished.summaries, self.config.json)
         if finished.exit_at_once:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            Tracker.exit_at_once(0)
 
 
 def draw_figures(

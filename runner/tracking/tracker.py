@@ -1,10 +1,11 @@
 """Logs metrics to metrics.jsonl first and to W&B second. Training never waits for W&B and never fails because of it."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable, MutableMapping
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from runner.common.text import first_line
 from runner.run.folder import Run
@@ -35,8 +36,8 @@ class Tracker:
         self.mode = cast(wandb_run.Mode, environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline"))
         self.actions: SimpleQueue[Action | None] = SimpleQueue()  # None ends the thread
         self.thread = threading.Thread(target=self._run_actions, name="wandb", daemon=True)
-        self.hung = False
-        """Whether W&B missed the time limit; its exit handler would wait forever, so exit the process with os._exit."""
+        self.abandoned = False
+        """Whether W&B failed or missed the time limit; its exit handler would wait forever, so use `exit_at_once`."""
 
     @property
     def status(self) -> str:
@@ -44,6 +45,10 @@ class Tracker:
         if self.mode == "offline":
             return f"W&B: offline; upload with: runner sync {self.run.folder}"
         return f"W&B: {self.mode}"
+
+    @property
+    def _remedy(self) -> str:
+        return f"upload what is missing after the run with: runner sync {self.run.folder}"
 
     def log(self, row: MetricRow) -> None:
         """Writes a row to metrics.jsonl and queues it for W&B."""
@@ -56,7 +61,7 @@ class Tracker:
         self._enqueue(lambda remote: wandb_run.log_results(remote, self.run, remote.settings.mode in ONLINE_MODES))
 
     def finish(self) -> None:
-        """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `hung`."""
+        """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `abandoned`."""
         self.metrics.close()
         if not self.thread.ident:
             return
@@ -64,9 +69,17 @@ class Tracker:
         self.actions.put(None)
         weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob("model.safetensors"))
         self.thread.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE_MODES else 0))
-        self.hung = self.thread.is_alive()
-        if self.hung:
-            _warn(f"did not finish uploading in time; upload the rest with: runner sync {self.run.folder}")
+        if self.thread.is_alive():
+            self.abandoned = True
+            _warn(f"did not finish uploading in time; {self._remedy}")
+
+    @staticmethod
+    def exit_at_once(code: int) -> NoReturn:
+        """Ends this process, without exit handlers, and W&B's own, which could upload forever and keep pipes open."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        wandb_run.kill_service()
+        os._exit(code)
 
     def _enqueue(self, action: Action) -> None:
         """Queues an action; starts the W&B thread on first use."""
@@ -89,7 +102,8 @@ class Tracker:
             try:
                 action(remote)
             except Exception as error:  # no failure of W&B may stop training
-                _warn(f"failed ({type(error).__name__}: {first_line(error)}); metrics.jsonl is still written")
+                self.abandoned = True
+                _warn(f"failed ({type(error).__name__}: {first_line(error)}); {self._remedy}")
                 return
 
     def _start(self) -> Any:
@@ -98,12 +112,14 @@ class Tracker:
         try:
             return wandb_run.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:
-            _warn(f"cannot start {self.mode} ({type(error).__name__}: {first_line(error)}); continuing offline")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            _warn(f"cannot start {self.mode} ({reason}); continuing offline; {self._remedy}")
         try:
             wandb_run.stop_service()  # in which the failed attempt still uses the id
             return wandb_run.start(self.run, self.config, self.environ, "offline")
         except Exception as error:
             _warn(f"cannot run offline either ({first_line(error)}); metrics.jsonl has everything")
+            self.abandoned = True
             return None
 
 

@@ -6,8 +6,11 @@ row at the same index again; so no row is repeated or lost by a resume, an outag
 `global_step` as the x-axis.
 """
 
+import contextlib
 import json
+import os
 import re
+import signal
 import statistics
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
@@ -71,6 +74,15 @@ def stop_service() -> None:
     import wandb
 
     wandb.teardown()
+
+
+def kill_service() -> None:
+    """Kills the process that W&B started for this one."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread or process that has ended
+            for child in map(int, children.read_text().split()):
+                if Path(f"/proc/{child}/comm").read_text() == "wandb-core\n":
+                    os.kill(child, signal.SIGKILL)
 
 
 def tags(config: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import numpy as np
@@ -61,7 +61,9 @@ COLLECTIVE_GRACE = 60  # extra seconds for collectives beyond --hang-timeout, so
 class RunTracker(Protocol):
     """The tracker interface that training uses (see runner.tracking). Only rank 0 has one."""
 
-    hung: bool  # whether it did not finish in time; its exit handler would wait forever
+    abandoned: (
+        bool  # whether it failed or did not finish in time; its exit handler would wait forever, so use `exit_at_once`
+    )
 
     @property
     def status(self) -> str:
@@ -75,6 +77,9 @@ class RunTracker(Protocol):
 
     def finish(self) -> None:
         """Closes the tracker, within a time limit."""
+
+    def exit_at_once(self, code: int) -> NoReturn:
+        """Ends this process, and what the tracker started."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class Session:
         states = {seed: resume_state(config, run, self.accelerator) for seed, run in runs.items()}
         models = {config.all_seeds[0]: first_model}
         summaries: list[Summary] = []
-        hung = False
+        abandoned = False
         for index, (seed, run) in enumerate(runs.items()):
             if index and any_rank_stops(self.stopped, 0, self.accelerator):
                 raise SystemExit(EXIT_STOPPED)  # every seed before this one is complete
@@ -224,9 +229,9 @@ class Session:
                 except OSError as error:
                     seed_run.handle_failure(error)
                     raise
-                hung = hung or seed_run.tracker.hung
+                abandoned = abandoned or seed_run.tracker.abandoned
             self.accelerator.free_memory()
-        return TrainingOutcome(summaries, exit_at_once=self.accelerator.num_processes > 1 or hung)
+        return TrainingOutcome(summaries, exit_at_once=self.accelerator.num_processes > 1 or abandoned)
 
     def make_run_config(self, run: Run, seed: int, model: nn.Module, state: dict[str, Any] | None) -> RunConfig:
         """Builds the contents of run.json, from the existing file when resuming. All ranks must call it."""
@@ -392,8 +397,8 @@ class SeedRun:
             # Wait for rank 0, which may still be writing: as soon as one rank exits, the launcher ends the others.
             with contextlib.suppress(RuntimeError):
                 accelerator.wait_for_everyone()
-        if self.tracker and self.tracker.hung:
-            os._exit(failure.exit_code)
+        if self.tracker and self.tracker.abandoned:
+            self.tracker.exit_at_once(failure.exit_code)
         raise SystemExit(failure.exit_code) from None
 
     def report_early_stop(self) -> None:
