@@ -1,7 +1,9 @@
 """Writes a source as `train.beton`, `test.beton` and `dataset.json`, atomically."""
 
 import contextlib
+import ctypes
 import fcntl
+import functools
 import importlib.metadata
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ from runner.common.console import list_some, progress
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
 
+PR_SET_PDEATHSIG = 1  # prctl.h
 STALL_SECONDS = 60.0  # a writer whose file has not grown for this long has hung
 MARGIN = 1.1  # required disk space, relative to the size of the pixels
 
@@ -180,7 +183,7 @@ def _write_supervised(out: Path, files: list[tuple[Path, Split]]) -> None:
     the import of ffcv, which sets torch to one thread.
     """
     fork = multiprocessing.get_context("fork")  # the images are inherited, not copied
-    writer = fork.Process(target=_write_betons, args=(files,), daemon=False)
+    writer = fork.Process(target=_write_betons, args=(files, os.getpid()), daemon=False)
     writer.start()
     written, last_growth = 0, time.monotonic()
     try:
@@ -220,8 +223,17 @@ class _Samples:
         return self.split.images[index], int(self.split.labels[index])
 
 
-def _write_betons(files: list[tuple[Path, Split]]) -> None:
+def _end_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent is killed, since the next call uses the same folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _write_betons(files: list[tuple[Path, Split]], parent: int) -> None:
     os.setpgid(0, 0)  # so that the writer and its workers can be killed together
+    _end_with(parent)
+    os.register_at_fork(after_in_child=functools.partial(_end_with, os.getpid()))
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
 
