@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from runner.common.errors import UserError
-from runner.common.files import sha256_of
+from runner.common.files import read_bytes, sha256_of
 from runner.common.text import without_controls
 
 FILE_NAME = "dataset.json"
@@ -89,7 +89,7 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"--data {folder}: expected {FILE_NAME} in it, found none; {remedy}")
     try:
-        content = without_controls(path.read_bytes())
+        content = without_controls(read_bytes(path))
         msgspec.json.decode(content, type=_Format)
         manifest = msgspec.json.decode(content, type=Manifest)
         if manifest.splits.keys() != set(SPLITS):

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runner import cli
+from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import read, write
 from runner.report import collect, compare, markdown, page
@@ -73,6 +76,43 @@ def test_files_outside_of_a_run_are_never_published(sound: Path, tmp_path: Path,
     (folder / "wandb" / "debug-core.log").symlink_to(secret)  # as W&B makes it of the second seed; nothing reads it
     if name != "summary.json" and not name.endswith(".png"):
         collect.read(Run(folder))
+
+
+@pytest.mark.parametrize("name", ["wandb", "wandb/.cache"])
+def test_w_and_b_writes_into_no_other_folder(sound: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "runs" / "tiny" / "seed-0"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{name}: a link that leads out of the run folder"):
+        Run(folder).check_links()
+
+
+def test_what_cannot_be_read_as_a_file_is_refused(sound: Path, tmp_path: Path) -> None:
+    """A pipe, a link to itself, a file larger than the memory, and folders deeper than Python's stack."""
+    folder = Path(shutil.copytree(sound, tmp_path / "runs" / "tiny" / "seed-0"))
+    picture = folder / "figures" / "own.png"
+    os.mkfifo(picture)
+    with pytest.raises(UserError, match="expected a PNG file"):
+        collect.read(Run(folder))
+    picture.unlink()
+    picture.symlink_to(picture.name)
+    with pytest.raises(UserError, match="cannot be read"):
+        collect.read(Run(folder))
+    picture.unlink()
+    for name in ("metrics.jsonl", "run.json"):
+        os.truncate(folder / name, 1 << 36)
+        with pytest.raises(UserError, match="File too large"):
+            collect.read(Run(folder))
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(OSError, match="found a pipe"):
+        files.read_bytes(folder / "metrics.jsonl")
+    make = "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')"  # a path of this length cannot be given
+    subprocess.run([sys.executable, "-c", f"import os\n{make}"], cwd=folder, check=True)
+    for read in (Run(folder).check_links, lambda: find_runs([tmp_path])):
+        with pytest.raises(UserError, match="nested too deep"):
+            read()
+    subprocess.run(["rm", "-r", folder / "d"], check=True)  # pytest's own removal is recursive
 
 
 @pytest.fixture(scope="module")

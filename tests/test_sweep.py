@@ -96,7 +96,7 @@ def test_a_trial_is_listed_with_few_file_operations(
     complete.run.summary.touch()
     crashed.run.lock.touch()
     calls: list[object] = []
-    for module_, name in ((os, "stat"), (io, "open")):
+    for module_, name in ((os, "stat"), (os, "open"), (io, "open")):
         call = getattr(module_, name)
         monkeypatch.setattr(
             module_, name, lambda path, *more, call=call, **options: calls.append(path) or call(path, *more, **options)

@@ -1,6 +1,7 @@
 """Reads, hashes, JSON files, and atomic writes; errors of a file server that pass do not end them."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -17,6 +18,7 @@ from runner.common.errors import FILE_SERVER, UserError
 
 T = TypeVar("T")
 P = ParamSpec("P")
+MAX_BYTES = 1 << 30  # of records that are read as a whole
 RETRY_PAUSES = (0.1, 1.0)  # seconds
 
 
@@ -52,9 +54,15 @@ def is_file(path: Path) -> bool:
 
 
 @retried
-def read_bytes(path: Path) -> bytes:
-    """Returns the content of a file."""
-    return path.read_bytes()
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """Returns the content of a file. Raises OSError for more than `most` bytes, and for pipes, without waiting."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "expected a file, found a pipe or device")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return file.read()
 
 
 @retried

@@ -14,6 +14,7 @@ lock             held by the process that trains
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,13 +135,16 @@ class Run:
     def check_links(self) -> None:
         """Raises UserError if a symbolic link leads out of the folder, since its readers could publish private files.
 
-        W&B's own files, which are never read, may contain links to W&B's logs elsewhere.
+        W&B's own files, which are never read, may contain links to W&B's logs elsewhere; but W&B writes into the
+        folder `wandb`, and into those in it whose names begin with a dot.
         """
         root = self.folder.resolve()
-        for path in self.folder.rglob("*"):
-            if path.relative_to(self.folder).parts[0] == "wandb":
+        for path in _below(self.folder, "*"):
+            top, second, *_ = (*path.relative_to(self.folder).parts, ".")
+            if top == "wandb" and not second.startswith("."):
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            # `Path.resolve` raises RuntimeError for a link to itself, which nothing can read.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
                 raise UserError(
                     f"{path}: a link that leads out of the run folder; replace it with the file, or remove it"
                 )
@@ -148,9 +152,11 @@ class Run:
     def check_pictures(self) -> None:
         """Raises UserError if a picture is not a PNG file: its readers would choose a decoder by its content."""
         for path in sorted(self.figures.glob("*.png")):
+            is_png = False
             try:
-                with path.open("rb") as file:
-                    is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+                if is_file(path):  # and no pipe
+                    with path.open("rb") as file:
+                        is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror}); remove it") from None
             if not is_png:
@@ -249,6 +255,14 @@ def _decode(path: Path, content: bytes, kind: type[T]) -> T:
         raise unreadable(path, error) from None
 
 
+def _below(folder: Path, pattern: str) -> list[Path]:
+    """Returns the matching paths below a folder, sorted. Raises UserError if its folders are nested too deep."""
+    try:
+        return sorted(folder.rglob(pattern))
+    except RecursionError:
+        raise UserError(f"{folder}: folders nested too deep; remove them") from None
+
+
 @contextlib.contextmanager
 def locked_runs(
     runs: Path,
@@ -326,7 +340,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: expected a run folder or a folder of runs, found no such folder")
-        records = sorted(path.rglob("run.json"))
+        records = _below(path, "run.json")
         if not records:
             raise UserError(f"{path}: expected a run folder or a folder of runs, found none; make one: runner train")
         runs |= {record.parent.resolve(): Run(record.parent) for record in records}

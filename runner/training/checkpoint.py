@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -250,7 +251,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _load_state(folder: Path) -> dict[str, Any]:
     try:
-        return torch.load(io.BytesIO(read_bytes(folder / STATE)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(read_bytes(folder / STATE, sys.maxsize)), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
 
