@@ -101,11 +101,11 @@ def test_what_cannot_be_read_as_a_file_is_refused(sound: Path, tmp_path: Path) -
     picture.unlink()
     for name in ("metrics.jsonl", "run.json"):
         os.truncate(folder / name, 1 << 36)
-        with pytest.raises(UserError, match="File too large"):
+        with pytest.raises(UserError, match="expected at most"):
             collect.read(Run(folder))
     (folder / "metrics.jsonl").unlink()
     os.mkfifo(folder / "metrics.jsonl")
-    with pytest.raises(OSError, match="found a pipe"):
+    with pytest.raises(UserError, match="found a pipe"):
         files.read_bytes(folder / "metrics.jsonl")
     make = "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')"  # a path of this length cannot be given
     subprocess.run([sys.executable, "-c", f"import os\n{make}"], cwd=folder, check=True)

@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +101,9 @@ def test_a_manifest_cannot_point_outside(own_data: Path, tmp_path: Path) -> None
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match="expected the file"):
         manifest.check_files(own_data, manifest.read(own_data))
+
+
+def test_a_manifest_larger_than_the_memory_is_refused(own_data: Path) -> None:
+    os.truncate(own_data / "dataset.json", 1 << 36)
+    with pytest.raises(UserError, match="expected at most"):
+        manifest.read(own_data)

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from PIL import Image
 from data_prep import image_folder, images, sources
 from runner import experiments
 from runner.common.errors import UserError
+from runner.common.files import files_below
 from runner.config.recipe import Architecture
 from runner.run.folder import Run
 from runner.training.model import build_for
@@ -276,6 +279,16 @@ def test_links_between_folders_end(tmp_path: Path) -> None:
         for k in range(2):
             (path / "train" / name / f"link{k}").symlink_to(path / "train" / other)
     assert len(load(path).train.labels) < 100
+
+
+def test_a_link_to_itself_is_a_file_and_deep_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    assert files_below(tmp_path) == [tmp_path / "link"]
+    make = "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')"  # a path of this length cannot be given
+    subprocess.run([sys.executable, "-c", f"import os\n{make}"], cwd=tmp_path, check=True)
+    with pytest.raises(UserError, match="nested too deep"):
+        files_below(tmp_path)
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own removal is recursive
 
 
 def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

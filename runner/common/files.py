@@ -1,7 +1,6 @@
 """Reads, hashes, JSON files, and atomic writes; errors of a file server that pass do not end them."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import os
@@ -55,13 +54,13 @@ def is_file(path: Path) -> bool:
 
 @retried
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """Returns the content of a file. Raises OSError for more than `most` bytes, and for pipes, without waiting."""
+    """Returns the content of a file. Raises UserError for more than `most` bytes, and for pipes, without waiting."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "expected a file, found a pipe or device")
+            raise UserError(f"{path}: expected a file, found a pipe or device; remove it")
         if status.st_size > most:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            raise UserError(f"{path}: expected at most {most:,} bytes, found {status.st_size:,}; restore or remove it")
         return file.read()
 
 
@@ -94,23 +93,28 @@ def files_below(folder: Path) -> list[Path]:
     """Returns all files below a folder, sorted. Follows links to folders, except links to a folder that contains them.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder cannot be read, or folders are nested too deep.
     """
-    return sorted(_files_below(folder, frozenset()))
-
-
-def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Yields the files below a folder. `above` has the resolved paths of the folders that contain it."""
-    real = folder.resolve()
-    if real in above:
-        return
     try:
+        return sorted(_files_below(folder, frozenset()))
+    except RecursionError:
+        raise UserError(f"{folder}: folders nested too deep; remove them") from None
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Yields the files below a folder. `above` has the devices and inodes of the folders that contain it."""
+    try:
+        status = folder.stat()
+        own = (status.st_dev, status.st_ino)
+        if own in above:
+            return
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); grant permission") from None
     for entry in entries:
-        if entry.is_dir():
-            yield from _files_below(folder / entry.name, above | {real})
+        # `entry.is_dir` raises OSError for a link to itself.
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and (folder / entry.name).is_dir()):
+            yield from _files_below(folder / entry.name, above | {own})
         else:
             yield folder / entry.name
 
