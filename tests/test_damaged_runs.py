@@ -109,9 +109,9 @@ def test_what_cannot_be_read_as_a_file_is_refused(sound: Path, tmp_path: Path) -
         files.read_bytes(folder / "metrics.jsonl")
     make = "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')"  # a path of this length cannot be given
     subprocess.run([sys.executable, "-c", f"import os\n{make}"], cwd=folder, check=True)
-    for read in (Run(folder).check_links, lambda: find_runs([tmp_path])):
+    for look in (Run(folder).check_links, lambda: find_runs([tmp_path])):
         with pytest.raises(UserError, match="nested too deep"):
-            read()
+            look()
     subprocess.run(["rm", "-r", folder / "d"], check=True)  # pytest's own removal is recursive
 
 

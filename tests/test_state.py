@@ -1,5 +1,6 @@
 """The training state alone: what `state_dict` saves is what `load_state_dict` restores, in this process."""
 
+import contextlib
 import io
 import random
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils import prune
 
+from runner.common.errors import UserError
 from runner.config.recipe import SGD, Recipe
 from runner.run.schema import MetricRow
 from runner.training.state import (
@@ -245,3 +247,26 @@ def test_the_generator_of_a_gpu_is_restored_on_a_gpu(monkeypatch: pytest.MonkeyP
         for after in (CPU, gpu):
             set_rng_state(rng_state(before), after)
     assert restored == [(7, gpu)]
+
+
+def test_ranks_that_resumed_from_other_weights_do_not_train(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks, whose answers are exchanged here."""
+    states = [trained(accelerator, steps) for steps in (2, 2, 3)]
+    states[1].model.layers[0].bias.data[3] += 1e-6
+    answers: list[str] = []
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    monkeypatch.setattr("runner.training.state.gather_object", answers.extend)
+    for state in states:
+        with contextlib.suppress(TypeError):  # nothing is returned
+            state.require_same_on_ranks()
+    same, changed, later = answers
+    assert len({same, changed, later}) == 3
+    for others in ([same, same], [same, changed], [same, later]):
+        monkeypatch.setattr("runner.training.state.gather_object", lambda own, others=others: others)
+        if others[0] == others[1]:
+            states[0].require_same_on_ranks()
+            continue
+        with pytest.raises(UserError, match=r"^rank 1 resumed at step \d with weights .*, rank 0 at step 2 with"):
+            states[0].require_same_on_ranks()

@@ -228,6 +228,7 @@ def train(
     if hooks.resume is not None:
         rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
         state.load_state_dict(hooks.resume)
+        state.require_same_on_ranks()
 
     evaluations: dict[str, Evaluation] = {}
     with (

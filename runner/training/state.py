@@ -1,6 +1,7 @@
 """The training state: everything that changes while a model trains, saved and restored bit by bit."""
 
 import copy
+import hashlib
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from runner.common.errors import UserError
 from runner.config.recipe import Recipe
 from runner.data import Batches
 from runner.models import norm
@@ -126,6 +128,24 @@ class TrainState:
             meter = sums | {"epoch_sums": meter["epoch_sums"], "grad_norm": meter.get("grad_norm")}
         self.meter = Meter(self.accelerator, meter)
         set_rng_state(source["generators"], self.accelerator.device)
+
+    def require_same_on_ranks(self) -> None:
+        """Compares step and weights over ranks, which loaded them from files of their own; all ranks must call it.
+
+        Raises:
+            UserError: they differ, so that ranks would average gradients of different models.
+        """
+        if self.accelerator.num_processes < 2:
+            return
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found = gather_object([f"step {self.step} with weights {digest.hexdigest()[:12]}"])
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise UserError(
+                    f"rank {rank} resumed at {other}, rank 0 at {found[0]}; their file systems show different files"
+                )
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Restores the optimizer, but keeps this run's settings, which may have changed with --resume-anyway."""
