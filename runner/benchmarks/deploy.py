@@ -39,7 +39,7 @@ class DeployBenchmark:
     """File for the ratios, with hardware and versions."""
 
     def __call__(self) -> None:
-        ratios: dict[str, measure.Ratio] = {}
+        ratios: dict[str, measure.Spread] = {}
         goals: dict[str, str] = {}
         for folder in self.runs:
             run = open_run(folder, self.code)

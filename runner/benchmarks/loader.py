@@ -106,7 +106,7 @@ def rate_measurements(
     return {name: _rate_measurement(epoch, batches[name], options.batch_size) for name, epoch in epoch_fns.items()}
 
 
-def ratios(measured: dict[str, list[float]]) -> dict[str, measure.Ratio]:
+def ratios(measured: dict[str, list[float]]) -> dict[str, measure.Spread]:
     """Returns the ratios of the training loaders' rates to those of the baselines."""
     pairs = [(name, baseline) for baseline in ("torchvision", "ffcv") for name in ("resident", "streaming")]
     return {f"ratio_{a}_to_{b}": measure.ratio(measured[a], measured[b]) for a, b in pairs if b in measured}

@@ -23,8 +23,8 @@ Steps = Annotated[int, Meta(ge=3, le=10**9)]  # time is measured from the second
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Median, minimum and maximum of a ratio over the rounds."""
+class Spread:
+    """Median, minimum and maximum of a measurement or ratio over the rounds."""
 
     median: float
     min: float
@@ -54,14 +54,14 @@ def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, descript
     return measured
 
 
-def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
+def ratio(numerators: list[float], denominators: list[float]) -> Spread:
     """Returns the median, minimum and maximum of the ratios, which are taken round by round."""
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
-def spread(values: list[float]) -> Ratio:
+def spread(values: list[float]) -> Spread:
     """Returns the median, minimum and maximum of values, one per round."""
-    return Ratio(median(values), min(values), max(values), len(values))
+    return Spread(median(values), min(values), max(values), len(values))
 
 
 def accelerate_launch(processes: int, precision: str) -> list[str]:
@@ -124,11 +124,11 @@ def before_every_step(callback: Callable[[], None]) -> Iterator[None]:
 
 def report_ratios(
     title: str,
-    ratios: dict[str, Ratio],
+    ratios: dict[str, Spread],
     goals: dict[str, str],
     more: dict[str, Any],
     out: Path | None,
-    shown_only: dict[str, Ratio] | None = None,
+    shown_only: dict[str, Spread] | None = None,
 ) -> None:
     """Prints the ratios as a table with the goals, and writes them as JSON with hardware and versions.
 

@@ -16,7 +16,7 @@ import msgspec
 from runner import experiments
 from runner.benchmarks import program, quantizers
 from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
-from runner.benchmarks.measure import Ratio
+from runner.benchmarks.measure import Spread
 from runner.benchmarks.papers import PaperOutcome
 from runner.common.errors import UserError
 from runner.common.files import read
@@ -187,11 +187,11 @@ def ratios() -> str:
                 if key.startswith("ratio_") and isinstance(value, dict) and "median" in value:
                     title = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
                     goal = finding.get("goals", {}).get(key, "–")
-                    rows.append([title, _spread(msgspec.convert(value, Ratio)), goal, letter])
+                    rows.append([title, _spread(msgspec.convert(value, Spread)), goal, letter])
     return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{legend}"
 
 
-def _spread(ratio: Ratio) -> str:
+def _spread(ratio: Spread) -> str:
     text = f"{ratio.median:.3g}"
     return f"{text} ({ratio.min:.3g} to {ratio.max:.3g}, {ratio.rounds} rounds)" if ratio.rounds > 1 else text
 

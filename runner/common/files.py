@@ -126,7 +126,7 @@ def read(path: Path, kind: type[T]) -> T:
         UserError: the file is damaged or does not match the type; the message names the key.
     """
     try:
-        return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=_from_text)
+        return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=from_text)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise unreadable(path, error) from None
 
@@ -142,7 +142,7 @@ def unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it")
 
 
-def _from_text(kind: type, value: Any) -> Any:
+def from_text(kind: type, value: Any) -> Any:
     """Decodes a value that JSON stores as text, such as a path."""
     return kind(value)
 

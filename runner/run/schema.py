@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from runner.common.files import from_text
 from runner.common.text import without_controls
 from runner.config.recipe import Architecture, Fraction, NonNegative, Recipe, Reported
 from runner.config.train_config import TrainConfig
@@ -55,20 +56,15 @@ def decode(content: bytes, kind: type[T]) -> T:
     content = without_controls(content)
     try:
         try:
-            return msgspec.json.decode(content, type=kind, dec_hook=_from_text)
+            return msgspec.json.decode(content, type=kind, dec_hook=from_text)
         except msgspec.DecodeError:
             if not NOT_FINITE.search(content) and not OLD_COMPILE.search(content):
                 raise
         current = OLD_COMPILE.sub(lambda match: COMPILE_MODES[match[1]], content)
         finite = json.dumps(json.loads(current, parse_constant=lambda _: None))
-        return msgspec.json.decode(finite, type=kind, dec_hook=_from_text)
+        return msgspec.json.decode(finite, type=kind, dec_hook=from_text)
     except RecursionError:
         raise ValueError("nested too deep") from None
-
-
-def _from_text(kind: type, value: Any) -> Any:
-    """Decodes a value that JSON stores as text, such as a path."""
-    return kind(value)
 
 
 class JsonStruct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

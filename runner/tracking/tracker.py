@@ -108,7 +108,7 @@ class Tracker:
 
     def _start(self) -> Any:
         """Starts a W&B run in the requested mode, or else offline; None if neither starts. Changes `environ`."""
-        wandb_run.keep_files_in_run_folder(self.run, self.environ)
+        wandb_run.prepare_environ(self.run, self.environ)
         try:
             return wandb_run.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:

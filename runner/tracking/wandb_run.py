@@ -32,7 +32,7 @@ Mode = Literal["online", "offline", "shared", "disabled"]
 OWN_FOLDER = "/."  # suffix that marks folders set by this module, without changing the path
 
 
-def keep_files_in_run_folder(run: Run, environ: MutableMapping[str, str]) -> None:
+def prepare_environ(run: Run, environ: MutableMapping[str, str]) -> None:
     """Sets W&B's environment variables so that it keeps its files in the run folder and not in the home folder.
 
     Does not move the settings folder, because the settings may name the user's own server.

@@ -170,7 +170,7 @@ def _deploy_artifact(run: Run, config: RunConfig, kind: str, files: list[Path]) 
 @contextlib.contextmanager
 def _online(run: Run, config: RunConfig, environ: MutableMapping[str, str], job: str) -> Iterator[Any]:
     """Opens the W&B run of a job; once the context has ended, everything has been uploaded."""
-    wandb_run.keep_files_in_run_folder(run, environ)
+    wandb_run.prepare_environ(run, environ)
     with contextlib.redirect_stdout(sys.stderr):  # W&B prints, and standard output is for the result
         remote = wandb_run.start(run, config, environ, "online", job)
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from statistics import median
 from typing import Any
 
 from runner import experiments
@@ -91,8 +92,7 @@ def timed(call: Callable[[], Any], times: int, rounds: int, device: str) -> list
 
 def spread(values: list[float]) -> dict[str, float]:
     """Returns median, minimum and maximum."""
-    ordered = sorted(values)
-    return {"median": ordered[len(ordered) // 2], "min": ordered[0], "max": ordered[-1]}
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def measure_loaders(context: Context) -> dict[str, Any]:
