@@ -13,11 +13,13 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import beton_reader
+from data_prep import beton_reader, jpeg
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
 from data_prep.sources import Source, Split
@@ -27,10 +29,12 @@ from runner.common.files import sha256_of
 
 PR_SET_PDEATHSIG = 1  # prctl.h
 STALL_SECONDS = 60.0  # a writer whose file has not grown for this long has hung
-MARGIN = 1.1  # required disk space, relative to the size of the pixels
+MARGIN = 1.1  # required disk space, relative to the size of the pixels or JPEG records
+COUNTED = 1024  # images whose pixels are counted at a time, because counting takes eight bytes for each
+SAMPLED = 256  # images of a split whose size as JPEG records is measured first
 
 
-def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
+def write(source: Source, out: Path, overwrite: bool = False, jpeg_quality: int | None = None) -> Manifest:
     """Writes `source` into the folder `out`, which appears only when it is complete.
 
     A folder that already contains an undamaged dataset from the same source is not changed. Concurrent calls for one
@@ -40,6 +44,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
         source: the images.
         out: folder to create.
         overwrite: replace a different or damaged dataset in `out`, which is otherwise an error.
+        jpeg_quality: quality of JPEG records, 1 to 100; None for raw ones.
 
     Returns:
         The manifest of the folder.
@@ -53,7 +58,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _lock(out):
-            existing = _existing(out, source, overwrite)
+            existing = _existing(out, source, overwrite, jpeg_quality)
             if existing is not None:
                 return existing
             # The lock may hold on one node only, so each node has a folder of its own.
@@ -61,7 +66,7 @@ def write(source: Source, out: Path, overwrite: bool = False) -> Manifest:
             shutil.rmtree(staging, ignore_errors=True)  # left by a killed process that no longer holds the lock
             staging.mkdir()
             try:
-                manifest = _write_into(staging, out, source)
+                manifest = _write_into(staging, out, source, jpeg_quality)
                 _replace(out, staging)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -78,7 +83,7 @@ def _lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
+def _existing(out: Path, source: Source, overwrite: bool, jpeg_quality: int | None) -> Manifest | None:
     """Returns the manifest of `out` if it is an undamaged dataset from this source; None if `out` must be written.
 
     Raises:
@@ -98,7 +103,8 @@ def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
         if overwrite:
             return None
         raise UserError(f"{error} (or replace the dataset with --overwrite)") from None
-    same = (manifest.name, manifest.classes, manifest.source) == (source.name, source.classes, source.provenance)
+    stored = (manifest.name, manifest.classes, manifest.source, manifest.jpeg_quality)
+    same = stored == (source.name, source.classes, source.provenance, jpeg_quality)
     if same and _has_content(out, manifest, source):
         return manifest
     if overwrite:
@@ -106,8 +112,8 @@ def _existing(out: Path, source: Source, overwrite: bool) -> Manifest | None:
     if same:
         raise UserError(f"--out {out}: the images of the source have changed; replace the dataset with --overwrite")
     raise UserError(
-        f"--out {out}: contains {manifest.name} from {manifest.source}; expected a new folder or the same source; "
-        "choose another, or replace it with --overwrite"
+        f"--out {out}: contains {manifest.name} from {manifest.source} in {manifest.record_kind}; expected a new "
+        "folder, or the same source and records; choose another, or replace it with --overwrite"
     )
 
 
@@ -117,21 +123,45 @@ def _has_content(folder: Path, manifest: Manifest, source: Source) -> bool:
         split, expected = manifest.splits[name], getattr(source, name)
         if split.images != len(expected.labels):
             return False
-        images, labels = beton_reader.read_split(folder / split.file, split, manifest)
-        if not (np.array_equal(images, expected.images) and np.array_equal(labels, expected.labels)):
+        decoded = Split(*beton_reader.read_split(folder / split.file, split, manifest))
+        same_shape = decoded.images.shape == expected.images.shape
+        if not (same_shape and same_records(folder / split.file, manifest, split, decoded, expected).all()):
             return False
     return True
 
 
-def _write_into(folder: Path, out: Path, source: Source) -> Manifest:
+def same_records(path: Path, manifest: Manifest, split: SplitFile, decoded: Split, source: Split) -> np.ndarray:
+    """Returns for each image whether its label and its record are those of the source, (N,) bool.
+
+    A raw record is compared by its pixels. For a JPEG record, the source's image is compressed again, and the bytes are
+    compared.
+
+    Args:
+        path, manifest, split: the file, its manifest and its entry there.
+        decoded: what `read_split` returns for the file.
+        source: images of the same number and shape.
+    """
+    quality = manifest.jpeg_quality
+    if quality is None:
+        same = (decoded.images == source.images).all(axis=(1, 2, 3))
+    else:
+        records = beton_reader.read_records(path, split, manifest)
+        with ThreadPoolExecutor() as pool:
+            again = pool.map(lambda image: jpeg.encode(image, quality), source.images)
+            same = np.array([np.array_equal(*pair) for pair in zip(records, again, strict=True)])
+    return same & (decoded.labels == source.labels)
+
+
+def _write_into(folder: Path, out: Path, source: Source, jpeg_quality: int | None) -> Manifest:
     """Writes both .beton files and the manifest into an existing folder, which becomes `out`."""
     splits = {"train": source.train, "test": source.test}
-    needed = int(MARGIN * sum(split.images.nbytes for split in splits.values()))
+    expected_bytes = sum(_record_bytes(split, jpeg_quality) for split in splits.values())
+    needed = int(MARGIN * expected_bytes)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"--out {out}: {needed >> 20} MiB needed, {free >> 20} MiB free; make room")
     paths = {name: folder / f"{name}.beton" for name in splits}
-    _write_supervised(out, [(paths[name], split) for name, split in splits.items()])
+    _write_supervised(out, [(paths[name], split) for name, split in splits.items()], expected_bytes, jpeg_quality)
     files = {}
     for name, split in splits.items():
         path = paths[name]
@@ -142,20 +172,27 @@ def _write_into(folder: Path, out: Path, source: Source) -> Manifest:
             images=len(split.labels),
             images_per_class=tuple(np.bincount(split.labels, minlength=len(source.classes)).tolist()),
         )
-    mean, std = mean_and_std(source.train)
+    tools = ("ffcv", "numpy", "pillow") if jpeg_quality is None else ("ffcv", "numpy", "opencv-python", "pillow")
     manifest = Manifest(
         name=source.name,
         classes=source.classes,
         image_shape=source.train.images.shape[1:],
-        mean=mean,
-        std=std,
+        mean=(0.0, 0.0, 0.0),  # computed below
+        std=(0.0, 0.0, 0.0),
         splits=files,
         source=source.provenance,
         versions={
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in ("ffcv", "numpy", "pillow")},
+            **{package: importlib.metadata.version(package) for package in tools},
         },
+        records="raw" if jpeg_quality is None else "jpeg",
+        jpeg_quality=jpeg_quality,
     )
+    seen = source.train
+    if jpeg_quality is not None:  # training sees the decoded pixels
+        seen = Split(*beton_reader.read_split(paths["train"], files["train"], manifest))
+    mean, std = mean_and_std(seen)
+    manifest = replace(manifest, mean=mean, std=std)
     with (folder / manifests.FILE_NAME).open("w") as file:
         file.write(manifest.to_json())
         file.flush()
@@ -163,12 +200,23 @@ def _write_into(folder: Path, out: Path, source: Source) -> Manifest:
     return manifest
 
 
+def _record_bytes(split: Split, jpeg_quality: int | None) -> int:
+    """Returns the size of all records of a split; for JPEG an estimate from images at equal distances."""
+    if jpeg_quality is None:
+        return split.images.nbytes
+    rows = np.linspace(0, len(split.images) - 1, min(len(split.images), SAMPLED)).astype(int)
+    return int(np.mean([jpeg.encode(split.images[row], jpeg_quality).nbytes for row in rows]) * len(split.images))
+
+
 def mean_and_std(split: Split) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Returns the exact mean and population standard deviation per channel, from the counts of the pixel values."""
     levels = np.arange(256, dtype=np.float64)
 
     def of_channel(channel: int) -> tuple[float, float]:
-        counts = np.bincount(split.images[..., channel].reshape(-1), minlength=256)
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(split.images), COUNTED):
+            values = split.images[start : start + COUNTED, ..., channel]
+            counts += np.bincount(values.reshape(-1), minlength=256)
         mean = float(counts @ levels / counts.sum())
         return mean, float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
 
@@ -176,18 +224,20 @@ def mean_and_std(split: Split) -> tuple[tuple[float, float, float], tuple[float,
     return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
-def _write_supervised(out: Path, files: list[tuple[Path, Split]]) -> None:
+def _write_supervised(
+    out: Path, files: list[tuple[Path, Split]], expected_bytes: int, jpeg_quality: int | None
+) -> None:
     """Runs FFCV's writer in a child process, and kills it if the files stop growing, or on Ctrl-C.
 
     The writer waits forever if one of its workers fails, for example on a full disk. The child process also isolates
     the import of ffcv, which sets torch to one thread.
     """
     fork = multiprocessing.get_context("fork")  # the images are inherited, not copied
-    writer = fork.Process(target=_write_betons, args=(files, os.getpid()), daemon=False)
+    writer = fork.Process(target=_write_betons, args=(files, jpeg_quality, os.getpid()), daemon=False)
     writer.start()
     written, last_growth = 0, time.monotonic()
     try:
-        with progress("write FFCV files", sum(split.images.nbytes for _, split in files)) as advance:
+        with progress("write FFCV files", expected_bytes) as advance:
             while writer.is_alive():
                 writer.join(0.2)
                 size = sum(path.stat().st_size for path, _ in files if path.exists())
@@ -230,7 +280,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _write_betons(files: list[tuple[Path, Split]], parent: int) -> None:
+def _write_betons(files: list[tuple[Path, Split]], jpeg_quality: int | None, parent: int) -> None:
     os.setpgid(0, 0)  # so that the writer and its workers can be killed together
     _end_with(parent)
     os.register_at_fork(after_in_child=functools.partial(_end_with, os.getpid()))
@@ -238,8 +288,9 @@ def _write_betons(files: list[tuple[Path, Split]], parent: int) -> None:
     from ffcv.fields import IntField, RGBImageField
 
     ffcv.writer.tqdm = lambda **_: _NoProgressBar()  # its output would fill logs, and a progress bar is already shown
+    image = RGBImageField("raw") if jpeg_quality is None else RGBImageField("jpg", jpeg_quality=jpeg_quality)
     for path, split in files:
-        fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+        fields = {"image": image, "label": IntField()}
         # With several workers the order of pages, and thus the hash, would differ from run to run.
         writer = ffcv.writer.DatasetWriter(str(path), fields, num_workers=1)
         writer.from_indexed_dataset(_Samples(split), shuffle_indices=False)

@@ -17,6 +17,7 @@ from runner.common.console import run_command
 from runner.common.errors import UserError
 
 DOWNLOADS = Path("~/.cache/training-runner/downloads")
+JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Prepare:
     """Resize the images of a folder to this many pixels per side; without it, all must have the same size."""
     fit: Fit | None = None
     """With --size: crop the center (by default), pad with black, or stretch."""
+    records: manifests.Records = "raw"
+    """Store images as pixels, or as JPEG pictures, which are smaller and no longer exactly the same images."""
+    jpeg_quality: manifests.Quality | None = None
+    """Quality of JPEG records, 1 to 100; by default 90."""
     name: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     """Name that labels all results on this dataset; by default the name of the source."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
@@ -51,8 +56,11 @@ class Prepare:
 
     def __call__(self) -> None:
         from data_prep import beton, sources
-        from data_prep.dataset import renamed
+        from data_prep.dataset import renamed, with_jpeg_records
 
+        if self.records == "raw" and self.jpeg_quality is not None:
+            raise UserError(f"--jpeg-quality {self.jpeg_quality}: expected with --records jpeg, found raw records")
+        quality = None if self.records == "raw" else self.jpeg_quality or JPEG_QUALITY
         source = sources.load(
             self.source,
             sha256=self.sha256,
@@ -64,9 +72,12 @@ class Prepare:
         )
         for note in source.notes:
             print(f"data_prep: {note}", file=sys.stderr)
+        if quality is not None:
+            source = with_jpeg_records(source)
         if self.name is not None:
             source = renamed(source, self.name)
-        _print_manifest(beton.write(source, self.out, self.overwrite), self.out, "prepared", self.json)
+        manifest = beton.write(source, self.out, self.overwrite, quality)
+        _print_manifest(manifest, self.out, "prepared", self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +87,8 @@ class Verify:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder made by `prepare`."""
     source: str | None = None
-    """Source (as for `prepare`) whose images and labels must be bit-identical."""
+    """Source (as for `prepare`) whose images and labels must be bit-identical; for JPEG records, its images are
+    compressed again, and the bytes are compared."""
     sha256: str | None = None
     """Expected SHA-256 of the source archive, as for `prepare`."""
     downloads: Path = DOWNLOADS
@@ -102,18 +114,21 @@ class Verify:
                 size=manifest.source.get("size"),
                 fit=manifest.source.get("fit"),
             )
-        done = "verified against its source" if source else "verified"
-        _print_manifest(verify(self.folder, source), self.folder, done, self.json)
+        verified, done = verify(self.folder, source), "verified"
+        if source is not None:
+            done = "verified against its source" + (", compressed again" if verified.records == "jpeg" else "")
+        _print_manifest(verified, self.folder, done, self.json)
 
 
 def _print_manifest(manifest: manifests.Manifest, folder: Path, done: str, json: bool) -> None:
     if json:
         print(json_format.dumps({**dataclasses.asdict(manifest), "fingerprint": manifest.fingerprint}))
         return
+    records = f"{manifest.record_kind}, " if manifest.records == "jpeg" else ""
     train, test = (manifest.splits[name].images for name in manifests.SPLITS)
     print(
         f"{done}: {folder}: {manifest.name}, {train:,} training and {test:,} test images, "
-        f"{len(manifest.classes)} classes, fingerprint {manifest.fingerprint}"
+        f"{len(manifest.classes)} classes, {records}fingerprint {manifest.fingerprint}"
     )
 
 

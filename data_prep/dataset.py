@@ -58,6 +58,12 @@ def unreserved(name: str) -> str:
     return f"images of {name}" if name.upper().startswith(RESERVED_PREFIXES) else name
 
 
+def with_jpeg_records(source: Source) -> Source:
+    """Returns the dataset under a name for JPEG records: reserved names are those of the unchanged pixels."""
+    reserved = source.name.upper().startswith(RESERVED_PREFIXES)
+    return replace(source, name=f"JPEG records of {source.name}") if reserved else source
+
+
 def limit_split(split: Split, per_class: int) -> Split:
     """Returns the first `per_class` images of each class, in their original order."""
     selected = [np.flatnonzero(split.labels == label)[:per_class] for label in np.unique(split.labels)]

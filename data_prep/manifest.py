@@ -5,6 +5,7 @@ Does not import NumPy or FFCV, because every later stage reads the manifest.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,8 @@ FORMAT = 1
 Count = Annotated[int, Meta(ge=1, lt=2**48)]
 Side = Annotated[int, Meta(ge=1, lt=2**16)]
 Level = Annotated[float, Meta(ge=0, le=255)]
+Records = Literal["raw", "jpeg"]
+Quality = Annotated[int, Meta(ge=1, le=100)]
 
 
 class _Format(msgspec.Struct):
@@ -54,6 +57,8 @@ class Manifest:
         splits: files of the splits "train" and "test".
         source: origin of the images: kind, path or URL, SHA-256.
         versions: versions of the tools that wrote the files.
+        records: how the .beton files store images: as pixels, or as JPEG pictures.
+        jpeg_quality: quality of JPEG records; None for raw ones.
     """
 
     name: str
@@ -64,12 +69,27 @@ class Manifest:
     splits: dict[str, SplitFile]
     source: dict[str, Any]
     versions: dict[str, str]
+    records: Records = "raw"
+    jpeg_quality: Quality | None = None
+
+    def __post_init__(self) -> None:
+        if (self.records == "jpeg") != (self.jpeg_quality is not None):
+            raise ValueError(f"{self.records} records of jpeg_quality {self.jpeg_quality}")
 
     @property
     def fingerprint(self) -> str:
         """A hash of 16 hexadecimal digits, which changes with any image, label or class name."""
         content = [self.classes, [self.splits[name].sha256 for name in SPLITS]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @property
+    def record_kind(self) -> str:
+        """How the .beton files store images, in words."""
+        return "raw records" if self.records == "raw" else f"JPEG records of quality {self.jpeg_quality}"
+
+    def image_bytes(self, split: SplitFile) -> int:
+        """Returns the bytes that a split takes in memory, decoded."""
+        return split.bytes if self.records == "raw" else split.images * math.prod(self.image_shape)
 
     def to_json(self) -> str:
         """Returns the manifest as indented JSON with keys in a fixed order."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep import beton_reader
 from data_prep import manifest as manifests
-from data_prep.beton import mean_and_std
+from data_prep.beton import mean_and_std, same_records
 from data_prep.dataset import Source, Split
 from data_prep.manifest import Manifest
 from runner.common.errors import UserError
@@ -16,8 +16,9 @@ def verify(folder: Path, source: Source | None = None) -> Manifest:
     """Verifies a prepared folder.
 
     Checks, in this order: the format of the manifest; the size and SHA-256 of each file; its layout, including that
-    every address and label is in range, and the number of images per class; the mean and standard deviation against
-    the manifest; and, if a source is given, that every image and label is bit-identical to it. Does not need FFCV.
+    every address and label is in range, and the number of images per class; that every record can be decoded; the mean
+    and standard deviation against the manifest; and, if a source is given, that every image and label is bit-identical
+    to it, or for JPEG records, to the source's image compressed again.
 
     Raises:
         UserError: a check failed; the message describes the first difference.
@@ -30,17 +31,18 @@ def verify(folder: Path, source: Source | None = None) -> Manifest:
         if name == "train" and not np.allclose(mean_and_std(decoded), (manifest.mean, manifest.std), rtol=1e-9):
             raise UserError(f"{folder}: mean and standard deviation differ from the manifest; prepare it again")
         if source is not None:
-            _compare(folder, name, decoded, getattr(source, name))
+            _compare(folder, name, manifest, decoded, getattr(source, name))
     if source is not None and source.classes != manifest.classes:
         raise UserError(f"{folder}: expected the source's classes {source.classes}, found {manifest.classes}")
     return manifest
 
 
-def _compare(folder: Path, name: str, decoded: Split, source: Split) -> None:
-    """Raises UserError if a decoded split differs from the source."""
+def _compare(folder: Path, name: str, manifest: Manifest, decoded: Split, source: Split) -> None:
+    """Raises UserError if a split differs from the source."""
     if decoded.images.shape != source.images.shape:
         raise UserError(f"{folder}/{name}.beton: expected {len(source.labels)} images, found {len(decoded.labels)}")
-    same = (decoded.images == source.images).all(axis=(1, 2, 3)) & (decoded.labels == source.labels)
+    split = manifest.splits[name]
+    same = same_records(folder / split.file, manifest, split, decoded, source)
     if not same.all():
         first = int(np.argmin(same))
         raise UserError(f"{folder}/{name}.beton: {int((~same).sum())} records differ, first record {first}")

@@ -84,6 +84,16 @@ def small_data(once: Once, request: pytest.FixtureRequest) -> Path:
     return once("small", lambda folder: beton.write(request.getfixturevalue("small"), folder / "data")) / "data"
 
 
+@pytest.fixture(scope="session")
+def jpeg_data(once: Once, request: pytest.FixtureRequest) -> Path:
+    """The small dataset, prepared with JPEG records."""
+
+    def make(folder: Path) -> None:
+        beton.write(request.getfixturevalue("small"), folder / "data", jpeg_quality=90)
+
+    return once("jpeg", make) / "data"
+
+
 @pytest.fixture
 def own_data(small_data: Path, tmp_path: Path) -> Path:
     """A copy of the small dataset that a test may damage."""

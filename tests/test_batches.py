@@ -177,12 +177,17 @@ def test_a_reader_that_dies_or_hangs_is_an_error_in_time(small_data: Path, monke
 
 
 def test_auto_selects_resident_for_small_splits_and_reports_it(small_data: Path) -> None:
-    split = manifest.read(small_data).splits["train"]
-    assert RankInfo(CPU).loader_for(split)[0] == "resident"
-    assert "resident below 25%" in RankInfo(CPU).loader_for(split)[1]
+    prepared = manifest.read(small_data)
+    split = prepared.splits["train"]
+    assert RankInfo(CPU).loader_for(prepared, split)[0] == "resident"
+    assert "resident below 25%" in RankInfo(CPU).loader_for(prepared, split)[1]
     huge = dataclasses.replace(split, bytes=10**14)
-    assert RankInfo(CPU).loader_for(huge)[0] == "streaming"
-    assert RankInfo(CPU, loader="streaming").loader_for(split)[0] == "streaming"
+    assert RankInfo(CPU).loader_for(prepared, huge)[0] == "streaming"
+    assert RankInfo(CPU, loader="streaming").loader_for(prepared, split)[0] == "streaming"
+    jpeg = dataclasses.replace(prepared, records="jpeg", jpeg_quality=90)  # which takes memory only once decoded
+    many = dataclasses.replace(split, images=10**11)
+    assert RankInfo(CPU).loader_for(jpeg, many)[0] == "streaming"
+    assert "train.beton, decoded, is " in RankInfo(CPU).loader_for(jpeg, many)[1]
 
 
 def test_seed_and_epoch_each_change_order_and_augmentation() -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -17,8 +18,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from data_prep import beton, manifest
+from data_prep import beton, jpeg, manifest
 from data_prep import beton_reader as reader
 from data_prep.sources import Source, Split
 from data_prep.verify import verify
@@ -87,15 +89,26 @@ def test_a_truncated_file_is_named(own_data: Path) -> None:
         verify(own_data)
 
 
-def test_the_reader_matches_ffcvs_decoder(small: Source, small_data: Path) -> None:
-    prepared = manifest.read(small_data)
+RECORDS = ["small_data", "jpeg_data"]  # fixtures
+
+
+@pytest.mark.parametrize("records", RECORDS)
+def test_the_reader_matches_ffcvs_decoder(small: Source, records: str, request: pytest.FixtureRequest) -> None:
+    data = request.getfixturevalue(records)
+    prepared = manifest.read(data)
     for split in ("train", "test"):
-        path = small_data / f"{split}.beton"
+        path = data / f"{split}.beton"
         images, labels = reader.read_split(path, prepared.splits[split], prepared)
         decoded = decoded_by_ffcv(path)
         np.testing.assert_array_equal(images, decoded.images)
         np.testing.assert_array_equal(labels, decoded.labels)
-        np.testing.assert_array_equal(images, getattr(small, split).images)
+        some = reader.read_images(path, prepared.splits[split], prepared, np.array([7, 3, 7]))
+        np.testing.assert_array_equal(some, images[[7, 3, 7]])
+        difference = np.abs(images.astype(int) - getattr(small, split).images).mean()
+        assert 0 < difference < 25 if records == "jpeg_data" else difference == 0  # JPEG blurs colors of small images
+        if split == "train":  # the statistics are those of the pixels that training sees
+            np.testing.assert_allclose(prepared.mean, images.mean((0, 1, 2)), rtol=1e-12)
+            np.testing.assert_allclose(prepared.std, images.std((0, 1, 2)), rtol=1e-9)
 
 
 def crafted(path: Path, **changes: object) -> None:
@@ -140,12 +153,150 @@ def test_a_file_that_ffcv_must_not_open_is_refused(changes: dict[str, int], smal
         reader.read_labels(path, prepared.splits["test"], prepared)
 
 
+def picture(mode: str = "RGB", side: int = 32, **options: object) -> bytes:
+    """A JPEG picture of noise, by Pillow."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "jpeg", quality=1, **options)
+    return buffer.getvalue()
+
+
+FRAME = bytes([0xFF, 0xC0, 0, 17, 8, 0, 32, 0, 32, 3])  # of a baseline picture of 32×32 in three colors
+JPEG_FAULTS = {
+    "too high": lambda record: record.replace(FRAME, FRAME[:5] + bytes([0, 33]) + FRAME[7:]),
+    "too wide": lambda record: record.replace(FRAME, FRAME[:7] + bytes([255, 255]) + FRAME[9:]),
+    "of one color": lambda record: record.replace(FRAME, FRAME[:9] + bytes([1])),
+    "called progressive": lambda record: record.replace(FRAME, FRAME[:1] + bytes([0xC2]) + FRAME[2:]),
+    "of two frames": lambda record: record.replace(FRAME, bytes([0xFF, 0xC0, 0, 4, 0, 0]) + FRAME)[: len(record)],
+    "of an endless segment": lambda record: record[:4] + bytes([255, 255]) + record[6:],
+    "truncated": lambda record: record[:-2],
+    "truncated in its header": lambda record: record[:300],
+    "empty": lambda record: b"",
+    "not a JPEG": lambda record: bytes(len(record)),
+    "progressive": lambda record: picture(progressive=True),
+    "CMYK": lambda record: picture("CMYK"),
+    "gray": lambda record: picture("L"),
+    "half as large": lambda record: picture(side=16),
+    "of other tables": lambda record: picture(),
+}
+
+
+def with_records(path: Path, change: Callable[[bytes], bytes], rows: slice) -> None:
+    """Replaces JPEG records by others of at most the same length."""
+    content = np.fromfile(path, np.uint8)
+    header = content[: reader.HEADER.itemsize].view(reader.HEADER)
+    allocations = content[int(header["alloc_table_ptr"][0]) :].view(reader.ALLOCATION)
+    for row in allocations[rows]:
+        begin, size = int(row["ptr"]), int(row["size"])
+        record = change(content[begin : begin + size].tobytes())
+        assert len(record) <= size
+        content[begin : begin + len(record)] = np.frombuffer(record, np.uint8)
+        row["size"] = len(record)
+    content.tofile(path)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+@pytest.mark.parametrize("fault", JPEG_FAULTS)
+def test_a_jpeg_record_that_ffcv_must_not_decode_is_refused(
+    fault: str, all_of_them: bool, jpeg_data: Path, tmp_path: Path
+) -> None:
+    """By its header and its end, without decoding it."""
+    path, prepared = Path(shutil.copy(jpeg_data / "test.beton", tmp_path)), manifest.read(jpeg_data)
+    with_records(path, JPEG_FAULTS[fault], slice(None) if all_of_them else slice(5, 6))
+    if fault == "of other tables" and all_of_them:  # which is a sound dataset
+        assert len(np.unique(reader.read_split(path, *of_test(jpeg_data))[0], axis=0)) == 1
+        return
+    with pytest.raises(UserError, match=r"test\.beton: expected .*; prepare the dataset again") as refused:
+        reader.read_labels(path, prepared.splits["test"], prepared)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation__size": 2**64 - 1},
+        {"allocation__size": 2**40},
+        {"allocation__ptr": 0},
+        {"row__data_ptr": 2**64 - 1},
+        {"row__data_ptr": 100},
+        {"row__width": 31},
+        {"row__mode": 1},
+    ],
+    ids=str,
+)
+def test_a_table_of_jpeg_records_that_ffcv_must_not_use_is_refused(
+    changes: dict[str, int], jpeg_data: Path, tmp_path: Path
+) -> None:
+    path, prepared = Path(shutil.copy(jpeg_data / "test.beton", tmp_path)), manifest.read(jpeg_data)
+    crafted(path, **changes)
+    with pytest.raises(UserError, match=r"test\.beton: expected .*; prepare the dataset again"):
+        reader.read_labels(path, prepared.splits["test"], prepared)
+
+
+def test_a_manifest_of_other_records_than_the_files_is_refused(small_data: Path, jpeg_data: Path) -> None:
+    for data, message in ((small_data, r"expected raw images of 32×32, found \[0, 32, 32\]"),
+                          (jpeg_data, r"expected jpeg images of 32×32, found \[1, 32, 32\]")):  # fmt: skip
+        (other,) = {small_data, jpeg_data} - {data}
+        with pytest.raises(UserError, match=message):
+            reader.read_labels(other / "test.beton", *of_test(data))
+
+
+def test_a_record_that_cannot_be_decoded_is_named(jpeg_data: Path, tmp_path: Path) -> None:
+    """Its header and its end are sound, and the pixels are missing: no other check can see that."""
+    path = Path(shutil.copy(jpeg_data / "test.beton", tmp_path))
+
+    def without_pixels(record: bytes) -> bytes:
+        return jpeg.header_of(np.frombuffer(record, np.uint8), 32, 32) + jpeg.END
+
+    with_records(path, without_pixels, slice(9, 10))
+    assert len(reader.read_labels(path, *of_test(jpeg_data))) == 200
+    with pytest.raises(UserError, match="expected complete JPEG records, found a damaged one at record 9"):
+        reader.read_split(path, *of_test(jpeg_data))
+
+
+@pytest.mark.images
+def test_jpeg_records_are_verified_against_their_source(small: Source, jpeg_data: Path) -> None:
+    """Byte by byte: one level of one pixel is another record, also where it can hardly be seen."""
+    assert verify(jpeg_data, small).records == "jpeg"
+    images = small.test.images.copy()
+    images[17, :8, :8] ^= 8
+    with pytest.raises(UserError, match=r"test.beton: 1 records differ, first record 17"):
+        verify(jpeg_data, replace(small, test=Split(images, small.test.labels)))
+
+
+def test_jpeg_records_are_prepared_once_and_not_mixed_up(small: Source, jpeg_data: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(jpeg_data, tmp_path / "data"))
+    assert beton.write(small, out, jpeg_quality=90) == manifest.read(jpeg_data)
+    for quality in (None, 80):
+        with pytest.raises(UserError, match=r"in JPEG records of quality 90; expected a new folder, or the same"):
+            beton.write(small, out, jpeg_quality=quality)
+    smaller = beton.write(small, out, overwrite=True, jpeg_quality=10)
+    assert smaller.fingerprint != manifest.read(jpeg_data).fingerprint
+    assert verify(out, small) == smaller
+    assert smaller.versions.keys() - manifest.read(jpeg_data).versions.keys() == set()
+    images = small.train.images.copy()
+    images[0] ^= 128
+    with pytest.raises(UserError, match="the images of the source have changed"):
+        beton.write(replace(small, train=Split(images, small.train.labels)), out, jpeg_quality=10)
+
+
+def test_the_size_of_jpeg_records_is_estimated_before_they_are_written(small: Source, jpeg_data: Path) -> None:
+    for name in ("train", "test"):
+        records = reader.read_records(
+            jpeg_data / f"{name}.beton", manifest.read(jpeg_data).splits[name], manifest.read(jpeg_data)
+        )
+        written = sum(record.nbytes for record in records)
+        assert beton._record_bytes(getattr(small, name), 90) == pytest.approx(written, rel=0.05)
+    assert beton._record_bytes(small.test, None) == 200 * 32 * 32 * 3
+
+
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, data: st.DataObject) -> None:
+def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, jpeg_data: Path, data: st.DataObject) -> None:
     """Up to four bytes of the header, the fields and both tables, set at random."""
-    prepared = manifest.read(small_data)
-    split, sound = prepared.splits["test"], (small_data / "test.beton").read_bytes()
+    sound_data = data.draw(st.sampled_from([small_data, jpeg_data]))
+    prepared = manifest.read(sound_data)
+    split, sound = prepared.splits["test"], (sound_data / "test.beton").read_bytes()
     header = np.frombuffer(sound[: reader.HEADER.itemsize], reader.HEADER)[0]
     end = reader.HEADER.itemsize + 2 * reader.FIELD.itemsize + split.images * reader.SAMPLE.itemsize
     content = bytearray(sound)
@@ -159,7 +310,7 @@ def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, data: s
             images, labels = reader.read_split(path, split, prepared)
         except UserError:
             return
-    expected = reader.read_split(small_data / "test.beton", split, prepared)
+    expected = reader.read_split(sound_data / "test.beton", split, prepared)
     assert np.array_equal(images, expected[0])
     assert np.array_equal(labels, expected[1])
 
@@ -265,11 +416,13 @@ def test_ffcv_stays_within_its_memory(
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("records", RECORDS)
 def test_verify_and_a_streaming_training_stay_within_their_memory(
-    small_data: Path, address_sanitizer: dict[str, str], tmp_path: Path
+    records: str, address_sanitizer: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    train = ["train", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--max-steps", 2]
-    for words in (["data_prep", "verify", small_data], ["runner", *train, "--loader", "streaming"]):
+    data = request.getfixturevalue(records)
+    train = ["train", "tiny", *TINY, "--data", data, "--runs", tmp_path, "--device", "cpu", "--max-steps", 2]
+    for words in (["data_prep", "verify", data], ["runner", *train, "--loader", "streaming"]):
         done = python("-m", *words, timeout=1800, **address_sanitizer)
         assert done.returncode == 0, done.stderr
         assert "AddressSanitizer" not in done.stderr

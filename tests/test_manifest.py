@@ -47,6 +47,17 @@ def test_invalid_manifests_are_refused(own_data: Path, content: str) -> None:
         manifest.read(own_data)
 
 
+def test_a_manifest_of_an_earlier_version_is_one_of_raw_records(own_data: Path) -> None:
+    path, now = own_data / "dataset.json", manifest.read(own_data)
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: fields[name] for name in fields if name not in ("records", "jpeg_quality")}))
+    assert manifest.read(own_data) == now
+    for other in ({"jpeg_quality": 90}, {"records": "jpeg"}, {"records": "smart"}):
+        path.write_text(json.dumps(fields | other))
+        with pytest.raises(UserError, match="expected a manifest of format 1"):
+            manifest.read(own_data)
+
+
 def places(value: object, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Every place in nested JSON, and of a list only the first."""
     yield place

@@ -82,18 +82,19 @@ class RankInfo:
     loader: LoaderChoice = "auto"
     workers: int = 1
 
-    def loader_for(self, split: SplitFile) -> tuple[Literal["resident", "streaming"], str]:
-        """Selects the loader of a split; returns it with a message that gives the reason."""
+    def loader_for(self, manifest: Manifest, split: SplitFile) -> tuple[Literal["resident", "streaming"], str]:
+        """Selects the loader of a split of a dataset; returns it with a message that gives the reason."""
         if self.loader != "auto":
             return self.loader, f"loader: {self.loader} (--loader {self.loader})"
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         else:
             memory = total_memory()
-        share = split.bytes / memory
+        share = manifest.image_bytes(split) / memory
         selected: Literal["resident", "streaming"] = "resident" if share < RESIDENT_SHARE else "streaming"
         limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"
-        return selected, f"loader: {selected} (auto: {split.file} is {limit})"
+        decoded = ", decoded," if manifest.records == "jpeg" else ""
+        return selected, f"loader: {selected} (auto: {split.file}{decoded} is {limit})"
 
 
 # Mean and standard deviation expected by torchvision's ImageNet weights, in 0..255.
@@ -156,7 +157,7 @@ def open_split(
         seed=seed,
     )
     path = data / file.file
-    if rank_info.loader_for(file)[0] == "resident":
+    if rank_info.loader_for(manifest, file)[0] == "resident":
         pixels, labels = beton_reader.read_split(path, file, manifest)
         if indices is not None:
             pixels, labels = pixels[indices], labels[indices]

@@ -90,7 +90,7 @@ def run_config(
         world_size=accelerator.num_processes,
         threads=torch.get_num_threads(),
         deterministic=config.deterministic,
-        loader=rank_info.loader_for(manifest.splits["train"])[0],
+        loader=rank_info.loader_for(manifest, manifest.splits["train"])[0],
         hardware=environment.describe_hardware(),
         versions=environment.package_versions(),
         git=environment.git_revision(),

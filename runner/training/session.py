@@ -180,7 +180,7 @@ def _run_training(
         accelerator = create_accelerator(config, launch, device)
         stack.callback(destroy_process_group, accelerator)
         if accelerator.is_main_process:
-            print(message, rank_info.loader_for(manifest.splits["train"])[1], sep="\n", file=sys.stderr)
+            print(message, rank_info.loader_for(manifest, manifest.splits["train"])[1], sep="\n", file=sys.stderr)
         session = Session(
             config, registered, environ, tracking, manifest, rank_info, streams, teacher, accelerator,
             scaler_state=accelerator.scaler and accelerator.scaler.state_dict(), stopped=stopped,
