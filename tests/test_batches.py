@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,14 @@ EVERYTHING = Recipe(
 )
 
 
-RECIPES = {"augmented": RECIPE, "plain": PLAIN, "everything": EVERYTHING}
+RESIZED = dataclasses.replace(
+    EVERYTHING,
+    resize=24,
+    augment=dataclasses.replace(EVERYTHING.augment, crop_padding=0, crop_fill="zero", random_resized_crop=0.2),
+)
+
+
+RECIPES = {"augmented": RECIPE, "plain": PLAIN, "everything": EVERYTHING, "resized crop": RESIZED}
 STREAMED = [("train", 3, "everything"), ("test", 2, "plain")]  # the default tier: each rank compiles a loader
 
 
@@ -104,7 +112,7 @@ def test_the_union_over_ranks_is_the_global_batch(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("recipe", ["augmented", "everything"])
+@pytest.mark.parametrize("recipe", ["augmented", "everything", "resized crop"])
 def test_starting_at_a_step_skips_the_earlier_ones(small_data: Path, loader: str, recipe: str) -> None:
     batches = opened(small_data, loader=loader, recipe=RECIPES[recipe])
     assert_same(list(batches.epoch(3))[3:], batches.epoch(3, start_step=3))  # odd, as two copies alternate
@@ -118,6 +126,21 @@ def test_streaming_matches_resident_for_any_number_of_workers(data: Path) -> Non
     resident = list(opened(data, recipe=recipe).epoch(0))
     for workers in (1, 2):
         assert_same(resident, opened(data, recipe=recipe, loader="streaming", workers=workers).epoch(0))
+
+
+@pytest.mark.parametrize("split", ["train", pytest.param("test", marks=pytest.mark.every)])
+def test_jpeg_records_are_the_same_from_both_loaders_on_any_number_of_ranks(
+    jpeg_data: Path, small_data: Path, split: str
+) -> None:
+    resident = list(opened(jpeg_data, split=split, recipe=RESIZED).epoch(1))
+    assert_same(resident, opened(jpeg_data, split=split, recipe=RESIZED, loader="streaming").epoch(1))
+    ranks = [list(opened(jpeg_data, rank, 2, split, RESIZED).epoch(1)) for rank in range(2)]
+    for step, (images, labels) in enumerate(resident):
+        assert images.shape[1:] == (3, 24, 24)
+        assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), images)
+        assert torch.equal(torch.cat([rank[step][1] for rank in ranks]), labels)
+    raw = next(opened(small_data, split=split, recipe=RESIZED).epoch(1))[0]  # the same images, not compressed
+    assert 0 < (raw - resident[0][0]).abs().mean() < 0.5
 
 
 def test_more_workers_than_cores_are_refused(small_data: Path) -> None:
@@ -257,6 +280,11 @@ def test_augmentation_matches_earlier_versions() -> None:
     plain = augment.sample_params(Augment(crop_padding=4), np.array([0, 5, 9]), (24, 40), 3, 3)
     assert plain.row.tolist() == [2, 4, 3]
     assert not plain.changes_pixels
+    crops = Augment(random_resized_crop=0.1, cutout=8, erase=1.0)
+    resized = augment.sample_params(crops, np.array([0, 5, 9]), (24, 40), 3, 3, (100, 200))
+    assert not resized.changes_pixels
+    assert resized.resized_box.tolist() == [[1, 16, 23, 39], [10, 21, 22, 34], [3, 14, 16, 26]]
+    assert (resized.cutout_center[0].tolist(), resized.erase_box[0].tolist()) == ([62, 186], [31, 65, 62, 111])
     nothing = augment.sample_params(None, np.array([0, 5]), (24, 40), 3, 3)
     assert [nothing.row.tolist(), nothing.column.tolist(), nothing.flip.tolist()] == [[0, 0], [0, 0], [False, False]]
 
@@ -276,7 +304,7 @@ def test_mixing_matches_earlier_versions() -> None:
 CHANGES = {
     "crop_padding": 4, "crop_fill": "reflect", "flip": "random", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5,
     "hue": 0.2, "cutout": 8, "mixup": 1.0, "cutmix": 1.0, "policy": "trivial", "rand_ops": 3, "rand_magnitude": 10,
-    "erase": 0.5, "repeats": 2,
+    "erase": 0.5, "repeats": 2, "random_resized_crop": 0.5,
 }  # fmt: skip
 ONLY_WITH = {"crop_fill": {"crop_padding": 4}, "rand_ops": {"policy": "rand"}, "rand_magnitude": {"policy": "rand"}}
 
@@ -503,6 +531,86 @@ def test_resizing_is_torchvisions(small_data: Path) -> None:
     torch.testing.assert_close(images, functional.resize(small_images, [56, 56]))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 28), (48, 40)])
+def test_a_resized_crop_is_torchvisions(size: tuple[int, int]) -> None:
+    """Of images that are not square, enlarged and reduced, and mirrored."""
+    from torchvision.transforms import functional
+
+    images, crops = random_crops(side=(40, 24))
+    samples = np.arange(50)
+    boxes = augment.sample_params(Augment(random_resized_crop=0.08), samples, (40, 24), 0, 0).resized_box
+    boxes[:2] = torch.tensor([[0, 0, 40, 24], [39, 23, 40, 24]])  # the whole image, and one pixel
+    before = images.clone()
+    batch = crop.make_resized_batch(images, crops, boxes, size, torch.float32)
+    rounded = crop.make_resized_batch(images, crops, boxes, size, torch.uint8)
+    assert torch.equal(images, before)
+    assert batch.shape == (50, *size, 3)
+    assert batch.is_contiguous()
+    assert torch.equal(rounded, batch.round().to(torch.uint8))
+    for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
+        image = images[crops.samples[i]].permute(2, 0, 1)
+        expected, levels = (
+            functional.resized_crop(pixels, top, left, bottom - top, right - left, list(size), antialias=False)
+            for pixels in (image.float(), image)
+        )
+        if crops.flip[i]:
+            expected, levels = expected.flip(2), levels.flip(2)
+        torch.testing.assert_close(batch[i].permute(2, 0, 1), expected, atol=2e-3, rtol=0)
+        assert (rounded[i].permute(2, 0, 1).int() - levels.int()).abs().max() <= 1
+    for part in (slice(0, 1), slice(3, 10), slice(7, 50)):
+        some = crop.make_resized_batch(images, Crops(*(c[part] for c in crops)), boxes[part], size, torch.float32)
+        assert torch.equal(some, batch[part])
+
+
+@pytest.mark.parametrize("side", [(32, 32), (20, 48), (60, 20)])
+def test_random_resized_crops_have_torchvisions_distribution(side: tuple[int, int]) -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    image = torch.zeros(3, *side)
+    for smallest in (0.08, 0.5, 1.0):
+        params = augment.sample_params(Augment(random_resized_crop=smallest), np.arange(20_000), side, 0, 0)
+        top, left, bottom, right = params.resized_box.numpy().T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top < bottom).all()
+        assert (left < right).all()
+        assert (bottom.max(), right.max()) <= side
+        found = np.stack([top, left, bottom - top, right - left])
+        drawn = [RandomResizedCrop.get_params(image, [smallest, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+        for values, expected in zip(found, np.array(drawn).T, strict=True):
+            assert abs(values.mean() - expected.mean()) < 0.05 * expected.std() + 0.05
+            assert abs(values.std() - expected.std()) < 0.05 * expected.std() + 0.05
+
+
+def test_a_random_resized_crop_comes_first_and_training_alone_has_it(small_data: Path) -> None:
+    """Cutout blanks pixels of the model's size; a policy sees rounded pixels; images of a test are resized as ever."""
+    recipe = dataclasses.replace(PLAIN, resize=80, augment=Augment(random_resized_crop=0.5))
+    plain, cut, rounded, test = (
+        next(opened(small_data, split=split, recipe=dataclasses.replace(recipe, augment=changed)).epoch(0))[0]
+        for split, changed in (
+            ("train", recipe.augment),
+            ("train", Augment(random_resized_crop=0.5, cutout=80)),  # larger than the images of the dataset
+            ("train", Augment(random_resized_crop=0.5, brightness=1e-9)),  # which changes nothing
+            ("test", recipe.augment),
+        )
+    )
+    assert plain.shape == (60, 3, 80, 80)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in (plain, cut, rounded, test))
+    blank = cut == 0
+    assert 0.3 < blank.float().mean() < 0.8
+    assert torch.equal(cut, torch.where(blank, 0.0, plain))
+    std = torch.tensor(normalization(open_manifest(small_data), recipe)[1])[:, None, None]
+    assert 0 < ((plain - rounded) * std).abs().max() < 0.51
+    assert torch.equal(
+        test, next(opened(small_data, split="test", recipe=dataclasses.replace(PLAIN, resize=80)).epoch(0))[0]
+    )
+    first = opened(small_data, recipe=recipe).first_images(10)
+    assert torch.equal(first, opened(small_data, recipe=dataclasses.replace(PLAIN, resize=80)).first_images(10))
+    with pytest.raises(UserError, match="cutout 81: expected at most the images' side of 80"):
+        opened(small_data, recipe=dataclasses.replace(recipe, augment=Augment(random_resized_crop=0.5, cutout=81)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("reflect", [False, True])
 def test_make_on_a_gpu_matches_the_cpu(reflect: bool) -> None:
@@ -598,6 +706,19 @@ def corrupted(data: Path, change) -> Path:
     record["splits"]["train"] |= {"sha256": sha256_of(path), "bytes": len(content)}
     (data / "dataset.json").write_text(json.dumps(record))
     return data
+
+
+def test_a_jpeg_record_of_another_size_never_reaches_ffcv(jpeg_data: Path, tmp_path: Path) -> None:
+    """Where the manifest has the hash of the crafted file."""
+    frame = bytes([0xFF, 0xC0, 0, 17, 8, 0, 32, 0, 32, 3])
+
+    def enlarge(content: bytearray) -> None:
+        content[:] = content.replace(frame, frame[:5] + bytes([4, 0]) + frame[7:])
+
+    data = corrupted(Path(shutil.copytree(jpeg_data, tmp_path / "own")), enlarge)
+    for loader in LOADERS:
+        with pytest.raises(UserError, match="expected complete baseline JPEG records of 32×32"):
+            opened(data, loader=loader)
 
 
 TABLE = beton_reader.HEADER.itemsize + 2 * beton_reader.FIELD.itemsize

@@ -336,6 +336,23 @@ BAD = {
     "no archive": ("data_prep prepare --source {text} --out {new}", "not a complete tar or zip"),
     "wrong hash": ("data_prep prepare --source {official} --out {new}", "expected SHA-256"),
     "no source": ("data_prep prepare --source {new} --out {new}", "no such file"),
+    "quality of raw records": (
+        "data_prep prepare --source synthetic --jpeg-quality 80 --out {new}",
+        "--jpeg-quality 80: expected with --records jpeg, found raw records",
+    ),
+    "no such records": ("data_prep prepare --source synthetic --records png --out {new}", "--records png: expected"),
+    "too high a quality": (
+        "data_prep prepare --source synthetic --records jpeg --jpeg-quality 101 --out {new}",
+        "--jpeg-quality 101: expected an integer <= 100",
+    ),
+    "two crops": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.random-resized-crop 0.3",
+        "--recipe.augment.random-resized-crop 0.3: expected with --recipe.augment.crop-padding 0, found 4",
+    ),
+    "more than an image": (
+        "runner train tiny --data {data} --runs {new} --recipe.augment.random-resized-crop 1.5",
+        "--recipe.augment.random-resized-crop 1.5: expected a number <= 1",
+    ),
     "no images": ("data_prep prepare --source {empty} --out {new}", "contains no image"),
     "verify damaged": ("data_prep verify {damaged}", "test.beton: damaged"),
     "verify nothing": ("data_prep verify {empty}", "dataset.json"),

@@ -171,8 +171,9 @@ def test_erasing_blanks_the_box() -> None:
 
 
 EVERYTHING = Augment(
-    crop_padding=4, flip="random", policy="trivial", brightness=0.2, hue=0.1, cutout=4, erase=0.5, repeats=3
-)
+    random_resized_crop=0.2, crop_padding=4, flip="random", policy="trivial", brightness=0.2, hue=0.1, cutout=4,
+    erase=0.5, repeats=3,
+)  # fmt: skip
 
 
 @given(

@@ -214,6 +214,9 @@ Schedule = Constant | Step | Cosine | Linear | OneCycle
 class Augment:
     """Random augmentations of training images, applied in this order; each is a function of (seed, epoch, sample)."""
 
+    random_resized_crop: Fraction = 0.0
+    """Smallest fraction of the image's area in a random crop with sides in a ratio of 3/4 to 4/3, which is resized to
+    the model's size, bilinear without antialiasing; 0 for none."""
     crop_padding: Size = 0
     """Pixels of padding on each side before a random crop back to the image's size; 0 for none."""
     crop_fill: Literal["zero", "reflect"] = "zero"
@@ -389,6 +392,11 @@ def check_recipe(recipe: Recipe) -> None:
         if augment.policy != "rand" and value != getattr(default, name):
             option = f"--recipe.augment.{name.replace('_', '-')}"
             raise UserError(f"{option} {value}: expected with --recipe.augment.policy rand, found {augment.policy}")
+    if augment.random_resized_crop and augment.crop_padding:
+        raise UserError(
+            f"--recipe.augment.random-resized-crop {augment.random_resized_crop}: expected with "
+            f"--recipe.augment.crop-padding 0, found {augment.crop_padding}; only one of them can crop"
+        )
     if augment.repeats > recipe.batch_size:
         raise UserError(
             f"--recipe.augment.repeats {augment.repeats}: expected at most the batch size of {recipe.batch_size}"

@@ -14,13 +14,15 @@ from runner.data import color, order, policy
 CROP_ROW, CROP_COLUMN, FLIP, CUTOUT_ROW, CUTOUT_COLUMN, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(9)
 JITTER_ORDER = 9  # streams 9 to 12; 13 is order.RANK
 ERASE, ERASE_ROW, ERASE_COLUMN = 14, 15, 16
-ERASE_AREA, ERASE_RATIO = 17, 27  # streams 17 to 36, two for each attempt; the next free stream is 37
+ERASE_AREA, ERASE_RATIO = 17, 27  # streams 17 to 36, two for each attempt
+RESIZED_ROW, RESIZED_COLUMN = 37, 38
+RESIZED_AREA, RESIZED_RATIO = 39, 49  # streams 39 to 58, two for each attempt; the next free stream is 59
 POLICY = 1000  # streams 1000 to 1299, three for each operation
 
 
 # Parameters of the crop and of `augment_normalized`; all others are of `augment_pixels`.
-NOT_OF_PIXELS = ("row", "column", "flip", "cutout_center", "erase_box")
-ERASE_ATTEMPTS = 10  # to find a rectangle that is smaller than the image
+NOT_OF_PIXELS = ("row", "column", "flip", "resized_box", "cutout_center", "erase_box")
+ATTEMPTS = 10  # to find a rectangle that fits into the image
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class AugmentParams:
     Attributes:
         row, column: (N,) int64, the corner of the crop relative to that of the unpadded image, in -padding..padding.
         flip: (N,) bool.
+        resized_box: (N, 4) int64, top, left, bottom and right of the crop that is resized; None without such crops.
         cutout_center: (N, 2) int64, row and column of the center of the blanked square; None without cutout.
         jitter_factors: (N, 4) float32, factors of brightness, contrast and saturation, and the hue shift; None without
             jitter.
@@ -43,6 +46,7 @@ class AugmentParams:
     row: torch.Tensor
     column: torch.Tensor
     flip: torch.Tensor
+    resized_box: torch.Tensor | None = None
     cutout_center: torch.Tensor | None = None
     jitter_factors: torch.Tensor | None = None
     jitter_order: torch.Tensor | None = None
@@ -69,9 +73,16 @@ class AugmentParams:
 
 
 def sample_params(
-    augment: Augment | None, samples: np.ndarray, image_size: tuple[int, int], seed: int, epoch: int
+    augment: Augment | None,
+    samples: np.ndarray,
+    image_size: tuple[int, int],
+    seed: int,
+    epoch: int,
+    resized: tuple[int, int] | None = None,
 ) -> AugmentParams:
     """Samples the augmentation of images `samples` (N,) of `image_size` (H, W) in an epoch; for None, changes nothing.
+
+    A random resized crop changes their size to `resized`, by default the same, before all other augmentations.
 
     For repeated augmentation, `order.copy_keys` identifies the copies of a sample.
 
@@ -85,12 +96,15 @@ def sample_params(
     def below(bound: int, stream: int, epoch: int = epoch) -> np.ndarray:
         return order.random_below(bound, samples, seed, epoch, stream)
 
+    optional: dict[str, np.ndarray] = {}
+    if augment.random_resized_crop:
+        optional["resized_box"] = _sample_resized_box(augment.random_resized_crop, samples, image_size, seed, epoch)
+        image_size = resized or image_size
     padding, flip = augment.crop_padding, np.zeros(len(samples), dtype=bool)
     if augment.flip == "random":
         flip = below(2, FLIP) == 1
     elif augment.flip == "alternating":
         flip = below(2, FLIP, epoch=0) == epoch % 2
-    optional: dict[str, np.ndarray] = {}
     if augment.cutout:
         optional["cutout_center"] = np.stack([below(image_size[0], CUTOUT_ROW), below(image_size[1], CUTOUT_COLUMN)], 1)
     if any(augment.jitter):
@@ -129,22 +143,69 @@ def _sample_erase_box(
     3.3, drawn up to ten times, until the box is smaller than the image.
     """
 
-    def between(low: float, high: float, stream: int) -> np.ndarray:
-        return order.random_between(low, high, samples, seed, epoch, stream).astype(np.float64)
-
     def below(bound: int | np.ndarray, stream: int) -> np.ndarray:
         return order.random_below(bound, samples, seed, epoch, stream)
 
-    height, width = (np.zeros(len(samples), np.int64) for _ in range(2))
-    for attempt in range(ERASE_ATTEMPTS):
-        area = image_size[0] * image_size[1] * between(0.02, 0.33, ERASE_AREA + attempt)
-        ratio = np.exp(between(math.log(0.3), math.log(3.3), ERASE_RATIO + attempt))
-        sides = np.sqrt(area * ratio).round().astype(np.int64), np.sqrt(area / ratio).round().astype(np.int64)
-        fits = (height + width == 0) & (sides[0] < image_size[0]) & (sides[1] < image_size[1])
-        height, width = np.where(fits, sides[0], height), np.where(fits, sides[1], width)
+    def between(low: float, high: float, stream: int) -> np.ndarray:
+        return order.random_between(low, high, samples, seed, epoch, stream).astype(np.float64)
+
+    def attempt(number: int) -> tuple[np.ndarray, np.ndarray]:
+        area = between(0.02, 0.33, ERASE_AREA + number)
+        return area, between(math.log(0.3), math.log(3.3), ERASE_RATIO + number)
+
+    largest = image_size[0] - 1, image_size[1] - 1
+    height, width = _sides_that_fit(attempt, image_size, largest)
     top, left = below(image_size[0] - height + 1, ERASE_ROW), below(image_size[1] - width + 1, ERASE_COLUMN)
     erased = below(2**32, ERASE) < probability * 2**32
     return np.stack([top, left, top + height, left + width], 1) * erased[:, None]
+
+
+def _sample_resized_box(
+    smallest: float, samples: np.ndarray, image_size: tuple[int, int], seed: int, epoch: int
+) -> np.ndarray:
+    """Samples the boxes (N, 4) int64 of random resized crops (C. Szegedy et al., arXiv:1409.4842).
+
+    The distribution is torchvision's: an area of `smallest` to all of the image and a ratio of the sides of 3/4 to 4/3,
+    drawn up to ten times, until the box fits into the image; if none does, the largest one in the center.
+    """
+
+    def between(low: float, high: float, stream: int) -> np.ndarray:
+        return order.random_between(low, high, samples, seed, epoch, stream).astype(np.float64)
+
+    def attempt(number: int) -> tuple[np.ndarray, np.ndarray]:
+        area = between(smallest, 1.0, RESIZED_AREA + number)
+        return area, between(math.log(3 / 4), math.log(4 / 3), RESIZED_RATIO + number)
+
+    def first(size: int, side: np.ndarray, stream: int) -> np.ndarray:
+        drawn = order.random_below(size - side + 1, samples, seed, epoch, stream)
+        return np.where(found, drawn, (size - side) // 2)
+
+    height, width = _sides_that_fit(attempt, image_size, image_size)
+    found = height + width > 0
+    whole = (min(side, round(other * 4 / 3)) for side, other in zip(image_size, image_size[::-1], strict=True))
+    height, width = (
+        np.where(found, np.maximum(side, 1), most) for side, most in zip((height, width), whole, strict=True)
+    )
+    top, left = first(image_size[0], height, RESIZED_ROW), first(image_size[1], width, RESIZED_COLUMN)
+    return np.stack([top, left, top + height, left + width], 1)
+
+
+def _sides_that_fit(
+    attempt: Callable[[int], tuple[np.ndarray, np.ndarray]], image_size: tuple[int, int], largest: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the height and width (N,) int64 of each image's first attempt of at most `largest`; zero if none is.
+
+    `attempt` returns, for the number of an attempt, the fraction of the area of `image_size`, and the logarithm of
+    height / width, (N,) float64 each.
+    """
+    height = width = np.zeros((), np.int64)
+    for number in range(ATTEMPTS):
+        fraction, log_ratio = attempt(number)
+        area, ratio = image_size[0] * image_size[1] * fraction, np.exp(log_ratio)
+        sides = np.sqrt(area * ratio).round().astype(np.int64), np.sqrt(area / ratio).round().astype(np.int64)
+        fits = (height + width == 0) & (sides[0] <= largest[0]) & (sides[1] <= largest[1])
+        height, width = np.where(fits, sides[0], height), np.where(fits, sides[1], width)
+    return height, width
 
 
 def load_loops(augment: Augment) -> None:

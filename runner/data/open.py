@@ -189,6 +189,8 @@ def check_training(manifest: Manifest, recipe: Recipe, images: int, world_size: 
     side, padding = min(manifest.image_shape[:2]), recipe.augment.crop_padding
     if padding >= side:
         raise UserError(f"--recipe.augment.crop-padding {padding}: expected less than the images' side of {side}")
+    if recipe.augment.random_resized_crop and recipe.resize:
+        side = recipe.resize
     if recipe.augment.cutout > side:
         raise UserError(f"--recipe.augment.cutout {recipe.augment.cutout}: expected at most the images' side of {side}")
 

@@ -20,6 +20,7 @@ from runner.data.open import RankInfo, normalization, open_manifest, open_split
 
 KINDS = {
     "original": Augment(),
+    "resized crop": Augment(random_resized_crop=0.2),
     "crop, zero": Augment(crop_padding=4),
     "crop, reflect": Augment(crop_padding=4, crop_fill="reflect"),
     "flip, epoch 0": Augment(flip="alternating"),

@@ -49,6 +49,12 @@ class StreamOptions:
     classes: int = 10
     seed: int = 0
 
+    @property
+    def augmented_size(self) -> tuple[int, int]:
+        """Height and width of the images while they are augmented: a random resized crop also resizes to `resize`."""
+        crops = self.training and self.augment is not None and self.augment.random_resized_crop
+        return (self.resize, self.resize) if crops and self.resize else self.image_size
+
 
 class BatchStream(ABC):
     """Batches of one split for one rank. Implements `runner.data.Batches`; subclasses read the pixels.
@@ -115,14 +121,16 @@ class BatchStream(ABC):
         samples, copies = self.order_of(epoch)[positions], self.slots[positions] % self.repeats
         # Augmentation is sampled and copied to the device once per epoch; each batch only takes a slice.
         keys = order.copy_keys(samples, copies)
-        params = augment.sample_params(self.augment, keys, options.image_size, options.seed, epoch).to(self.device)
+        params = augment.sample_params(
+            self.augment, keys, options.image_size, options.seed, epoch, options.augmented_size
+        ).to(self.device)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
         stop = 0
         for step, size, (images, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
             batch, stop = slice(stop, stop + size), stop + size
             images, targets = self._transform(images, index, params[batch]), labels[batch]
             if self.mixes and self.augment:
-                mix_params = mixing.sample_params(self.augment, options.image_size, options.seed, epoch, step)
+                mix_params = mixing.sample_params(self.augment, options.augmented_size, options.seed, epoch, step)
                 images, targets = mixing.mix(images, targets, mix_params, options.classes)
             yield self._to_model_input(images), targets
 
@@ -151,20 +159,22 @@ class BatchStream(ABC):
     def _transform(self, images: torch.Tensor, index: torch.Tensor, params: AugmentParams) -> torch.Tensor:
         """Gathers images[index], augments them with `params`, and normalizes: (n, H, W, 3) float32."""
         crops = Crops(index, params.row, params.column, params.flip)
-        if params.changes_pixels:
-            images = augment.augment_pixels(crop.make_batch(images, crops, self.raw_output), params)
-            images = images * self.normalized_output.scale + self.normalized_output.shift
+        resizes, changes = params.resized_box is not None, params.changes_pixels
+        if params.resized_box is not None:
+            dtype = torch.uint8 if changes else torch.float32
+            images = crop.make_resized_batch(images, crops, params.resized_box, self.options.augmented_size, dtype)
         else:
-            images = crop.make_batch(images, crops, self.normalized_output)
+            images = crop.make_batch(images, crops, self.raw_output if changes else self.normalized_output)
+        if resizes or changes:
+            images = augment.augment_pixels(images, params)
+            images = images * self.normalized_output.scale + self.normalized_output.shift
         return augment.augment_normalized(images, params, self.augment)
 
     def _to_model_input(self, images: torch.Tensor) -> torch.Tensor:
         """Permutes (n, H, W, 3) to (n, 3, H, W) in channels_last memory, and resizes."""
-        images = images.permute(0, 3, 1, 2)
-        if self.options.resize:
-            images = F.interpolate(
-                images, size=(self.options.resize, self.options.resize), mode="bilinear", antialias=True
-            )
+        images, size = images.permute(0, 3, 1, 2), (self.options.resize, self.options.resize)
+        if self.options.resize and images.shape[2:] != size:
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         return images
 
     @abstractmethod

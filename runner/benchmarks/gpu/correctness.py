@@ -18,6 +18,7 @@ from runner.run.schema import CheckpointManifest
 AUGMENTATIONS = {
     "crop-flip": Augment(crop_padding=4, flip="random"),
     "reflect-alternating": Augment(crop_padding=2, crop_fill="reflect", flip="alternating"),
+    "resized-crop": Augment(random_resized_crop=0.3, flip="random"),
     "cutout": Augment(crop_padding=4, flip="random", cutout=8),
     "rand-augment": Augment(policy="rand", rand_ops=3),
     "trivial-augment": Augment(policy="trivial", erase=0.5, repeats=2),

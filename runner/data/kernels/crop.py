@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 def prepare(device: torch.device) -> None:
@@ -84,6 +85,39 @@ def make_batch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tens
     """Gathers, crops, flips and normalizes: images (M, H, W, 3) uint8 to a batch (n, H, W, 3) of `output.dtype`."""
     implementation = {"cpu": make_batch_numba, "cuda": make_batch_triton}.get(images.device.type, make_batch_torch)
     return implementation(images, crops, output)
+
+
+def make_resized_batch(
+    images: torch.Tensor, crops: Crops, boxes: torch.Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Gathers, crops, resizes and flips: images (M, H, W, 3) uint8 to a batch (n, *size, 3) of `dtype`, in 0..255.
+
+    Bilinear without antialiasing, as torchvision's `resized_crop`; the pixels of an image do not depend on its batch.
+
+    Args:
+        images: (M, H, W, 3) uint8.
+        crops: the images of the batch and their flips; the corners are those of the boxes.
+        boxes: (n, 4) int64, top, left, bottom and right of each crop, within the image.
+        size: height and width of the result.
+        dtype: float32, or uint8 for rounded pixels.
+    """
+    top, left, bottom, right = boxes[..., None].unbind(1)
+    y, x = _positions(top, bottom, images.shape[1], size[0]), _positions(left, right, images.shape[2], size[1])
+    x = torch.where(crops.flip[:, None], x.flip(1), x)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    pixels = images[crops.samples].permute(0, 3, 1, 2).float()
+    batch = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
+    return (batch.round() if dtype == torch.uint8 else batch).to(dtype).contiguous()
+
+
+def _positions(begin: torch.Tensor, end: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """Returns where `size` pixels lie that replace pixels begin..end-1 (n, 1) of `length`, (n, size) float32, -1 to 1.
+
+    None lies beyond the centers of the first and the last pixel, so that none mixes in pixels from outside of the crop.
+    """
+    steps = torch.arange(size, device=begin.device) + 0.5
+    inside = (steps * ((end - begin) / size) - 0.5).clamp(min=0).minimum(end - begin - 1)
+    return (2 * (begin + inside) + 1) / length - 1
 
 
 def make_batch_torch(images: torch.Tensor, crops: Crops, output: Output) -> torch.Tensor:

@@ -43,7 +43,9 @@ EXPERIMENTS = {
             60,
             Adam(0.01, weight_decay=1e-3, decay_vectors=False),
             Cosine(warmup=0.2),
-            Augment(crop_padding=4, flip="random", policy="trivial", contrast=0.3, erase=0.2, mixup=0.3, repeats=2),
+            Augment(
+                random_resized_crop=0.3, flip="random", policy="trivial", contrast=0.3, erase=0.2, mixup=0.3, repeats=2
+            ),
             ema=0.9,
             validation=80,
             layer_decay=0.8,
