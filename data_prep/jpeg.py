@@ -47,7 +47,9 @@ def _decoder() -> Any:
     package = importlib.util.find_spec("ffcv")
     if package is None:
         raise UserError("JPEG records: expected the package ffcv, which decodes them, found none; install it")
-    (library,) = (file for root in package.submodule_search_locations or () for file in Path(root).glob("_libffcv.*"))
+    (library,) = (
+        file for root in package.submodule_search_locations or () for file in Path(root).glob("_libffcv.*.so")
+    )
     decoder = ctypes.CDLL(str(library)).imdecode
     numbers = [ctypes.c_uint32] * 2, [ctypes.c_uint32] * 6
     decoder.argtypes = [
