@@ -17,13 +17,20 @@ from runner.common.errors import UserError
 START, END = b"\xff\xd8", b"\xff\xd9"
 FRAME, SCAN = b"\xff\xc0", b"\xff\xda"  # of a baseline picture; a progressive one has another marker
 TABLES = (b"\xff\xe0", b"\xff\xdb", b"\xff\xc4")  # JFIF, quantization, Huffman
+LARGEST_SIDE = 65_500  # pixels; OpenCV encodes no larger picture
 LARGEST_HEADER = 4096  # bytes; those of OpenCV have 623
 
 
 def encode(image: np.ndarray, quality: int) -> np.ndarray:
-    """Returns an image (H, W, 3) uint8 RGB as a JPEG picture, (bytes,) uint8: the bytes that FFCV's writer stores."""
+    """Returns an image (H, W, 3) uint8 RGB as a JPEG picture, (bytes,) uint8: the bytes that FFCV's writer stores.
+
+    Raises UserError if a side is longer than LARGEST_SIDE.
+    """
     import cv2
 
+    side = max(image.shape)
+    if side > LARGEST_SIDE:
+        raise UserError(f"--records jpeg: expected sides of at most {LARGEST_SIDE} pixels, found {side}; use --size")
     _, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     return content.reshape(-1)
 

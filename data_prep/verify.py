@@ -45,4 +45,6 @@ def _compare(folder: Path, name: str, manifest: Manifest, decoded: Split, source
     same = same_records(folder / split.file, manifest, split, decoded, source)
     if not same.all():
         first = int(np.argmin(same))
-        raise UserError(f"{folder}/{name}.beton: {int((~same).sum())} records differ, first record {first}")
+        encoder = manifest.versions.get("opencv-python")
+        hint = f"; they were compressed by opencv-python {encoder}, expected here too" if encoder else ""
+        raise UserError(f"{folder}/{name}.beton: {int((~same).sum())} records differ, first record {first}{hint}")
