@@ -276,7 +276,7 @@ def test_fp16_of_a_seed_is_the_same_after_another_seed(small_data: Path, tmp_pat
 def test_epochs_without_evaluation_change_nothing_else(train: Train) -> None:
     found = {}
     for every in (1, 3):
-        options = ("--recipe.epochs", 4, "--evaluate-every", every, "--deterministic")
+        options = ("--recipe.epochs", 4, "--recipe.patience", 0, "--evaluate-every", every, "--deterministic")
         run = train("tiny-everything", *options, "--name", every).run
         found[every] = json.loads(run.summary.read_text()), read_metrics(run), weights(run.folder)
         assert run.config().deterministic

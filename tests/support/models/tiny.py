@@ -49,7 +49,7 @@ EXPERIMENTS = {
             ema=0.9,
             validation=80,
             layer_decay=0.8,
-            patience=15,
+            patience=16,
             test_augmentation="flip",
         ),
         paper="tests",
