@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import jpeg
+from data_prep.images import require_memory
 from data_prep.manifest import Manifest, SplitFile
 from runner.common.errors import UserError
 
@@ -93,7 +94,9 @@ def read_records(path: Path, split: SplitFile, manifest: Manifest) -> list[np.nd
 
 def _decoded(path: Path, table: Table, samples: Sequence[int], manifest: Manifest) -> np.ndarray:
     """Decodes the JPEG records of images `samples` to (n, H, W, 3) uint8; raises UserError if one is damaged."""
-    images = np.empty((len(samples), *manifest.image_shape), np.uint8)
+    shape = (len(samples), *manifest.image_shape)
+    require_memory(math.prod(shape), f"{path}: {len(samples):,} decoded images", "use --loader streaming")
+    images = np.empty(shape, np.uint8)
 
     def decode(start: int) -> None:
         for sample, image in zip(samples[start : start + BLOCK], images[start : start + BLOCK], strict=True):

@@ -127,7 +127,8 @@ def test_a_kept_operator_has_its_fp32_weights_and_inputs(run: Run) -> None:
     calibration = precision.calibration_images(run, None, 64)
     plain = onnx.load(precision.convert(run, "int8", calibration).path)
     kept = onnx.load(precision.convert(run, "int8", calibration, kept=[name]).path)
-    assert set(precision.quantized_operators(plain)) - set(precision.quantized_operators(kept)) == {name}
+    before, after = (set(precision.quantized_operators(proto, "int8")) for proto in (plain, kept))
+    assert before - after == {name}
     (node,) = [node for node in kept.graph.node if node.name == name]
     weights = {entry.name: onnx.numpy_helper.to_array(entry) for entry in kept.graph.initializer}
     expected = checkpoint.load_model(run).layers[3].weight.detach().numpy()
@@ -136,6 +137,41 @@ def test_a_kept_operator_has_its_fp32_weights_and_inputs(run: Run) -> None:
     assert exporter.read(raw.path)[1].kept == [name]
     with pytest.raises(UserError, match=f"^--keep conv: expected an operator that int8 quantizes: .*{name}"):
         precision.convert(run, "int8", calibration, kept=["conv"])
+
+
+class Branches(torch.nn.Module):
+    """Two convolutions that read one value, and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.first(images).relu()
+        return (self.one(x) + self.other(x) + x).flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-cpu"])
+def test_a_kept_operator_reads_what_others_read_quantized(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Branches().eval()
+    path = tmp_path / "fp32.onnx"
+    onnx.save_model(exporter.to_proto(model, [3, 8, 8]), path)
+    images = np.random.default_rng(0).standard_normal((32, 3, 8, 8), dtype=np.float32)
+    quantizer = precision.Quantizer(path, kind, images, "minmax")
+    convolutions = [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+    assert set(convolutions) <= set(quantizer.operators)
+    assert kind == "int8-cpu" or quantizer.operators == convolutions
+    for kept in ([convolutions[1]], convolutions):
+        proto = quantizer.quantize(kept)
+        producers = {name: node.op_type for node in proto.graph.node for name in node.output}
+        for node in proto.graph.node:
+            if node.name in convolutions:
+                assert (producers.get(node.input[0]) == "DequantizeLinear") == (node.name not in kept)
+        onnx.checker.check_model(proto, full_check=True)
+    if kind == "int8":  # without any quantized operator, the graph is the fp32 one
+        logits = parity.OnnxSession(proto.SerializeToString())(images)
+        assert np.array_equal(logits, parity.OnnxSession(path)(images))
 
 
 def test_ranges_that_are_kept_give_the_same_graph(run: Run, tmp_path: Path) -> None:

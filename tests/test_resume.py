@@ -17,6 +17,7 @@ from runner.common.files import sha256_of, write
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Resumed
+from runner.system import environment
 from runner.training import checkpoint
 from tests.support import wandb_file
 from tests.support.compare import assert_same_run, weights
@@ -261,6 +262,7 @@ def test_a_run_of_other_code_is_not_called_bit_identical(small_data: Path, tmp_p
     run = Run(tmp_path / "tiny" / "seed-0")
     config = run.config()
     assert re.fullmatch("[0-9a-f]{64}", config.source_sha256)
+    assert environment.source_sha256(["tests.support.compare"]) != environment.source_sha256()  # own experiments
     write(run.run_json, msgspec.structs.replace(config, source_sha256="0" * 64))
     done = runner(*words, "--resume", "auto")
     assert done.returncode == 0, done.stderr

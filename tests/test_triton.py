@@ -171,6 +171,9 @@ def test_a_server_that_answers_otherwise_is_one_line(server: TritonServer, tmp_p
     for response in (
         (500, {}, b'{"error": "out of memory"}'),
         (500, {}, b"<html>"),
+        (400, {}, b"[" * 100_000),
+        (400, {}, b'{"error": "' + b"x" * 100_000 + b'"}'),
+        (200, {"Inference-Header-Content-Length": "100000"}, b"[" * 100_000),
         (200, {}, b""),
         (200, {}, b"{}"),
         (200, {"Inference-Header-Content-Length": "x"}, b"{}"),
@@ -186,8 +189,10 @@ def test_a_server_that_answers_otherwise_is_one_line(server: TritonServer, tmp_p
         with pytest.raises(UserError, match="/v2/models/tiny-seed-0") as raised:
             forward(pixels)
         assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
     for response in (
         (200, {}, b"[]"),
+        (200, {}, b"[" * 100_000),
         (200, {}, b'{"parameters": {}}'),
         (200, {}, b"\xff"),
         (200, {}, b'{"parameters": {"runner_metadata": {"string_value": 1}}}'),

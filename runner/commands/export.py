@@ -89,7 +89,8 @@ class Export:
             return
         for file, size in zip(files, sizes, strict=True):
             print(f"{file.path}: {size:,} bytes")
-        print(f"next, the gate: runner parity {shlex.quote(str(self.run))}")
+        named = " --backend onnxruntime aotinductor" if self.aot_inductor else ""
+        print(f"next, the gate: runner parity {shlex.quote(str(self.run))}{named}")
 
     def check(self) -> None:
         """Raises UserError for options that would be ignored."""

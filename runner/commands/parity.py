@@ -33,7 +33,7 @@ class Parity:
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
-        from runner.deploy import onnx, parity
+        from runner.deploy import onnx, package, parity
 
         run = open_run(self.run, self.code)
         for kind in self.precision or ("fp32",):
@@ -44,7 +44,9 @@ class Parity:
         print(message, file=sys.stderr)
         report = parity.compare(run, files, self.data, device, self.backend)
         names = [str(file.path.relative_to(run.folder)) for file in files]
-        rows = [row for row in report.rows if row.onnx in names or row.backend in self.backend]
+        if "aotinductor" in self.backend:
+            names.append(str(package.path_of(run, "cuda" if device == "cuda" else "cpu").relative_to(run.folder)))
+        rows = [row for row in report.rows if row.onnx in names]
         if self.json:
             print(msgspec.json.encode(report).decode())
         for row in rows:

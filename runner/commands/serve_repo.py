@@ -48,7 +48,7 @@ class ServeRepo:
             raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters")
         options = triton.ServeOptions(name, self.precision, self.backend, self.device, self.batch, self.delay_us)
         folder = triton.write_repository(run, self.out, options)
-        gpus = "" if "KIND_CPU" in (folder / "config.pbtxt").read_text() else "--gpus all "
+        gpus = "" if options.on_cpu else "--gpus all "
         volume = shlex.quote(f"{self.out.resolve()}:/models:ro")
         print(printable(folder))
         print(

@@ -25,6 +25,7 @@ from runner.training import checkpoint
 
 DeviceType = Literal["cpu", "cuda"]
 DEVICES: tuple[DeviceType, ...] = ("cpu", "cuda")
+SUFFIX = ".pt2"
 
 
 def path_of(run: Run, device: DeviceType) -> Path:
@@ -33,8 +34,8 @@ def path_of(run: Run, device: DeviceType) -> Path:
 
 
 def provider_of(device: str) -> str:
-    """What runs a package, as written in results."""
-    return f"torch {device}"
+    """What runs a package, as written in results: another version of torch may not."""
+    return f"torch {torch.__version__} {device}"
 
 
 def compile_package(run: Run, device: DeviceType) -> OnnxFile:
@@ -103,5 +104,8 @@ def all_compiled(run: Run) -> list[OnnxFile]:
 
 def load(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """Loads a package, which runs the code in it. Returns a function from images to logits, on its device."""
-    package: Any = torch._inductor.aoti_load_package(str(path))
+    try:
+        package: Any = torch._inductor.aoti_load_package(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)}); export it again") from None
     return lambda images: package(images.contiguous())  # it reads memory as laid out in the example, unchecked

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,9 +38,6 @@ from runner.run.schema import (
 from runner.system import cpu, cuda, environment
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, evaluate
-
-if TYPE_CHECKING:
-    pass
 
 AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # minimum share of images with the same top class
 ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantization may cause
@@ -171,7 +168,8 @@ def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str |
             if row.passed:
                 return row.gate
             raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not used")
-    raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}")
+    named = " --backend aotinductor" if file.path.suffix == package.SUFFIX else ""  # never scored by default
+    raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}{named}")
 
 
 def require_torch_passed(run: Run, precision: Precision) -> None:
@@ -317,7 +315,7 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
     if not errors or errors[0].added < MIN_CULPRIT_ERROR:
         provider = candidate.provider
         return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is in {provider}", []
-    quantized = precision.quantized_operators(suspect)
+    quantized = precision.quantized_operators(suspect, file.precision)
     proposed = [error.operator for error in errors if error.operator in quantized and error.added >= MIN_CULPRIT_ERROR]
     return str(errors[0]), proposed[:PROPOSED]
 

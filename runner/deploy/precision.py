@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_BATCH = 32
 QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 # These operators sum squares or exponentials, which overflow fp16 long before their inputs do.
 FP32_OPS = ["LayerNormalization", "Softmax"]
 
@@ -132,7 +133,7 @@ class Quantizer:
     @cached_property
     def operators(self) -> list[str]:
         """The names of the operators that are quantized unless they are kept."""
-        return quantized_operators(self.quantize(()))
+        return quantized_operators(self.quantize(()), self.precision)
 
     def quantize(self, kept: Sequence[str]) -> "ModelProto":
         """Inserts Q/DQ pairs before all operators but those to keep in fp32."""
@@ -167,15 +168,40 @@ class Quantizer:
                 calibration_cache_path=self.ranges,
                 **settings,
             )
-            return library.load(path)
+            proto = library.load(path)
+        _read_before_quantization(proto, kept)
+        return proto
 
 
-def quantized_operators(proto: "ModelProto") -> list[str]:
-    """Returns the names of the operators of an int8 graph that read quantized values, in the order of the graph."""
+def quantized_operators(proto: "ModelProto", precision: Precision) -> list[str]:
+    """Returns the names of the operators that compute in int8, in the order of the graph.
+
+    Others may read a quantized value as well, because it has several readers, but gain nothing by it.
+    """
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    kinds = QUANTIZED_OPS if precision == "int8" else {*QDQRegistry, *QLinearOpsRegistry}
     dequantized = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
-    quantizers = ("QuantizeLinear", "DequantizeLinear")
-    readers = [node for node in proto.graph.node if node.op_type not in quantizers and dequantized & set(node.input)]
-    return [node.name for node in readers if node.name]
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in kinds and node.op_type not in QUANTIZERS and dequantized & set(node.input) and node.name
+    ]
+
+
+def _read_before_quantization(proto: "ModelProto", kept: Sequence[str]) -> None:
+    """Connects operators to the values before Q/DQ pairs, which are there for other readers of the values."""
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input) if node.name in kept else ():
+            dequantize = producers.get(name)
+            quantize = producers.get(dequantize.input[0]) if dequantize is not None else None
+            if dequantize and quantize and [dequantize.op_type, quantize.op_type] == [*reversed(QUANTIZERS)]:
+                node.input[index] = quantize.input[0]
+    for _ in QUANTIZERS:  # first the dequantizers that have lost their last reader, then their quantizers
+        used = {name for node in proto.graph.node for name in node.input} | {entry.name for entry in proto.graph.output}
+        for node in [node for node in proto.graph.node if node.op_type in QUANTIZERS and not used & set(node.output)]:
+            proto.graph.node.remove(node)
 
 
 class _CalibrationReader:

@@ -7,7 +7,6 @@ REPO/NAME/1/model.onnx   or model.plan, an engine
 The model takes decoded pixels (batch, H, W, 3) uint8 and returns logits (batch, classes) float32.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -61,6 +60,11 @@ class ServeOptions:
     batch: int
     delay_us: int
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the server needs no GPU."""
+        return self.backend == "onnxruntime" and self.device == "cpu"
+
 
 def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
     """Adds a run's model to a model repository; returns its folder, which appears only when it is complete.
@@ -82,14 +86,14 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
         model, sha256, target = file.path, file.sha256, "model.onnx"
     if options.batch > metadata.largest_batch:
         raise UserError(f"--batch {options.batch}: expected at most {metadata.largest_batch}, the limit of {model}")
-    content = files.read_bytes(model)
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{model}: changed since it passed the gate; export and score it again")
     staging = repository / f".{options.name}.writing-{os.getpid()}"
     try:
         staging.joinpath("1").mkdir(parents=True)
-        files.write_atomically(staging / "1" / target, content)
-        files.write_atomically(staging / "labels.txt", "".join(f"{name}\n" for name in metadata.classes).encode())
+        shutil.copyfile(model, staging / "1" / target)
+        if files.sha256_of(staging / "1" / target) != sha256:
+            raise UserError(f"{model}: changed since it passed the gate; export and score it again")
+        labels = "".join(f"{' '.join(name.split())}\n" for name in metadata.classes)
+        files.write_atomically(staging / "labels.txt", labels.encode())
         served = replace(metadata, largest_batch=options.batch)
         files.write_atomically(staging / "config.pbtxt", config_text(served, options).encode())
         staging.rename(folder)
@@ -122,7 +126,7 @@ def _engine_of(run: Run, file: OnnxFile, batch: int) -> EngineSidecar:
 def config_text(metadata: OnnxMetadata, options: ServeOptions) -> str:
     """Returns the model's configuration in protobuf's text format, of type `inference.ModelConfig`."""
     height, width, channels = metadata.image_shape
-    kind = "KIND_CPU" if options.backend == "onnxruntime" and options.device == "cpu" else "KIND_GPU"
+    kind = "KIND_CPU" if options.on_cpu else "KIND_GPU"
     return f"""\
 name: {_quoted(options.name)}
 backend: "{options.backend}"
@@ -165,7 +169,7 @@ def open_served(server: str, name: str) -> tuple[Callable[[np.ndarray], np.ndarr
     try:
         text = json.loads(body)["parameters"][METADATA]["string_value"]
         metadata = msgspec.json.decode(without_controls(text.encode()), type=OnnxMetadata)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{address}: expected a model of runner serve-repo, found none of its metadata ({first_line(error)})"
         ) from None
@@ -174,7 +178,7 @@ def open_served(server: str, name: str) -> tuple[Callable[[np.ndarray], np.ndarr
         response, header_length = _request(f"{address}/infer", *encode_request(pixels))
         try:
             return decode_response(response, header_length, (len(pixels), len(metadata.classes)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise UserError(f"{address}: expected logits, found another response ({first_line(error)})") from None
 
     return forward, metadata
@@ -226,15 +230,15 @@ def _request(address: str, body: bytes | None = None, header_length: int | None 
                 raise ValueError(f"more than {LARGEST_RESPONSE >> 20} MiB")
             return content, None if length is None else int(length)
     except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: refused: {_reason(error.read(LARGEST_RESPONSE)) or error}") from None
+        raise UserError(f"{address}: refused: {_reason(error) or error}") from None
     except (OSError, HTTPException, ValueError) as error:
         reason: Any = getattr(error, "reason", error)
         raise UserError(f"{address}: no answer ({reason}); is the server running?") from None
 
 
-def _reason(body: bytes) -> str | None:
+def _reason(response: urllib.error.HTTPError) -> str | None:
     """Returns the message of an error response, if it has one."""
     try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
+        return str(json.loads(response.read(LARGEST_RESPONSE))["error"])[:300]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from runner.common.errors import UserError
-from runner.common.files import write_atomically
+from runner.common.files import read_bytes, write_atomically
 from runner.report import compare, figures
 from runner.report.compare import LatencyCell, RunRow
 from runner.report.grids import find_grids
@@ -230,7 +230,7 @@ def _to_json(value: Any, **_: Any) -> str:
 
 
 def _picture(path: Path) -> str | None:
-    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+    return base64.b64encode(read_bytes(path)).decode() if path.is_file() else None
 
 
 def _distinct_datasets(records: list[RunRecord]) -> list[Dataset]:

@@ -179,7 +179,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     git: Git = Git()
     source_sha256: str | None = None
-    """SHA-256 of the files of this package; runs of earlier versions lack it."""
+    """SHA-256 of the files of this package and of own experiments; runs of earlier versions lack it."""
     wandb_id: str = ""
     group: str = ""
     resumed: list[Resumed] = []

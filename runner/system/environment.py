@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +69,18 @@ def git_revision() -> Git:
         return Git()
 
 
-def source_sha256() -> str:
-    """Returns a SHA-256 of the Python files of this package, which also tells uncommitted versions apart."""
+def source_sha256(modules: Iterable[str] = ()) -> str:
+    """Returns a SHA-256 of the Python files of this package, which also tells uncommitted versions apart.
+
+    `modules` are names of further modules that are imported, such as those of own experiments.
+    """
     package = Path(__file__).resolve().parents[1]
+    files = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    files |= {name: Path(file) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None))}
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for name, path in sorted(files.items()):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

@@ -79,10 +79,13 @@ def stop_service() -> None:
 def kill_service() -> None:
     """Kills the process that W&B started for this one."""
     for children in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread or process that has ended
-            for child in map(int, children.read_text().split()):
-                if Path(f"/proc/{child}/comm").read_text() == "wandb-core\n":
-                    os.kill(child, signal.SIGKILL)
+        pids: list[str] = []
+        with contextlib.suppress(OSError):  # a thread that has ended
+            pids = children.read_text().split()
+        for pid in pids:
+            with contextlib.suppress(OSError):  # a process that has ended
+                if Path(f"/proc/{pid}/comm").read_text() == "wandb-core\n":
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def tags(config: RunConfig) -> list[str]:

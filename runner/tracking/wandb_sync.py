@@ -12,7 +12,7 @@ import msgspec
 
 from runner.common.console import track
 from runner.common.errors import UserError
-from runner.common.files import read, write
+from runner.common.files import read, read_bytes, write
 from runner.common.text import first_line
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
@@ -115,7 +115,7 @@ def _digest(run: Run, best: bool, environ: Mapping[str, str]) -> str:
     project = [environ.get(f"WANDB_{name}", "") for name in ("BASE_URL", "ENTITY", "PROJECT")]
     digest = hashlib.sha256(json.dumps([project, best]).encode())
     for path in (run.run_json, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
-        digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+        digest.update(path.name.encode() + (read_bytes(path) if path.is_file() else b""))
     for path in _onnx_files(run):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()

@@ -51,6 +51,7 @@ def run_config(
         model: its parameters and MACs are counted if the experiment does not state them.
         wandb_id, group: ID and group of the W&B run.
     """
+    modules = [*config.trusted_code.experiments_from, config.architecture.factory.partition(":")[0]]
     before = Experiment(registered.architecture, registered.recipe, registered.paper)
     after = Experiment(config.architecture, config.recipe, registered.paper)
     shape = model_input(manifest, config.recipe)
@@ -94,7 +95,7 @@ def run_config(
         hardware=environment.describe_hardware(),
         versions=environment.package_versions(),
         git=environment.git_revision(),
-        source_sha256=environment.source_sha256(),
+        source_sha256=environment.source_sha256(modules),
         wandb_id=wandb_id,
         group=group,
         options=config,
@@ -147,7 +148,10 @@ def summary(config: TrainConfig, manifest: Manifest, run: Run, seed: int, result
 
 # Fields that must be the same to resume a run; and those that must match the checkpoint even with --resume-anyway.
 RESUME_FIELDS = ("experiment", "seed", "architecture", "recipe", "precision", "teacher", "started_from")
-IMMUTABLE_PREFIXES = ("architecture.", "recipe.optimizer.kind", "recipe.ema", "recipe.prune")
+IMMUTABLE_PREFIXES = (
+    "architecture.", "recipe.optimizer.kind", "recipe.optimizer.decay_vectors", "recipe.layer_decay", "recipe.ema",
+    "recipe.prune",
+)  # fmt: skip
 
 
 PRETRAINED = "architecture.arguments.weights"  # a file that a resumed run does not read, and that may have moved
@@ -177,7 +181,8 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     if fixed := [name for name in changed if state and name.startswith(IMMUTABLE_PREFIXES)]:
         raise UserError(f"--resume-anyway: {', '.join(fixed)} cannot change within a run; choose another --name")
     before = own or before
-    same_code = before.source_sha256 == current.source_sha256
+    same_commit = before.git.commit == current.git.commit
+    same_code = same_commit and before.source_sha256 == current.source_sha256
     deterministic = current.device == "cpu" or current.deterministic
     bitwise = same_code and deterministic and not changed and ranks == current.world_size
     bitwise = bitwise and same_summation_order(before, current)
@@ -188,7 +193,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
         world_size=current.world_size,
         bitwise=bitwise,
         changed=changed,
-        commit=None if before.git.commit == current.git.commit else current.git.commit,
+        commit=None if same_commit else current.git.commit,
     )
     return msgspec.structs.replace(
         own if own and not changed else current,

@@ -61,9 +61,8 @@ COLLECTIVE_GRACE = 60  # extra seconds for collectives beyond --hang-timeout, so
 class RunTracker(Protocol):
     """The tracker interface that training uses (see runner.tracking). Only rank 0 has one."""
 
-    abandoned: (
-        bool  # whether it failed or did not finish in time; its exit handler would wait forever, so use `exit_at_once`
-    )
+    abandoned: bool
+    """Whether it failed or did not finish in time; its exit handler would wait forever, so use `exit_at_once`."""
 
     @property
     def status(self) -> str:
@@ -211,9 +210,11 @@ class Session:
         states = {seed: resume_state(config, run, self.accelerator) for seed, run in runs.items()}
         models = {config.all_seeds[0]: first_model}
         summaries: list[Summary] = []
-        abandoned = False
+        abandoned, seed_run = False, None
         for index, (seed, run) in enumerate(runs.items()):
             if index and any_rank_stops(self.stopped, 0, self.accelerator):
+                if abandoned and seed_run and seed_run.tracker:
+                    seed_run.tracker.exit_at_once(EXIT_STOPPED)
                 raise SystemExit(EXIT_STOPPED)  # every seed before this one is complete
             if self.scaler_state:  # fp16: every seed starts with the same loss scale
                 self.accelerator.scaler.load_state_dict(self.scaler_state)

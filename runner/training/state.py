@@ -139,7 +139,7 @@ class TrainState:
             return
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
         found = gather_object([f"step {self.step} with weights {digest.hexdigest()[:12]}"])
         for rank, other in enumerate(found):
             if other != found[0]:

@@ -3,17 +3,16 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
-from statistics import median
 from typing import Any
 
 from runner import experiments
 from runner.benchmarks import loader as loaders
 from runner.benchmarks.gpu.context import Context
 from runner.benchmarks.gpu.ledger import Ledger
-from runner.benchmarks.measure import in_turn, make_step, ratio, synchronize
+from runner.benchmarks.measure import in_turn, make_step, ratio, spread, synchronize
 from runner.common.files import read
 from runner.config.recipe import Experiment
 from runner.system.environment import usable_cores
@@ -70,8 +69,8 @@ def measure_peaks(context: Context) -> dict[str, Any]:
     copy = timed(large.clone, 10, context.scale.rounds, context.device)
     return {
         "product": side,
-        "bf16_flops": spread([2 * side**3 / seconds for seconds in product]),
-        "copy_bytes_per_second": spread([8 * side * side / seconds for seconds in copy]),
+        "bf16_flops": asdict(spread([2 * side**3 / seconds for seconds in product])),
+        "copy_bytes_per_second": asdict(spread([8 * side * side / seconds for seconds in copy])),
     }
 
 
@@ -90,11 +89,6 @@ def timed(call: Callable[[], Any], times: int, rounds: int, device: str) -> list
     return seconds
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Returns median, minimum and maximum."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def measure_loaders(context: Context) -> dict[str, Any]:
     """Measures the images per second that each loader delivers to the device."""
     import torch
@@ -109,7 +103,7 @@ def measure_loaders(context: Context) -> dict[str, Any]:
     return {
         "batch_size": size,
         "workers": workers,
-        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "images_per_second": {name: asdict(spread(values)) for name, values in rates.items()},
         **loaders.ratios(rates),
     }
 
@@ -194,7 +188,7 @@ def measure_architecture(context: Context, name: str, mode: str, peak: dict[str,
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # cuDNN benchmarks kernels in the first step
     seconds = timed(step, scale.steps, scale.rounds, context.device)
-    rate = spread([scale.batch / each for each in seconds])
+    rate = asdict(spread([scale.batch / each for each in seconds]))
     finding: dict[str, Any] = {
         "batch": scale.batch,
         "precision": "fp32" if context.rehearse else "bf16",
