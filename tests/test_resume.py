@@ -437,9 +437,16 @@ def test_another_training_is_refused_with_the_difference(small_data: Path, data:
     assert config.wandb_id != wandb_id
     state = checkpoint.read_state(checkpoint.latest(Run(run)))
     assert [group["peak_lr"] for group in state["optimizer"]["param_groups"]] == [0.01]
-    done = resumed(small_data, tmp_path, "--recipe.ema", 0.9, "--resume-anyway")
-    assert done.returncode == 2
-    assert "recipe.ema cannot change within a run" in done.stderr
+    summary = Run(run).summary.read_bytes()
+    for name, *more in (
+        ("recipe.ema", "--recipe.ema", 0.9),
+        ("recipe.layer_decay", "--recipe.layer-decay", 0.8),
+        ("recipe.optimizer.decay_vectors", "--recipe.optimizer.no-decay-vectors"),
+    ):
+        done = resumed(small_data, tmp_path, *more, "--resume-anyway")
+        assert done.returncode == 2, name
+        assert f"{name} cannot change within a run" in done.stderr
+    assert Run(run).summary.read_bytes() == summary
 
 
 def test_a_damaged_checkpoint_is_named(small_data: Path, tmp_path: Path) -> None:
