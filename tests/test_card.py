@@ -1,5 +1,6 @@
 """The model card of a run."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -49,6 +50,25 @@ def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFix
     exec(program, names)
     assert isinstance(names["session"], onnxruntime.InferenceSession)
     assert names["logits"].shape == (1, 10)
+
+
+def test_the_epoch_of_the_accuracy_is_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "After the last epoch; no weights" in card_of(run.folder, capsys)
+    config = run.config()
+    recipe = dataclasses.replace(config.recipe, validation=50, patience=2)
+    write(run.run_json, msgspec.structs.replace(config, recipe=recipe))
+    write(run.summary, msgspec.structs.replace(run.read_summary(), best_epoch=3.0))
+    assert "After epoch 3, the best on validation images; no weights" in card_of(run.folder, capsys)
+
+
+def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not for a package of AOTInductor, which onnxruntime cannot load."""
+    report = run.read_parity()
+    package = msgspec.structs.replace(
+        report.rows[0], backend="aotinductor", onnx="deploy/model.fp32.cpu.pt2", provider="torch cpu", passed=True
+    )
+    write(run.parity, msgspec.structs.replace(report, rows=[package]))
+    assert "## Use\n\nExport a file first" in card_of(run.folder, capsys)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as changed
 
+from runner.commands.compare import results_of
 from runner.config.recipe import Reported
 from runner.report import collect, compare
 from runner.report.run_record import RunRecord
 from runner.run.folder import find_runs
-from runner.run.schema import GateResult, Origin
+from runner.run.schema import GateResult, MetricRow, Origin
 from tests.support import many_runs
 
 
@@ -169,9 +170,21 @@ def test_the_best_run_of_each_architecture_and_dataset(record: RunRecord) -> Non
 
 def test_the_agreement_of_a_run_is_that_of_its_fp32_file(record: RunRecord) -> None:
     fp32 = changed(record.parity.rows[0], precision="fp32", front_end="normalized", agreement=0.5)
-    others = [changed(fp32, precision="fp16", agreement=0.1), changed(fp32, front_end="raw", agreement=0.2)]
+    others = [
+        changed(fp32, precision="fp16", agreement=0.1), changed(fp32, front_end="raw", agreement=0.2),
+        changed(fp32, backend="aotinductor", onnx="deploy/model.fp32.cpu.pt2", agreement=0.3),
+    ]  # fmt: skip
     for rows, expected in (([*others, fp32], 0.5), (others, None), ([], None)):
         assert compare.onnx_agreement(replace(record, parity=changed(record.parity, rows=rows))) == expected
+
+
+def test_results_of_a_run_that_stopped_early_are_of_one_epoch(record: RunRecord) -> None:
+    """Not the test accuracy of the best epoch beside the validation accuracy of the last."""
+    rows = [MetricRow(global_step=1, epoch=1, validation_accuracy=0.7), MetricRow(global_step=2, epoch=2, lr=0.1)]
+    rows[1] = changed(rows[1], validation_accuracy=0.3)
+    ended = with_summary(record, test_accuracy=0.6, validation_accuracy=0.7, stopped_early=True)
+    assert results_of(replace(ended, metrics=rows))["validation accuracy"] == 0.7
+    assert results_of(replace(record, summary=None, metrics=rows))["validation accuracy"] == 0.3
 
 
 def test_the_best_latency_is_of_single_images_and_of_files_that_passed(record: RunRecord) -> None:

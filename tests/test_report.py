@@ -154,6 +154,8 @@ def test_a_run_that_stopped_early_is_complete(runs: Path) -> None:
     assert [one.incomplete for one in ended] == [True, False, False]
     (outcome,) = compare.outcomes(ended[1:])
     assert outcome.epochs == 1.25
+    assert not outcome.incomplete
+    assert [one.incomplete for one in compare.outcomes(ended)] == [True]
 
 
 def variant(record: RunRecord, name: str, accuracy: float = 0.5, **changes: Any) -> RunRecord:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -15,11 +16,12 @@ import msgspec
 import pytest
 
 from runner import experiments
+from runner.commands.show import facts
 from runner.commands.watch import read_progress, sparkline
 from runner.common.files import write
 from runner.run.folder import Run
 from runner.run.lock import locked
-from runner.run.metrics import encode_row
+from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import Ending, MetricRow, Resumed
 from tests.support import many_runs
 from tests.support.configs import CONFIG, config_of
@@ -95,6 +97,21 @@ def test_the_progress_as_json(tmp_path: Path) -> None:
     assert progress["metrics"]["train_loss"] == LOSSES[20]
     assert progress["metrics"]["test_accuracy"] == 0.2
     assert progress["seconds_left"] is None
+
+
+def test_a_run_that_stopped_early_is_shown_as_ended(tmp_path: Path) -> None:
+    many_runs.write(tmp_path, 1)
+    (path,) = tmp_path.rglob("summary.json")
+    run, ended = Run(path.parent), "stopped early; the weights are those of epoch 1"
+    last = read_metrics(run)[-1]
+    kept = msgspec.structs.replace(run.read_summary(), stopped_early=True, steps=last.global_step, best_epoch=1.0)
+    recipe = replace(run.config().recipe, epochs=50)
+    write(run.run_json, msgspec.structs.replace(run.config(), recipe=recipe))
+    assert read_progress(run)[0].last_step > last.global_step
+    write(run.summary, kept)
+    progress, _ = read_progress(run)
+    assert (progress.step, progress.last_step, progress.reason) == (last.global_step, last.global_step, ended)
+    assert facts(run)["progress"].endswith(f" of 50, step {last.global_step}, {ended}")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,9 @@ def results_of(record: "RunRecord") -> dict[str, Any]:
     return {
         "test accuracy": latest.get("test_accuracy") if row.test_accuracy is None else row.test_accuracy,
         "with augmentation": row.test_accuracy_augmented,
-        "validation accuracy": latest.get("validation_accuracy"),
+        "validation accuracy": latest.get("validation_accuracy")
+        if row.validation_accuracy is None
+        else row.validation_accuracy,
         "test loss": latest.get("test_loss") if row.test_loss is None else row.test_loss,
         "top-5 accuracy": row.test_top5,
         "calibration error": row.test_calibration_error,

@@ -40,10 +40,13 @@ def facts(run: Run) -> dict[str, str | list[str]]:
     config, rows, summary, ending = run.config(), read_metrics(run), run.read_summary(), run.read_ending()
     state = run.state()
     ranks = f"{config.world_size} ranks" if config.world_size > 1 else "1 rank"
+    ended = ""
+    if summary and summary.stopped_early:
+        ended = f", stopped early; the weights are those of epoch {summary.best_epoch:g}"
     shown: dict[str, str | list[str]] = {
         "experiment": f"{config.experiment} ({config.paper}), seed {config.seed}",
         "state": f"{state}: {ending.reason}" if ending and state in ("stopped", "failed") else state,
-        "progress": f"epoch {rows[-1].epoch:.4g} of {config.recipe.epochs}, step {rows[-1].global_step}"
+        "progress": f"epoch {rows[-1].epoch:.4g} of {config.recipe.epochs}, step {rows[-1].global_step}{ended}"
         if rows
         else "no step yet",
         "dataset": f"{config.dataset.name}, {len(config.dataset.classes)} classes, {config.dataset.folder}",

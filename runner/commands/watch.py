@@ -116,6 +116,9 @@ def read_progress(run: Run) -> tuple[Progress, list[MetricRow]]:
         total = round(config.recipe.epochs * latest.global_step / latest.epoch)
         progress.epoch, progress.step = latest.epoch, latest.global_step
         progress.last_step = min(total, config.max_steps or total)
+        if state == "complete" and (summary := run.read_summary()) and summary.stopped_early:
+            progress.last_step = summary.steps
+            progress.reason = f"stopped early; the weights are those of epoch {summary.best_epoch:g}"
         trained = latest.global_step - (config.resumed[-1].step if config.resumed else 0)
         if state == "running" and trained > 0:
             seconds = max(0.0, run.metrics.stat().st_mtime - run.run_json.stat().st_mtime)

@@ -111,7 +111,7 @@ def training(record: RunRecord) -> str:
 
 
 def accuracy(record: RunRecord, summary: Summary) -> str:
-    """Accuracy and calibration after the last epoch, and the accuracy that the paper reports."""
+    """Accuracy and calibration of the weights, and the accuracy that the paper reports."""
     rows: dict[str, object] = {
         f"test accuracy, {summary.test_images:,} images": percent(summary.test_accuracy, None),
         "top-5 accuracy": percent(summary.test_top5, None),
@@ -129,7 +129,10 @@ def accuracy(record: RunRecord, summary: Summary) -> str:
         of = f"{reported.on}, {reported.epoch}; {plain(reported.source)}"
         rows["reported by the paper"] = f"{percent(reported.accuracy, None)} ({of})"
         rows["the same, here"] = percent(compare.reproduced(record), None)
-    return "After the last epoch; no weights were selected on test images.\n\n" + facts(rows)
+    epoch = "the last epoch"
+    if record.config.recipe.patience:
+        epoch = f"epoch {summary.best_epoch:g}, the best on validation images"
+    return f"After {epoch}; no weights were selected on test images.\n\n" + facts(rows)
 
 
 def classes(record: RunRecord, summary: Summary) -> str:
@@ -212,7 +215,7 @@ def limits(record: RunRecord, summary: Summary) -> Iterator[str]:
 def use(record: RunRecord) -> str:
     """Code that loads an exported file that passed the gate, or else the command that makes one."""
     rows = record.parity.rows if record.parity else []
-    passed = [row for row in rows if row.passed and row.engine_sha256 is None and row.front_end == "normalized"]
+    passed = [row for row in rows if row.passed and row.backend == "onnxruntime" and row.front_end == "normalized"]
     if not passed:
         return "Export a file first: `runner export RUN`, then `runner parity RUN`."
     path, (channels, height, width) = json.dumps(str(record.run.folder / passed[0].onnx)), record.config.input.shape

@@ -106,12 +106,14 @@ class Outcome(Setup, kw_only=True):
 
     Attributes:
         epochs: mean number of epochs; they differ where early stopping ended runs.
+        incomplete: whether any of the runs ended after fewer epochs than the recipe has, unless by early stopping.
         label: the experiment and its changed settings, plus other settings if several outcomes would have this label.
         reproduced: the mean accuracy that corresponds to the reported one (see the function `reproduced`).
         difference: `reproduced` minus the reported accuracy; None if the two are not comparable.
     """
 
     epochs: float
+    incomplete: bool
     folders: list[str] | UnsetType = UNSET
     label: str | UnsetType = UNSET
     runs: int
@@ -121,11 +123,6 @@ class Outcome(Setup, kw_only=True):
     reproduced: float | None
     reproduced_std: float | None
     difference: float | None
-
-    @property
-    def incomplete(self) -> bool:
-        """Whether the runs ended after fewer epochs than their recipe has."""
-        return self.epochs < self.recipe_epochs - 1e-9
 
     @property
     def seed_count(self) -> str:
@@ -279,7 +276,8 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     test_accuracies = [summary.test_accuracy for summary in summaries]
     reproductions = [row.reproduced for row in rows if row.reproduced is not None]
     mean = statistics.mean(reproductions) if reproductions else None
-    comparable = first.unchanged and not group[0].incomplete
+    incomplete = any(record.incomplete for record in group)
+    comparable = first.unchanged and not incomplete
     difference = None
     if comparable and first.reported and mean is not None:
         difference = mean - first.reported.accuracy
@@ -288,6 +286,7 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     return Outcome(
         **{name: getattr(first, name) for name in Setup.__struct_fields__},
         epochs=statistics.mean(summary.epochs for summary in summaries),
+        incomplete=incomplete,
         folders=[printable(record.run.folder) for record in group],
         runs=len(rows),
         seeds=seeds,
@@ -317,7 +316,8 @@ def best_of_architectures(records: list[RunRecord]) -> list[int]:
 def onnx_agreement(record: RunRecord) -> float | None:
     """Returns the top-1 agreement of the fp32 ONNX file with the model in torch, in 0..1; None if not scored."""
     rows = record.parity.rows if record.parity else []
-    return next((r.agreement for r in rows if (r.precision, r.front_end) == ("fp32", FrontEnd.NORMALIZED)), None)
+    wanted = "onnxruntime", "fp32", FrontEnd.NORMALIZED
+    return next((row.agreement for row in rows if (row.backend, row.precision, row.front_end) == wanted), None)
 
 
 def p50_ms(row: RunRow, backend: str, batch: int = 1, precision: str = "fp32") -> float | None:

@@ -46,9 +46,10 @@ def accuracies(records: list[RunRecord]) -> str:
                 percent(outcome.reproduced, outcome.reproduced_std),
             )
         )
+    best = ", or the best one with early stopping" if any(record.config.recipe.patience for record in records) else ""
     caption = (
         f"{format_counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are measured "
-        "on the test set after the last epoch: means over seeds ± standard deviation."
+        f"on the test set after the last epoch{best}: means over seeds ± standard deviation."
     )
     if one_class := [code(record.name) for record in records if record.predicts_one_class]:
         names = ", ".join(one_class)

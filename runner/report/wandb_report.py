@@ -22,8 +22,9 @@ CURVES: dict[str, list[Any]] = {
     "FLOPs utilization": ["flops_utilization"],
 }
 METHOD = """\
-- Accuracy is measured after the last epoch on the whole test set, each image once; `test_accuracy_augmented` uses
-  test-time augmentation. "Reproduced" is measured as in the paper: on the same split, after the same epoch.
+- Accuracy is measured on the whole test set, each image once, after the last epoch, or the best one with early
+  stopping; `test_accuracy_augmented` uses test-time augmentation. "Reproduced" is measured as in the paper: on the same
+  split, after the same epoch.
 - A difference from a paper is valid only for a complete, unchanged recipe on the official images; a name that ends in
   "(JPEG copy)" or begins with "synthetic" is another dataset.
 - Latency is the median (p50) at batch 1, without copies to and from the device, after a timed warm-up, over at least 3
