@@ -32,6 +32,7 @@ def test_a_package_is_scored_and_measured_and_needs_no_project(own: Run, tmp_pat
     done = runner("export", own.folder, "--aot-inductor", "cpu", *TINY)
     assert done.returncode == 0, done.stderr
     assert f"{own.folder}/deploy/model.fp32.cpu.pt2: " in done.stdout
+    assert f"next, the gate: runner parity {own.folder} --backend onnxruntime aotinductor" in done.stdout
     refused = runner("bench", own.folder, "--backend", "aotinductor", *QUICK)
     assert refused.returncode == 2
     assert "--backend aotinductor" in refused.stderr
@@ -84,9 +85,12 @@ def test_few_calls_are_marked() -> None:
 def test_a_package_for_a_gpu_needs_one(own: Run) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = runner("export", own.folder, "--aot-inductor", "cuda", *TINY)
-    assert done.returncode == 2
-    assert "--aot-inductor cuda: expected a GPU, found none" in done.stderr
+    before = own.exports.stat().st_mtime_ns
+    for devices, message in ((("cuda",), "cuda: expected a GPU, found none"), (("cpu", "cpu"), "expected each device")):
+        done = runner("export", own.folder, "--aot-inductor", *devices, *TINY)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert own.exports.stat().st_mtime_ns == before  # no file was written before the error
 
 
 def test_a_package_of_earlier_weights_is_refused(own: Run) -> None:

@@ -57,6 +57,8 @@ class Export:
 
         run = open_run(self.run, self.code)
         self.check()
+        for device in self.aot_inductor:
+            package.require_device(device)
         note_unfinished(run)
         files = []
         if "fp32" in self.precision or not onnx.is_current(run, "fp32"):
@@ -100,6 +102,8 @@ class Export:
                     words = "" if value is True else " ".join(value) if isinstance(value, tuple) else value
                     option = f"--{field.name.replace('_', '-')} {words}".strip()
                     raise UserError(f"{option}: expected with --precision int8, which is calibrated on images")
+        if len(set(self.aot_inductor)) < len(self.aot_inductor):
+            raise UserError(f"--aot-inductor {' '.join(self.aot_inductor)}: expected each device once")
         if self.keep and self.search_precision:
             raise UserError("--keep and --search-precision: expected one of them")
         if not self.search_precision and self.drop != type(self).drop:

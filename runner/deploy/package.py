@@ -38,6 +38,12 @@ def provider_of(device: str) -> str:
     return f"torch {torch.__version__} {device}"
 
 
+def require_device(device: DeviceType) -> None:
+    """Raises UserError if this machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--aot-inductor cuda: expected a GPU, found none")
+
+
 def compile_package(run: Run, device: DeviceType) -> OnnxFile:
     """Compiles the package for a device of this machine, and checks its logits against the model's on random images.
 
@@ -45,8 +51,7 @@ def compile_package(run: Run, device: DeviceType) -> OnnxFile:
         UserError: there is no such device, or no compiler that works.
         RuntimeError: the logits differ; the package is not kept.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--aot-inductor cuda: expected a GPU, found none")
+    require_device(device)
     weights, shape = weights_sha256(run), run.config().input.shape
     model = checkpoint.load_model(run).to(memory_format=torch.contiguous_format).to(device)
     path = path_of(run, device)
