@@ -407,6 +407,17 @@ def resumed(data: Path, runs: Path, *more: object) -> subprocess.CompletedProces
     return runner(*words, *(more if "--resume" in more else ["--resume", "auto", *more]))
 
 
+def test_an_evaluation_that_no_other_training_has_is_not_bit_identical(small_data: Path, tmp_path: Path) -> None:
+    """With early stopping, the weights may be those of the last step of a lower --max-steps."""
+    words = ["--epochs", 4, "--recipe.validation", 80, "--recipe.patience", 2]
+    for steps, bitwise in ((5, []), (5, [True]), (6, [True, False])):  # the second repeats the end
+        done = resumed(small_data, tmp_path, *words, "--max-steps", steps)
+        assert done.returncode == 0, done.stderr
+        config = Run(tmp_path / "tiny" / "seed-0").config()
+        assert [entry.bitwise for entry in config.resumed] == bitwise
+        assert ("not bit-identical" in done.stderr) == (bitwise[-1:] == [False])
+
+
 def test_another_training_is_refused_with_the_difference(small_data: Path, data: Path, tmp_path: Path) -> None:
     run = stopped(small_data, tmp_path)
 

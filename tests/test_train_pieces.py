@@ -149,6 +149,18 @@ def test_early_stopping_keeps_the_best_epoch(changes: dict[str, Any], trained) -
         assert outcome.epochs == 3
 
 
+def test_early_stopping_never_ends_without_an_evaluation(trained) -> None:
+    """Also not where the best epoch is one that only the end of a shorter training evaluated."""
+    recipe = {"epochs": 9, "validation": 80, "patience": 2, "schedule": Step((1 / 9,), 0.0)}
+    shorter = trained(**recipe, max_steps=7, hooks=LoopHooks(evaluate_every=2))
+    state = checkpoint.read_state(checkpoint.latest(shorter.run))
+    kept = trained(**recipe, hooks=LoopHooks(evaluate_every=2, resume=state))
+    assert kept.outcome.stopped_early
+    ended = [row for row in kept.rows if row.train_epoch_loss is not None][-1]
+    assert (ended.epoch, ended.validation_accuracy is None) == (kept.outcome.epochs, False)
+    assert kept.outcome.best.epoch == 1
+
+
 def test_a_run_that_gets_early_stopping_at_a_resume_has_no_best_epoch_yet(trained) -> None:
     """Because its checkpoint lacks the weights of that epoch."""
     plain = trained(epochs=6, validation=80, schedule=Step((1 / 6,), 0.0), max_steps=14)

@@ -256,7 +256,7 @@ def train(
                 if steps.end_epoch(state.step):
                     break
                 checkpoints.save_or_stop(state)
-            evaluations = epochs.end(state.step == steps.last or (epoch + 1) % hooks.evaluate_every == 0)
+            evaluations = epochs.end(epochs.ended or (epoch + 1) % hooks.evaluate_every == 0)
         if not evaluations:
             evaluations = epochs.end_again(hooks.resume or {})
         # Before the end of the block, which waits for the last checkpoint.

@@ -185,7 +185,7 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
     same_code = same_commit and before.source_sha256 == current.source_sha256
     deterministic = current.device == "cpu" or current.deterministic
     bitwise = same_code and deterministic and not changed and ranks == current.world_size
-    bitwise = bitwise and same_summation_order(before, current)
+    bitwise = bitwise and same_summation_order(before, current) and not off_schedule(config, state)
     if not bitwise:
         print(f"runner: {run.folder}: resumed from step {step}, not bit-identical", file=sys.stderr)
     resumption = Resumed(
@@ -202,6 +202,18 @@ def resumed_config(config: TrainConfig, run: Run, current: RunConfig, state: dic
         wandb_id=own.wandb_id if own and not changed else current.wandb_id,
         resumed=[*before.resumed, resumption],
     )
+
+
+def off_schedule(config: TrainConfig, state: dict[str, Any] | None) -> bool:
+    """Returns whether early stopping has seen an evaluation that an uninterrupted training would not have.
+
+    It is that of the last step of a training whose --max-steps was lower.
+    """
+    best = state.get("best") if state and state.get("evaluated") else None
+    if not state or not best or not config.recipe.patience or config.max_steps == state["step"]:
+        return False
+    steps_per_epoch = round(best["global_step"] / best["epoch"])
+    return state["step"] % (steps_per_epoch * config.evaluate_every) != 0
 
 
 def config_of(state: dict[str, Any]) -> RunConfig:
