@@ -206,8 +206,9 @@ def test_a_server_that_answers_otherwise_is_one_line(server: TritonServer, tmp_p
         (("a/b?c", "--server", server.url), "a%2Fb%3Fc/config: refused"),
         (("tiny-seed-0", "--server", "localhost:8000"), "--server localhost:8000: expected an address"),
         (("tiny-seed-0", "--server", "file:///etc/passwd"), "expected an address"),
+        (("tiny-seed-0", "--server", "http://"), "--server http://: expected an address"),
+        (("tiny-seed-0", "--server", "http://["), "--server http://[: expected an address"),
         (("tiny-seed-0", "--server", "http://127.0.0.1:1"), "no answer (["),
-        (("tiny-seed-0", "--server", "http://["), "no answer ("),
         (("tiny-seed-0", "--server", server.url, "--batch", 129), "--batch 129: expected at most 128"),
         (("tiny-seed-0", "--server", server.url, "--device", "cuda"), "--device cuda and --server: expected one"),
     ):

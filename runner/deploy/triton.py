@@ -162,7 +162,11 @@ def open_served(server: str, name: str) -> tuple[Callable[[np.ndarray], np.ndarr
     Raises:
         UserError: there is no server or no such model; the function raises it as well.
     """
-    if not server.startswith(("http://", "https://")):
+    try:
+        host = urllib.parse.urlsplit(server).hostname
+    except ValueError:  # such as brackets around what is no IPv6 address
+        host = None
+    if not server.startswith(("http://", "https://")) or not host:
         raise UserError(f"--server {server}: expected an address such as http://localhost:8000")
     address = f"{server.rstrip('/')}/v2/models/{urllib.parse.quote(name, safe='')}"
     body, _ = _request(f"{address}/config")
