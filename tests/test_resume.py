@@ -6,7 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -405,6 +407,17 @@ def stopped(data: Path, runs: Path) -> Path:
 def resumed(data: Path, runs: Path, *more: object) -> subprocess.CompletedProcess[str]:
     words = ["train", "tiny", *TINY, "--data", data, "--runs", runs, "--device", "cpu"]
     return runner(*words, *(more if "--resume" in more else ["--resume", "auto", *more]))
+
+
+def test_the_code_of_a_run_includes_the_module_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "my_net.py"
+    hashes = [environment.source_sha256(), environment.source_sha256(["no.such.module"])]
+    assert hashes[0] == hashes[1]
+    for content in ("A = 1", "A = 2"):
+        module.write_text(content)
+        monkeypatch.setitem(sys.modules, "my_net", SimpleNamespace(__file__=str(module)))
+        hashes.append(environment.source_sha256(["my_net"]))
+    assert len(set(hashes)) == 3
 
 
 def test_an_evaluation_that_no_other_training_has_is_not_bit_identical(small_data: Path, tmp_path: Path) -> None:

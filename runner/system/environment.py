@@ -76,7 +76,8 @@ def source_sha256(modules: Iterable[str] = ()) -> str:
     """
     package = Path(__file__).resolve().parents[1]
     files = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
-    files |= {name: Path(file) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None))}
+    found = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    files |= {name: Path(file) for name, file in found.items() if file and Path(file).is_file()}
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         content = path.read_bytes()
