@@ -320,10 +320,10 @@ class EpochEnds:
                 self.log_window()
             return self.end(True)
         evaluations = self.evaluate(self.state.eval_model, self.data.evaluated, final=True)
-        if bool(resumed.get("best_model")) != bool(self.state.best_model):  # other weights are to be kept now
-            self.checkpoints.save_or_stop(self.state, evaluated=True, ended=True)
         if self.state.best is None:
             self.state.add_evaluation(replace(row_at(self.state, self.steps.per_epoch), **metrics_of(evaluations)))
+        if (resumed.get("best_model") is None) != (self.state.best_model is None):  # other weights are to be kept now
+            self.checkpoints.save_or_stop(self.state, evaluated=True, ended=True)
         return evaluations
 
     def evaluate(

@@ -64,12 +64,12 @@ class TrainState:
     @property
     def saved_model(self) -> nn.Module:
         """The model that is saved and exported: with early stopping the best one so far, else the one evaluated."""
-        return self.best_model if self.best_model and self.best else self.eval_model
+        return self.eval_model if self.best_model is None or self.best is None else self.best_model
 
     def add_evaluation(self, row: MetricRow) -> None:
         """Receives the metrics of every evaluation of `eval_model`, to keep the best."""
         self.best = max(self.best or row, row, key=selection_accuracy)
-        if self.best_model and self.best is row:
+        if self.best_model is not None and self.best is row:
             self.best_model.load_state_dict(self.eval_model.state_dict())
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class TrainState:
                 "step": self.step,
                 "world_size": self.accelerator.num_processes,
                 "best": msgspec.to_builtins(self.best) if self.best else {},
-                "best_model": self.best_model.state_dict() if self.best_model else None,
+                "best_model": self.best_model.state_dict() if self.best_model is not None else None,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.ema.module.state_dict() if self.ema else None,
