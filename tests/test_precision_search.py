@@ -61,6 +61,27 @@ def test_the_search_measures_few_of_many_operators() -> None:
     assert len(calls) == len(set(calls)) < 30
 
 
+def test_few_sets_are_measured_where_all_operators_or_none_can_be_quantized() -> None:
+    names = [f"n{k}" for k in range(200)]
+    for kept in ([], names):
+        measured: list[tuple[str, ...]] = []
+
+        def measure(
+            tried: tuple[str, ...], kept: list[str] = kept, measured: list[tuple[str, ...]] = measured
+        ) -> float:
+            measured.append(tried)
+            return float(len(tried) < len(kept))
+
+        assert least_set(names, Drops(measure, 0.5)) == kept
+        assert len(measured) < 10 + len(kept)
+
+
+def test_a_drop_of_exactly_the_limit_passes() -> None:
+    """As in the gate, also where the difference of two accuracies is rounded up."""
+    assert Drops(lambda kept: 0.9 - 0.85, 0.05).passes([])
+    assert not Drops(lambda kept: 0.0501, 0.05).passes([])
+
+
 @pytest.fixture(scope="session")
 def outlier(once: Once, tiny_run: Path) -> Path:
     """A run exported in fp32; one channel before its second convolution is 1,000 times larger than the others.
@@ -111,6 +132,9 @@ def test_the_operator_that_loses_the_accuracy_is_found(kind: str, run: Run) -> N
     assert found.drop <= 0.05 < min(found.drop_of_all, *found.drop_without.values())
     assert found.images == "436 train images"
     assert found.measured == len(lines)
+    operators = found.operators
+    assert f"{kind}: 0 of {operators} operators in fp32: drop {100 * found.drop_of_all:.2f} points" in lines
+    assert f"{kind}: {len(found.kept)} of {operators} operators in fp32: drop {100 * found.drop:.2f} points" in lines
     assert found.bytes_of_all < found.bytes
     assert kind == "int8-cpu" or max(found.added_errors, key=found.added_errors.get) == name
     assert files.read(run.deploy / f"search.{kind}.json", PrecisionSearch) == found
@@ -174,12 +198,13 @@ def test_a_kept_operator_reads_what_others_read_quantized(kind: str, tmp_path: P
         assert np.array_equal(logits, parity.OnnxSession(path)(images))
 
 
-def test_ranges_that_are_kept_give_the_same_graph(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int8-cpu"])
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_ranges_that_are_kept_give_the_same_graph(kind: str, method: str, run: Run, tmp_path: Path) -> None:
     images, source = precision.calibration_images(run, None, 64), exporter.path_of(run, "fp32")
-    for kind in ("int8", "int8-cpu"):
-        once = precision.Quantizer(source, kind, images, "minmax", tmp_path / f"{kind}.json")
-        again = [once.quantize(()).SerializeToString() for _ in range(2)]
-        assert again == [precision.Quantizer(source, kind, images, "minmax").quantize(()).SerializeToString()] * 2
+    once = precision.Quantizer(source, kind, images, method, tmp_path / "ranges.json")
+    again = [once.quantize(()).SerializeToString() for _ in range(2)]
+    assert again == [precision.Quantizer(source, kind, images, method).quantize(()).SerializeToString()] * 2
 
 
 def test_a_failed_gate_proposes_operators_and_export_keeps_them(run: Run) -> None:
@@ -207,6 +232,23 @@ def test_all_images_of_calibration_leave_none_for_the_search(run: Run) -> None:
     done = runner("export", run.folder, "--precision", "int8", "--search-precision", "--calibration", 500, *TINY)
     assert done.returncode == 2
     assert "--calibration 500: expected fewer than the 500 training images" in done.stderr
+
+
+def test_images_of_calibration_and_of_the_search_are_all_training_images(run: Run) -> None:
+    """None is among both; a sorted dataset has images of all classes among the first."""
+    stream = open_split_of_run(run.config(), None, "train", torch.device("cpu"))
+    expected = stream.clean_images(np.arange(stream.num_images)).numpy()
+    for count in (1, 64, 499):
+        images = SearchImages(run, None, count)
+        both = [precision.calibration_images(run, None, count), stream.clean_images(images.samples).numpy()]
+        assert [len(part) for part in both] == [count, 500 - count]
+        assert sorted(map(bytes, np.concatenate(both))) == sorted(map(bytes, expected))
+    assert len(precision.calibration_images(run, None, 500)) == 500
+    labels = stream.labels.numpy()
+    assert set(labels[SearchImages(run, None, 400).samples]) == set(labels)
+    for count in (0, 501):
+        with pytest.raises(UserError, match=f"^--calibration {count}: expected 1 to 500, the number of training im"):
+            precision.calibration_images(run, None, count)
 
 
 def test_validation_images_are_searched_where_there_are_some(run: Run) -> None:

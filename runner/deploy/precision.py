@@ -9,6 +9,7 @@ and the CPU's kernels are fast for unsigned ones (U8S8).
 
 import contextlib
 import difflib
+import io
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from runner.run.schema import Calibration, OnnxMetadata, Precision
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-CALIBRATION_BATCH = 32
+CALIBRATION_BATCH = 32  # most images at once
 QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 # These operators sum squares or exponentials, which overflow fp16 long before their inputs do.
@@ -103,11 +104,11 @@ def _to_fp16(proto: "ModelProto") -> "ModelProto":
 
 def _drop_repeated_casts(graph: Any) -> None:
     """Keeps one of the casts of a value: the converter adds the same one for each operator that needs it."""
-    casts: dict[str, Any] = {}
+    casts: list[Any] = []
     for node in [node for node in graph.node if node.op_type == "Cast"]:
-        first = casts.setdefault(node.output[0], node)
-        if first is not node and (first.input, first.attribute) == (node.input, node.attribute):
+        if node in casts:
             graph.node.remove(node)
+        casts.append(node)
 
 
 class Quantizer:
@@ -205,14 +206,19 @@ def _read_before_quantization(proto: "ModelProto", kept: Sequence[str]) -> None:
 
 
 class _CalibrationReader:
-    """Calibration images in batches, with the interface that onnxruntime's calibrators expect."""
+    """Calibration images in batches, with the interface that onnxruntime's calibrators expect.
+
+    All batches have the same size, because the calibrator for percentiles stacks what it collects.
+    """
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
         self.rewind()
 
     def rewind(self) -> None:
-        self.batches = iter(np.split(self.images, range(CALIBRATION_BATCH, len(self.images), CALIBRATION_BATCH)))
+        count = len(self.images)
+        size = max(size for size in range(1, CALIBRATION_BATCH + 1) if count % size == 0)
+        self.batches = iter(np.split(self.images, count // size))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self.batches, None)
@@ -221,12 +227,13 @@ class _CalibrationReader:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the root logger's warnings: onnxruntime's quantizer recommends preprocessing that is not needed."""
+    """Hides what onnxruntime's quantizer logs and prints: advice on preprocessing that is not needed, and progress."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # `export --json` prints JSON alone
+            yield
     finally:
         logger.setLevel(level)
 

@@ -12,14 +12,14 @@ def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
     conv = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
     nodes = [
         helper.make_node("Conv", ["images", "layers.0.weight", "layers.0.bias"], ["a"], name="first", **conv),
-        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
         helper.make_node("Conv", ["b", "layers.3.weight", "layers.3.bias"], ["c"], name="second", **conv),
-        helper.make_node("Relu", ["c"], ["d"]),
-        helper.make_node("AveragePool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Relu", ["c"], ["d"], name="relu2"),
+        helper.make_node("AveragePool", ["d"], ["e"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["e"], ["f"], name="flatten"),
         helper.make_node("Gemm", ["f", "layers.8.weight", "layers.8.bias"], ["g"], name="last", transB=1),
         helper.make_node("Constant", [], ["h"], name="scale", value_float=scale),
-        helper.make_node("Mul", ["g", "h"], ["logits"]),
+        helper.make_node("Mul", ["g", "h"], ["logits"], name="times"),
     ]
     float_tensor = helper.make_tensor_value_info
     graph = helper.make_graph(
