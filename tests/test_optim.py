@@ -127,6 +127,15 @@ def test_each_layer_learns_slower_than_the_next() -> None:
     assert set(rates_of(small(), 1.0).values()) == {1.0}
 
 
+def test_layers_are_numbered_from_the_input() -> None:
+    """Vectors alone are a layer only at the input, before all filters."""
+    assert set(optim.layer_numbers(small()).values()) == {0, 1, 2}
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert optim.layer_numbers(model) == {
+        "0.weight": 0, "0.bias": 0, "1.weight": 1, "1.bias": 1, "2.weight": 1, "2.bias": 1, "3.weight": 2, "3.bias": 2,
+    }  # fmt: skip
+
+
 def test_blocks_of_a_resnet_are_layers() -> None:
     rates = rates_of(torchvision.models.resnet18(num_classes=10), 0.5)
     assert rates["fc.weight"] == rates["fc.bias"] == 1
@@ -140,6 +149,12 @@ def test_layers_of_timm_are_those_that_it_names() -> None:
     assert rates["head.weight"] == 1
     assert rates["blocks.11.attn.qkv.weight"] == rates["blocks.11.norm1.bias"] == rates["blocks.10.mlp.fc1.bias"] * 2
     assert rates["patch_embed.proj.weight"] == rates["pos_embed"] == min(rates.values())
+
+
+def test_blocks_of_a_resnet_of_timm_are_layers() -> None:
+    rates = rates_of(timm.create_model("resnet18", num_classes=10), 0.5)
+    assert rates["layer4.1.conv1.weight"] == 2 * rates["layer4.0.conv1.weight"]
+    assert rates["fc.weight"] == 1
 
 
 def test_the_first_layers_rate_is_logged_beside_the_last_ones() -> None:

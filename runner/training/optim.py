@@ -77,9 +77,10 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
     layer_of = {name: match[0] for name, _ in model.named_parameters() if (match := LAYER.match(name))}
     with_matrices = {layer_of[name] for name, parameter in model.named_parameters() if parameter.ndim > 1}
     numbers: dict[str, int] = {}
-    number = -1
+    number = 0
     for layer in dict.fromkeys(layer_of.values()):
-        number = max(0, number + (layer in with_matrices))
+        if numbers and layer in with_matrices:
+            number += 1
         numbers[layer] = number
     return {name: numbers[layer] for name, layer in layer_of.items()}
 
