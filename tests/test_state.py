@@ -95,6 +95,44 @@ def test_a_restored_state_is_the_saved_one(accelerator: Accelerator) -> None:
     assert restored.best is None
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_early_stopping_keeps_the_weights_of_the_first_best_evaluation(accelerator: Accelerator, ema: float) -> None:
+    """Those that are evaluated, and also after a restart; without early stopping, the latest ones are saved."""
+    recipe = replace(RECIPE, ema=ema, patience=2)
+    state, plain = trained(accelerator, 1, recipe), trained(accelerator, 1, replace(recipe, patience=0))
+    assert state.saved_model is state.eval_model
+    assert not any(parameter.requires_grad for parameter in state.best_model.parameters())
+    assert all(parameter.requires_grad for parameter in state.model.parameters())
+    for step, accuracy, best in ((1, 0.5, 1), (2, 0.4, 1), (3, 0.5, 1), (4, 0.6, 4), (5, 0.1, 4)):
+        row = MetricRow(global_step=step, epoch=1.0, validation_accuracy=accuracy, test_accuracy=1 - accuracy)
+        with torch.no_grad():
+            state.eval_model.layers[8].bias.fill_(step)
+        for each in (state, plain):
+            each.add_evaluation(row)
+            assert each.best.global_step == best
+        assert state.saved_model.layers[8].bias.tolist() == [best] * 10
+        assert plain.saved_model is plain.eval_model
+    content, restored = stored(state), trained(accelerator, 2, recipe)
+    restored.load_state_dict(content)
+    assert restored.best == state.best
+    assert restored.saved_model.layers[8].bias.tolist() == [4] * 10
+    assert restored.eval_model.layers[8].bias.tolist() == [5] * 10
+    for lost in (content | {"best_model": None}, stored(plain)):
+        restored.load_state_dict(lost)
+        assert restored.best is None
+        assert restored.saved_model is restored.eval_model
+    plain.load_state_dict(content)  # early stopping may be switched off
+    assert plain.best == state.best
+    assert plain.saved_model is plain.eval_model
+
+
+def test_without_validation_images_the_accuracy_on_test_images_selects(accelerator: Accelerator) -> None:
+    state = trained(accelerator, 1)
+    for step, accuracy in ((1, 0.5), (2, 0.7), (3, 0.6)):
+        state.add_evaluation(MetricRow(global_step=step, epoch=1.0, test_accuracy=accuracy))
+    assert state.best.global_step == 2
+
+
 def test_a_restored_state_keeps_the_settings_of_this_run(accelerator: Accelerator) -> None:
     """The rate of the next step is the saved one until the schedule sets it from the peak of this run."""
     content = stored(trained(accelerator, 2))
