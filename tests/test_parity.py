@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from msgspec.structs import replace
@@ -16,7 +17,7 @@ from runner.common.errors import UserError
 from runner.common.files import read, write
 from runner.data.open import model_input, open_split_of_run
 from runner.deploy import onnx as exporter
-from runner.deploy import parity, sensitivity
+from runner.deploy import parity, precision, sensitivity
 from runner.deploy.onnx import OnnxFile
 from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
@@ -325,6 +326,29 @@ def test_any_operator_may_be_the_culprit(run: Run, monkeypatch: pytest.MonkeyPat
     assert options == [{"optimize": False}] * 6
 
 
+def test_a_failed_file_proposes_the_quantized_operators_that_add_the_largest_errors(run: Run) -> None:
+    """At most three of them, in the order of their errors, and none that is not quantized."""
+    proto, metadata = exporter.read(exporter.exported(run).path)
+    proto.graph.node[-1].output[0] = "before"
+    proto.graph.node.append(onnx.helper.make_node("MatMul", ["before", "turn"], ["logits"], name="fourth"))
+    turn = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))[0].numpy()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(turn, "turn"))
+    fp32 = exporter.write(run, proto, "fp32", False, metadata.weights)
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def search(file: OnnxFile) -> tuple[str, list[str]]:
+        return parity.find_culprit(run, parity.Candidate(file, "onnxruntime", CPU, lambda x: x), images, "cpu")
+
+    for kept, number in (((), 3), (("first", "second"), 2)):
+        int8 = precision.convert(run, "int8", images.numpy(), kept=kept)
+        errors = sensitivity.added_errors(*(exporter.read(file.path)[0] for file in (fp32, int8)), images.numpy())
+        names = ("first", "second", "last", "fourth")
+        worst = [error for error in errors if error.operator in names and error.operator not in kept]
+        assert worst[number - 1].added > parity.MIN_CULPRIT_ERROR
+        assert search(int8) == (str(errors[0]), [error.operator for error in worst[:number]])
+    assert search(add_file(run, "fp16", scale_second(2.0)))[1] == []
+
+
 def test_where_no_culprit_can_be_named(run: Run) -> None:
     fp16, fp32, raw = add_file(run, "fp16"), exporter.exported(run), add_file(run, "fp32", raw=True)
     assert culprit_of(run, raw) == "the raw front end"
@@ -352,6 +376,8 @@ def test_a_failed_row_names_its_culprit(run: Run) -> None:
         ("cuda", (), ["onnxruntime", "here 1"], ["another GPU"]),
         ("cuda", ("engine",), ["here 1"], ["another GPU"]),
         ("cuda", ("onnxruntime",), ["onnxruntime"], []),
+        ("cpu", ("aotinductor",), ["AOTInductor on the cpu"], []),
+        ("cuda", ("aotinductor", "engine"), ["here 1", "AOTInductor on the cuda"], ["another GPU"]),
     ],
 )
 def test_each_backend_opens_what_runs_here(
@@ -378,21 +404,26 @@ def test_each_backend_opens_what_runs_here(
             raise ProviderError("another GPU")
         return SimpleNamespace(run_in_batches=None)
 
+    file = dataclasses.replace(exporter.exported(run), precision="fp16")
     monkeypatch.setattr(parity, "OnnxSession", session)
+    monkeypatch.setattr(parity.package, "compiled", lambda run, device: dataclasses.replace(file, sha256=device))
+    monkeypatch.setattr(parity.package, "provider_of", lambda device: f"AOTInductor on the {device}")
+    monkeypatch.setattr(parity.package, "load", lambda path: None)
     monkeypatch.setattr(parity.engine, "built", lambda run, file: sidecars)
     monkeypatch.setattr(parity.engine, "why_not_here", lambda sidecar: None if sidecar.here else "another GPU")
     monkeypatch.setattr(parity.engine, "RunningEngine", running)
-    file = dataclasses.replace(exporter.exported(run), precision="fp16")
     candidates, not_scored = parity._open_candidates(run, [file], device, backends)
     assert [candidate.provider for candidate in candidates] == opened
     assert [(entry.onnx, entry.backend, entry.reason) for entry in not_scored] == [
         (str(file.path), "engine", reason) for reason in left
     ]
     assert sessions == [(device, True)] * opened.count("onnxruntime")
+    packages = [candidate.file.sha256 for candidate in candidates if candidate.backend == "aotinductor"]
+    assert packages == [device] * ("aotinductor" in backends)
     assert [candidate.engine_sha256 for candidate in candidates if candidate.backend == "engine"] == ["here"] * (
         "here 1" in opened
     )
-    if device == "cuda" and backends != ("onnxruntime",):
+    if device == "cuda" and backends in ((), ("engine",)):
         sidecars[0].here = False
         if backends:
             with pytest.raises(UserError, match="another GPU"):
