@@ -60,6 +60,14 @@ MODULES = {
         "tests/test_onnx.py -k computes_what",
     ],
     "runner/deploy/parity.py": ["tests/test_parity.py"],
+    "runner/deploy/precision.py": [
+        "tests/test_precision.py",
+        "tests/test_precision_search.py -k 'images or kept_operator or ranges'",
+    ],
+    "runner/deploy/precision_search.py": [
+        "tests/test_precision_search.py -k 'all_needed or few or exactly'",
+        "tests/test_precision_search.py -k 'accuracy_is_found or images and not leave_none'",
+    ],
     "runner/report/compare.py": [
         "tests/test_compare.py",
         "tests/test_report.py -k 'grouped or label or deviation or reproduced or earlier_versions or json_rows'",
