@@ -244,6 +244,8 @@ def test_images_of_calibration_and_of_the_search_are_all_training_images(run: Ru
         assert [len(part) for part in both] == [count, 500 - count]
         assert sorted(map(bytes, np.concatenate(both))) == sorted(map(bytes, expected))
     assert len(precision.calibration_images(run, None, 500)) == 500
+    with pytest.raises(UserError, match="^--calibration 500: expected fewer than the 500 training images, because"):
+        SearchImages(run, None, 500)
     labels = stream.labels.numpy()
     assert set(labels[SearchImages(run, None, 400).samples]) == set(labels)
     for count in (0, 501):
