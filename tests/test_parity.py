@@ -349,6 +349,27 @@ def test_a_failed_file_proposes_the_quantized_operators_that_add_the_largest_err
     assert search(add_file(run, "fp16", scale_second(2.0)))[1] == []
 
 
+def test_an_activation_that_the_quantizer_leaves_to_the_limits_of_uint8_adds_no_error(without_bias: Run) -> None:
+    """Its tensor is computed by the operator before it, and is compared after it was quantized."""
+    run = without_bias
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    file = precision.convert(run, "int8-cpu", images.numpy())
+    proto, metadata = exporter.read(file.path)
+    assert not any(node.op_type == "Relu" for node in proto.graph.node)
+    errors = sensitivity.added_errors(exporter.read(exporter.exported(run).path)[0], proto, images.numpy())
+    assert {"first", "second", "last", "pool", "flatten", "times"} <= {error.operator for error in errors}
+    assert 0 < errors[0].added < 0.1
+    proto, _ = exporter.read(file.path)
+    for entry in proto.graph.initializer:
+        if entry.name == "layers.3.weight_quantized":
+            entry.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(entry), entry.name))
+    spoiled = exporter.write(run, proto, "int8-cpu", False, metadata.weights)
+    candidate = parity.Candidate(spoiled, "onnxruntime", CPU, lambda images: images)
+    culprit, proposed = parity.find_culprit(run, candidate, images, "cpu")
+    assert culprit.startswith("Conv second")
+    assert proposed[0] == "second"
+
+
 def test_where_no_culprit_can_be_named(run: Run) -> None:
     fp16, fp32, raw = add_file(run, "fp16"), exporter.exported(run), add_file(run, "fp32", raw=True)
     assert culprit_of(run, raw) == "the raw front end"

@@ -136,7 +136,7 @@ def test_the_operator_that_loses_the_accuracy_is_found(kind: str, run: Run) -> N
     assert f"{kind}: 0 of {operators} operators in fp32: drop {100 * found.drop_of_all:.2f} points" in lines
     assert f"{kind}: {len(found.kept)} of {operators} operators in fp32: drop {100 * found.drop:.2f} points" in lines
     assert found.bytes_of_all < found.bytes
-    assert kind == "int8-cpu" or max(found.added_errors, key=found.added_errors.get) == name
+    assert max(found.added_errors, key=found.added_errors.get) == name
     assert files.read(run.deploy / f"search.{kind}.json", PrecisionSearch) == found
     # Measured again, from the file that is written for these operators.
     images = SearchImages(run, None, 64)
@@ -244,7 +244,7 @@ def test_images_of_calibration_and_of_the_search_are_all_training_images(run: Ru
         assert [len(part) for part in both] == [count, 500 - count]
         assert sorted(map(bytes, np.concatenate(both))) == sorted(map(bytes, expected))
     assert len(precision.calibration_images(run, None, 500)) == 500
-    with pytest.raises(UserError, match="^--calibration 500: expected fewer than the 500 training images, because"):
+    with pytest.raises(UserError, match=r"^--calibration 500: expected fewer than the 500 training images"):
         SearchImages(run, None, 500)
     labels = stream.labels.numpy()
     assert set(labels[SearchImages(run, None, 400).samples]) == set(labels)
