@@ -150,7 +150,6 @@ class Quantizer:
                 "op_types_to_quantize": QUANTIZED_OPS,
                 "extra_options": {
                     "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
                     "QuantizeBias": False,
                     "OpTypesToExcludeOutputQuantization": QUANTIZED_OPS,
                 },
