@@ -111,7 +111,7 @@ def test_a_file_is_checked_as_what_it_is(kind: str, tmp_path: Path, monkeypatch:
 def test_int8_for_tensorrt_is_symmetric_and_keeps_biases(tmp_path: Path) -> None:
     run = run_of(tmp_path, graph_of)
     proto = onnx.load(precision.convert(run, "int8", images_of(8)).path)
-    assert precision.quantized_operators(proto) == ["first", "second", "last"]
+    assert precision.quantized_operators(proto, "int8") == ["first", "second", "last"]
     weights = {entry.name: numpy_helper.to_array(entry) for entry in proto.graph.initializer}
     made_by = {node.output[0]: node for node in proto.graph.node}
     for node in proto.graph.node:
@@ -127,13 +127,13 @@ def test_int8_for_tensorrt_is_symmetric_and_keeps_biases(tmp_path: Path) -> None
 
 def test_int8_for_the_cpu_quantizes_all_operators_to_unsigned_values(tmp_path: Path) -> None:
     proto = onnx.load(precision.convert(run_of(tmp_path, graph_of), "int8-cpu", images_of(8)).path)
-    assert {"first", "second", "pool", "last", "times"} <= set(precision.quantized_operators(proto))
+    assert {"first", "second", "pool", "last", "times"} <= set(precision.quantized_operators(proto, "int8-cpu"))
     weights = {entry.name: numpy_helper.to_array(entry) for entry in proto.graph.initializer}
     quantizers = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     assert {str(weights[node.input[2]].dtype) for node in quantizers} == {"uint8"}
     unnamed = next(node for node in proto.graph.node if node.name == "second")
     unnamed.name = ""
-    assert "" not in precision.quantized_operators(proto)
+    assert "" not in precision.quantized_operators(proto, "int8-cpu")
 
 
 @pytest.mark.parametrize("count", [37, 64, 65])
