@@ -29,7 +29,7 @@ from runner.common.files import read
 from runner.system import environment
 from runner.training.profile import kind_of
 from tests.conftest import Once
-from tests.support.processes import Running, descendants_of, gone, module, start, wait_until
+from tests.support.processes import ROOT, Running, descendants_of, gone, module, start, wait_until
 
 pytestmark = pytest.mark.timeout(1800)  # the first waits for the rehearsal
 PARTS = get_args(PartName)
@@ -326,3 +326,17 @@ def test_the_tables_are_made_of_the_findings(rehearsed: Path, monkeypatch: pytes
     assert "| onnxruntime CPU |" in shown["parity"]
     for name in ("ratios", "parity"):
         assert "\n\nMeasured on: A, 1 × A GPU, torch" in shown[name]
+
+
+def test_evidence_is_refused_without_a_gpu_before_anything_is_installed(tmp_path: Path) -> None:
+    """In a copy without an environment, which would be created first."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launch", copy / "launch")
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RUNNER_CACHE": str(tmp_path / "cache")}
+    if shutil.which("nvidia-smi", path=environ["PATH"]):
+        pytest.skip("there is a GPU")
+    done = subprocess.run([copy / "launch/gpu-evidence"], env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch/gpu-evidence: expected an NVIDIA GPU, found none")
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkout"]
