@@ -195,7 +195,7 @@ def test_each_int8_operator_is_close_to_fp32(exported: Run, kind: str) -> None:
     """Run without optimizations, so that the processor's kernels make no difference."""
     candidate = parity.Candidate(file_of(exported, kind), "onnxruntime", "CPUExecutionProvider", lambda images: images)
     images = torch.from_numpy(precision.calibration_images(exported, None, 12)[8:])
-    culprit = parity.find_culprit(exported, candidate, images, "cpu")
+    culprit, _ = parity.find_culprit(exported, candidate, images, "cpu")
     error, before = map(float, re.search(r"relative error (\S+), (\S+) before it", culprit).groups())
     assert error - before < ADDED_BY_INT8, culprit
 
