@@ -447,6 +447,8 @@ def show(reports: list[LatencyReport]) -> None:
                 notes.append(f"{' '.join(filter(None, cells))}: {note}")
             if row.measured:
                 cells += [f"{getattr(row, name):.2f}" for name in PERCENTILES]
-                table.add_row(*cells, f"{row.images_per_second:,.0f}", "fastest" if row in report.fastest else "")
+                table.add_row(*cells, f"{row.images_per_second:,.0f}", "*" if row in report.fastest else "")
         print_table(table)
+        if report.fastest:
+            notes.insert(0, "*: the fastest of its precision and batch size")
         print(*notes, sep="\n", end="\n" if notes else "")

@@ -35,7 +35,7 @@ def path_of(run: Run, device: DeviceType) -> Path:
 
 def provider_of(device: str) -> str:
     """What runs a package, as written in results: another version of torch may not."""
-    return f"torch {torch.__version__} {device}"
+    return f"torch {torch.__version__.partition('+')[0]} {device}"
 
 
 def require_device(device: DeviceType) -> None:

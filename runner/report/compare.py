@@ -113,7 +113,7 @@ class Outcome(Setup, kw_only=True):
     """
 
     epochs: float
-    incomplete: bool
+    incomplete: bool | None = None
     folders: list[str] | UnsetType = UNSET
     label: str | UnsetType = UNSET
     runs: int
@@ -123,6 +123,10 @@ class Outcome(Setup, kw_only=True):
     reproduced: float | None
     reproduced_std: float | None
     difference: float | None
+
+    def __post_init__(self) -> None:
+        if self.incomplete is None:  # a result of an earlier version, without early stopping
+            self.incomplete = self.epochs < self.recipe_epochs - 1e-9
 
     @property
     def seed_count(self) -> str:
