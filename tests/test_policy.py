@@ -208,3 +208,13 @@ def test_copies_are_augmented_independently_and_the_first_like_the_sample_itself
         assert torch.equal(values, getattr(alone, name))
         a, b = (v.numpy().reshape(20_000, -1)[:, 0] for v in (values, getattr(second, name)))
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.03
+
+
+def test_copies_of_a_sample_are_in_one_batch_and_far_apart() -> None:
+    """Two batches of six slots: within each, first copy 0 of every sample, then copy 1, then copy 2."""
+    assert order.repeated_slots(12, 3, 6).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_a_copy_has_the_same_numbers_in_every_version() -> None:
+    """A resumed run continues with the augmentation of the version that began it."""
+    assert order.copy_keys(np.array([5, 5, 0]), np.array([0, 2, 1])).tolist() == [5, 5 + 2 * 2**32, 2**32]

@@ -290,19 +290,20 @@ def test_the_generator_of_a_gpu_is_restored_on_a_gpu(monkeypatch: pytest.MonkeyP
 def test_ranks_that_resumed_from_other_weights_do_not_train(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two ranks, whose answers are exchanged here."""
+    """Of two or three ranks, whose answers are exchanged here."""
     states = [trained(accelerator, steps) for steps in (2, 2, 3)]
     for state in states:
         state.model.scale = nn.Parameter(torch.tensor(1.0))  # some models have parameters without dimensions
     states[1].model.layers[0].bias.data[3] += 1e-6
     answers: list[str] = []
-    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(accelerator), "num_processes", 3)
     monkeypatch.setattr("runner.training.state.gather_object", answers.extend)
     for state in states:
         with contextlib.suppress(TypeError):  # nothing is returned
             state.require_same_on_ranks()
     same, changed, later = answers
     assert len({same, changed, later}) == 3
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
     for others in ([same, same], [same, changed], [same, later]):
         monkeypatch.setattr("runner.training.state.gather_object", lambda own, others=others: others)
         if others[0] == others[1]:

@@ -49,12 +49,18 @@ MODULES = {
         "tests/test_command_lines.py -k 'not any_order'",
         "tests/test_command_lines.py -k any_order",
     ],
-    "runner/data/augment.py": [f"tests/test_batches.py -k '{STREAM} or changes_the_images or jitter or cutout'"],
+    "runner/data/augment.py": [
+        f"tests/test_batches.py -k '{STREAM} or changes_the_images or jitter or cutout or resized_crop'",
+        "tests/test_policy.py -k 'erasing or parameters or copies or uniform'",
+    ],
     "runner/data/mixing.py": [
         "tests/test_batches.py -k 'earlier_versions or mixed or mixup'",
         "tests/test_batches.py -k 'union_over_ranks and resident'",
     ],
-    "runner/data/order.py": [f"tests/test_batches.py -k '{STREAM}'"],
+    "runner/data/order.py": [
+        f"tests/test_batches.py -k '{STREAM}'",
+        "tests/test_policy.py -k 'parameters or copies or copy'",
+    ],
     "runner/deploy/onnx.py": [
         "tests/test_onnx.py -k 'not computes_what'",
         "tests/test_onnx.py -k computes_what",
