@@ -332,9 +332,12 @@ def test_evidence_is_refused_without_a_gpu_before_anything_is_installed(tmp_path
     """In a copy without an environment, which would be created first."""
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT / "launch", copy / "launch")
-    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RUNNER_CACHE": str(tmp_path / "cache")}
-    if shutil.which("nvidia-smi", path=environ["PATH"]):
-        pytest.skip("there is a GPU")
+    program = copy / "bin" / "nvidia-smi"  # as with a driver, but without a GPU
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 9\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:/usr/bin:/bin"
+    environ = {"PATH": path, "HOME": str(tmp_path), "RUNNER_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([copy / "launch/gpu-evidence"], env=environ, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("launch/gpu-evidence: expected an NVIDIA GPU, found none")

@@ -18,7 +18,7 @@ from runner.run.folder import Run
 from runner.run.schema import FrontEnd
 from runner.training import checkpoint
 from tests.support.configs import config_of, trusted
-from tests.support.graphs import graph_of
+from tests.support.graphs import graph_of, model_of
 from tests.support.models.tiny import Tiny
 
 
@@ -54,14 +54,7 @@ def with_large_values(_: Tiny) -> onnx.ModelProto:
         helper.make_node("Add", ["d", "e"], ["f"], name="add"),
         helper.make_node("MatMul", ["f", "matrix"], ["logits"], name="matmul"),
     ]
-    float_tensor = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "large",
-        [float_tensor("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
-        [float_tensor("logits", TensorProto.FLOAT, ["batch", 10])],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
-    )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return model_of(nodes, arrays)
 
 
 def test_operators_that_overflow_in_fp16_stay_in_fp32(tmp_path: Path) -> None:

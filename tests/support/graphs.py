@@ -1,12 +1,12 @@
 """ONNX graphs that are written operator by operator, which takes no export."""
 
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from tests.support.models.tiny import Tiny
 
 
-def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
+def graph_of(model: Tiny, scale: float = 1.0) -> ModelProto:
     """The network of the tests' experiments, whose logits are multiplied by a constant of the graph."""
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     conv = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
@@ -21,11 +21,16 @@ def graph_of(model: Tiny, scale: float = 1.0) -> onnx.ModelProto:
         helper.make_node("Constant", [], ["h"], name="scale", value_float=scale),
         helper.make_node("Mul", ["g", "h"], ["logits"], name="times"),
     ]
+    return model_of(nodes, weights)
+
+
+def model_of(nodes: list[NodeProto], weights: dict[str, np.ndarray]) -> ModelProto:
+    """A model of these operators, from `images` (batch, 3, 32, 32) to `logits` (batch, 10)."""
     float_tensor = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "tiny",
+        nodes, "small",
         [float_tensor("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
         [float_tensor("logits", TensorProto.FLOAT, ["batch", 10])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
