@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.agent import Agent
+from launch.search import Search, lenient_options
 from launch.submit import Submit
 from launch.sweep import Sweep
 from runner.common.command_line import options_of, read_command_and_rest
@@ -14,7 +15,7 @@ from runner.common.console import run_command
 from runner.common.errors import UserError
 from runner.config.train_config import TrainConfig
 
-COMMANDS = {"submit": Submit, "sweep": Sweep, "agent": Agent}
+COMMANDS = {"submit": Submit, "sweep": Sweep, "search": Search, "agent": Agent}
 
 
 def main() -> None:
@@ -27,9 +28,8 @@ def main() -> None:
             if name in ("-h", "--help"):
                 return lambda: print(known)
             raise UserError(f"{name!r}: {known}")
-        command, options = read_command_and_rest(
-            COMMANDS[name], argv, f"python -m launch {name}", options_of(TrainConfig)
-        )
+        others = lenient_options() if name == "search" else options_of(TrainConfig)
+        command, options = read_command_and_rest(COMMANDS[name], argv, f"python -m launch {name}", others)
         return functools.partial(command, options, os.environ)
 
     run_command(parse, "launch")

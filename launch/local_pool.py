@@ -1,4 +1,4 @@
-"""Trains trials on this machine, several at a time, each in its own process; if one fails, the others continue."""
+"""Trains trials on this machine, several at a time, each in its own processes; if one fails, the others continue."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from launch.plan import ROOT, training_command
 from launch.train_arguments import job_environment, with_stop_file
@@ -28,74 +28,168 @@ class Slots:
 
     Attributes:
         count: number of trials that run at the same time.
-        gpus: number of GPUs, of which each slot uses one; 0 for the CPU.
-        threads: CPU threads per slot.
+        gpus: number of GPUs, of which each slot uses `ranks`; 0 for the CPU.
+        threads: CPU threads per process.
         launcher: arguments of `accelerate launch`.
+        ranks: number of processes per trial.
     """
 
     count: int
     gpus: int
     threads: int
     launcher: tuple[str, ...]
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial, and what is to be done for it.
+
+    Attributes:
+        trial: the trial.
+        arguments: the arguments of `runner train`; None if it is trained.
+        commands: arguments of Python, run one after the other once it is trained.
+    """
+
+    trial: Trial
+    arguments: tuple[str, ...] | None
+    commands: tuple[tuple[str, ...], ...] = ()
+
+
+class Source(Protocol):
+    """Where a pool gets its jobs."""
+
+    def next(self) -> Job | None:
+        """Returns the next job; None if there is none at present."""
+
+    def is_empty(self) -> bool:
+        """Returns whether there are no more jobs, whatever the running ones lead to."""
+
+    def ended(self, job: Job, failure: str) -> str:
+        """Called when a job has ended, with the last message of its log; returns its outcome in one line."""
+
+    def close(self) -> None:
+        """Called when no more jobs may start."""
+
+    @property
+    def remaining(self) -> str:
+        """What has not started yet, in a few words."""
+
+
+class ListedTrials:
+    """Source of trials that are all known, each of which is trained to its end."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.waiting = list(trials)
+
+    def next(self) -> Job | None:
+        """Returns the next job; None if there is none at present."""
+        if not self.waiting:
+            return None
+        trial = self.waiting.pop(0)
+        return Job(trial, tuple(trial.arguments))
+
+    def is_empty(self) -> bool:
+        """Returns whether all trials have started."""
+        return not self.waiting
+
+    def close(self) -> None:
+        """Drops the trials that have not started."""
+        self.waiting.clear()
+
+    @property
+    def remaining(self) -> str:
+        """The number of trials that have not started."""
+        return f"{len(self.waiting)} waiting"
+
+    def ended(self, job: Job, failure: str) -> str:
+        """Returns the test accuracy of a complete run, or why it is not complete."""
+        state = job.trial.state()
+        if state == "complete" and (summary := job.trial.run.read_summary()):
+            return f"{summary.test_accuracy:.2%}"
+        if state in ("failed", "stopped") and (ending := job.trial.run.read_ending()):
+            return f"{state}: {ending.reason}"
+        return f"failed: {failure}"
 
 
 @dataclass
-class RunningTrial:
-    """A trial that occupies a slot, with its process, log and stop file; earlier attempts wrote the log's beginning."""
+class RunningJob:
+    """A job that occupies a slot, with its process, log and stop file; earlier attempts wrote the log's beginning."""
 
-    trial: Trial
+    job: Job
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     stop_file: Path
     log_start: int
+    commands: list[tuple[str, ...]]  # that follow
     start: float = field(default_factory=time.monotonic)
 
 
 class Pool:
-    """Schedules trials on slots and records their outcomes.
+    """Schedules jobs on slots and records their outcomes.
 
     Attributes:
-        waiting: trials that have not started.
-        running: the trials that are running, by slot number.
-        outcomes: result of each trial that is done, by id.
+        running: the jobs that are running, by slot number.
+        outcomes: result of each job that is done, by id of the trial.
     """
 
-    def __init__(self, trials: list[Trial], slots: Slots, logs: Path, environ: Mapping[str, str]) -> None:
-        self.trials, self.slots, self.logs, self.environ = trials, slots, logs, environ
-        self.waiting = list(trials)
-        self.running: dict[int, RunningTrial] = {}
+    def __init__(self, source: Source, slots: Slots, logs: Path, environ: Mapping[str, str]) -> None:
+        self.source, self.slots, self.logs, self.environ = source, slots, logs, environ
+        self.running: dict[int, RunningJob] = {}
         self.outcomes: dict[str, str] = {}
+        self.stopping = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no job is running, and none will start."""
+        return not self.running and (self.stopping or self.source.is_empty())
 
     def update(self) -> None:
-        """Collects the trials that have ended, and starts waiting trials in free slots."""
+        """Collects the jobs that have ended, and starts others in free slots."""
         for slot, running in list(self.running.items()):
-            if running.process.poll() is not None:
+            code = running.process.poll()
+            if code == 0 and running.commands and not self.stopping:
+                running.process = self._run(slot, running.commands.pop(0), running.log)
+            elif code is not None:
                 del self.running[slot]
                 self._collect(running)
         for slot in range(self.slots.count):
-            if slot not in self.running and self.waiting:
-                self.running[slot] = self._start(slot, self.waiting.pop(0))
+            if slot not in self.running and not self.stopping and (job := self.source.next()):
+                self.running[slot] = self._start(slot, job)
 
     def stop(self) -> None:
         """Asks every trial to write a checkpoint and exit, and starts no more."""
-        self.waiting.clear()
+        self.stopping = True
+        self.source.close()
         for running in self.running.values():
-            running.stop_file.touch()
+            if len(running.commands) < len(running.job.commands):
+                running.process.terminate()  # it is not training
+            else:
+                running.stop_file.touch()
 
     def kill(self) -> None:
         """Kills every trial; its ranks die with it."""
         for running in self.running.values():
             running.process.kill()
 
-    def _start(self, slot: int, trial: Trial) -> RunningTrial:
+    def _start(self, slot: int, job: Job) -> RunningJob:
+        trial = job.trial
         trial.run.folder.mkdir(parents=True, exist_ok=True)
         stop_file = trial.run.folder / f".stop-{os.getpid()}"
         stop_file.unlink(missing_ok=True)
         log = (self.logs / f"{trial.id.replace('/', '-')}.log").open("ab")
         log_start = log.tell()
-        command = training_command(self.slots.launcher, self.slots.threads)
-        process = subprocess.Popen(
-            [sys.executable, *command, *with_stop_file(trial.arguments, stop_file)],
+        commands = list(job.commands)
+        if job.arguments is not None:
+            command = training_command(self.slots.launcher, self.slots.threads)
+            commands.insert(0, (*command, *with_stop_file(job.arguments, stop_file)))
+        process = self._run(slot, commands.pop(0), log)
+        return RunningJob(job, process, log, stop_file, log_start, commands)
+
+    def _run(self, slot: int, arguments: tuple[str, ...], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Starts Python with these arguments."""
+        return subprocess.Popen(
+            [sys.executable, *arguments],
             cwd=ROOT,
             env={**job_environment(self.environ), **self._visible_gpu(slot)},
             stdin=subprocess.DEVNULL,
@@ -104,44 +198,44 @@ class Pool:
             start_new_session=True,  # only this process receives Ctrl-C
             preexec_fn=launcher.end_with_parent,
         )
-        return RunningTrial(trial, process, log, stop_file, log_start)
 
     def _visible_gpu(self, slot: int) -> dict[str, str]:
         if not self.slots.gpus:
             return {}
-        visible = self.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.slots.gpus)))
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % self.slots.gpus]}
+        visible = (self.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.slots.gpus)))).split(",")
+        own = [visible[(slot * self.slots.ranks + rank) % self.slots.gpus] for rank in range(self.slots.ranks)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
-    def _collect(self, running: RunningTrial) -> None:
-        """Records and prints the outcome of a trial that has ended."""
+    def _collect(self, running: RunningJob) -> None:
+        """Records and prints the outcome of a job that has ended."""
         running.log.close()
         running.stop_file.unlink(missing_ok=True)
         try:
-            outcome = _outcome(running)
+            outcome = self.source.ended(running.job, _last_message(running))
         except (UserError, OSError) as error:  # the others continue
             outcome = f"failed: {error}"
-        self.outcomes[running.trial.id] = outcome
-        _print(f"{running.trial.id}: {outcome}")
+        self.outcomes[running.job.trial.id] = outcome
+        _print(f"{running.job.trial.id}: {outcome}")
 
 
-def train_trials(trials: list[Trial], slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:
-    """Trains all trials. Returns True if it was interrupted.
+def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:
+    """Trains all trials of a source. Returns True if it was interrupted.
 
     On the first Ctrl-C or SIGTERM every trial writes a checkpoint and exits; a second signal, or a timeout of 120
     seconds, kills the remaining trials. In both cases the same command resumes them. If this process is killed, its
     trials die with it.
 
     Args:
-        trials: trials to train; each resumes from its newest checkpoint.
+        source: the trials to train; each resumes from its newest checkpoint.
         slots: how many trials run at the same time, and on what.
         logs: folder for the output of each trial.
         environ: environment of the trials.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    pool = Pool(trials, slots, logs, environ)
+    pool = Pool(source, slots, logs, environ)
     with _interrupts() as interrupts, _table(pool) as show:
         stopped_at = None
-        while pool.waiting or pool.running:
+        while not pool.is_done:
             if interrupts and stopped_at is None:
                 stopped_at = time.monotonic()
                 _print("stopping: each trial writes a checkpoint; press Ctrl-C again to kill them")
@@ -154,17 +248,12 @@ def train_trials(trials: list[Trial], slots: Slots, logs: Path, environ: Mapping
     return bool(interrupts)
 
 
-def _outcome(running: RunningTrial) -> str:
-    """Returns the test accuracy of a complete run, or why it is not complete."""
-    trial, log = running.trial, Path(running.log.name)
-    state = trial.state()
-    if state == "complete" and (summary := trial.run.read_summary()):
-        return f"{summary.test_accuracy:.2%}"
-    if state in ("failed", "stopped") and (ending := trial.run.read_ending()):
-        return f"{state}: {ending.reason}"
+def _last_message(running: RunningJob) -> str:
+    """Returns the last message in the log of this attempt, and where the log is."""
+    log = Path(running.log.name)
     lines = log.read_bytes()[running.log_start :].decode(errors="replace").split("\n")  # of this attempt
     messages = [line.removeprefix("runner: ") for line in lines if line.startswith("runner: ")] or ["no message"]
-    return f"failed: {messages[-1]} (log: {log})"
+    return f"{messages[-1]} (log: {log})"
 
 
 def _print(line: str) -> None:
@@ -206,7 +295,7 @@ def _table(pool: Pool) -> Iterator[Callable[[], None]]:
                 live.update(_draw(pool, console.height - 4), refresh=True)
 
         yield show
-        live.update(_draw(pool, len(pool.trials) + 2), refresh=True)
+        live.update(_draw(pool, len(pool.outcomes) + 2), refresh=True)
 
 
 def _draw(pool: Pool, height: int) -> Any:
@@ -214,12 +303,13 @@ def _draw(pool: Pool, height: int) -> Any:
     table = new_table("trial", "epoch", "loss", "accuracy", "outcome")
     for running in pool.running.values():
         table.add_row(
-            running.trial.id, *_progress(running.trial), f"running for {int(time.monotonic() - running.start)} s"
+            running.job.trial.id,
+            *_progress(running.job.trial),
+            f"running for {int(time.monotonic() - running.start)} s",
         )
     for name, outcome in list(reversed(pool.outcomes.items()))[: max(1, height - len(pool.running) - 1)]:
         table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else None)
-    waiting = len(pool.trials) - len(pool.outcomes) - len(pool.running)
-    table.add_row(f"{len(pool.outcomes)} of {len(pool.trials)} done, {waiting} waiting", style="dim")
+    table.add_row(f"{len(pool.outcomes)} done, {pool.source.remaining}", style="dim")
     return table
 
 

@@ -234,7 +234,7 @@ class Sweep:
         count = self.slots or gpus or 1
         launcher = launcher_for(Resources(min(gpus, 1), cores))
         slots = local_pool.Slots(count, gpus, max(1, cores // count), launcher)
-        interrupted = local_pool.train_trials(missing, slots, self.folder / "logs", environ)
+        interrupted = local_pool.train_trials(local_pool.ListedTrials(missing), slots, self.folder / "logs", environ)
         states = self.states(trials)
         for trial in missing:
             if not interrupted and states[trial.id] in ("missing", "crashed"):

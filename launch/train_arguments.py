@@ -20,6 +20,7 @@ from runner.run.folder import Run, finished_run
 SET_BY_JOBS = {
     "--resume": "jobs and sweeps set --resume auto, which continues an interrupted run; leave it out",
     "--stop-file": "jobs and sweeps set their own, and stop with a checkpoint on scancel or Ctrl-C; leave it out",
+    "--pause-after": "jobs and sweeps train to the end; leave it out",
 }
 SET_BY_AGENTS = {
     "--resume": "an agent starts each of its runs once; leave it out",

@@ -58,14 +58,15 @@ ALLOWED = {
     "runner.training": [*TRAINING, "runner.models", "runner.tracking"],
     "runner.tracking": [*RUN, "runner.tracking"],
     "runner.deploy": [*TRAINING, "runner.deploy"],
-    "runner.report": [*CONFIG, "runner.run", "runner.report"],
+    "runner.search": [*COMMON, "runner.run", "runner.search"],
+    "runner.report": [*CONFIG, "runner.run", "runner.search", "runner.report"],
     "runner.commands": ["runner.commands", *TRAINING, "runner.tracking", "runner.deploy", "runner.report"],
     "runner.cli": ["runner.commands", *RUN],
     "runner.benchmarks": ["runner", "data_prep"],
     "launch": ["runner", "data_prep", "launch"],
 }
 # And of other packages what starts slowly.
-WITHOUT_TORCH = ("runner.common", "runner.config", "runner.experiments", "runner.run", "runner.report")
+WITHOUT_TORCH = ("runner.common", "runner.config", "runner.experiments", "runner.run", "runner.search", "runner.report")
 
 
 @pytest.mark.parametrize("who", ALLOWED)
@@ -111,6 +112,7 @@ RESERVED_PREFIXES = {
     "wandb": {"runner.tracking.wandb_run", "runner.report.wandb_report"},
     "wandb_workspaces": {"runner.report.wandb_report"},
     "onnxruntime": {"runner.deploy.session", "runner.deploy.precision"},
+    "optuna": {"runner.search.space", "runner.search.sampler", "runner.search.study"},
 }
 
 

@@ -175,7 +175,7 @@ def test_the_words_that_were_checked_are_those_that_run(
             continue
         (trial,) = call.expand(["--teacher", "a", *options])
         logs = tmp_path / f"logs-{gpus}"
-        local_pool.train_trials([trial], local_pool.Slots(1, gpus, 1, ()), logs, os.environ)
+        local_pool.train_trials(local_pool.ListedTrials([trial]), local_pool.Slots(1, gpus, 1, ()), logs, os.environ)
         (log,) = logs.glob("*.log")
         words = ast.literal_eval(log.read_text())
         assert words[:-1] == [*trial.arguments, "--stop-file"]
@@ -196,7 +196,7 @@ def test_each_slot_trains_on_one_of_the_visible_gpus(
     monkeypatch.setattr(local_pool, "training_command", lambda *_: ["-c", program])
     trials = trials_of(["tiny"], tmp_path, "--runs", str(tmp_path / "runs"), seeds=(0, 1))
     environ = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    local_pool.train_trials(trials, local_pool.Slots(2, 2, 1, ()), tmp_path / "logs", environ)
+    local_pool.train_trials(local_pool.ListedTrials(trials), local_pool.Slots(2, 2, 1, ()), tmp_path / "logs", environ)
     seen = [path.read_text().strip() for path in tmp_path.glob("logs/*.log")]
     assert len(seen) == 2
     assert set(seen) == expected

@@ -34,7 +34,7 @@ class Report:
         import msgspec
 
         from runner.common.files import write_atomically
-        from runner.report import collect, compare, markdown, page
+        from runner.report import collect, compare, markdown, page, searches
         from runner.report.run_record import format_counts
         from runner.run.folder import find_runs
 
@@ -45,22 +45,24 @@ class Report:
         records, unreadable = collect.read_all(find_runs(list(self.runs)))
         if not records and len(unreadable) == 1:
             raise UserError(f"{unreadable[0].folder}: {unreadable[0].reason}")
+        found, damaged = searches.read_all(list(self.runs))
+        unreadable += damaged
         for entry in unreadable:
             print(f"runner: not read: {entry.folder}: {entry.reason}", file=sys.stderr)
         if not records:
             raise UserError("RUNS: expected a run that can be read, found none")
-        page.write(records, self.out, unreadable)
+        page.write(records, self.out, unreadable, found)
         if self.markdown is not None:
-            write_atomically(self.markdown, markdown.render(records, unreadable).encode())
+            write_atomically(self.markdown, markdown.render(records, unreadable, found).encode())
         if self.wandb_spec is not None or self.wandb is not None:
             from runner.report import wandb_report
             from runner.tracking.account import choose_server
 
             if self.wandb_spec is not None:
-                write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb).encode())
+                write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb, found).encode())
             if self.wandb is not None:
                 choose_server(environ)
-                print(f"W&B report: {wandb_report.save(records, self.wandb)}", file=sys.stderr)
+                print(f"W&B report: {wandb_report.save(records, self.wandb, found)}", file=sys.stderr)
         if self.json:
             rows = [compare.run_row(record) for record in records]
             compared = {"runs": rows, "experiments": compare.outcomes(records), "unreadable": unreadable}

@@ -87,6 +87,9 @@ class TrainConfig:
     stop_file: Path | None = None
     """File that stops the run with a checkpoint when it is created, and that is then removed; by default `stop` in the
     run folder."""
+    pause_after: Count | None = None
+    """Stop with a checkpoint and exit code 75 after this many epochs in total, as a stop file created at that moment
+    would; `--resume auto` continues the run, and its result is the same as without the pause."""
     hang_timeout: Annotated[float, Meta(ge=1, le=1e9)] = 600.0
     """Seconds without a step after which a rank prints its stacks and exits with code 70, which ends all ranks; the
     limit is three times as long before the first step."""
@@ -194,6 +197,13 @@ class TrainConfig:
                 f"--recipe.patience {self.recipe.patience}: expected a multiple of --evaluate-every "
                 f"{self.evaluate_every}, the epochs between evaluations"
             )
+        if self.pause_after and self.pause_after % self.evaluate_every:
+            raise UserError(
+                f"--pause-after {self.pause_after}: expected a multiple of --evaluate-every {self.evaluate_every}, the "
+                "epochs between evaluations"
+            )
+        if self.pause_after and len(self.all_seeds) > 1:
+            raise UserError(f"--pause-after {self.pause_after}: expected one seed, found {len(self.all_seeds)}")
         if self.pretrained is not None and self.start_from is not None:
             raise UserError("--pretrained and --start-from: expected one of them, both are initial weights")
         if self.workers != 1 and self.loader == "resident":

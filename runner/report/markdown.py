@@ -6,6 +6,7 @@ from typing import Any
 
 from runner.report import compare
 from runner.report.run_record import RunRecord, Unreadable, format_counts
+from runner.report.searches import Found
 
 OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
 MARKUP = re.compile(r"[\\`*_\[\]]")
@@ -15,9 +16,9 @@ LATENCY_TITLES = (
 )  # fmt: skip
 
 
-def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
-    """Renders accuracies, latencies by hardware with the parity of each file, and the folders that were not read."""
-    parts = [accuracies(records), latencies(records)]
+def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()) -> str:
+    """Renders accuracies, searches, latencies by hardware with the parity of each file, and what was not read."""
+    parts = [accuracies(records), *map(search_results, searches), latencies(records)]
     if unreadable:
         parts.append(
             f"Not read:\n\n{table(('folder', 'reason'), ((plain(e.folder), plain(e.reason)) for e in unreadable))}"
@@ -55,6 +56,25 @@ def accuracies(records: list[RunRecord]) -> str:
         names = ", ".join(one_class)
         caption += f" One class is predicted for all images, so that passing the gate proves little: {names}."
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
+
+
+def search_results(found: Found) -> str:
+    """Renders the best trials of a search, or its Pareto front, and its caption."""
+    states = ", ".join(f"{count} {state}" for state, count in found.states.items())
+    trained, whole = found.epochs
+    caption = (
+        f"Search {code(found.name)}: {len(found.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} without "
+        "pauses. Accuracies are measured on held-out training images."
+    )
+    if importance := found.importance:
+        shares = ", ".join(f"{plain(option)} {share:.0%}" for option, share in importance.items())
+        caption += f" Share of the differences in accuracy that each option explains: {shares}."
+    rows = [
+        (code(trial.run), *map(plain, trial.parameters.values()), trial.epochs, *found.objectives_of(trial))
+        for trial in found.best
+    ]
+    titles = ("trial", *map(plain, found.options), "epochs", *found.definition.objectives)
+    return f"{caption}\n\n{table(titles, rows)}"
 
 
 def latencies(records: list[RunRecord]) -> str:

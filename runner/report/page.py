@@ -16,6 +16,7 @@ from runner.report import compare, figures
 from runner.report.compare import LatencyCell, RunRow
 from runner.report.grids import find_grids
 from runner.report.run_record import GateStatus, RunRecord, Unreadable, format_counts
+from runner.report.searches import Found
 from runner.run.schema import Dataset
 
 MAX_OVERLAID = 10  # most runs whose curves are drawn initially
@@ -137,20 +138,22 @@ def summarize_runs(runs: Sequence[PageRun]) -> Overview:
     )
 
 
-def write(records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = ()) -> None:
+def write(
+    records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()
+) -> None:
     """Writes the page to `out`.
 
     Raises:
         UserError: the page cannot be written there.
     """
-    page = render(records, unreadable)
+    page = render(records, unreadable, searches)
     try:
         write_atomically(out, page.encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another file") from None
 
 
-def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> str:
+def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()) -> str:
     """Renders the page as HTML, with its style, scripts, charts and pictures embedded."""
     from plotly.offline import get_plotlyjs
 
@@ -159,6 +162,7 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
     datasets = sorted({record.dataset for record in records})
     reported = figures.reported(outcomes)
     charts = [figures.curves(records, "loss"), figures.curves(records, "accuracy"), *filter(None, [reported])]
+    charts += [search.chart(position) for position, search in enumerate(searches)]
     script_data = {
         "charts": charts,
         "runs": [run.for_script() for run in runs],
@@ -172,6 +176,8 @@ def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = ()) -> s
         unreadable=unreadable,
         outcomes=outcomes,
         grids=grids,
+        searches=searches,
+        positions={run.record.run.folder.resolve(): run.position for run in runs},
         has_reported_chart=reported is not None,
         deployments=latencies_by_hardware(runs),
         overview=summarize_runs(runs),

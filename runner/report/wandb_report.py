@@ -3,13 +3,14 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runner.common.errors import UserError
 from runner.common.text import first_line
 from runner.report import markdown
 from runner.report.run_record import RunRecord, format_counts
+from runner.report.searches import Found
 
 TITLE = "Architectures compared"
 CURVES: dict[str, list[Any]] = {
@@ -34,21 +35,22 @@ METHOD = """\
 """
 
 
-def specification(records: list[RunRecord], project_path: str | None = None) -> str:
+def specification(records: list[RunRecord], project_path: str | None = None, searches: Sequence[Found] = ()) -> str:
     """The report's specification as JSON, without network access; the same runs give the same text.
 
     Args:
         records: the runs to compare.
         project_path: ENTITY/PROJECT; None leaves both empty.
+        searches: the searches to show.
     """
     entity, _, project = (project_path or "/").partition("/")
     with _stdout_to_stderr(), _reproducible_panel_names():
-        report = _report(records, entity, project)
+        report = _report(records, entity, project, searches)
         # A run set without entity and project uses those of the report, and needs no lookup.
         return report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n"
 
 
-def save(records: list[RunRecord], project_path: str) -> str:
+def save(records: list[RunRecord], project_path: str, searches: Sequence[Found] = ()) -> str:
     """Creates the report in W&B, or updates the one with the same title, and returns its URL.
 
     Raises:
@@ -57,7 +59,7 @@ def save(records: list[RunRecord], project_path: str) -> str:
     import wandb
 
     entity, _, project = project_path.partition("/")
-    report = _report(records, entity, project)
+    report = _report(records, entity, project, searches)
     try:
         with _stdout_to_stderr():
             same_title = [old.id for old in wandb.Api().reports(project_path) if old.display_name == report.title]
@@ -71,7 +73,7 @@ def save(records: list[RunRecord], project_path: str) -> str:
         ) from None
 
 
-def _report(records: list[RunRecord], entity: str, project: str) -> Any:
+def _report(records: list[RunRecord], entity: str, project: str, searches: Sequence[Found]) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [
@@ -93,6 +95,8 @@ def _report(records: list[RunRecord], entity: str, project: str) -> Any:
     ]
     if latencies := markdown.latencies(records):
         blocks += [wr.H1("Deployment"), wr.MarkdownBlock(latencies)]
+    if searches:
+        blocks += [wr.H1("Searches"), *(wr.MarkdownBlock(markdown.search_results(found)) for found in searches)]
     blocks += [wr.H1("Method"), wr.MarkdownBlock(METHOD)]
     datasets = sorted({record.dataset for record in records})
     return wr.Report(

@@ -285,6 +285,8 @@ class Ending(JsonStruct, frozen=True, kw_only=True, rename={"reason": "told"}):
 
     stopped: bool
     reason: str = ""
+    diverged: bool = False
+    """Whether a loss or a weight was not finite, which would happen again."""
 
 
 class CheckpointManifest(JsonStruct, frozen=True, kw_only=True):

@@ -87,6 +87,7 @@ class LoopHooks:
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         resume: the state of the checkpoint to resume from; None for a new run.
         should_stop: returns whether this rank was asked to stop.
+        pause_step: step after which all ranks stop, as if they were asked to; None for none.
         heartbeat: called after every step and every evaluated batch.
         before_step, after_step: called with the number of the optimizer step, counted from 1, before its batch is read
             and after the weights are updated.
@@ -97,6 +98,7 @@ class LoopHooks:
     evaluate_every: int = 1
     resume: dict[str, Any] | None = None
     should_stop: Callable[[], bool] = lambda: False
+    pause_step: int | None = None
     heartbeat: Callable[[], None] = lambda: None
     before_step: Callable[[int], None] = lambda step: None
     after_step: Callable[[int], None] = lambda step: None
@@ -135,7 +137,8 @@ class CheckpointSchedule:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
         hooks = self.hooks
-        stopping = not ended and any_rank_stops(hooks.should_stop, state.step, self.accelerator)
+        paused = state.step == hooks.pause_step
+        stopping = not ended and (paused or any_rank_stops(hooks.should_stop, state.step, self.accelerator))
         if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and self.pause_is_over()):
             save(state, self.writer, evaluated)
             self.next_save_time = time.monotonic() + hooks.checkpoint_seconds

@@ -160,6 +160,9 @@ def _run_training(
             f"--profile-steps {config.profile_steps}: expected steps of one epoch, which has {steps.per_epoch}, "
             "because an evaluation may follow it"
         )
+    if config.pause_after and config.pause_after * steps.per_epoch >= steps.last:
+        epochs = steps.last / steps.per_epoch
+        raise UserError(f"--pause-after {config.pause_after}: expected fewer than its {epochs:g} epochs")
     teacher = load_teacher(config, manifest) if config.teacher else None
     # Build the first model now, so that unusable weights are refused before anything is written.
     first_run = Run(config.runs / config.experiment / config.run_names()[config.all_seeds[0]])
@@ -273,6 +276,13 @@ class SeedRun:
                 f"{run.folder}: expected a last step after {state['step']}, where the checkpoint is, found "
                 f"{self.steps.last}; raise --max-steps or --recipe.epochs"
             )
+        pause = session.config.pause_after
+        self.pause_step = pause and pause * self.steps.per_epoch
+        if state and self.pause_step and state["step"] >= self.pause_step:
+            raise UserError(
+                f"--pause-after {pause}: expected more epochs than the {state['step'] / self.steps.per_epoch:g} that "
+                f"{run.folder} has trained"
+            )
         self.profiler = self.make_profiler()
         self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
         self.look_again = 0.0  # when stop files are looked up next
@@ -299,7 +309,7 @@ class SeedRun:
             with watchdog.watching(config.hang_timeout, name) as alive:
                 hooks = LoopHooks(
                     config.checkpoint_every, config.checkpoint_seconds, config.evaluate_every, self.state,
-                    self.should_stop, alive,
+                    self.should_stop, self.pause_step, alive,
                 )  # fmt: skip
                 if self.profiler is not None:
                     profiler = self.profiler
@@ -381,7 +391,7 @@ class SeedRun:
         if self.tracker:
             reason = failure.reason if failure else f"{type(error).__name__}: {first_line(error)}"
             with contextlib.suppress(OSError):
-                write(self.run.ended, Ending(stopped=stopped, reason=reason))
+                write(self.run.ended, Ending(stopped=stopped, reason=reason, diverged=isinstance(error, DivergedError)))
         if failure is None:
             return
         if not (self.tracker or isinstance(error, StoppedError | DivergedError)):  # of this rank alone

@@ -1,0 +1,51 @@
+"""What a search has found so far, for the terminal and the report."""
+
+from collections.abc import Sequence
+
+from runner.search.study import Definition, Objective, StudyTrial
+
+
+def best_trials(definition: Definition, trials: Sequence[StudyTrial]) -> list[StudyTrial]:
+    """Returns the trials that reached the latest rung, the best first; with several objectives, the Pareto front.
+
+    The front has the complete trials to which no other is at least equal in all objectives and better in one.
+    """
+    if len(definition.objectives) == 1:
+        reached = [trial for trial in trials if trial.accuracy and trial.state != "failed"]
+        return sorted(reached, key=lambda trial: (-trial.epochs, -trial.last_accuracy, trial.number))
+    complete = [trial for trial in trials if trial.state == "complete"]
+    scores = {trial.number: _scores(definition, trial) for trial in complete}
+
+    def is_dominated(trial: StudyTrial) -> bool:
+        own = scores[trial.number]
+        others = (scores[other.number] for other in complete)
+        return any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in others)
+
+    return sorted((t for t in complete if not is_dominated(t)), key=lambda trial: scores[trial.number], reverse=True)
+
+
+def _scores(definition: Definition, trial: StudyTrial) -> tuple[float, ...]:
+    """Returns the objectives of a complete trial; more is better."""
+    pairs = zip(definition.objectives, trial.objectives, strict=True)
+    return tuple(value if objective == "accuracy" else -value for objective, value in pairs)
+
+
+def describe_state(trial: StudyTrial, held: frozenset[int]) -> str:
+    """Returns the state of a trial: complete, failed, running, paused at a rung, or waiting to be trained."""
+    if trial.finished:
+        return trial.state
+    if trial.number in held:
+        return "running"
+    return "paused" if trial.target in trial.accuracy else "waiting"
+
+
+def format_objective(objective: Objective, value: float) -> str:
+    """Returns the value of an objective as text."""
+    if objective == "accuracy":
+        return f"{value:.2%}"
+    return f"{value:.3g} ms" if objective == "latency" else f"{value:,.0f}"
+
+
+def short_name(option: str) -> str:
+    """Returns the last part of an option's name: `lr` for `--recipe.optimizer.lr`."""
+    return option.removeprefix("--").rpartition(".")[2]
