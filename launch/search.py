@@ -47,7 +47,7 @@ from runner.search.halving import Pruner, Rungs
 from runner.search.sampler import sample
 from runner.search.space import EXPERIMENT, Choices, Domain, parse_domain, words_of
 from runner.search.study import FOLDER, Definition, Objective, Sampler, Study, StudyTrial
-from runner.search.summary import best_trials, describe_state, format_objective, short_name
+from runner.search.summary import best_trials, cells, describe_state, titles
 from runner.system import environment
 
 ONE_NODE = Allocation()
@@ -162,6 +162,8 @@ class Search:
         ] + ([f"--workers {self.workers}"] if self.workers else [])
         if self.on == "local" and given:
             raise UserError(f"{given[0]}: expected --on slurm with it")
+        if self.slurm.container_image:
+            raise UserError(f"--container-image {self.slurm.container_image}: expected none; a search runs without")
         if self.slurm.nodes > 1:
             raise UserError(f"--nodes {self.slurm.nodes}: expected 1; a trial uses one node, and --workers adds nodes")
 
@@ -552,10 +554,9 @@ class StudySource:
 def print_state(definition: Definition, trials: Sequence[StudyTrial], held: frozenset[int], limit: int) -> None:
     """Prints the best trials, or the Pareto front, and how many trials are in which state."""
     best = best_trials(definition, trials)[:MAX_SHOWN]
-    table = new_table("trial", *map(short_name, definition.space), "epochs", *definition.objectives)
+    table = new_table(*titles(definition))
     for trial in best:
-        texts = map(format_objective, definition.objectives, trial.objectives or (trial.last_accuracy,))
-        table.add_row(trial.run, *trial.parameters.values(), str(trial.epochs), *texts)
+        table.add_row(*cells(definition, trial))
     if best:
         print_table(table)
     counts = Counter(describe_state(trial, held) for trial in trials)

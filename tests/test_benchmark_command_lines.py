@@ -20,6 +20,7 @@ from runner.benchmarks import (
     parity,
     quantizers,
     scaling,
+    search,
     tables,
 )
 from runner.benchmarks.gpu.__main__ import GpuBenchmark
@@ -39,6 +40,7 @@ PROGRAMS: dict[str, Any] = {
     "runner.benchmarks.parity": parity.CollectParity,
     "runner.benchmarks.quantizers": quantizers.Quantizers,
     "runner.benchmarks.scaling": scaling.ScalingBenchmark,
+    "runner.benchmarks.search": search.Replay,
     "runner.benchmarks.tables": tables.Tables,
     "runner.data.preview": Preview,
 }

@@ -17,7 +17,7 @@ from runner.system import cpu
 from tests.support.processes import TINY, module, runner
 
 
-@pytest.mark.parametrize("document", tables.TABLES, ids=["readme", "benchmarks"])
+@pytest.mark.parametrize("document", tables.TABLES, ids=["readme", "benchmarks", "launch"])
 def test_the_tables_are_made_from_the_results(document: Path) -> None:
     text = tables.insert_tables(document, tables.TABLES[document])
     assert text == document.read_text(), "run: python -m runner.benchmarks.tables --write"

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import write
 from runner.config.recipe import Reported
-from runner.report import collect, compare, figures, markdown, page, wandb_report
+from runner.report import collect, compare, figures, markdown, page, searches, wandb_report
 from runner.report.grids import find_grids
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run, find_runs
 from runner.run.schema import GateResult
+from runner.search.study import Definition, Study, StudyTrial
 from tests.support import many_runs
 from tests.support.processes import python, runner
 
@@ -50,7 +52,71 @@ def runs(deployed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     unfinished.mkdir()
     (unfinished / "run.json").write_text((folder / "tiny/seed-0/run.json").read_text().replace('"seed-0"', '"half"'))
     (unfinished / "metrics.jsonl").write_text('{"global_step": 1, "epoch": 0.1, "train/loss": 2.0}\n{"global_st')
+    write_searches(folder)
     return folder
+
+
+def write_searches(runs: Path) -> None:
+    """Two searches: one with rungs and a trial of each state, one of two objectives."""
+    for name, objectives in (("<b>halving", ("accuracy",)), ("front", ("accuracy", "latency"))):
+        halving = len(objectives) == 1
+        definition = Definition(
+            names=("tiny",), space={"--recipe.optimizer.lr": "log:0.001:0.1", "--recipe.ema": "0|0.9"}, options=(),
+            objectives=objectives, sampler="tpe", seed=0, pruner="asha" if halving else "none",
+            rungs=(1, 3, 9) if halving else (9,), reduction=3, train_seed=0, ranks=1, dataset="0123",
+        )  # fmt: skip
+        study = Study(runs / "searches" / name)
+        with study.locked():
+            study.define(definition)
+            for number in range(9):
+                lr, ema = 0.001 * (number + 1), "0.9" if number % 2 else "0"
+                values = {"--recipe.optimizer.lr": lr, "--recipe.ema": ema}
+                words = {"--recipe.optimizer.lr": f"{lr:g}", "--recipe.ema": ema}
+                run = "tiny/seed-0" if number == 8 else f"tiny/{name}-{number:03d}-seed-0"
+                target = definition.rungs[0]
+                trial = StudyTrial(number=number, run=run, parameters=words, values=values, target=target)
+                study.add(trial, definition.domains)
+                if halving and number != 2:
+                    study.report(number, {1: 0.1 + 0.05 * number})
+                elif not halving:
+                    study.complete(number, [0.1 + 0.05 * number, 1.0 + abs(number - 4)])
+            if halving:
+                study.fail(2, "not finite", final=True)
+                for number, epochs in ((7, (3,)), (8, (3, 9))):
+                    for epoch in epochs:
+                        study.set_target(number, epoch)
+                        study.report(number, {epoch: 0.5 + 0.01 * (number + epoch)})
+                study.complete(8, [0.67])
+
+
+def test_searches_are_on_the_page_and_in_the_other_reports(runs: Path, html: Path, tmp_path: Path) -> None:
+    text = re.sub(r"\s+", " ", text_of(html))
+    assert "&lt;b&gt;halving" in text
+    assert "9 trials, 1 complete, 1 failed, 7 paused; 18 epochs trained, 81 without pauses" in text
+    found, unreadable = searches.read_all([runs])
+    assert unreadable == []
+    front, halving = sorted(found, key=lambda one: -len(one.definition.objectives))
+    assert [trial.number for trial in halving.best[:3]] == [8, 7, 6]
+    assert [(rung.epochs, rung.reached, rung.continued) for rung in halving.rungs] == [(1, 8, 2), (3, 2, 1), (9, 1, 0)]
+    assert '<a href="#run-1">tiny/seed-0</a></td><td>67.00%</td><td>9</td><td>0.009</td><td>0</td>' in text
+    assert [trial.number for trial in front.best] == [8, 7, 6, 5, 4]
+    assert math.isclose(sum(halving.importance.values()), 1)
+    done = runner("report", runs, "--out", tmp_path / "x.html", "--markdown", tmp_path / "x.md", "--wandb-spec",
+                  tmp_path / "x.json", HOME=str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    markdown_text = (tmp_path / "x.md").read_text()
+    for one in found:
+        assert markdown.search_results(one) in markdown_text
+        assert markdown.search_results(one) in markdown_of(json.loads((tmp_path / "x.json").read_text()))
+
+
+def test_a_damaged_search_is_listed_and_hides_nothing(runs: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs, tmp_path / "runs"))
+    (copy / "searches" / "front" / "journal.log").write_text("no journal\n" * 2)
+    done = runner("report", copy, "--out", tmp_path / "x.html")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"runner: not read: .*/searches/front: damaged \(.*\); restore or remove it\n", done.stderr)
+    assert "halving" in text_of(tmp_path / "x.html")
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +602,7 @@ def opened(browser: Any, html: Path, scheme: str = "light", width: int = 1200) -
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.every)])
 def test_in_a_browser(browser: Any, html: Path, scheme: str) -> None:
     with opened(browser, html, scheme) as tab:
-        for chart in ("curve-loss", "curve-accuracy", "confusion-0"):
+        for chart in ("curve-loss", "curve-accuracy", "confusion-0", "search-0", "search-1"):
             assert tab.locator(f"[id={chart}] .main-svg").count() > 0
         assert tab.locator("[id=confusion-1] .main-svg").count() == 0  # drawn when its run is opened
         tab.locator("#run-1 > summary").click()

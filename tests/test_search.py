@@ -15,9 +15,11 @@ from msgspec.structs import replace as changed
 
 from launch import search as search_module
 from launch.search import Search, StudySource, check_same_search
+from runner.benchmarks import search as replays
+from runner.benchmarks import tables
 from runner.common.command_line import read_command_and_rest
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import read, write
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import Ending, MetricRow
@@ -28,6 +30,7 @@ from runner.search.space import Choices, Range, parse_domain
 from runner.search.study import Definition, Study, StudyTrial, find_studies
 from runner.search.summary import best_trials, describe_state
 from tests.support.compare import assert_same_run
+from tests.support.configs import CONFIG
 from tests.support.processes import (
     TINY,
     command_lines,
@@ -38,6 +41,7 @@ from tests.support.processes import (
     start,
     wait_until,
 )
+from tests.support.searches import assert_trained_once, trials_of
 
 LR, DECAY = "--recipe.optimizer.lr", "--recipe.optimizer.weight-decay"
 SPACE = (LR, "log:1e-3:1e-1", DECAY, "0|1e-4")
@@ -328,6 +332,52 @@ def test_the_front_has_what_nothing_beats() -> None:
     assert [trial.number for trial in best_trials(definition, trials)] == [4, 1, 3, 0]
 
 
+def test_a_search_is_near_the_best_of_the_committed_grid_for_a_fraction_of_its_epochs() -> None:
+    result = read(tables.RESULTS / "search-cpu.json", replays.Result)
+    curves = {replays.key_of(trial.parameters): trial.accuracy for trial in result.grid}
+    assert len(curves) >= 48
+    assert {len(curve) for curve in curves.values()} == {result.epochs}
+    rungs = Rungs.of("asha", result.epochs, result.rungs[0], result.reduction)
+    definition = changed(DEFINITION, names=tuple(result.experiments), space=result.space, rungs=rungs.epochs)
+    found = [replays.replay(changed(definition, seed=seed), curves, rungs) for seed in range(2)]
+    summary = replays.summarize(found)
+    assert summary.spent <= 0.4
+    assert replays.median_regret(found, 0.4) <= replays.GOAL
+    assert result.seeds >= 20
+    (budget,) = [b for b in result.methods["TPE + ASHA"].budgets if b.fraction == 0.4]
+    assert budget.median <= replays.GOAL
+
+
+def test_a_replay_needs_a_whole_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    definition = changed(
+        DEFINITION, space={LR: "0.1|0.2", DECAY: "0|1e-4"}, pruner="none", rungs=(9,), sampler="random"
+    )
+    study, luck = Study(tmp_path / "runs" / "searches" / "grid"), random.Random(0)
+    with study.locked():
+        study.define(definition)
+    for number in range(4):
+        if number == 3:
+            with pytest.raises(UserError, match="expected all trials of a finite space, found 3"):
+                replays.Replay(study.folder)()
+        values = sample(definition, definition.domains, study.read()[1])
+        assert values is not None
+        trial = changed(trial_of(number), values=values, parameters=spaces.words_of(definition.domains, values))
+        run = Run(tmp_path / "runs" / trial.run)
+        write_progress(run, 9, luck, None)
+        write(run.run_json, CONFIG)
+        with study.locked():
+            study.add(trial, definition.domains)
+            study.report(number, {int(row.epoch): row.validation_accuracy or 0 for row in read_metrics(run)})
+            study.complete(number, [0.5])
+    out = tmp_path / "search.json"
+    replays.Replay(study.folder, seeds=3, json=out, picture=tmp_path / "search.png")()
+    result = read(out, replays.Result)
+    assert [method.budgets[-1].median for method in result.methods.values()][:2] == [0.0, 0.0], "all is trained"
+    assert {name: method.spent for name, method in result.methods.items()}["random"] == 1
+    assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
+    assert "TPE + ASHA" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers, with trials that are written instead of trained
 
@@ -473,6 +523,7 @@ def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: search_mo
         ([*SPACE, "--workers", "2"], "--workers 2: expected --on slurm with it"),
         ([*SPACE, "--partition", "x"], "--partition x: expected --on slurm with it"),
         ([*SPACE, "--on", "slurm", "--nodes", "2"], "--nodes 2: expected 1"),
+        ([*SPACE, "--on", "slurm", "--container-image", "x"], "--container-image x: expected none"),
         ([*SPACE, "--on", "slurm"], "sbatch: not found"),
         ([*SPACE, "--objectives", "latency"], "expected accuracy among them"),
         ([*SPACE, "--objectives", "accuracy", "accuracy"], "expected each once"),
@@ -557,25 +608,6 @@ def test_a_paused_run_is_the_run_that_never_was(small_data: Path, tmp_path: Path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real processes
-
-
-def trials_of(runs: Path) -> list[StudyTrial]:
-    (study,) = find_studies([runs])
-    return study.read()[1]
-
-
-def assert_trained_once(runs: Path, count: int) -> list[StudyTrial]:
-    """Asserts that a search has ended, with all trials, each of whose epochs is in its metrics once."""
-    trials = trials_of(runs)
-    assert [trial.number for trial in trials] == list(range(count))
-    assert len({trial.run for trial in trials}) == len({tuple(trial.parameters.items()) for trial in trials}) == count
-    folders = {f"{run.parent.parent.name}/{run.parent.name}" for run in runs.glob("*/*/run.json")}
-    assert folders == {trial.run for trial in trials}
-    assert {describe_state(trial, frozenset()) for trial in trials} <= {"complete", "paused"}
-    for trial in trials:
-        epochs = [row.epoch for row in read_metrics(Run(runs / trial.run)) if row.validation_accuracy is not None]
-        assert epochs == list(range(1, trial.epochs + 1)), trial.run
-    return trials
 
 
 @pytest.mark.every

@@ -28,6 +28,7 @@ from tests.support.processes import (
     wait_for_step,
     wait_until,
 )
+from tests.support.searches import assert_trained_once
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # they wait for daemons, while other tests run
 RESUME = ("--resume", "auto")  # which `launch submit` adds, and a direct sbatch has to
@@ -374,6 +375,33 @@ def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
     assert len(resumed) == cluster.restart_count(job)
     assert resumed[0].step >= 7
     assert_same_run(submitted.run, run)
+
+
+@pytest.mark.every
+def test_a_search_survives_a_preempted_worker_and_a_lost_node(
+    cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    """Two workers on two nodes: one is asked to stop before its time limit, the other's node is lost."""
+    words = ["search", "ending", *ENDING, "--device", "cpu", "--precision", "fp32", "--data", small_data]
+    words += ["--runs", tmp_path, "--recipe.epochs", 9, "--recipe.validation", 60, "--checkpoint-every", 3]
+    words += ["--recipe.optimizer.lr", "log:1e-3:1e-1", "--trials", 6]
+    environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"], "END": "train 1 0 SLEEP1"}
+    done = module("launch", *words, "--on", "slurm", "--workers", 2, "--exclusive", **environ)
+    assert done.returncode == 0, done.stderr
+    (job,) = re.findall(r"^job (\d+), an array of 2;", done.stdout, re.M)
+    wait_until(lambda: len([*tmp_path.glob("ending/*/checkpoints/step-*")]) >= 2, 240)
+    wait_until(lambda: len([*tmp_path.glob("ending/*/run.json")]) >= 2, 240)
+    cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_0", check=True)
+    cluster.lose_node(cluster.job_info(f"{job}_1")["BatchHost"])
+    cluster.wait_for_requeue(f"{job}_0", 1, 120)
+    cluster.wait_for_requeue(f"{job}_1", 1, 240)
+    logs = [log.read_text()[-3000:] for log in (tmp_path / "slurm").glob("*.log")]
+    for task in (0, 1):
+        assert cluster.wait(f"{job}_{task}", 600) == "COMPLETED", logs
+    trials = assert_trained_once(tmp_path, 6)
+    assert {trial.epochs for trial in trials} >= {1, 9}
+    assert sum(len(Run(tmp_path / trial.run).config().resumed) > 0 for trial in trials) >= 2
+    assert not [*(tmp_path / "slurm").glob(".*")]
 
 
 @pytest.mark.every

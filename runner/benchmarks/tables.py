@@ -1,4 +1,4 @@
-"""Generates the tables of README.md and runner/benchmarks/README.md from the committed results.
+"""Generates the tables of README.md, runner/benchmarks/README.md and launch/README.md from the committed results.
 
 A cell without a result says so.
 
@@ -15,6 +15,7 @@ import msgspec
 
 from runner import experiments
 from runner.benchmarks import program, quantizers
+from runner.benchmarks import search as searches
 from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
 from runner.benchmarks.measure import Spread
 from runner.benchmarks.papers import PaperOutcome
@@ -26,16 +27,17 @@ from runner.run.schema import Hardware, LatencyRow, ParityRow
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
+LAUNCH_README = Path(__file__).parents[2] / "launch" / "README.md"
 BENCHMARKS_README = Path(__file__).parent / "README.md"
 MISSING = "not measured"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Print all tables, or write them into the two documents."""
+    """Print all tables, or write them into their documents."""
 
     write: bool = False
-    """Write them into README.md and runner/benchmarks/README.md, each between its markers."""
+    """Write each between its markers in README.md, runner/benchmarks/README.md or launch/README.md."""
 
     def __call__(self) -> None:
         for document, tables in TABLES.items():
@@ -377,6 +379,27 @@ def int8() -> str:
     return f"{table(titles, rows)}\n\nMeasured on: {machine}."
 
 
+def search() -> str:
+    """The table of launch/README.md: the regret of searches over a grid, by epochs spent."""
+    path = RESULTS / "search-cpu.json"
+    if not path.is_file():
+        return MISSING
+    result = read(path, searches.Result)
+    titles = ["method", *(f"{fraction:.0%} of the epochs" for fraction in searches.BUDGETS), "whole search"]
+
+    def cells(method: searches.Method) -> list[str]:
+        shown = [budget for budget in method.budgets if budget.fraction in searches.BUDGETS]
+        quartiles = [
+            f"{100 * b.median:.1f} ({100 * b.lower_quartile:.1f} to {100 * b.upper_quartile:.1f})" for b in shown
+        ]
+        return [*quartiles, f"{method.spent:.0%}"]
+
+    rows = [[name, *cells(method)] for name, method in result.methods.items()]
+    machine = _machine(result.hardware, result.versions)
+    caption = f"Regret in points of validation accuracy: median (quartiles) of {result.seeds} seeds; {result.dataset}."
+    return f"{table(titles, rows)}\n\n{caption} Measured on: {machine}."
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"results": results},
     BENCHMARKS_README: {
@@ -391,6 +414,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "muon": muon,
         "deployment": deployment,
     },
+    LAUNCH_README: {"search": search},
 }
 
 

@@ -63,18 +63,14 @@ def search_results(found: Found) -> str:
     states = ", ".join(f"{count} {state}" for state, count in found.states.items())
     trained, whole = found.epochs
     caption = (
-        f"Search {code(found.name)}: {len(found.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} without "
-        "pauses. Accuracies are measured on held-out training images."
+        f"Search {code(found.name)}: {len(found.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} "
+        "without pauses. Accuracies are measured on held-out training images."
     )
     if importance := found.importance:
         shares = ", ".join(f"{plain(option)} {share:.0%}" for option, share in importance.items())
         caption += f" Share of the differences in accuracy that each option explains: {shares}."
-    rows = [
-        (code(trial.run), *map(plain, trial.parameters.values()), trial.epochs, *found.objectives_of(trial))
-        for trial in found.best
-    ]
-    titles = ("trial", *map(plain, found.options), "epochs", *found.definition.objectives)
-    return f"{caption}\n\n{table(titles, rows)}"
+    rows = [(code(trial.run), *map(plain, found.cells(trial))) for trial in found.best]
+    return f"{caption}\n\n{table(list(map(plain, found.titles)), rows)}"
 
 
 def latencies(records: list[RunRecord]) -> str:

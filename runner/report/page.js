@@ -140,6 +140,8 @@ function drawAll() {
   const reported = charts.find(chart => chart.id === "reported");
   if (reported) draw(reported);
   grids.forEach(drawGrid);
+  for (const chart of charts.filter(chart => chart.id.startsWith("search-")))
+    draw({...chart, layout: {...chart.layout, showlegend: true, ...withLegend(2)}});
   // A confusion matrix is drawn once its run is opened.
   for (const run of runs)
     if (run.confusion && $(`run-${run.position}`).open) draw(run.confusion);

@@ -1,5 +1,6 @@
 """Searches for a report: what was found, for how many epochs, and which options mattered."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from runner.report.figures import PALETTE, Chart
 from runner.report.run_record import Unreadable
 from runner.search.sampler import importance
 from runner.search.study import Definition, Study, StudyTrial, find_studies
-from runner.search.summary import best_trials, describe_state, format_objective, short_name
+from runner.search.summary import best_trials, cells, describe_state, short_name, titles
 
 MAX_SHOWN = 10
 
@@ -64,11 +65,6 @@ class Found:
         return best_trials(self.definition, self.trials)[:MAX_SHOWN]
 
     @property
-    def options(self) -> list[str]:
-        """Short names of the options that are searched."""
-        return [short_name(option) for option in self.definition.space]
-
-    @property
     def epochs(self) -> tuple[int, int]:
         """The epochs that were trained, and those that all trials would take without pauses."""
         return sum(trial.epochs for trial in self.trials), len(self.trials) * self.definition.rungs[-1]
@@ -89,9 +85,14 @@ class Found:
         found = importance(self.definition, self.definition.domains, self.trials)
         return {short_name(option): share for option, share in found.items()}
 
-    def objectives_of(self, trial: StudyTrial) -> list[str]:
-        """Returns the objectives of a trial as text; the accuracy alone for one that is not complete."""
-        return list(map(format_objective, self.definition.objectives, trial.objectives or (trial.last_accuracy,)))
+    @property
+    def titles(self) -> list[str]:
+        """Titles of the columns of the table of trials."""
+        return titles(self.definition)
+
+    def cells(self, trial: StudyTrial) -> list[str]:
+        """Returns the cells of a trial in the table, after its name."""
+        return cells(self.definition, trial)[1:]
 
     def run_folder(self, trial: StudyTrial) -> Path:
         """Returns the folder of a trial's run."""
@@ -112,19 +113,17 @@ def _budget(found: Found) -> Chart:
         if points:
             x, y, names = zip(*points, strict=True)
             marker = {"size": 7 + 2 * index, "color": PALETTE[index % len(PALETTE)], "opacity": 0.8}
-            trace = {"type": "scatter", "mode": "markers", "name": f"after {epoch} epochs", "marker": marker}
-            hover = "%{text}<br>%{y:.2f} % after " + f"{epoch} epochs<extra></extra>"
+            name = f"after {epoch} epoch{'s' if epoch > 1 else ''}"
+            trace = {"type": "scatter", "mode": "markers", "name": name, "marker": marker}
+            hover = "%{text}<br>%{y:.2f} % " + f"{name}<extra></extra>"
             traces.append(trace | {"x": x, "y": [100 * value for value in y], "text": names, "hovertemplate": hover})
     last = found.definition.rungs[-1]
     complete = sorted((trial.spent[last], trial.accuracy[last]) for trial in found.trials if last in trial.spent)
-    best, points = 0.0, []
-    for spent, accuracy in complete:
-        best = max(best, 100 * accuracy)
-        points.append((spent, best))
-    if points:
+    if complete:
+        x, accuracies = zip(*complete, strict=True)
+        best = [100 * value for value in itertools.accumulate(accuracies, max)]
         line = {"color": PALETTE[9], "shape": "hv", "dash": "dot"}
-        x, y = zip(*points, strict=True)
-        traces.append({"type": "scatter", "mode": "lines", "name": "best complete", "x": x, "y": y, "line": line})
+        traces.append({"type": "scatter", "mode": "lines", "name": "best complete", "x": x, "y": best, "line": line})
     layout = {
         "xaxis": {"title": {"text": "epochs spent, all trials"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": "validation accuracy, %"}},

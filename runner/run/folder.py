@@ -139,7 +139,7 @@ class Run:
         folder `wandb`, and into those in it whose names begin with a dot.
         """
         root = self.folder.resolve()
-        for path in _below(self.folder, "*"):
+        for path in paths_below(self.folder):
             top, second, *_ = (*path.relative_to(self.folder).parts, ".")
             if top == "wandb" and not second.startswith("."):
                 continue
@@ -255,10 +255,18 @@ def _decode(path: Path, content: bytes, kind: type[T]) -> T:
         raise unreadable(path, error) from None
 
 
-def _below(folder: Path, pattern: str) -> list[Path]:
-    """Returns the matching paths below a folder, sorted. Raises UserError if its folders are nested too deep."""
+def paths_below(folder: Path, name: str | None = None) -> list[Path]:
+    """Returns the paths below a folder, sorted: all, or those with this name. Links are not followed.
+
+    Folders that disappear meanwhile are skipped, because a training may be replacing its checkpoints; `Path.rglob`
+    raises an error then.
+
+    Raises:
+        UserError: folders are nested too deep.
+    """
     try:
-        return sorted(folder.rglob(pattern))
+        found = [Path(parent, one) for parent, folders, files in os.walk(folder) for one in (*folders, *files)]
+        return sorted(path for path in found if name in (None, path.name))
     except RecursionError:
         raise UserError(f"{folder}: folders nested too deep; remove them") from None
 
@@ -340,7 +348,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: expected a run folder or a folder of runs, found no such folder")
-        records = _below(path, "run.json")
+        records = paths_below(path, "run.json")
         if not records:
             raise UserError(f"{path}: expected a run folder or a folder of runs, found none; make one: runner train")
         runs |= {record.parent.resolve(): Run(record.parent) for record in records}

@@ -24,6 +24,7 @@ from runner.common.errors import UserError
 from runner.common.files import is_file, read_bytes
 from runner.common.text import first_line
 from runner.run import lock
+from runner.run.folder import paths_below
 from runner.search.halving import Pruner, Rungs
 from runner.search.space import Domain, parse_domain
 
@@ -278,6 +279,7 @@ def find_studies(folders: Sequence[Path]) -> list[Study]:
     found = {
         journal.parent.resolve(): Study(journal.parent)
         for folder in folders
-        for journal in sorted(folder.rglob(f"{FOLDER}/*/{JOURNAL}"))
+        for journal in paths_below(folder, JOURNAL)
+        if journal.parent.parent.name == FOLDER
     }
     return list(found.values())

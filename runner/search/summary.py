@@ -46,6 +46,17 @@ def format_objective(objective: Objective, value: float) -> str:
     return f"{value:.3g} ms" if objective == "latency" else f"{value:,.0f}"
 
 
+def titles(definition: Definition) -> list[str]:
+    """Returns the titles of the columns of a table of trials."""
+    return ["trial", *definition.objectives, "epochs", *map(short_name, definition.space)]
+
+
+def cells(definition: Definition, trial: StudyTrial) -> list[str]:
+    """Returns the cells of a trial in such a table."""
+    objectives = map(format_objective, definition.objectives, trial.objectives or (trial.last_accuracy,))
+    return [trial.run, *objectives, str(trial.epochs), *trial.parameters.values()]
+
+
 def short_name(option: str) -> str:
     """Returns the last part of an option's name: `lr` for `--recipe.optimizer.lr`."""
     return option.removeprefix("--").rpartition(".")[2]
