@@ -71,9 +71,8 @@ class Source(Protocol):
     def close(self) -> None:
         """Called when no more jobs may start."""
 
-    @property
-    def remaining(self) -> str:
-        """What has not started yet, in a few words."""
+    def describe(self, done: int) -> str:
+        """Returns how much is done, in a few words."""
 
 
 class ListedTrials:
@@ -81,6 +80,7 @@ class ListedTrials:
 
     def __init__(self, trials: list[Trial]) -> None:
         self.waiting = list(trials)
+        self.total = len(trials)
 
     def next(self) -> Job | None:
         """Returns the next job; None if there is none at present."""
@@ -97,10 +97,9 @@ class ListedTrials:
         """Drops the trials that have not started."""
         self.waiting.clear()
 
-    @property
-    def remaining(self) -> str:
-        """The number of trials that have not started."""
-        return f"{len(self.waiting)} waiting"
+    def describe(self, done: int) -> str:
+        """Returns how many trials are done, and how many have not started."""
+        return f"{done} of {self.total} done, {len(self.waiting)} waiting"
 
     def ended(self, job: Job, failure: str) -> str:
         """Returns the test accuracy of a complete run, or why it is not complete."""
@@ -131,6 +130,7 @@ class Pool:
     Attributes:
         running: the jobs that are running, by slot number.
         outcomes: result of each job that is done, by id of the trial.
+        error: the error of the source, after which no more jobs start; None if there was none.
     """
 
     def __init__(self, source: Source, slots: Slots, logs: Path, environ: Mapping[str, str]) -> None:
@@ -138,6 +138,7 @@ class Pool:
         self.running: dict[int, RunningJob] = {}
         self.outcomes: dict[str, str] = {}
         self.stopping = False
+        self.error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
@@ -153,9 +154,13 @@ class Pool:
             elif code is not None:
                 del self.running[slot]
                 self._collect(running)
-        for slot in range(self.slots.count):
-            if slot not in self.running and not self.stopping and (job := self.source.next()):
-                self.running[slot] = self._start(slot, job)
+        try:
+            for slot in range(self.slots.count):
+                if slot not in self.running and not self.stopping and (job := self.source.next()):
+                    self.running[slot] = self._start(slot, job)
+        except (UserError, OSError) as error:  # the trials that are running write their checkpoints first
+            self.error = error
+            self.stop()
 
     def stop(self) -> None:
         """Asks every trial to write a checkpoint and exit, and starts no more."""
@@ -225,6 +230,9 @@ def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str,
     seconds, kills the remaining trials. In both cases the same command resumes them. If this process is killed, its
     trials die with it.
 
+    Raises:
+        UserError, OSError: the source failed; all trials have stopped.
+
     Args:
         source: the trials to train; each resumes from its newest checkpoint.
         slots: how many trials run at the same time, and on what.
@@ -245,6 +253,8 @@ def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str,
                 pool.kill()
             show()
             time.sleep(0.2)
+    if pool.error:
+        raise pool.error
     return bool(interrupts)
 
 
@@ -309,7 +319,7 @@ def _draw(pool: Pool, height: int) -> Any:
         )
     for name, outcome in list(reversed(pool.outcomes.items()))[: max(1, height - len(pool.running) - 1)]:
         table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else None)
-    table.add_row(f"{len(pool.outcomes)} done, {pool.source.remaining}", style="dim")
+    table.add_row(pool.source.describe(len(pool.outcomes)), style="dim")
     return table
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 
 from runner import experiments
 from runner.benchmarks import allreduce, measure, scaling, tables
-from runner.benchmarks.loader import LoaderBenchmark, torchvision_loader
+from runner.benchmarks.loader import Augmentation, LoaderBenchmark, loaders, torchvision_loader
 from runner.benchmarks.overhead import OverheadBenchmark
 from runner.common.errors import UserError
 from runner.data.open import open_manifest
@@ -127,6 +128,27 @@ def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) 
     assert done.returncode == 2
     assert "expected fewer than the 500 training images" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    ["resized-crop", *(pytest.param(name, marks=pytest.mark.every) for name in ("rand", "trivial", "erase", "jitter"))],
+)
+def test_the_loaders_that_are_compared_have_the_same_augmentation(small_data: Path, augmentation: Augmentation) -> None:
+    """Their batches have one shape and type, and similar contrast."""
+    options = LoaderBenchmark(small_data, 60, workers=1, augmentation=augmentation)
+    both = loaders(options, open_manifest(small_data), torch.device("cpu"))
+    assert both.keys() == {"resident", "streaming", "torchvision"}
+    batches = {name: next(iter(epoch(0)))[0] for name, epoch in both.items()}
+    assert {(batch.shape, batch.dtype) for batch in batches.values()} == {((60, 3, 32, 32), torch.float32)}
+    deviations = [float(batch.std()) for batch in batches.values()]
+    assert max(deviations) < 1.5 * min(deviations)
+
+
+def test_an_augmentation_is_given_once(small_data: Path) -> None:
+    assert LoaderBenchmark(small_data, rand_augment=True).applied == "rand"
+    with pytest.raises(UserError, match="--rand-augment and --augmentation erase: expected one of them"):
+        LoaderBenchmark(small_data, rand_augment=True, augmentation="erase")()
 
 
 def test_the_loader_benchmark_rejects_large_batches(small_data: Path) -> None:

@@ -5,16 +5,22 @@ import math
 import os
 import random
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
+from launch import local_pool, search_worker
 from launch import search as search_module
-from launch.search import Search, StudySource, check_same_search
+from launch.local_pool import Job, ListedTrials
+from launch.search import Search, check_same_search
+from launch.search_worker import Plan, StudySource
+from launch.trials import expand
 from runner.benchmarks import search as replays
 from runner.benchmarks import tables
 from runner.common.command_line import read_command_and_rest
@@ -22,16 +28,17 @@ from runner.common.errors import UserError
 from runner.common.files import read, write
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
-from runner.run.schema import Ending, MetricRow
+from runner.run.schema import Ending, MetricRow, Summary
 from runner.search import space as spaces
 from runner.search.halving import Rungs, Train, next_step
 from runner.search.sampler import importance, sample
 from runner.search.space import Choices, Range, parse_domain
-from runner.search.study import Definition, Study, StudyTrial, find_studies
+from runner.search.study import Definition, Objective, Study, StudyTrial, find_studies
 from runner.search.summary import best_trials, describe_state
 from tests.support.compare import assert_same_run
 from tests.support.configs import CONFIG
 from tests.support.processes import (
+    ENDING,
     TINY,
     command_lines,
     descendants_of,
@@ -382,11 +389,23 @@ def test_a_replay_needs_a_whole_grid(tmp_path: Path, capsys: pytest.CaptureFixtu
 # Workers, with trials that are written instead of trained
 
 
+RANGES = ("--device=cpu", "--recipe.validation=60", "--recipe.epochs=9", f"{LR}=log:1e-3:1e-1", f"{DECAY}=0|1e-4")
+
+
+def command(data: Path, runs: Path, trials: int = 12, **options: object) -> Search:
+    return Search(("tiny",), data, trials, runs, experiments_from=(TINY[1],), **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def plan(small_data: Path, tmp_path: Path) -> search_module.Plan:
-    command = Search(("tiny",), small_data, 12, tmp_path / "runs", experiments_from=(TINY[1],))
-    options = ["--device=cpu", "--recipe.validation=60", "--recipe.epochs=9", f"{LR}=log:1e-3:1e-1", f"{DECAY}=0|1e-4"]
-    return command.plan(options)
+def plan(small_data: Path, tmp_path: Path) -> Plan:
+    return command(small_data, tmp_path / "runs").plan(RANGES)
+
+
+def study_of(plan: Plan, tmp_path: Path) -> Study:
+    study = Study(tmp_path / "runs" / "searches" / plan.name)
+    with study.locked():
+        study.define(plan.definition)
+    return study
 
 
 def write_progress(run: Run, last: int, luck: random.Random, ending: Ending | None) -> None:
@@ -403,56 +422,99 @@ def write_progress(run: Run, last: int, luck: random.Random, ending: Ending | No
         write(run.ended, ending)
 
 
-def test_workers_share_a_study_and_any_may_be_killed(plan: search_module.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three workers, which are killed at random: every trial reaches its rungs once, and none is trained by two."""
-    monkeypatch.setattr(search_module, "POLL_SECONDS", 0.0)
-    study, luck = Study(plan.search.folder), random.Random(0)
-    with study.locked():
-        study.define(plan.definition)
-    monkeypatch.setattr(search_module, "check_same_training", lambda *_: None)
-    workers = [StudySource(plan, study) for _ in range(3)]
-    jobs: list[search_module.Job | None] = [None] * 3
-    epochs: dict[str, int] = {}
+class KilledError(BaseException):
+    """Stands for the end of a worker's process."""
+
+
+class Mortal(Study):
+    """A study whose process may be killed before each write."""
+
+    luck = random.Random(0)
+
+    def _open(self, objectives: Sequence[Objective] = ()) -> tuple[Any, int]:
+        storage, study = super()._open(objectives)
+        if not objectives:
+            for name in ("set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values"):
+                setattr(storage, name, self.or_die(getattr(storage, name)))
+        return storage, study
+
+    def or_die(self, write: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            if self.luck.random() < 0.1:
+                raise KilledError
+            write(*arguments)
+
+        return call
+
+
+def killed(worker: StudySource) -> None:
+    for _, _, claim in worker.claims.values():  # as the end of its process would
+        claim.close()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.every) for seed in range(1, 8))])
+@pytest.mark.parametrize("objectives", [("accuracy",), ("accuracy", "parameters")])
+def test_workers_share_a_study_and_any_may_be_killed(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, objectives: tuple[Objective, ...]
+) -> None:
+    """Three workers, killed at random, also between writes: each rung is reached once, and no trial has two workers."""
+    monkeypatch.setattr(search_worker, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(search_worker, "check_same_training", lambda *_: None)
+    monkeypatch.setattr(search_worker, "_measured", lambda *_: 1000.0)
+    plan = command(small_data, tmp_path / "runs", objectives=objectives).plan(RANGES)
+    study, luck = Mortal(study_of(plan, tmp_path).folder), random.Random(seed)
+    workers = [StudySource(plan, study, 12) for _ in range(3)]
+    jobs: list[Job | None] = [None] * 3
     kills = 0
     while not all(worker.is_empty() for worker in workers):
         index = luck.randrange(3)
-        job = jobs[index]
-        if job is None:
-            jobs[index] = workers[index].next()
-            continue
-        running = [other.trial.id for other in jobs if other]
-        assert len(set(running)) == len(running)
-        assert job.arguments is not None
-        options = dict(zip(job.arguments, job.arguments[1:], strict=False))
-        target = int(options.get("--pause-after", 9))
-        if luck.random() < 0.3:  # killed, after some epochs
-            write_progress(job.trial.run, luck.randrange(epochs.get(job.trial.id, 0), target), luck, None)
-            for _, _, claim in workers[index].claims.values():
-                claim.close()  # as the end of the process would
-            workers[index], jobs[index] = StudySource(plan, study), None
+        try:
+            jobs[index] = turn(workers[index], jobs, index, luck)
+        except KilledError:
+            killed(workers[index])
+            workers[index], jobs[index] = StudySource(plan, study, 12), None
             kills += 1
-            continue
-        write_progress(job.trial.run, target, luck, Ending(stopped=True) if target < 9 else None)
-        if target == 9:
-            write(job.trial.run.summary, summary_of(job.trial.run))
-        epochs[job.trial.id] = target
-        assert "validation accuracy" in workers[index].ended(job, "")
-        jobs[index] = None
-    _, trials = study.read()
+    trials = study.read()[1]
     assert kills >= 3
     assert [trial.number for trial in trials] == list(range(12))
     assert len({trial.run for trial in trials}) == 12
-    assert {describe_state(trial, frozenset()) for trial in trials} == {"complete", "paused"}
+    halving = len(objectives) == 1
+    assert {describe_state(trial, frozenset()) for trial in trials} == (
+        {"complete", "paused"} if halving else {"complete"}
+    )
     for trial in trials:
-        rows = [int(row.epoch) for row in read_metrics(Run(plan.search.runs / trial.run))]
+        rows = [int(row.epoch) for row in read_metrics(Run(tmp_path / "runs" / trial.run))]
         assert rows == list(range(1, trial.epochs + 1))
         assert [trial.spent[epoch] for epoch in sorted(trial.spent)] == sorted(trial.spent.values())
-    assert max(max(trial.spent.values()) for trial in trials) == sum(trial.epochs for trial in trials) < 12 * 9 / 2
+    trained = sum(trial.epochs for trial in trials)
+    assert max(max(trial.spent.values()) for trial in trials) == trained
+    assert trained < 12 * 9 if halving else trained == 12 * 9
 
 
-def summary_of(run: Run) -> object:
-    from runner.run.schema import Summary
+def turn(worker: StudySource, jobs: list[Job | None], index: int, luck: random.Random) -> Job | None:
+    """Lets a worker take a job, or train it up to its target or, if it is killed, less; returns its job afterwards."""
+    job = jobs[index]
+    if job is None:
+        job = worker.next()
+        running = [other.trial.id for other in (*jobs, job) if other]
+        assert len(set(running)) == len(running)
+        return job
+    assert job.arguments is not None
+    options = dict(zip(job.arguments, job.arguments[1:], strict=False))
+    target = int(options.get("--pause-after", 9))
+    reached = len(read_metrics(job.trial.run))
+    assert reached < target, "trained again"
+    if luck.random() < 0.3:
+        write_progress(job.trial.run, luck.randrange(reached, target), luck, None)
+        raise KilledError
+    write_progress(job.trial.run, target, luck, Ending(stopped=True) if target < 9 else None)
+    if target == 9:
+        write(job.trial.run.summary, summary_of(job.trial.run))
+    assert "validation accuracy" in worker.ended(job, "")
+    return None
 
+
+def summary_of(run: Run) -> Summary:
     rows = read_metrics(run)
     return Summary(
         experiment="tiny", run=run.folder.name, dataset="x", seed=0, epochs=9.0, steps=90, test_accuracy=0.5,
@@ -462,18 +524,20 @@ def summary_of(run: Run) -> object:
 
 
 @pytest.fixture
-def worker(plan: search_module.Plan, monkeypatch: pytest.MonkeyPatch) -> StudySource:
-    monkeypatch.setattr(search_module, "check_same_training", lambda *_: None)
-    study = Study(plan.search.folder)
-    with study.locked():
-        study.define(plan.definition)
-    return StudySource(plan, study)
+def worker(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudySource:
+    monkeypatch.setattr(search_worker, "POLL_SECONDS", 0.0)
+    return StudySource(plan, study_of(plan, tmp_path), 12)
+
+
+def next_job(worker: StudySource) -> Job:
+    job = worker.next()
+    assert job is not None
+    return job
 
 
 def test_a_trial_that_diverged_is_not_tried_again(worker: StudySource) -> None:
-    for number in range(2 * search_module.MAX_FAILURES):
-        job = worker.next()
-        assert job is not None
+    for number in range(2 * search_worker.MAX_FAILURES):
+        job = next_job(worker)
         write_progress(job.trial.run, 0, random.Random(0), Ending(stopped=False, reason="not finite", diverged=True))
         assert worker.ended(job, "") == "failed: not finite"
         trial = worker.study.read()[1][number]
@@ -481,27 +545,163 @@ def test_a_trial_that_diverged_is_not_tried_again(worker: StudySource) -> None:
     assert not worker.is_empty()
 
 
-def test_a_worker_gives_up_where_nothing_can_be_trained(worker: StudySource) -> None:
-    for _ in range(search_module.MAX_FAILURES):
-        assert not worker.is_empty()
-        job = worker.next()
-        assert job is not None
+def test_a_trial_is_tried_three_times_and_a_worker_gives_up_after_three_trials(worker: StudySource) -> None:
+    tried = []
+    while not worker.is_empty():
+        job = next_job(worker)
+        tried.append(job.trial.id[-10:])
         assert worker.ended(job, "no such file") == "failed: no such file"
-    assert worker.is_empty()
-    (trial,) = worker.study.read()[1]
-    assert (trial.state, trial.attempts, trial.reason) == ("failed", 3, "no such file")
+    assert worker.gave_up
+    assert tried == ["000-seed-0"] * 3 + ["001-seed-0"] * 3 + ["002-seed-0"]
+    states = [(trial.state, trial.attempts, trial.reason) for trial in worker.study.read()[1]]
+    assert states == [("failed", 3, "no such file")] * 2 + [("open", 1, "no such file")]
 
 
-def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: search_module.Plan) -> None:
-    job = worker.next()
-    assert job is not None
+def test_a_failure_before_the_run_is_continued_is_no_pause(worker: StudySource) -> None:
+    """ended.json of the pause is not taken for the outcome of the next start."""
+    while True:
+        job = next_job(worker)
+        assert job.arguments is not None
+        if job.arguments[-1] == "3":
+            break
+        write_progress(job.trial.run, 1, random.Random(0), Ending(stopped=True, reason="paused"))
+        worker.ended(job, "")
+    assert worker.ended(job, "no GPU") == "failed: no GPU"
+    assert sum(trial.attempts for trial in worker.study.read()[1]) == 1
+
+
+def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: Plan) -> None:
+    job = next_job(worker)
     worker.close()
     write_progress(job.trial.run, 0, random.Random(0), Ending(stopped=True, reason="asked to stop"))
     assert worker.ended(job, "") == "stopped: asked to stop"
     assert worker.study.read()[1][0].attempts == 0
-    again = StudySource(plan, worker.study).next()
-    assert again is not None
-    assert again.trial.id == job.trial.id
+    assert next_job(StudySource(plan, worker.study, 12)).trial.id == job.trial.id
+
+
+def test_two_slots_have_different_trials_also_without_file_locks(
+    worker: StudySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "held", lambda *_: frozenset())
+    assert next_job(worker).trial.id != next_job(worker).trial.id
+
+
+def test_a_damaged_run_is_a_failed_trial(worker: StudySource, plan: Plan) -> None:
+    job = next_job(worker)
+    job.trial.run.folder.mkdir(parents=True)
+    job.trial.run.metrics.write_text("damaged\n{}\n")
+    assert "metrics.jsonl: line 1: damaged" in worker.ended(job, "")
+    assert next_job(worker).trial.id != job.trial.id
+    trial = worker.study.read()[1][0]
+    assert trial.state == "failed"
+    assert "metrics.jsonl: line 1: damaged" in trial.reason
+
+
+def test_a_folder_of_another_training_is_a_failed_trial(worker: StudySource, tmp_path: Path) -> None:
+    run = Run(tmp_path / "runs" / "tiny" / "tiny-000-seed-0")
+    run.folder.mkdir(parents=True)
+    write(run.run_json, CONFIG)
+    assert next_job(worker).trial.id == "tiny/tiny-001-seed-0"
+    trial = worker.study.read()[1][0]
+    assert trial.state == "failed"
+    assert "holds a run with a different" in trial.reason
+
+
+def test_a_combination_that_cannot_be_trained_is_a_failed_trial(small_data: Path, tmp_path: Path) -> None:
+    """Each value is valid by itself, so that it is found out only when the combination is sampled."""
+    options = [*RANGES[:3], "--recipe.ema=0|0.9", "--recipe.prune=0|0.5"]
+    plan = command(small_data, tmp_path / "runs").plan(options)
+    plan.check_corners()
+    worker = StudySource(plan, study_of(plan, tmp_path), 12)
+    jobs = [next_job(worker) for _ in range(3)]
+    assert worker.next() is None
+    trials = worker.study.read()[1]
+    (failed,) = [trial for trial in trials if trial.state == "failed"]
+    assert "ema" in failed.reason
+    assert len({job.trial.id for job in jobs} | {failed.run}) == 4
+
+
+def test_a_complete_run_whose_latency_cannot_be_measured_fails(small_data: Path, tmp_path: Path) -> None:
+    plan = command(small_data, tmp_path / "runs", objectives=("accuracy", "latency")).plan(RANGES)
+    worker = StudySource(plan, study_of(plan, tmp_path), 12)
+    job = next_job(worker)
+    assert [command[2] for command in job.commands] == ["export", "parity", "bench"]
+    write_progress(job.trial.run, 9, random.Random(0), None)
+    write(job.trial.run.run_json, CONFIG)
+    write(job.trial.run.summary, changed(summary_of(job.trial.run), confusion=[[1] * 10] * 10))
+    assert worker.ended(job, "the gate failed") == "failed: the gate failed"
+    assert worker.study.read()[1][0].accuracy == {}
+
+
+def test_a_search_is_extended(worker: StudySource, plan: Plan) -> None:
+    def train_all(limit: int) -> list[StudyTrial]:
+        source = StudySource(plan, worker.study, limit)
+        while job := source.next():
+            assert job.arguments is not None
+            target = int(job.arguments[-1]) if "--pause-after" in job.arguments else 9
+            write_progress(job.trial.run, target, random.Random(target), Ending(stopped=True) if target < 9 else None)
+            if target == 9:
+                write(job.trial.run.summary, summary_of(job.trial.run))
+            source.ended(job, "")
+        assert source.is_empty()
+        return source.study.read()[1]
+
+    first = train_all(6)
+    more = train_all(12)
+    assert [trial.run for trial in more[:6]] == [trial.run for trial in first]
+    assert len(more) == 12
+    assert sum(trial.target > 1 for trial in more) >= 4
+    assert train_all(12) == more
+
+    import optuna
+
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(worker.study.journal)))
+    loaded = optuna.load_study(study_name=plan.name, storage=storage)
+    assert len(loaded.trials) == 12
+    assert loaded.best_value == max(trial.objectives[0] for trial in more if trial.objectives)
+
+
+def test_another_study_in_the_folder_ends_the_worker(worker: StudySource, plan: Plan) -> None:
+    with worker.study.locked():
+        worker.study.define(changed(plan.definition, seed=1))
+    with pytest.raises(UserError, match="holds another search now"):
+        worker.next()
+
+
+def test_a_source_that_fails_lets_its_trials_write_their_checkpoints(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(ListedTrials):
+        def next(self) -> Job | None:
+            if not self.waiting:
+                raise UserError("the study is damaged")
+            return super().next()
+
+        def is_empty(self) -> bool:
+            return False
+
+        def ended(self, job: Job, failure: str) -> str:
+            ended.append(failure)
+            return failure
+
+    ended: list[str] = []
+    waits = "import sys, time, pathlib\nwhile not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.05)\n"
+    waits += "print('runner: saved')"
+    monkeypatch.setattr(local_pool, "training_command", lambda *_: ["-c", waits])
+    trials = expand(("tiny",), (0,), None, ["--data", str(small_data), "--runs", str(tmp_path), *TINY], (TINY[1],))
+    slots = local_pool.Slots(2, 0, 1, ())
+    with pytest.raises(UserError, match="the study is damaged"):
+        local_pool.train_trials(Failing(trials), slots, tmp_path / "logs", os.environ)
+    assert [message.split(" (")[0] for message in ended] == ["saved"]
+
+
+def test_each_slot_sees_the_gpus_of_its_ranks(tmp_path: Path) -> None:
+    def visible(environ: dict[str, str], slot: int) -> str:
+        slots = local_pool.Slots(3, 6, 1, (), ranks=2)
+        return local_pool.Pool(ListedTrials([]), slots, tmp_path, environ)._visible_gpu(slot)["CUDA_VISIBLE_DEVICES"]
+
+    assert [visible({}, slot) for slot in range(3)] == ["0,1", "2,3", "4,5"]
+    assert visible({"CUDA_VISIBLE_DEVICES": "9,8,7,6,5,4"}, 1) == "7,6"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,7 +711,7 @@ def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: search_mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected an option with a range"),
+        ([], "NAMES: expected several, or an option with a range"),
         ([LR, "log:1e-1:1e-3"], "expected a range from a lower to a higher number"),
         ([DECAY, "lin:-1:1"], "--recipe.optimizer.weight-decay -1.0: expected a number >= 0.0"),
         (["--recipe.epochs", "int:1:3"], "--recipe.epochs int:1:3: expected one value"),
@@ -520,7 +720,13 @@ def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: search_mo
         ([*SPACE, "--resume", "never"], "expected no --resume"),
         ([*SPACE, "--max-steps", "5"], "--max-steps 5: expected no --max-steps"),
         ([*SPACE, "--no-such", "1"], "no-such"),
-        ([*SPACE, "--workers", "2"], "--workers 2: expected --on slurm with it"),
+        ([*SPACE, "--tasks", "2"], "--tasks 2: expected --on slurm with it"),
+        ([*SPACE, "--on", "slurm", "--gpus-per-node", "1", "--ranks", "2"], "--ranks 2: expected at most the 1 GPUs"),
+        ([*SPACE, "--reduction", "4", "--pruner", "none"], "--reduction 4: expected --pruner asha or hyperband"),
+        ([*SPACE, "--recipe.patience", "2"], "--recipe.patience 2: expected 0"),
+        ([*SPACE, "--objectives", "accuracy", "latency", "--slots", "2"], "--slots 2: expected 1 with latency"),
+        ([*SPACE, "--checkpoint-every", "int:1:3"], "--checkpoint-every int:1:3: expected an integer"),
+        ([*SPACE, "--evaluate-every", "1|2"], "--evaluate-every 1|2: expected an integer"),
         ([*SPACE, "--partition", "x"], "--partition x: expected --on slurm with it"),
         ([*SPACE, "--on", "slurm", "--nodes", "2"], "--nodes 2: expected 1"),
         ([*SPACE, "--on", "slurm", "--container-image", "x"], "--container-image x: expected none"),
@@ -530,7 +736,7 @@ def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: search_mo
         ([*SPACE, "--objectives", "accuracy", "macs", "--pruner", "asha"], "--pruner asha: expected none"),
         ([*SPACE, "--first-rung", "9"], "--first-rung 9: expected fewer than the recipe's 9 epochs"),
         ([*SPACE, "--first-rung", "3", "--pruner", "none"], "--first-rung 3: expected --pruner asha or hyperband"),
-        ([*SPACE, "--evaluate-every", "2"], "--evaluate-every 2: expected a divisor of the rungs"),
+        ([*SPACE, "--evaluate-every", "2"], "--evaluate-every 2: expected a divisor of all rungs"),
         ([*SPACE, "--trials", "0"], "--trials 0: expected an integer >= 1"),
         ([*SPACE, "--recipe.validation", "0"], "tiny: expected images that are held out"),
         ([*SPACE, "--recipe.batch-size", "100000|60"], "--recipe.batch-size 100000"),
@@ -555,9 +761,46 @@ def test_invalid_input_is_refused_and_nothing_is_written(
 
 
 def test_the_command_reports_invalid_input_in_one_line(small_data: Path, tmp_path: Path) -> None:
-    done = module("launch", *searched(small_data, tmp_path / "runs", "--trials", 4, "--workers", 2))
+    done = module("launch", *searched(small_data, tmp_path / "runs", "--trials", 4, "--tasks", 2))
     assert done.returncode == 2
-    assert done.stderr == "launch: --workers 2: expected --on slurm with it\n"
+    assert done.stderr == "launch: --tasks 2: expected --on slurm with it\n"
+
+
+def test_the_order_of_options_has_no_effect(small_data: Path, tmp_path: Path) -> None:
+    one = command(small_data, tmp_path).plan(["--recipe.ema=0.9", *RANGES])
+    other = command(small_data, tmp_path).plan([*reversed(RANGES), "--recipe.ema=0.9"])
+    assert one.definition == other.definition
+    assert list(one.space) == list(other.space)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--first-rung", "2", "--reduction", "2", "--seed", "3", "--sampler", "random", "--search-seed", "4"],
+        ["--objectives", "accuracy", "macs", "--name", "mine", "--ranks", "2", "--slots", "3"],
+        ["--pruner", "hyperband", "--workers", "2", "--loader", "streaming", "--checkpoint-every", "5"],
+    ],
+)
+def test_a_worker_on_slurm_gets_what_was_asked_for(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """Its words mean the same in another folder, with NAMES after a list option and relative paths."""
+
+    def parsed(words: list[str]) -> tuple[Search, list[str]]:
+        return read_command_and_rest(Search, words, "search", search_module.lenient_options())
+
+    monkeypatch.chdir(small_data.parent)
+    given = ["--data", small_data.name, "--trials", "7", "--runs", "r", *TINY, *RANGES, "--on", "slurm", "--tasks", "2"]
+    asked, options = parsed([*given, *more, "--", "tiny", "tiny-norm"])
+    plan = asked.plan(options)
+    words = asked.worker_words(options)
+    monkeypatch.chdir(tmp_path)
+    got, rest = parsed(words)
+    assert got.on == "local"
+    assert got.plan(rest).definition == plan.definition
+    assert (got.trials, got.group, got.slots) == (7, asked.group, asked.slots)
+    assert got.folder == small_data.parent / "r" / "searches" / asked.group
 
 
 def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
@@ -574,7 +817,23 @@ def test_a_dry_run_shows_the_state(small_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "searches").exists()
 
 
-def test_a_paused_run_is_the_run_that_never_was(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.every
+def test_a_run_that_is_stopped_in_the_evaluation_before_its_pause_can_be_resumed(
+    small_data: Path, tmp_path: Path
+) -> None:
+    words = ["train", "ending", *ENDING, "--data", small_data, "--device", "cpu", "--resume", "auto"]
+    run = Run(tmp_path / "ending" / "seed-0")
+    for moment in ("eval 3 0 SIGUSR1", "never 0 0 NONE"):  # the first two passes check shapes and count operations
+        paused = runner(*words, "--runs", tmp_path, "--pause-after", 1, END=moment)
+        assert paused.returncode == 75, paused.stderr
+        evaluated = [row.epoch for row in read_metrics(run) if row.test_accuracy is not None]
+        assert evaluated == ([] if "eval" in moment else [1])
+    for runs in (tmp_path, tmp_path / "straight"):
+        assert runner(*words, "--runs", runs).returncode == 0
+    assert_same_run(run.folder, tmp_path / "straight" / "ending" / "seed-0")
+
+
+def test_a_paused_run_ends_as_one_that_was_never_paused(small_data: Path, tmp_path: Path) -> None:
     words = [
         "train",
         "tiny-everything",
@@ -616,18 +875,18 @@ def test_a_paused_run_is_the_run_that_never_was(small_data: Path, tmp_path: Path
 def test_a_search_of_24_trials_is_killed_twice(small_data: Path, tmp_path: Path) -> None:
     """Each trial is there once, and the one that was continued last is, to the bit, a run that was never paused."""
     words = searched(small_data, tmp_path, "--trials", 24, "--slots", 3, "--checkpoint-every", 2)
-    for complete in (4, 12):
+    for complete, number in ((4, signal.SIGKILL), (8, signal.SIGINT), (12, signal.SIGKILL)):
         process = start("launch", *words)
         wait_until(lambda n=complete: len([t for t in found(tmp_path) if t.accuracy]) >= n, 400, process)
         started = descendants_of(process.pid)
-        os.kill(process.pid, signal.SIGKILL)  # and with it all that it started
-        process.wait()
+        os.kill(process.pid, number)  # and with it all that it started
+        assert process.wait(120) == (75 if number == signal.SIGINT else -signal.SIGKILL)
         assert gone(started, 30)
     done = module("launch", *words, timeout=800)
     assert done.returncode == 0, done.stderr
     trials = assert_trained_once(tmp_path, 24)
     assert f"24 of 24 trials: {sum(t.finished for t in trials)} complete" in done.stdout
-    assert sum(trial.epochs for trial in trials) < 0.5 * 24 * 9
+    assert sum(trial.epochs for trial in trials) < 24 * 9
     best = max((trial for trial in trials if trial.finished), key=lambda trial: max(trial.spent.values()))
     assert sorted(best.spent) == [1, 3, 9]
     options = [word for option, value in best.parameters.items() for word in (option, value)]

@@ -386,7 +386,7 @@ def test_a_search_survives_a_preempted_worker_and_a_lost_node(
     words += ["--runs", tmp_path, "--recipe.epochs", 9, "--recipe.validation", 60, "--checkpoint-every", 3]
     words += ["--recipe.optimizer.lr", "log:1e-3:1e-1", "--trials", 6]
     environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"], "END": "train 1 0 SLEEP1"}
-    done = module("launch", *words, "--on", "slurm", "--workers", 2, "--exclusive", **environ)
+    done = module("launch", *words, "--on", "slurm", "--tasks", 2, "--exclusive", **environ)
     assert done.returncode == 0, done.stderr
     (job,) = re.findall(r"^job (\d+), an array of 2;", done.stdout, re.M)
     wait_until(lambda: len([*tmp_path.glob("ending/*/checkpoints/step-*")]) >= 2, 240)

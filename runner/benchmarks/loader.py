@@ -9,13 +9,14 @@ split, but it includes FFCV's compilation.
 
     python -m runner.benchmarks.loader --data data/cifar10 --json loader.json
 
-With --rand-augment, all of them also apply RandAugment with torchvision's defaults, except for FFCV's own Loader, which
-is left out because it has no RandAugment.
+With --augmentation, all of them also apply RandAugment, TrivialAugmentWide, random erasing, color jitter, or a random
+resized crop instead of the padded one, with torchvision's defaults. FFCV's own Loader is then left out, because it has
+none of them.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,8 +35,9 @@ from runner.system import cpu
 from runner.system.environment import usable_cores
 
 GOALS = {"ratio_resident_to_torchvision": "≥ 50", "ratio_resident_to_ffcv": "≥ 8"}
-RAND_AUGMENT_GOALS = {"ratio_resident_to_torchvision": "≥ 10"}
+AUGMENTATION_GOALS = {"ratio_resident_to_torchvision": "≥ 10"}
 PADDING = 4
+Augmentation = Literal["none", "rand", "trivial", "erase", "jitter", "resized-crop"]
 LoaderFn = Callable[[int], Iterator[Any]]  # iterates over the batches of an epoch, given its number if that matters
 
 
@@ -54,9 +56,19 @@ class LoaderBenchmark:
     json: Path | None = None
     """File for the ratios, with hardware and versions."""
     rand_augment: bool = False
-    """Also apply RandAugment, and compare with torch's DataLoader only."""
+    """The same as `--augmentation rand`."""
+    augmentation: Augmentation = "none"
+    """Also apply this augmentation, and compare with torch's DataLoader only."""
+
+    @property
+    def applied(self) -> Augmentation:
+        """The augmentation, in either spelling. Raises UserError for both."""
+        if self.rand_augment and self.augmentation != "none":
+            raise UserError(f"--rand-augment and --augmentation {self.augmentation}: expected one of them")
+        return "rand" if self.rand_augment else self.augmentation
 
     def __call__(self) -> None:
+        _ = self.applied
         cpu.prepare()
         manifest = open_manifest(self.data)
         epoch_fns = loaders(self, manifest, torch.device("cpu"))
@@ -72,11 +84,11 @@ class LoaderBenchmark:
             "workers": self.workers,
             "threads": torch.get_num_threads(),
             "dataset": manifest.name,
-            "rand_augment": self.rand_augment,
+            "augmentation": self.applied,
             "cores": usable_cores(),
         }
         results = ratios(measured) | first_batch
-        goals = RAND_AUGMENT_GOALS if self.rand_augment else GOALS
+        goals = GOALS if self.applied == "none" else AUGMENTATION_GOALS
         measure.report_ratios("loaders", results, goals, {"settings": settings}, self.json)
 
 
@@ -87,7 +99,7 @@ def loaders(options: LoaderBenchmark, manifest: Manifest, device: torch.device) 
         name: training_loader(options, manifest, name, device) for name in ("resident", "streaming")
     }
     baselines = {"torchvision": torchvision_loader(options, manifest)}
-    if not options.rand_augment:
+    if options.applied == "none":
         baselines["ffcv"] = ffcv_loader(options, manifest)
     return {
         **own,
@@ -116,8 +128,15 @@ def training_loader(
     options: LoaderBenchmark, manifest: Manifest, loader: LoaderChoice, device: torch.device
 ) -> LoaderFn:
     """Returns a function that iterates over an epoch of the loader that `runner train` uses."""
-    policy: Literal["none", "rand"] = "rand" if options.rand_augment else "none"
-    augment = Augment(crop_padding=PADDING, flip="random", policy=policy)
+    changes: dict[Augmentation, Augment] = {
+        "rand": Augment(policy="rand"),
+        "trivial": Augment(policy="trivial"),
+        "erase": Augment(erase=0.5),
+        "jitter": Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        "resized-crop": Augment(random_resized_crop=0.08),
+    }
+    padding = 0 if options.applied == "resized-crop" else PADDING
+    augment = replace(changes.get(options.applied, Augment()), crop_padding=padding, flip="random")
     recipe = Recipe(1, options.batch_size, SGD(0.1), augment=augment)
     rank_info = RankInfo(device, loader=loader, workers=options.workers)
     return open_split(options.data, manifest, "train", recipe, rank_info).epoch
@@ -145,13 +164,21 @@ def torchvision_loader(options: LoaderBenchmark, manifest: Manifest) -> LoaderFn
     if options.batch_size > split.images // 3:
         raise UserError(f"batch size {options.batch_size}: expected at most a third of {split.images} images")
     images, labels = beton_reader.read_split(options.data / "train.beton", split, manifest)
+    size = manifest.image_shape[0]
+    crops = {"resized-crop": v2.RandomResizedCrop(size, antialias=False)}
+    colors = {
+        "rand": v2.RandAugment(),
+        "trivial": v2.TrivialAugmentWide(),
+        "jitter": v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    }
     transform = v2.Compose(
         [
-            v2.RandomCrop(manifest.image_shape[0], padding=PADDING),
+            crops.get(options.applied, v2.RandomCrop(size, padding=PADDING)),
             v2.RandomHorizontalFlip(),
-            *([v2.RandAugment()] if options.rand_augment else []),
+            colors.get(options.applied, v2.Identity()),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([m / 255 for m in manifest.mean], [s / 255 for s in manifest.std]),
+            v2.RandomErasing(p=0.5) if options.applied == "erase" else v2.Identity(),
         ]
     )
     samples = len(labels) // options.batch_size // 3 * options.batch_size

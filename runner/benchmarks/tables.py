@@ -30,6 +30,13 @@ README = Path(__file__).parents[2] / "README.md"
 LAUNCH_README = Path(__file__).parents[2] / "launch" / "README.md"
 BENCHMARKS_README = Path(__file__).parent / "README.md"
 MISSING = "not measured"
+AUGMENTATIONS = {
+    "loader-rand-cpu": ", RandAugment",
+    "loader-trivial-cpu": ", TrivialAugmentWide",
+    "loader-erase-cpu": ", random erasing",
+    "loader-jitter-cpu": ", color jitter",
+    "loader-resized-crop-cpu": ", random resized crop",
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def _accuracy(outcome: PaperOutcome | None) -> str:
 def ratios() -> str:
     """Returns the table of ratios from the benchmarks of loaders, overhead, ranks, deployment and GPU speed."""
     rows, legend = [], _Legend()
-    for name in ("loader-cpu", "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
+    for name in ("loader-cpu", *AUGMENTATIONS, "overhead-cpu", "scaling-cpu", "deploy-cpu", "speed-gpu"):
         path = RESULTS / f"{name}.json"
         if not path.is_file():
             rows.append([name, MISSING, "", ""])
@@ -188,6 +195,7 @@ def ratios() -> str:
             for key, value in finding.items():
                 if key.startswith("ratio_") and isinstance(value, dict) and "median" in value:
                     title = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
+                    title += AUGMENTATIONS.get(name, "")
                     goal = finding.get("goals", {}).get(key, "–")
                     rows.append([title, _spread(msgspec.convert(value, Spread)), goal, letter])
     return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{legend}"

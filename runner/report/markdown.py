@@ -6,7 +6,7 @@ from typing import Any
 
 from runner.report import compare
 from runner.report.run_record import RunRecord, Unreadable, format_counts
-from runner.report.searches import Found
+from runner.report.searches import SearchRecord
 
 OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
 MARKUP = re.compile(r"[\\`*_\[\]]")
@@ -16,7 +16,9 @@ LATENCY_TITLES = (
 )  # fmt: skip
 
 
-def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()) -> str:
+def render(
+    records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[SearchRecord] = ()
+) -> str:
     """Renders accuracies, searches, latencies by hardware with the parity of each file, and what was not read."""
     parts = [accuracies(records), *map(search_results, searches), latencies(records)]
     if unreadable:
@@ -58,19 +60,19 @@ def accuracies(records: list[RunRecord]) -> str:
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
 
 
-def search_results(found: Found) -> str:
+def search_results(search: SearchRecord) -> str:
     """Renders the best trials of a search, or its Pareto front, and its caption."""
-    states = ", ".join(f"{count} {state}" for state, count in found.states.items())
-    trained, whole = found.epochs
+    states = ", ".join(f"{count} {state}" for state, count in search.states.items())
+    trained, whole = search.epochs
     caption = (
-        f"Search {code(found.name)}: {len(found.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} "
+        f"Search {code(search.name)}: {len(search.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} "
         "without pauses. Accuracies are measured on held-out training images."
     )
-    if importance := found.importance:
+    if importance := search.importance:
         shares = ", ".join(f"{plain(option)} {share:.0%}" for option, share in importance.items())
         caption += f" Share of the differences in accuracy that each option explains: {shares}."
-    rows = [(code(trial.run), *map(plain, found.cells(trial))) for trial in found.best]
-    return f"{caption}\n\n{table(list(map(plain, found.titles)), rows)}"
+    rows = [(code(trial.run), *map(plain, search.cells(trial))) for trial in search.best]
+    return f"{caption}\n\n{table(list(map(plain, search.titles)), rows)}"
 
 
 def latencies(records: list[RunRecord]) -> str:

@@ -16,7 +16,7 @@ from runner.report import compare, figures
 from runner.report.compare import LatencyCell, RunRow
 from runner.report.grids import find_grids
 from runner.report.run_record import GateStatus, RunRecord, Unreadable, format_counts
-from runner.report.searches import Found
+from runner.report.searches import SearchRecord
 from runner.run.schema import Dataset
 
 MAX_OVERLAID = 10  # most runs whose curves are drawn initially
@@ -139,7 +139,7 @@ def summarize_runs(runs: Sequence[PageRun]) -> Overview:
 
 
 def write(
-    records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()
+    records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = (), searches: Sequence[SearchRecord] = ()
 ) -> None:
     """Writes the page to `out`.
 
@@ -153,7 +153,9 @@ def write(
         raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another file") from None
 
 
-def render(records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[Found] = ()) -> str:
+def render(
+    records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[SearchRecord] = ()
+) -> str:
     """Renders the page as HTML, with its style, scripts, charts and pictures embedded."""
     from plotly.offline import get_plotlyjs
 

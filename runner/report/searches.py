@@ -11,9 +11,7 @@ from runner.report.figures import PALETTE, Chart
 from runner.report.run_record import Unreadable
 from runner.search.sampler import importance
 from runner.search.study import Definition, Study, StudyTrial, find_studies
-from runner.search.summary import best_trials, cells, describe_state, short_name, titles
-
-MAX_SHOWN = 10
+from runner.search.summary import best_trials, cells, count_states, epochs_trained, short_name, titles
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class RungRow:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchRecord:
     """A search and its results.
 
     Attributes:
@@ -56,18 +54,17 @@ class Found:
     @property
     def states(self) -> dict[str, int]:
         """Number of trials by state."""
-        states = [describe_state(trial, self.held) for trial in self.trials]
-        return {state: states.count(state) for state in sorted(set(states))}
+        return count_states(self.trials, self.held)
 
     @property
     def best(self) -> list[StudyTrial]:
         """The best trials, or the Pareto front."""
-        return best_trials(self.definition, self.trials)[:MAX_SHOWN]
+        return best_trials(self.definition, self.trials)
 
     @property
     def epochs(self) -> tuple[int, int]:
         """The epochs that were trained, and those that all trials would take without pauses."""
-        return sum(trial.epochs for trial in self.trials), len(self.trials) * self.definition.rungs[-1]
+        return epochs_trained(self.definition, self.trials)
 
     @property
     def rungs(self) -> list[RungRow]:
@@ -82,8 +79,8 @@ class Found:
     @property
     def importance(self) -> dict[str, float]:
         """How much of the differences in accuracy each option explains, by its short name."""
-        found = importance(self.definition, self.definition.domains, self.trials)
-        return {short_name(option): share for option, share in found.items()}
+        shares = importance(self.definition, self.definition.domains, self.trials)
+        return {short_name(option): share for option, share in shares.items()}
 
     @property
     def titles(self) -> list[str]:
@@ -105,11 +102,12 @@ class Found:
         )
 
 
-def _budget(found: Found) -> Chart:
+def _budget(search: SearchRecord) -> Chart:
     """Builds the validation accuracy of each trial at each rung over the epochs that all trials had been trained."""
     traces: list[Chart] = []
-    for index, epoch in enumerate(found.definition.rungs):
-        points = sorted((t.spent[epoch], t.accuracy[epoch], t.run) for t in found.trials if epoch in t.spent)
+    for index, epoch in enumerate(search.definition.rungs):
+        reached = [trial for trial in search.trials if epoch in trial.spent.keys() & trial.accuracy.keys()]
+        points = sorted((trial.spent[epoch], trial.accuracy[epoch], trial.run) for trial in reached)
         if points:
             x, y, names = zip(*points, strict=True)
             marker = {"size": 7 + 2 * index, "color": PALETTE[index % len(PALETTE)], "opacity": 0.8}
@@ -117,8 +115,9 @@ def _budget(found: Found) -> Chart:
             trace = {"type": "scatter", "mode": "markers", "name": name, "marker": marker}
             hover = "%{text}<br>%{y:.2f} % " + f"{name}<extra></extra>"
             traces.append(trace | {"x": x, "y": [100 * value for value in y], "text": names, "hovertemplate": hover})
-    last = found.definition.rungs[-1]
-    complete = sorted((trial.spent[last], trial.accuracy[last]) for trial in found.trials if last in trial.spent)
+    last = search.definition.rungs[-1]
+    reached = [trial for trial in search.trials if last in trial.spent.keys() & trial.accuracy.keys()]
+    complete = sorted((trial.spent[last], trial.accuracy[last]) for trial in reached)
     if complete:
         x, accuracies = zip(*complete, strict=True)
         best = [100 * value for value in itertools.accumulate(accuracies, max)]
@@ -131,14 +130,14 @@ def _budget(found: Found) -> Chart:
     return {"data": traces, "layout": layout}
 
 
-def _tradeoff(found: Found) -> Chart:
+def _tradeoff(search: SearchRecord) -> Chart:
     """Builds the validation accuracy of the complete trials over their second objective."""
-    accuracy = found.definition.objectives.index("accuracy")
+    accuracy = search.definition.objectives.index("accuracy")
     other = 1 - accuracy if accuracy < 2 else 0
-    name = found.definition.objectives[other]
+    name = search.definition.objectives[other]
     groups = {
-        "Pareto front": best_trials(found.definition, found.trials),
-        "other trials": [trial for trial in found.trials if trial.state == "complete"],
+        "Pareto front": best_trials(search.definition, search.trials),
+        "other trials": [trial for trial in search.trials if trial.state == "complete"],
     }
     groups["other trials"] = [trial for trial in groups["other trials"] if trial not in groups["Pareto front"]]
     traces: list[Chart] = [
@@ -159,17 +158,17 @@ def _tradeoff(found: Found) -> Chart:
     return {"data": traces, "layout": layout}
 
 
-def read_all(folders: Sequence[Path]) -> tuple[list[Found], list[Unreadable]]:
+def read_all(folders: Sequence[Path]) -> tuple[list[SearchRecord], list[Unreadable]]:
     """Reads the searches in or below folders; returns damaged ones separately."""
-    found, unreadable = [], []
+    searches, unreadable = [], []
     for study in find_studies(folders):
         try:
             definition, trials = study.read()
             if definition is not None:
-                search = Found(study, definition, trials, study.held(trials))
+                search = SearchRecord(study, definition, trials, study.held(trials))
                 _ = search.importance, search.best, search.chart(0)  # raises if a value cannot be shown
-                found.append(search)
+                searches.append(search)
         except (UserError, ValueError, KeyError, IndexError, OSError) as error:
             reason = str(error).removeprefix(f"{study.journal}: ")
             unreadable.append(Unreadable(printable(study.folder), printable(" ".join(reason.split()))))
-    return found, unreadable
+    return searches, unreadable

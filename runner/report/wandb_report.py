@@ -10,7 +10,7 @@ from runner.common.errors import UserError
 from runner.common.text import first_line
 from runner.report import markdown
 from runner.report.run_record import RunRecord, format_counts
-from runner.report.searches import Found
+from runner.report.searches import SearchRecord
 
 TITLE = "Architectures compared"
 CURVES: dict[str, list[Any]] = {
@@ -35,7 +35,9 @@ METHOD = """\
 """
 
 
-def specification(records: list[RunRecord], project_path: str | None = None, searches: Sequence[Found] = ()) -> str:
+def specification(
+    records: list[RunRecord], project_path: str | None = None, searches: Sequence[SearchRecord] = ()
+) -> str:
     """The report's specification as JSON, without network access; the same runs give the same text.
 
     Args:
@@ -50,7 +52,7 @@ def specification(records: list[RunRecord], project_path: str | None = None, sea
         return report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n"
 
 
-def save(records: list[RunRecord], project_path: str, searches: Sequence[Found] = ()) -> str:
+def save(records: list[RunRecord], project_path: str, searches: Sequence[SearchRecord] = ()) -> str:
     """Creates the report in W&B, or updates the one with the same title, and returns its URL.
 
     Raises:
@@ -73,7 +75,7 @@ def save(records: list[RunRecord], project_path: str, searches: Sequence[Found] 
         ) from None
 
 
-def _report(records: list[RunRecord], entity: str, project: str, searches: Sequence[Found]) -> Any:
+def _report(records: list[RunRecord], entity: str, project: str, searches: Sequence[SearchRecord]) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [
@@ -96,7 +98,7 @@ def _report(records: list[RunRecord], entity: str, project: str, searches: Seque
     if latencies := markdown.latencies(records):
         blocks += [wr.H1("Deployment"), wr.MarkdownBlock(latencies)]
     if searches:
-        blocks += [wr.H1("Searches"), *(wr.MarkdownBlock(markdown.search_results(found)) for found in searches)]
+        blocks += [wr.H1("Searches"), *(wr.MarkdownBlock(markdown.search_results(search)) for search in searches)]
     blocks += [wr.H1("Method"), wr.MarkdownBlock(METHOD)]
     datasets = sorted({record.dataset for record in records})
     return wr.Report(

@@ -14,6 +14,7 @@ lock             held by the process that trains
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -262,12 +263,20 @@ def paths_below(folder: Path, name: str | None = None) -> list[Path]:
     raises an error then.
 
     Raises:
-        UserError: folders are nested too deep.
+        UserError: folders are nested too deep, or cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise error
+
     try:
-        found = [Path(parent, one) for parent, folders, files in os.walk(folder) for one in (*folders, *files)]
+        walk = os.walk(folder, onerror=refuse)
+        found = [Path(parent, one) for parent, folders, files in walk for one in (*folders, *files)]
         return sorted(path for path in found if name in (None, path.name))
-    except RecursionError:
+    except (RecursionError, OSError) as error:  # from Python 3.12 on, os.walk ends where a path is too long
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
         raise UserError(f"{folder}: folders nested too deep; remove them") from None
 
 

@@ -27,6 +27,10 @@ STALE = 45.0  # seconds without one after which an owner on another node counts 
 LOST = 900.0  # the same, if the file lock is still held: longer, as its watchdog ends a process that hangs
 
 
+class LockedError(UserError):
+    """Another process still holds a lock."""
+
+
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
     """The process that trains a run: its host, the batch job that started it, if any, and if it has the file lock."""
 
@@ -52,7 +56,7 @@ def locked(path: Path, timeout: float, job: str = "", start: int = 0) -> Iterato
             runs once at a time; but one start can train the same run on two of its nodes.
 
     Raises:
-        UserError: another process still holds the lock.
+        LockedError: another process still holds the lock.
         OSError: the file cannot be written.
     """
     own = Owner(os.getpid(), socket.gethostname(), job, start)
@@ -107,7 +111,7 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
         if time.monotonic() > deadline:
             file.close()
             who = owner or "another process"
-            raise UserError(f"{path.parent}: {who} trains it; wait for it, or choose another --name")
+            raise LockedError(f"{path.parent}: {who} trains it; wait for it, or choose another --name")
         time.sleep(0.5)
 
 

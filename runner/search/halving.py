@@ -7,6 +7,7 @@ twice, and no worker waits for the others. Hyperband (Li et al., JMLR 2018) divi
 each starts at a later rung than the one before, in case the first epochs say little about the last.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -60,20 +61,24 @@ class Rungs:
 
     def bracket(self, number: int) -> int:
         """Returns the bracket of a trial; all brackets spend about the same number of epochs."""
-        if self.brackets == 1:
-            return 0
-        last = self.brackets - 1
-        shares = [(last + 1) / (later + 1) * self.reduction**later for later in range(last, -1, -1)]
-        counts = [0] * self.brackets
-        chosen = 0
-        for _ in range(number + 1):
-            chosen = min(range(self.brackets), key=lambda bracket: (counts[bracket] + 1) / shares[bracket])
-            counts[chosen] += 1
-        return chosen
+        return 0 if self.brackets == 1 else _brackets(self.brackets, self.reduction, 1 << number.bit_length())[number]
 
     def of_trial(self, number: int) -> tuple[int, ...]:
         """Returns the rungs of a trial."""
         return self.epochs[self.bracket(number) :]
+
+
+@functools.cache
+def _brackets(brackets: int, reduction: int, count: int) -> tuple[int, ...]:
+    """Returns the brackets of the first trials: each time the one that is furthest behind its share of the trials."""
+    last = brackets - 1
+    shares = [(last + 1) / (later + 1) * reduction**later for later in range(last, -1, -1)]
+    counts, sequence = [0] * brackets, []
+    for _ in range(count):
+        behind = min(range(brackets), key=lambda bracket: (counts[bracket] + 1) / shares[bracket])
+        counts[behind] += 1
+        sequence.append(behind)
+    return tuple(sequence)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def next_step(trials: Sequence[TrialProgress], held: frozenset[int], rungs: Rung
     """
     free = [trial for trial in trials if not trial.finished and trial.number not in held]
     for trial in free:
-        if trial.target not in trial.accuracy:
+        if trial.target not in trial.accuracy or trial.target == rungs.epochs[-1]:
             return Train(trial.number, trial.target)
     paused = {trial.number for trial in free}
     if promotion := _promotion(trials, paused, rungs):
@@ -136,8 +141,3 @@ def _promotion(trials: Sequence[TrialProgress], paused: set[int], rungs: Rungs) 
 
 def _next_rung(rungs: Rungs, trial: TrialProgress) -> int:
     return min((epoch for epoch in rungs.of_trial(trial.number) if epoch > trial.target), default=trial.target)
-
-
-def epochs_spent(trials: Sequence[TrialProgress]) -> int:
-    """Returns how many epochs the trials were trained, up to the rungs that they reached."""
-    return sum(max(trial.accuracy, default=0) for trial in trials)

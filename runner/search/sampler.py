@@ -3,10 +3,12 @@
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
+
+from msgspec.structs import replace
 
 from runner.search.space import MAX_COMBINATIONS, Space, combinations, size
-from runner.search.study import Definition, Objective, StudyTrial
+from runner.search.study import Definition, StudyTrial, direction
 
 TRIES = 20  # to sample parameters that no other trial has
 
@@ -23,9 +25,10 @@ def sample(definition: Definition, space: Space, trials: Sequence[StudyTrial]) -
             failed ones are the worst.
     """
     taken = {tuple(trial.values[option] for option in space) for trial in trials}
-    for attempt in range(TRIES):
+    for attempt in range(2 * TRIES):
         seed = random.Random(f"{definition.seed} {len(trials)} {attempt}").getrandbits(32)
-        values = _ask(definition, space, trials, seed)
+        drawn_by = definition if attempt < TRIES else replace(definition, sampler="random")
+        values = _ask(drawn_by, space, trials, seed)
         if tuple(values[option] for option in space) not in taken:
             return values
     if size(space) > MAX_COMBINATIONS:
@@ -45,12 +48,12 @@ def _ask(definition: Definition, space: Space, trials: Sequence[StudyTrial], see
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: BaseSampler = RandomSampler(seed) if definition.sampler == "random" else TPESampler(seed=seed)
         study = optuna.create_study(directions=list(map(direction, definition.objectives)), sampler=sampler)
-        study.add_trials([_seen(trial, distributions) for trial in trials])
+        study.add_trials([_seen(trial, distributions, len(definition.objectives) == 1) for trial in trials])
         asked = study.ask(distributions)
     return {option: domain.rounded(asked.params[option]) for option, domain in space.items()}
 
 
-def _seen(trial: StudyTrial, distributions: dict[str, Any]) -> Any:
+def _seen(trial: StudyTrial, distributions: dict[str, Any], has_rungs: bool) -> Any:
     """Returns a trial as the sampler is to see it."""
     from optuna.trial import TrialState, create_trial
 
@@ -61,13 +64,8 @@ def _seen(trial: StudyTrial, distributions: dict[str, Any]) -> Any:
         params=trial.values,
         distributions=distributions,
         values=list(trial.objectives) or None,
-        intermediate_values={} if trial.state == "failed" else trial.accuracy,
+        intermediate_values=trial.accuracy if has_rungs and trial.state != "failed" else {},
     )
-
-
-def direction(objective: Objective) -> Literal["maximize", "minimize"]:
-    """Returns the direction in which an objective is optimized, as Optuna names it."""
-    return "maximize" if objective == "accuracy" else "minimize"
 
 
 def importance(definition: Definition, space: Space, trials: Sequence[StudyTrial]) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Range:
         return str(int(value)) if self.scale == "int" else f"{value:.4g}"
 
     def rounded(self, value: float) -> float:
-        """Returns the value that `word` stands for, within the range, which Optuna has to be told."""
+        """Returns the value that `word` stands for, within the range: the one that is trained."""
         return min(max(float(self.word(value)), self.low), self.high) if self.scale != "int" else int(value)
 
 

@@ -30,6 +30,7 @@ from runner.search.space import Domain, parse_domain
 
 FOLDER = "searches"  # in the folder of runs
 JOURNAL = "journal.log"
+CLAIM_SECONDS = 5.0  # for a reader that only looks whether a trial is held
 Objective = Literal["accuracy", "parameters", "macs", "latency"]
 Sampler = Literal["tpe", "random"]
 TrialState = Literal["open", "complete", "failed"]
@@ -72,7 +73,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def schedule(self) -> Rungs:
         """The rungs."""
-        return Rungs(self.rungs, self.reduction, len(self.rungs) if self.pruner == "hyperband" else 1)
+        return Rungs.of(self.pruner, self.rungs[-1], self.rungs[0], self.reduction)
 
 
 class StudyTrial(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,12 +137,17 @@ class Study:
         return self.folder / JOURNAL
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Locks the study until the context exits; all that writes needs it. Raises UserError if that is impossible."""
+    def locked(self, timeout: float = math.inf) -> Iterator[None]:
+        """Locks the study until the context exits; all that writes needs it.
+
+        Raises:
+            LockedError: another worker still has the lock after so many seconds.
+            UserError: the folder cannot be written.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock.locked(self.folder / "lock", timeout=math.inf))
+                stack.enter_context(lock.locked(self.folder / "lock", timeout))
                 self._remove_partial_line()
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot write there ({error.strerror})") from None
@@ -157,16 +163,16 @@ class Study:
 
     def claim(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which this process holds a trial. Raises UserError if another one does."""
-        return lock.locked(self._claim(number), timeout=0)
+        path = self._claim(number)
+        path.parent.mkdir(exist_ok=True)
+        return lock.locked(path, CLAIM_SECONDS)
 
     def held(self, trials: Sequence[StudyTrial]) -> frozenset[int]:
         """Returns the numbers of the trials that a living worker holds."""
         return frozenset(t.number for t in trials if not t.finished and lock.is_locked(self._claim(t.number)))
 
     def _claim(self, number: int) -> Path:
-        folder = self.folder / "trials"
-        folder.mkdir(exist_ok=True)
-        return folder / str(number)
+        return self.folder / "trials" / str(number)
 
     def read(self) -> tuple[Definition | None, list[StudyTrial]]:
         """Reads the definition, which is None for a new study, and all trials. Raises UserError for damaged files."""
@@ -183,7 +189,8 @@ class Study:
             raise UserError(f"{self.journal}: damaged ({first_line(error)}); restore or remove it") from None
 
     def define(self, definition: Definition) -> None:
-        """Stores the definition of a new study."""
+        """Stores the definition of a study without trials, which replaces an earlier one."""
+        self.journal.unlink(missing_ok=True)
         storage, study = self._open(definition.objectives)
         storage.set_study_user_attr(study, "definition", msgspec.to_builtins(definition))
 
@@ -211,7 +218,9 @@ class Study:
         storage, study = self._open()
         trials = [_trial(trial) for trial in storage.get_all_trials(study)]
         known, reached = trials[number].accuracy, max(accuracy)
-        spent = sum(max(trial.accuracy, default=0) for trial in trials) + reached - max(known, default=0)
+        if reached in known:
+            return
+        spent = sum(trial.epochs for trial in trials) + reached - trials[number].epochs
         trial_id = _id(storage, study, number)
         storage.set_trial_user_attr(trial_id, "spent", {**trials[number].spent, reached: spent})
         for epoch in sorted(accuracy.keys() - known.keys()):  # the rung itself last: it marks the trial as paused
@@ -224,17 +233,23 @@ class Study:
         storage, study = self._open()
         storage.set_trial_state_values(_id(storage, study, number), State.COMPLETE, list(objectives))
 
-    def fail(self, number: int, reason: str, final: bool) -> None:
-        """Stores that the training of a trial has failed, and whether it is not tried again."""
-        from optuna.trial import TrialState as State
-
+    def fail(self, number: int, reason: str, final: bool) -> int:
+        """Stores that the training of a trial has failed, and whether it is final; returns how often it has failed."""
         storage, study = self._open()
         trial_id = _id(storage, study, number)
         attempts = storage.get_trial_user_attrs(trial_id).get("attempts", 0) + 1
         storage.set_trial_user_attr(trial_id, "attempts", attempts)
         storage.set_trial_user_attr(trial_id, "reason", reason)
         if final:
-            storage.set_trial_state_values(trial_id, State.FAIL)
+            self.give_up(number)
+        return attempts
+
+    def give_up(self, number: int) -> None:
+        """Stores that a trial is not tried again."""
+        from optuna.trial import TrialState as State
+
+        storage, study = self._open()
+        storage.set_trial_state_values(_id(storage, study, number), State.FAIL)
 
     def _open(self, objectives: Sequence[Objective] = ()) -> tuple[Any, int]:
         """Returns Optuna's storage, and the id of the study, which is created if it does not exist."""
@@ -243,12 +258,28 @@ class Study:
         from optuna.study import StudyDirection
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = JournalStorage(JournalFileBackend(str(self.journal)))
+        no_lock: Any = _AlreadyLocked()
+        storage = JournalStorage(JournalFileBackend(str(self.journal), no_lock))
         studies = storage.get_all_studies()
         if studies:
             return storage, studies[0]._study_id
-        directions = [StudyDirection.MAXIMIZE if o == "accuracy" else StudyDirection.MINIMIZE for o in objectives]
-        return storage, storage.create_new_study(directions or [StudyDirection.MAXIMIZE], self.folder.name)
+        directions = [StudyDirection[direction(objective).upper()] for objective in objectives or ("accuracy",)]
+        return storage, storage.create_new_study(directions, self.folder.name)
+
+
+class _AlreadyLocked:
+    """In place of Optuna's own lock, which would remain if its owner is killed: `Study.locked` is held meanwhile."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def direction(objective: Objective) -> Literal["maximize", "minimize"]:
+    """Returns the direction in which an objective is optimized, as Optuna names it."""
+    return "maximize" if objective == "accuracy" else "minimize"
 
 
 def _id(storage: Any, study: int, number: int) -> int:

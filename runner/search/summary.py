@@ -1,18 +1,21 @@
 """What a search has found so far, for the terminal and the report."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from runner.search.study import Definition, Objective, StudyTrial
 
+MAX_SHOWN = 10
+
 
 def best_trials(definition: Definition, trials: Sequence[StudyTrial]) -> list[StudyTrial]:
-    """Returns the trials that reached the latest rung, the best first; with several objectives, the Pareto front.
+    """Returns up to ten trials: the latest rung first, and there the best; with several objectives, the Pareto front.
 
     The front has the complete trials to which no other is at least equal in all objectives and better in one.
     """
     if len(definition.objectives) == 1:
         reached = [trial for trial in trials if trial.accuracy and trial.state != "failed"]
-        return sorted(reached, key=lambda trial: (-trial.epochs, -trial.last_accuracy, trial.number))
+        return sorted(reached, key=lambda trial: (-trial.epochs, -trial.last_accuracy, trial.number))[:MAX_SHOWN]
     complete = [trial for trial in trials if trial.state == "complete"]
     scores = {trial.number: _scores(definition, trial) for trial in complete}
 
@@ -21,7 +24,8 @@ def best_trials(definition: Definition, trials: Sequence[StudyTrial]) -> list[St
         others = (scores[other.number] for other in complete)
         return any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in others)
 
-    return sorted((t for t in complete if not is_dominated(t)), key=lambda trial: scores[trial.number], reverse=True)
+    front = [trial for trial in complete if not is_dominated(trial)]
+    return sorted(front, key=lambda trial: scores[trial.number], reverse=True)[:MAX_SHOWN]
 
 
 def _scores(definition: Definition, trial: StudyTrial) -> tuple[float, ...]:
@@ -37,6 +41,16 @@ def describe_state(trial: StudyTrial, held: frozenset[int]) -> str:
     if trial.number in held:
         return "running"
     return "paused" if trial.target in trial.accuracy else "waiting"
+
+
+def count_states(trials: Sequence[StudyTrial], held: frozenset[int]) -> dict[str, int]:
+    """Returns the number of trials in each state."""
+    return dict(sorted(Counter(describe_state(trial, held) for trial in trials).items()))
+
+
+def epochs_trained(definition: Definition, trials: Sequence[StudyTrial]) -> tuple[int, int]:
+    """Returns the epochs that the trials were trained, and those that all would take without pauses."""
+    return sum(trial.epochs for trial in trials), len(trials) * definition.rungs[-1]
 
 
 def format_objective(objective: Objective, value: float) -> str:

@@ -278,7 +278,8 @@ class SeedRun:
             )
         pause = session.config.pause_after
         self.pause_step = pause and pause * self.steps.per_epoch
-        if state and self.pause_step and state["step"] >= self.pause_step:
+        unevaluated = state and state["step"] == self.pause_step and state.get("evaluating")  # stopped meanwhile
+        if state and self.pause_step and state["step"] >= self.pause_step and not unevaluated:
             raise UserError(
                 f"--pause-after {pause}: expected more epochs than the {state['step'] / self.steps.per_epoch:g} that "
                 f"{run.folder} has trained"
