@@ -1,5 +1,6 @@
 """RandAugment, TrivialAugmentWide, random erasing: torchvision's operations and distributions; parameters of copies."""
 
+import hashlib
 import itertools
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import RandAugment, TrivialAugmentWide
 
 from runner.config.recipe import Augment
-from runner.data import augment, order, policy
+from runner.data import augment, color, order, policy
 
 TORCHVISION: dict[str, Any] = {"rand": RandAugment(), "trivial": TrivialAugmentWide()}
 SIGNED = policy.OPERATIONS[policy.SHEAR_X : policy.POSTERIZE]
@@ -161,6 +162,45 @@ def test_random_erasing_has_torchvisions_distribution() -> None:
     always = augment.sample_params(Augment(erase=1.0), samples, side, 0, 0).erase_box
     assert always is not None
     assert (always[:, 2] > always[:, 0]).float().mean() > 0.999  # ten attempts failed for the others
+
+
+@pytest.mark.parametrize(
+    ("changes", "side", "digest"),
+    [
+        ({"erase": 0.5}, (32, 32), "244238e43b7d545e"),
+        ({"erase": 1.0}, (7, 9), "09c0c2a739d0428a"),
+        ({"erase": 1.0}, (2, 3), "61164bfde9cc6929"),
+        ({"random_resized_crop": 0.08}, (32, 20), "db8d82b1f09640a5"),
+        ({"random_resized_crop": 0.02}, (3, 2), "0515862a65b33635"),
+        ({"random_resized_crop": 0.9}, (40, 8), "9f5a55b631054e54"),
+        ({"policy": "rand"}, (32, 32), "85677d3c416008ca"),
+    ],
+)
+def test_the_parameters_are_those_of_earlier_versions(
+    changes: dict[str, Any], side: tuple[int, int], digest: str
+) -> None:
+    """A change here breaks the resumption of unfinished runs. In small images, some attempts find no rectangle."""
+    with np.errstate(all="raise"):
+        params = augment.sample_params(Augment(**changes), np.arange(400), side, 3, 2)
+    arrays = [params.erase_box, params.resized_box, params.policy_operations]
+    content = b"".join(array.numpy().astype("<i8").tobytes() for array in arrays if array is not None)
+    assert hashlib.sha256(content).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "loaded"),
+    [({}, []), ({"hue": 0.1}, ["color"]), ({"policy": "rand"}, ["policy"]),
+     ({"policy": "trivial", "contrast": 0.2}, ["color", "policy"])],
+)  # fmt: skip
+def test_the_loops_of_the_parameters_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], loaded: list[str]
+) -> None:
+    """Before the first batch, because loading takes seconds where they have to be compiled; and no others."""
+    calls: list[str] = []
+    for module in (color, policy):
+        monkeypatch.setattr(module, "load_loop", lambda name=module.__name__.rpartition(".")[2]: calls.append(name))
+    augment.load_loops(Augment(**changes))
+    assert calls == loaded
 
 
 def test_erasing_blanks_the_box() -> None:

@@ -51,7 +51,7 @@ MODULES = {
     ],
     "runner/data/augment.py": [
         f"tests/test_batches.py -k '{STREAM} or changes_the_images or jitter or cutout or resized_crop'",
-        "tests/test_policy.py -k 'erasing or parameters or copies or uniform'",
+        "tests/test_policy.py -k 'parameters or erasing or copies or uniform'",
     ],
     "runner/data/mixing.py": [
         "tests/test_batches.py -k 'earlier_versions or mixed or mixup'",
