@@ -20,15 +20,22 @@ from launch import local_pool
 from launch.plan import Resources, launcher_for
 from launch.search_worker import MAX_FAILURES, Plan, StudySource
 from launch.submit import Allocation, name_and_log, require_sbatch, sbatch
-from launch.train_arguments import SET_BY_JOBS, absolute_paths, reject_options, resolve_device, train_options
+from launch.train_arguments import (
+    SET_BY_JOBS,
+    WEIGHTS,
+    absolute_paths,
+    reject_options,
+    resolve_device,
+    train_options,
+)
 from launch.trials import expand
-from runner.common.command_line import CommandLine, Flag, Option, any_word, options_of, parse_words
+from runner.common.command_line import NUMBERS, CommandLine, Flag, Option, any_word, options_of, parse_words
 from runner.common.console import new_table, print_table
 from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.config.train_config import Seed, TrainConfig, check_name
 from runner.search.halving import Pruner, Rungs
-from runner.search.space import EXPERIMENT, Choices, Domain, parse_domain
+from runner.search.space import EXPERIMENT, Choices, Domain, Range, parse_domain
 from runner.search.study import FOLDER, Definition, Objective, Sampler, Study, StudyTrial
 from runner.search.summary import best_trials, cells, count_states, epochs_trained, titles
 from runner.system import environment
@@ -131,7 +138,9 @@ class Search:
 
     def check_own_options(self) -> None:
         """Raises UserError if options of the search are invalid or exclude each other, so that none is ignored."""
-        check_name(self.group)
+        check_name(f"{self.group}-{self.trials}-seed-{self.seed}")  # the longest name of a run
+        if self.on == "slurm":
+            name_and_log(self.group, self.runs, "%A_%a")
         objectives = f"--objectives {' '.join(self.objectives)}"
         if len(set(self.objectives)) < len(self.objectives):
             raise UserError(f"{objectives}: expected each once")
@@ -312,12 +321,26 @@ def split_ranges(options: Sequence[str]) -> tuple[dict[str, Domain], CommandLine
     for option, parsed in sorted(line.options.items()):
         values = parsed.values if _may_be_searched(option) else []
         if len(values) == 1 and (domain := parse_domain(option, values[0])):
-            space[option] = domain
+            space[option] = _checked(option, domain)
     for option in ("--recipe.epochs", "--recipe.validation", "--recipe.patience"):
         if option in space:
             raise UserError(f"{option} {space[option]}: expected one value, because trials are compared by it")
     line.options = {name: option for name, option in sorted(line.options.items()) if name not in space}
     return space, line
+
+
+def _checked(option: str, domain: Domain) -> Domain:
+    """Returns a range for the option: with absolute paths, since a trial starts in another folder.
+
+    Raises:
+        UserError: the option is an integer, and the range is not.
+    """
+    declared = options_of(TrainConfig).get(option)
+    if isinstance(domain, Range) and domain.scale != "int" and declared and declared.expected == NUMBERS["int"]:
+        raise UserError(f"{option} {domain}: expected integers; use int:A:B or A|B|C")
+    if option == WEIGHTS and isinstance(domain, Choices):
+        return Choices(tuple(str(Path(word).absolute()) if Path(word).is_file() else word for word in domain.words))
+    return domain
 
 
 def _may_be_searched(option: str) -> bool:

@@ -72,7 +72,7 @@ def write_searches(runs: Path) -> None:
                 lr, ema = 0.001 * (number + 1), "0.9" if number % 2 else "0"
                 values = {"--recipe.optimizer.lr": lr, "--recipe.ema": ema}
                 words = {"--recipe.optimizer.lr": f"{lr:g}", "--recipe.ema": ema}
-                run = "tiny/seed-0" if number == 8 else f"tiny/{name}-{number:03d}-seed-0"
+                run = "tiny/seed-0" if number == 8 else f"tiny/s-{number:03d}-seed-0"
                 target = definition.rungs[0]
                 trial = StudyTrial(number=number, run=run, parameters=words, values=values, target=target)
                 study.add(trial, definition.domains)

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def test_a_value_may_be_a_range(word: str, parsed: spaces.Domain | None) -> None
 @pytest.mark.parametrize(
     "word",
     ["log:0:1", "log:-1:1", "log:1:1e-3", "lin:1", "lin:1:2:3", "int:1.5:3", "lin:a:b", "lin:nan:1", "log:1:inf", "a|",
-     "a|a", "int:3:3", "log:1.00001:1.00002", "lin:0.123456:1"],
+     "a|a", "0.1|1e-1", "int:3:3", f"int:1:1{'0' * 400}", "log:1.00001:1.00002", "lin:0.123456:1"],
 )  # fmt: skip
 def test_what_is_no_range_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="expected"):
@@ -275,6 +275,53 @@ def test_a_damaged_study_is_reported_in_one_line(tmp_path: Path, content: bytes)
         study.read()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tiny/t-0", "../t-0"),
+        ("tiny/t-0", "/etc/t-0"),
+        ('"tiny/t-0"', "5"),
+        ('"target":1', '"target":"x"'),
+        ("log:1e-3:1e-1", "log:0:1"),
+        ('"asha"', '"x"'),
+        ('"intermediate_value":0.5', '"intermediate_value":"x"'),
+    ],
+)
+def test_a_study_of_a_stranger_is_checked(tmp_path: Path, old: str, new: str) -> None:
+    study = Study(tmp_path)
+    with study.locked():
+        study.define(DEFINITION)
+        study.add(trial_of(0), DEFINITION.domains)
+        study.report(0, {1: 0.5})
+    text = study.journal.read_text()
+    assert old in text
+    study.journal.write_text(text.replace(old, new))
+    with pytest.raises(UserError):
+        study.read()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_journal_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    study = Study(tmp_path)
+    if kind == "link":
+        study.journal.symlink_to("/nowhere")
+    elif kind == "pipe":
+        os.mkfifo(study.journal)
+    else:
+        study.journal.mkdir()
+    with pytest.raises(UserError, match="expected a file, found a link, pipe or folder"):
+        study.read()
+
+
+def test_reading_writes_nothing(tmp_path: Path) -> None:
+    """Not even in the place of a study whose first line was not written yet."""
+    study = Study(tmp_path)
+    study.journal.touch()
+    assert study.read() == (None, [])
+    assert study.held([trial_of(0)]) == frozenset()
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("journal.log", 0)]
+
+
 def test_a_trial_is_held_by_one_worker(tmp_path: Path) -> None:
     study, trials = Study(tmp_path), [trial_of(0), trial_of(1)]
     assert study.held(trials) == frozenset()
@@ -431,11 +478,10 @@ class Mortal(Study):
 
     luck = random.Random(0)
 
-    def _open(self, objectives: Sequence[Objective] = ()) -> tuple[Any, int]:
-        storage, study = super()._open(objectives)
-        if not objectives:
-            for name in ("set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values"):
-                setattr(storage, name, self.or_die(getattr(storage, name)))
+    def _open(self) -> tuple[Any, Any]:
+        storage, study = super()._open()
+        for name in ("set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values"):
+            setattr(storage, name, self.or_die(getattr(storage, name)))
         return storage, study
 
     def or_die(self, write: Callable[..., None]) -> Callable[..., None]:
@@ -713,6 +759,8 @@ def test_each_slot_sees_the_gpus_of_its_ranks(tmp_path: Path) -> None:
     [
         ([], "NAMES: expected several, or an option with a range"),
         ([LR, "log:1e-1:1e-3"], "expected a range from a lower to a higher number"),
+        (["--batch-size", "log:16:64"], "--recipe.batch-size log:16:64: expected integers; use int:A:B or A|B|C"),
+        ([*SPACE, "--name", "n" * 95], "expected letters, digits"),
         ([DECAY, "lin:-1:1"], "--recipe.optimizer.weight-decay -1.0: expected a number >= 0.0"),
         (["--recipe.epochs", "int:1:3"], "--recipe.epochs int:1:3: expected one value"),
         ([*SPACE, "--seeds", "1", "2"], "use --seed"),

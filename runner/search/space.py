@@ -12,6 +12,7 @@ Scale = Literal["log", "lin", "int"]
 EXPERIMENT = "NAME"  # the parameter that chooses among several experiments
 EXPECTED = "expected log:A:B, lin:A:B, int:A:B or A|B|C"
 MAX_COMBINATIONS = 100_000
+MAX_INTEGER = 10**15  # which a float holds exactly
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,17 @@ def parse_domain(option: str, word: str) -> Domain | None:
     if "|" not in word:
         return None
     words = tuple(word.split("|"))
-    if "" in words or len(set(words)) < len(words):
+    if "" in words or len({_number(one) for one in words}) < len(words):
         raise UserError(f"{option} {word}: {EXPECTED}, each once")
     return Choices(words)
+
+
+def _number(word: str) -> str | float:
+    """Returns a word as a number, if it is one, so that 0.1 and 1e-1 are the same."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _parse_range(option: str, word: str, scale: Scale, rest: str) -> Range:
@@ -113,6 +122,8 @@ def _parse_range(option: str, word: str, scale: Scale, rest: str) -> Range:
         low, high = map(number, rest.split(":"))
     except ValueError:
         raise UserError(f"{option} {word}: {EXPECTED}") from None
+    if scale == "int" and max(abs(low), abs(high)) > MAX_INTEGER:
+        raise UserError(f"{option} {word}: expected integers of at most 15 digits")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{option} {word}: expected a range from a lower to a higher number")
     if scale == "log" and low <= 0:

@@ -14,6 +14,7 @@ failed, also while it is paused, because Optuna changes no other trial.
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from runner.search.space import Domain, parse_domain
 
 FOLDER = "searches"  # in the folder of runs
 JOURNAL = "journal.log"
+RUN = re.compile(r"[^/\0]+(/[^/\0]+)*/[A-Za-z0-9][A-Za-z0-9._-]*")  # experiment/run
 CLAIM_SECONDS = 5.0  # for a reader that only looks whether a trial is held
 Objective = Literal["accuracy", "parameters", "macs", "latency"]
 Sampler = Literal["tpe", "random"]
@@ -176,12 +178,18 @@ class Study:
 
     def read(self) -> tuple[Definition | None, list[StudyTrial]]:
         """Reads the definition, which is None for a new study, and all trials. Raises UserError for damaged files."""
-        if not is_file(self.journal):
+        if not os.path.lexists(self.journal):
             return None, []
+        if not is_file(self.journal) or self.journal.is_symlink():
+            raise UserError(f"{self.journal}: expected a file, found a link, pipe or folder; remove it")
         try:
             storage, study = self._open()
+            if study is None:
+                return None, []
             encoded = storage.get_study_user_attrs(study).get("definition")
             definition = msgspec.convert(encoded, Definition) if encoded else None
+            if definition is not None:
+                _ = definition.domains, definition.schedule  # raises if they are invalid
             return definition, [_trial(trial) for trial in storage.get_all_trials(study)]
         except OSError as error:
             raise UserError(f"{self.journal}: cannot be read ({error.strerror})") from None
@@ -190,8 +198,12 @@ class Study:
 
     def define(self, definition: Definition) -> None:
         """Stores the definition of a study without trials, which replaces an earlier one."""
+        from optuna.study import StudyDirection
+
         self.journal.unlink(missing_ok=True)
-        storage, study = self._open(definition.objectives)
+        storage, _ = self._open()
+        directions = [StudyDirection[direction(objective).upper()] for objective in definition.objectives]
+        study = storage.create_new_study(directions, self.folder.name)
         storage.set_study_user_attr(study, "definition", msgspec.to_builtins(definition))
 
     def add(self, trial: StudyTrial, space: Mapping[str, Domain]) -> None:
@@ -215,6 +227,8 @@ class Study:
 
     def report(self, number: int, accuracy: Mapping[int, float]) -> None:
         """Stores the validation accuracies of a trial by epoch, up to the rung that it has reached."""
+        if not accuracy:
+            return
         storage, study = self._open()
         trials = [_trial(trial) for trial in storage.get_all_trials(study)]
         known, reached = trials[number].accuracy, max(accuracy)
@@ -251,20 +265,16 @@ class Study:
         storage, study = self._open()
         storage.set_trial_state_values(_id(storage, study, number), State.FAIL)
 
-    def _open(self, objectives: Sequence[Objective] = ()) -> tuple[Any, int]:
-        """Returns Optuna's storage, and the id of the study, which is created if it does not exist."""
+    def _open(self) -> tuple[Any, Any]:
+        """Returns Optuna's storage, and the id of the study; None if it does not exist yet."""
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
-        from optuna.study import StudyDirection
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         no_lock: Any = _AlreadyLocked()
         storage = JournalStorage(JournalFileBackend(str(self.journal), no_lock))
         studies = storage.get_all_studies()
-        if studies:
-            return storage, studies[0]._study_id
-        directions = [StudyDirection[direction(objective).upper()] for objective in objectives or ("accuracy",)]
-        return storage, storage.create_new_study(directions, self.folder.name)
+        return storage, studies[0]._study_id if studies else None
 
 
 class _AlreadyLocked:
@@ -287,22 +297,25 @@ def _id(storage: Any, study: int, number: int) -> int:
 
 
 def _trial(frozen: Any) -> StudyTrial:
-    """Converts a trial of Optuna."""
+    """Converts a trial of Optuna. Raises ValueError for one that a search has not written."""
     attributes = frozen.user_attrs
-    states: dict[str, TrialState] = {"COMPLETE": "complete", "FAIL": "failed"}
-    return StudyTrial(
-        number=frozen.number,
-        run=attributes["run"],
-        parameters=attributes["parameters"],
-        values=dict(frozen.params),
-        target=attributes["target"],
-        accuracy=dict(sorted(frozen.intermediate_values.items())),
-        spent={int(epoch): spent for epoch, spent in attributes.get("spent", {}).items()},
-        objectives=tuple(frozen.values or ()),
-        attempts=attributes.get("attempts", 0),
-        state=states.get(frozen.state.name, "open"),
-        reason=attributes.get("reason", ""),
-    )
+    fields = {
+        "number": frozen.number,
+        "run": attributes["run"],
+        "parameters": attributes["parameters"],
+        "values": dict(frozen.params),
+        "target": attributes["target"],
+        "accuracy": dict(sorted(frozen.intermediate_values.items())),
+        "spent": {int(epoch): spent for epoch, spent in attributes.get("spent", {}).items()},
+        "objectives": tuple(frozen.values or ()),
+        "attempts": attributes.get("attempts", 0),
+        "state": {"COMPLETE": "complete", "FAIL": "failed"}.get(frozen.state.name, "open"),
+        "reason": attributes.get("reason", ""),
+    }
+    trial = msgspec.convert(fields, StudyTrial)
+    if not RUN.fullmatch(trial.run) or ".." in trial.run.split("/"):
+        raise ValueError(f"{trial.run!r} is no run")
+    return trial
 
 
 def find_studies(folders: Sequence[Path]) -> list[Study]:
