@@ -173,7 +173,11 @@ def test_random_erasing_has_torchvisions_distribution() -> None:
         ({"random_resized_crop": 0.08}, (32, 20), "db8d82b1f09640a5"),
         ({"random_resized_crop": 0.02}, (3, 2), "0515862a65b33635"),
         ({"random_resized_crop": 0.9}, (40, 8), "9f5a55b631054e54"),
-        ({"random_resized_crop": 0.9}, (32, 28), "70fc84f4c2f25013"),  # where one of fifty images needs the last attempt
+        (
+            {"random_resized_crop": 0.9},
+            (32, 28),
+            "70fc84f4c2f25013",
+        ),  # where one of fifty images needs the last attempt
         ({"policy": "rand"}, (32, 32), "85677d3c416008ca"),
     ],
 )
