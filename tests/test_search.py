@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import random
+import re
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from tests.support.compare import assert_same_run
 from tests.support.configs import CONFIG
 from tests.support.processes import (
     ENDING,
+    ROOT,
     TINY,
     command_lines,
     descendants_of,
@@ -856,6 +859,19 @@ def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
     for change in ({"space": {LR: "log:1e-3:1"}}, {"seed": 1}, {"rungs": (2, 6, 9)}, {"options": ("--ema=0.9",)}):
         with pytest.raises(UserError, match=next(iter(change))):
             check_same_search(DEFINITION, changed(DEFINITION, **change), tmp_path)  # type: ignore[arg-type]
+
+
+def test_the_searches_of_the_documents_are_valid(small_data: Path) -> None:
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("launch/README.md", "slurm/README.md")]
+    pattern = re.compile(r"(?:launch search|search\.sbatch) (\w[^#]*--[^#]*)")
+    commands = [found[1] for text in texts for line in text.splitlines() if (found := pattern.search(line))]
+    assert len(commands) >= 3
+    for words in commands:
+        given = shlex.split(words)
+        given[given.index("--data") + 1] = str(small_data)
+        asked, rest = read_command_and_rest(Search, given, "search", search_module.lenient_options())
+        asked.check_own_options()
+        assert asked.plan(rest).space
 
 
 def test_a_dry_run_shows_the_state(small_data: Path, tmp_path: Path) -> None:
