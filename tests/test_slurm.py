@@ -384,7 +384,7 @@ def test_a_search_survives_a_preempted_worker_and_a_lost_node(
     """Two workers on two nodes: one is asked to stop before its time limit, the other's node is lost."""
     words = ["search", "ending", *ENDING, "--device", "cpu", "--precision", "fp32", "--data", small_data]
     words += ["--runs", tmp_path, "--recipe.epochs", 9, "--recipe.validation", 60, "--checkpoint-every", 3]
-    words += ["--recipe.optimizer.lr", "log:1e-3:1e-1", "--trials", 6]
+    words += ["--recipe.optimizer.lr", "log:1e-3:1e-1", "--recipe.patience", 0, "--trials", 6]
     environ = {"SLURM_CONF": str(cluster.config), "PATH": cluster.environ["PATH"], "END": "train 1 0 SLEEP1"}
     done = module("launch", *words, "--on", "slurm", "--tasks", 2, "--exclusive", **environ)
     assert done.returncode == 0, done.stderr
