@@ -227,7 +227,7 @@ class Search:
         first = self.first_rung or max(1, epochs // 9)
         rungs = Rungs.of(self.actual_pruner, epochs, first, self.reduction or REDUCTION).epochs
         if odd := [epoch for epoch in rungs[:-1] if epoch % every]:
-            expected = f"a divisor of all rungs, such as {odd[0]} epochs; set --first-rung to a multiple"
+            expected = f"a divisor of all rungs, of which one is at epoch {odd[0]}; set --first-rung to a multiple"
             raise UserError(f"--evaluate-every {every}: expected {expected}")
         return rungs
 

@@ -191,7 +191,7 @@ class StudySource:
                 reached = self._record(number, target, job.trial)
                 ending = job.trial.run.read_ending()
             except UserError as error:
-                return self._fail(number, str(error), final=False)
+                return self._fail(number, str(error))
             if reached:
                 self.failed.clear()
                 return reached
@@ -199,14 +199,14 @@ class StudySource:
                 self.study.fail(number, ending.reason, final=True)  # which says something about its parameters only
                 return f"failed: {ending.reason}"
             if ending and not ending.stopped:
-                return self._fail(number, ending.reason, final=False)
+                return self._fail(number, ending.reason)
             if ending or self.closed:
                 return f"stopped: {ending.reason if ending else failure}"
-            return self._fail(number, failure, final=False)
+            return self._fail(number, failure)
 
-    def _fail(self, number: int, reason: str, final: bool) -> str:
-        attempts = self.study.fail(number, reason, final)
-        if attempts >= MAX_ATTEMPTS and not final:
+    def _fail(self, number: int, reason: str) -> str:
+        """Stores a failure that another attempt may not have."""
+        if self.study.fail(number, reason, final=False) >= MAX_ATTEMPTS:
             self.study.give_up(number)
         self.failed.add(number)
         self.closed = self.closed or self.gave_up
@@ -257,7 +257,7 @@ class StudySource:
 
     def describe(self, done: int) -> str:
         """Returns how much is done, in a few words."""
-        return f"{done} of {self.limit} trials begun"
+        return f"{done} of {self.limit} trials started"
 
 
 def _measured(trial: Trial, objective: Objective) -> float | None:

@@ -94,7 +94,7 @@ def test_what_is_no_range_is_refused(word: str) -> None:
 
 @given(st.sampled_from(["log", "lin"]), st.integers(1, 9999), st.integers(1, 9999), st.floats(0, 1))
 def test_sampled_numbers_are_those_of_the_command_line(scale: str, one: int, other: int, share: float) -> None:
-    """The sampler is told the number that was trained, which is within the range."""
+    """The sampler gets the number that was trained, which is within the range."""
     low, high = sorted((one / 1000, other / 1000))
     if low == high:
         return
@@ -131,7 +131,7 @@ class Simulated:
 def test_whatever_the_order_every_trial_is_trained_once_and_one_is_complete(
     count: int, epochs: int, first: int, reduction: int, pruner: str, workers: int, luck: random.Random
 ) -> None:
-    rungs = Rungs.of(pruner, epochs, first, reduction)  # type: ignore[arg-type]
+    rungs = Rungs.of(pruner, epochs, first, reduction)
     trials: list[Simulated] = []
     running: dict[int, Simulated] = {}
     while True:
@@ -162,7 +162,7 @@ def test_whatever_the_order_every_trial_is_trained_once_and_one_is_complete(
     if pruner == "none":
         assert len(complete) == count
     for trial in trials:
-        assert trial.target in trial.accuracy, "a trial that was begun is left at no rung"
+        assert trial.target in trial.accuracy, "a trial that was started is left at no rung"
     for bracket in range(rungs.brackets):
         own = [trial for trial in trials if rungs.bracket(trial.number) == bracket]
         for epoch in rungs.epochs[bracket:-1]:
@@ -218,7 +218,7 @@ DEFINITION = Definition(
 def trial_of(number: int, lr: float = 0.01, decay: str = "0", **more: object) -> StudyTrial:
     values = {LR: lr, DECAY: decay}
     words = {LR: f"{lr:g}", DECAY: decay}
-    return StudyTrial(number=number, run=f"tiny/t-{number}", parameters=words, values=values, target=1, **more)  # type: ignore[arg-type]
+    return StudyTrial(number=number, run=f"tiny/t-{number}", parameters=words, values=values, target=1, **more)
 
 
 def test_a_study_holds_what_was_stored(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ RANGES = ("--device=cpu", "--recipe.validation=60", "--recipe.epochs=9", f"{LR}=
 
 
 def command(data: Path, runs: Path, trials: int = 12, **options: object) -> Search:
-    return Search(("tiny",), data, trials, runs, experiments_from=(TINY[1],), **options)  # type: ignore[arg-type]
+    return Search(("tiny",), data, trials, runs, experiments_from=(TINY[1],), **options)
 
 
 @pytest.fixture
@@ -858,7 +858,7 @@ def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
     check_same_search(DEFINITION, changed(DEFINITION), tmp_path)
     for change in ({"space": {LR: "log:1e-3:1"}}, {"seed": 1}, {"rungs": (2, 6, 9)}, {"options": ("--ema=0.9",)}):
         with pytest.raises(UserError, match=next(iter(change))):
-            check_same_search(DEFINITION, changed(DEFINITION, **change), tmp_path)  # type: ignore[arg-type]
+            check_same_search(DEFINITION, changed(DEFINITION, **change), tmp_path)
 
 
 def test_the_searches_of_the_documents_are_valid(small_data: Path) -> None:
@@ -937,7 +937,7 @@ def test_a_paused_run_ends_as_one_that_was_never_paused(small_data: Path, tmp_pa
 @pytest.mark.processes
 @pytest.mark.timeout(900)
 def test_a_search_of_24_trials_is_killed_twice(small_data: Path, tmp_path: Path) -> None:
-    """Each trial is there once, and the one that was continued last is, to the bit, a run that was never paused."""
+    """Each trial is there once; the one that was continued last is bit-identical to a run that was never paused."""
     words = searched(small_data, tmp_path, "--trials", 24, "--slots", 3, "--checkpoint-every", 2)
     for complete, number in ((4, signal.SIGKILL), (8, signal.SIGINT), (12, signal.SIGKILL)):
         process = start("launch", *words)

@@ -4,11 +4,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from runner.common.errors import UserError
 
 Scale = Literal["log", "lin", "int"]
+SCALES: dict[str, Scale] = {"log": "log", "lin": "lin", "int": "int"}
 EXPERIMENT = "NAME"  # the parameter that chooses among several experiments
 EXPECTED = "expected log:A:B, lin:A:B, int:A:B or A|B|C"
 MAX_COMBINATIONS = 100_000
@@ -98,8 +99,8 @@ def parse_domain(option: str, word: str) -> Domain | None:
         UserError: it begins as a range does, but is none.
     """
     scale, colon, rest = word.partition(":")
-    if colon and scale in get_args(Scale):
-        return _parse_range(option, word, scale, rest)  # type: ignore[arg-type]
+    if colon and scale in SCALES:
+        return _parse_range(option, word, SCALES[scale], rest)
     if "|" not in word:
         return None
     words = tuple(word.split("|"))
