@@ -40,6 +40,7 @@ from runner.training.state import TrainState
 from tests.support.compare import MEASURED
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
+from tests.support.processes import python
 
 RECIPE = Recipe(2, 60, SGD(0.05))
 
@@ -285,6 +286,25 @@ def test_checkpoints_of_short_epochs_have_a_pause(trained, tmp_path: Path, secon
     trained(epochs=4, hooks=LoopHooks(checkpoint_seconds=seconds, heartbeat=look))
     look()
     assert found == {f"step-{step}" for step in saved}
+
+
+DENORMALS = """
+import torch
+from runner.deploy.session import OnnxSession
+from runner.system import cpu
+from tests.support.graphs import graph_of
+from tests.support.models.tiny import Tiny
+cpu.prepare()
+session = OnnxSession(graph_of(Tiny(), scale=1e-39).SerializeToString(), threads=2)
+logits = session(torch.randn(64, 3, 32, 32).numpy())
+print(int((torch.full((1 << 20,), 1e-39) * 1.5).ne(0).sum()), int((logits != 0).sum()))
+"""
+
+
+def test_denormal_numbers_count_as_zero() -> None:
+    """A CPU computes with them many times slower; every thread must flush them, and onnxruntime's too."""
+    done = python("-c", DENORMALS)
+    assert done.stdout.split() == ["0", "0"], done.stderr
 
 
 def test_each_epoch_has_an_order_of_its_own(trained, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ class OnnxSession:
         options.intra_op_num_threads = threads or environment.usable_cores()
         options.log_severity_level = 4  # fatal: other errors are raised
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # see cpu.prepare
         if fp16:
             options.add_session_config_entry("session.graph_optimizations_loop_level", "0")
         if not optimize:

@@ -1,4 +1,4 @@
-"""CPU settings: the number of threads, and the reuse of freed memory."""
+"""CPU settings: the number of threads, the reuse of freed memory, and denormal numbers."""
 
 import contextlib
 import ctypes
@@ -62,11 +62,15 @@ def peak_memory() -> int:
 
 
 def prepare(processes: int = 1) -> None:
-    """Sets torch's number of threads to this process's share of the usable cores, and keeps freed memory for reuse.
+    """Sets torch's number of threads to this process's share of the usable cores, and avoids two causes of slow steps.
 
     The launcher would give each process either one thread or all of them. By default, glibc maps new zeroed pages for
     every activation larger than a few MiB and unmaps them immediately after use, which makes memory-bound networks
     such as MobileNetV2 much slower.
+
+    Denormal numbers, below 1.2e-38 in float32, count as zero, because a CPU computes with them many times slower. Weight
+    decay drives the weights of dead units there: after five of its ten epochs, half of an AlexNet's weights are
+    denormal, and a step takes three times as long. Threads that start later inherit this setting.
 
     Args:
         processes: number of processes of this launch on this node.
@@ -74,6 +78,7 @@ def prepare(processes: int = 1) -> None:
     import torch
 
     torch.set_num_threads(max(1, usable_cores() // processes))
+    torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
