@@ -294,15 +294,17 @@ from runner.deploy.session import OnnxSession
 from runner.system import cpu
 from tests.support.graphs import graph_of
 from tests.support.models.tiny import Tiny
+def count():
+    return int((torch.full((1 << 20,), 1e-39) * 1.5).count_nonzero())
 cpu.prepare()
-session = OnnxSession(graph_of(Tiny(), scale=1e-39).SerializeToString(), threads=2)
-logits = session(torch.randn(64, 3, 32, 32).numpy())
-print(int((torch.full((1 << 20,), 1e-39) * 1.5).ne(0).sum()), int((logits != 0).sum()))
+before = count()
+OnnxSession(graph_of(Tiny()).SerializeToString())
+print(before, count())
 """
 
 
 def test_denormal_numbers_count_as_zero() -> None:
-    """A CPU computes with them many times slower; every thread must flush them, and onnxruntime's too."""
+    """A CPU computes with them many times slower; onnxruntime must not turn this off for the whole process."""
     done = python("-c", DENORMALS)
     assert done.stdout.split() == ["0", "0"], done.stderr
 

@@ -68,8 +68,8 @@ def prepare(processes: int = 1) -> None:
     every activation larger than a few MiB and unmaps them immediately after use, which makes memory-bound networks
     such as MobileNetV2 much slower.
 
-    Denormal numbers, below 1.2e-38 in float32, count as zero, because a CPU computes with them many times slower. Weight
-    decay drives the weights of dead units there: after five of its ten epochs, half of an AlexNet's weights are
+    Denormal numbers, below 1.2e-38 in float32, count as zero, because a CPU computes with them many times slower.
+    Weight decay drives the weights of dead units there: after five of its ten epochs, half of an AlexNet's weights are
     denormal, and a step takes three times as long. Threads that start later inherit this setting.
 
     Args:
