@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -201,7 +202,7 @@ class Pool:
             stdout=log,
             stderr=log,
             start_new_session=True,  # only this process receives Ctrl-C
-            preexec_fn=launcher.end_with_parent,
+            preexec_fn=partial(launcher.die_with_parent, os.getpid()),
         )
 
     def _visible_gpu(self, slot: int) -> dict[str, str]:

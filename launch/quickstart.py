@@ -225,10 +225,10 @@ def _has_latency(run: Run) -> bool:
 
 def _why_no_engine() -> str | None:
     """Returns why no engine can be built on this machine; None if one can."""
-    from runner.deploy import engine
+    from runner.deploy import engine_library
 
     try:
-        engine.choose("auto")
+        engine_library.select_library("auto")
     except UserError as error:
         return str(error)
     return None
@@ -236,10 +236,13 @@ def _why_no_engine() -> str | None:
 
 def _has_engine(run: Run) -> bool:
     """Returns whether the current ONNX file has an engine that is not for other GPUs."""
-    from runner.deploy import engine, onnx
+    from runner.deploy import engine_run, onnx
 
     try:
-        return any(engine.why_not_here(sidecar) is None for sidecar in engine.built(run, onnx.exported(run)))
+        return any(
+            engine_run.incompatibility(sidecar) is None
+            for sidecar in engine_run.verified_engines(run, onnx.exported(run))
+        )
     except UserError:
         return False
 

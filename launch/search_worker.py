@@ -1,7 +1,6 @@
 """A worker of a search: claims trials of the study, and stores what they reach. It keeps nothing that others need."""
 
 import contextlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from launch.local_pool import Job
 from launch.train_arguments import check_dataset, check_models
 from launch.trials import Trial, check_same_training, expand
 from runner.common.errors import UserError
-from runner.common.files import names_in, remove
+from runner.common.files import remove
 from runner.report import collect, compare
 from runner.run.lock import LockedError
 from runner.run.metrics import read_metrics
@@ -24,7 +23,6 @@ MAX_ATTEMPTS = 3  # per trial
 MAX_FAILURES = 3  # of different trials in a row, after which a worker gives up
 POLL_SECONDS = 1.0  # while other workers train what the next step depends on
 LOCK_SECONDS = 2.0  # for a free slot; it looks again later, so that signals are handled meanwhile
-STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,7 @@ class StudySource:
             self.study.complete(number, objectives)
             return f"{summary.validation_accuracy:.2%} validation accuracy"
         steps = [row.global_step for row in rows if row.epoch == target]
-        saved = [int(found[1]) for name in names_in(trial.run.checkpoints) if (found := STEP_FOLDER.fullmatch(name))]
-        if not steps or max(saved, default=-1) < steps[0] or state == "running":
+        if not steps or max(trial.run.checkpoint_steps(), default=-1) < steps[0] or state == "running":
             return ""
         self.study.report(number, {epoch: value for epoch, value in accuracy.items() if epoch <= target})
         return f"{accuracy[target]:.2%} validation accuracy after {target} epoch{'s' if target > 1 else ''}"

@@ -25,7 +25,9 @@ from runner.run.folder import Run
 
 SECRETS = ("WANDB_API_KEY",)  # SLURM stores a job's environment in files
 # Variables of the job that this process is part of, which srun would obey in the new job, and options of sbatch.
-OTHER_JOB = re.compile(r"(SLURM|SRUN)_(?!CONF$|CLUSTERS$|TIME_FORMAT$)\w+|SBATCH_ARRAY_INX|SBATCH_EXPORT")
+INHERITED_JOB_VARIABLES = re.compile(
+    r"(SLURM|SRUN)_(?!CONF$|CLUSTERS$|TIME_FORMAT$|JWT$)\w+|SBATCH_ARRAY_INX|SBATCH_EXPORT"
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ Gpus = Annotated[
     str, Format(r"([A-Za-z0-9][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,5}", "NUMBER or TYPE:NUMBER, such as 8 or h100:8")
 ]
 TimeLimit = Annotated[
-    str, Format(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+    str,
+    Format(
+        r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"
+    ),
 ]
 Name = Annotated[
-    str, Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]{0,999}", "letters, digits and any of _.,:@+/%=- after them")
+    str,
+    Format(r"[A-Za-z0-9][A-Za-z0-9_.,:@+/%=-]{0,999}", "a letter or digit, then letters, digits and any of _.,:@+/%=-"),
 ]
 Memory = Annotated[
     str, Format(r"0|[1-9][0-9]{0,8}[KMGT]?", "MiB, or a number with K, M, G or T, such as 64G; 0 for all of a node's")
@@ -80,7 +86,7 @@ class Allocation:
     nodes: Count = 1
     """Number of nodes."""
     gpus_per_node: Gpus | None = None
-    """GPUs per node, as NUMBER or TYPE:NUMBER; by default none, with one rank per node for --device cpu."""
+    """GPUs per node, as NUMBER or TYPE:NUMBER; by default none, and one rank per node, for --device cpu."""
     gres: Gres | None = None
     """Generic resources per node, as NAME:NUMBER or NAME:TYPE:NUMBER, separated by commas, e.g. gpu:8 on clusters
     without --gpus-per-node."""
@@ -106,8 +112,8 @@ class Allocation:
     """Container image in which the ranks run, on clusters with pyxis: a name such as ghcr.io#team/runner:1, or the
     absolute path of a squashfs file; see slurm/README.md."""
     stop_before: Annotated[int, Meta(ge=1, le=65535)] = 180
-    """Seconds before the time limit at which the run writes a checkpoint and the job is requeued; choose more than
-    twenty steps take."""
+    """Seconds before the time limit at which the run writes a checkpoint and the job is requeued; must be longer than
+    20 training steps take."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -116,13 +122,15 @@ class Allocation:
             for item in formats:
                 if isinstance(item, Format) and value is not None and not re.fullmatch(item.pattern, value):
                     raise UserError(f"--{name.replace('_', '-')} {value!r}: expected {item.expected}")
-        self._check_gpus()
+        self._check_resources()
         if self.time is not None and 0 < _seconds(self.time) <= self.stop_before:
-            least = f"more than the {self.stop_before} seconds of --stop-before, when each start would stop at once"
-            raise UserError(f"--time {self.time!r}: expected {least}; give more, or lower that")
+            raise UserError(
+                f"--time {self.time!r}: expected more than --stop-before ({self.stop_before} seconds), or every start "
+                "would stop at once; increase --time or decrease --stop-before"
+            )
 
-    def _check_gpus(self) -> None:
-        """Raises UserError if GPUs are requested twice, or CPUs twice or for no GPU."""
+    def _check_resources(self) -> None:
+        """Raises UserError for repeated or conflicting resource options."""
         names = [resource.rpartition(":")[0] for resource in (self.gres or "").split(",")]
         if len(set(names)) < len(names) or re.search(r"(^|,)gpu:[^,]*[KMGT](,|$)", self.gres or ""):
             raise UserError(f"--gres {self.gres!r}: expected each resource once, and GPUs as a plain number")
@@ -157,7 +165,7 @@ class Allocation:
             "account": self.account,
             "qos": self.qos,
             "constraint": self.constraint,
-            # Not sbatch's own options for containers: they would put the script in it, which calls srun and scontrol.
+            # Not sbatch's own options for containers: they would run the script in it, which calls srun and scontrol.
             "export": f"ALL,RUNNER_CONTAINER_IMAGE={self.container_image}" if self.container_image else "ALL",
         }
         # On the command line, because environment variables such as SBATCH_SIGNAL override the options in a script.
@@ -217,7 +225,8 @@ class Submit:
         if self.dry_run:
             print(shlex.join(command))
             return
-        print(f"job {sbatch(command, self.runs, environ)}; its log: {self.runs / 'slurm'}")
+        job_id = sbatch(command, self.runs, environ)
+        print(f"job {job_id}; log: {self.runs / 'slurm'}/runner-{self.experiment}-{job_id}.log")
 
     def command(self, arguments: list[str]) -> list[str]:
         """Returns the sbatch command as a list of arguments, for use without a shell.
@@ -232,13 +241,13 @@ class Submit:
         return [*fixed, *self.slurm.options(), "slurm/train.sbatch", *arguments]
 
 
-def name_and_log(name: str, runs: Path, number: str) -> list[str]:
+def name_and_log(name: str, runs: Path, job_id_pattern: str) -> list[str]:
     """Returns the options of sbatch for the job's name and its log.
 
     Args:
         name: name of the experiment or sweep.
         runs: folder of runs.
-        number: sbatch's filename pattern for the job number, such as `%j`.
+        job_id_pattern: sbatch's filename pattern for the job ID, such as `%j`.
 
     Raises:
         UserError: the path contains characters that sbatch would change.
@@ -247,7 +256,7 @@ def name_and_log(name: str, runs: Path, number: str) -> list[str]:
     if "\\" in folder or "\n" in folder:
         raise UserError(f"--runs {str(runs)!r}: expected no backslash and no line break, which sbatch would change")
     job_name = "runner-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    return [f"--job-name={job_name}", f"--output={folder.replace('%', '%%')}/%x-{number}.log"]
+    return [f"--job-name={job_name}", f"--output={folder.replace('%', '%%')}/%x-{job_id_pattern}.log"]
 
 
 def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, environ: Mapping[str, str]) -> None:
@@ -258,8 +267,9 @@ def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, e
     """
     modules = job_environment(environ)["PYTHONPATH"].split(os.pathsep)
     words = [re.sub(r"^--[^=]*=", "", word) for word in arguments]
-    for path in (str(ROOT), *modules, str(runs.absolute()), *words) if allocation.container_image else ():
-        if path.startswith("/") and re.search("[,:]", path) and Path(path).exists():
+    created = str(runs.absolute())  # mounted as well, even if it does not exist yet
+    for path in (str(ROOT), *modules, created, *words) if allocation.container_image else ():
+        if path.startswith("/") and re.search("[,:]", path) and (path == created or Path(path).exists()):
             split = "at which pyxis splits --container-mounts"
             raise UserError(f"{path}: expected no comma and no colon with --container-image, {split}; rename it")
 
@@ -271,7 +281,7 @@ def require_sbatch(environ: Mapping[str, str]) -> None:
 
 
 def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
-    """Runs sbatch in the checkout, and returns the job's number.
+    """Runs sbatch in the checkout, and returns the job ID.
 
     The W&B key is not passed on, because SLURM stores a job's environment in files. On the nodes the key comes from
     ~/.netrc, which `wandb login` writes; without it, runs are offline. If this process is part of a job, that job's
@@ -281,18 +291,18 @@ def sbatch(command: list[str], runs: Path, environ: Mapping[str, str]) -> str:
         UserError: sbatch refuses the job, or the folder of logs is not writable.
     """
     if any(name in environ for name in SECRETS):
-        reason = "its key is not passed to SLURM, which would store it in files; on the cluster, use: wandb login"
+        reason = "WANDB_API_KEY is not passed to SLURM, which would store it in files; on the cluster, use: wandb login"
         print(f"W&B: {reason}", file=sys.stderr)
     try:
         (runs / "slurm").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
-    withheld = {name for name in environ if name in SECRETS or OTHER_JOB.fullmatch(name)}
-    public = {name: value for name, value in job_environment(environ).items() if name not in withheld}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=public, check=False)
+    withheld = {name for name in environ if name in SECRETS or INHERITED_JOB_VARIABLES.fullmatch(name)}
+    job_environ = {name: value for name, value in job_environment(environ).items() if name not in withheld}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=job_environ, check=False)
     if result.returncode != 0:
         reason = "; ".join(result.stderr.strip().splitlines()) or f"exit code {result.returncode}"
         if re.search("timed out|Unable to contact", reason):
-            raise UserError(f"{reason}; the job may be queued all the same; look with squeue --me before a second try")
+            raise UserError(f"{reason}; the job may have been queued anyway; check squeue --me before submitting again")
         raise UserError(f"sbatch refused: {reason}")
     return result.stdout.strip().split(";")[0]

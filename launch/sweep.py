@@ -207,7 +207,7 @@ class Sweep:
     def manifest(self) -> SweepManifest:
         """Reads sweep.json; returns an empty manifest if the file does not exist."""
         path = self.folder / "sweep.json"
-        return files.read(path, SweepManifest) if files.is_file(path) else SweepManifest()
+        return files.read_json(path, SweepManifest) if files.is_file(path) else SweepManifest()
 
     def update_manifest(self, states: Mapping[str, str], jobs: Sequence[ArrayJob] = ()) -> None:
         """Adds states and submitted jobs to sweep.json; a job replaces the entry of the same file.
@@ -220,7 +220,9 @@ class Sweep:
             files_of_jobs = {job.file for job in jobs}
             states = {**previous.trials, **states}
             jobs = [*(job for job in previous.jobs if not job.file or job.file not in files_of_jobs), *jobs]
-            files.write(self.folder / "sweep.json", SweepManifest(list(self.names), list(self.seeds), states, jobs))
+            files.write_json(
+                self.folder / "sweep.json", SweepManifest(list(self.names), list(self.seeds), states, jobs)
+            )
 
     def train_here(self, trials: list[Trial], missing: list[Trial], environ: Mapping[str, str]) -> None:
         """Trains the missing trials on this machine, and prints the states of all.

@@ -17,8 +17,8 @@ from launch import quickstart
 from launch.plan import Resources
 from runner.commands import doctor
 from runner.common.errors import UserError
-from runner.common.files import read, write
-from runner.deploy import engine, latency, parity
+from runner.common.files import read_json, write_json
+from runner.deploy import engine_build, engine_library, engine_run, latency, parity
 from runner.deploy import onnx as exporter
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, LatencyRow
@@ -45,7 +45,7 @@ def use_gpu(monkeypatch: pytest.MonkeyPatch, capability: str | None) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, *backends: str) -> None:
     """Simulates that only these libraries load."""
-    for name, library in engine.LIBRARIES.items():
+    for name, library in engine_library.LIBRARIES.items():
         monkeypatch.setitem(sys.modules, library.module, SimpleNamespace() if name in backends else None)
 
 
@@ -62,8 +62,8 @@ def test_auto_selects_a_library_that_covers_the_gpu(
 ) -> None:
     use_gpu(monkeypatch, capability)
     install(monkeypatch, *installed)
-    backend, module = engine.choose("auto")
-    assert (backend, module) == (selected, sys.modules[engine.LIBRARIES[selected].module])
+    backend, module = engine_library.select_library("auto")
+    assert (backend, module) == (selected, sys.modules[engine_library.LIBRARIES[selected].module])
 
 
 RTX = "7.5, 8.6, 8.9, 12.0, 12.1"
@@ -127,7 +127,7 @@ def test_what_no_library_covers_is_refused(
     use_gpu(monkeypatch, capability)
     install(monkeypatch, *installed)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        engine.choose(backend, targets)
+        engine_library.select_library(backend, targets)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_targets_are_built_by_tensorrt_for_rtx(
 ) -> None:
     use_gpu(monkeypatch, capability)
     install(monkeypatch, *BOTH)
-    assert engine.choose(backend, targets)[0] == "tensorrt-rtx"
+    assert engine_library.select_library(backend, targets)[0] == "tensorrt-rtx"
 
 
 DRIVER = """
@@ -186,25 +186,26 @@ def test_the_sidecar_names_the_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_gpu(monkeypatch, capability)
-    options = engine.EngineOptions("tensorrt-rtx", (1, 2, 4), targets)
-    sidecar = engine.build(own, exporter.exported(own), options)
+    options = engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4), targets)
+    sidecar = engine_build.build(own, exporter.exported(own), options)
     assert (sidecar.target, sidecar.compute_capabilities) == (target, capabilities)
     assert (sidecar.outside_matrix, sidecar.caveat) == ([], None)
-    assert engine.built(own, exporter.exported(own)) == [sidecar]
+    assert engine_run.verified_engines(own, exporter.exported(own)) == [sidecar]
 
 
 def test_a_gpu_that_portable_engines_do_not_cover_is_a_target() -> None:
     built_for = {
-        capability: engine._built_for("tensorrt-rtx", (), Gpu("GPU", capability)) for capability in ("7.5", "8.6")
+        capability: engine_library.resolve_targets("tensorrt-rtx", (), Gpu("GPU", capability))
+        for capability in ("7.5", "8.6")
     }
     assert built_for == {"7.5": (("SM75",), ("7.5",)), "8.6": ((), ("8.6", "8.9", "12.0"))}
-    assert engine._built_for("tensorrt", (), Gpu("H100", "9.0")) == ((), ("9.0",))
+    assert engine_library.resolve_targets("tensorrt", (), Gpu("H100", "9.0")) == ((), ("9.0",))
 
 
 def test_int8_arithmetic_is_outside_the_matrix_of_tensorrt_for_rtx() -> None:
     precisions = {"CONVOLUTION": {"FLOAT": 1, "INT8": 3}, "MATRIX_MULTIPLY": {"FLOAT": 1}, "SHUFFLE": {"INT8": 2}}
-    assert engine.outside_matrix("tensorrt-rtx", precisions) == ["int8 convolutions"]
-    assert engine.outside_matrix("tensorrt", precisions) == []
+    assert engine_build.outside_matrix("tensorrt-rtx", precisions) == ["int8 convolutions"]
+    assert engine_build.outside_matrix("tensorrt", precisions) == []
 
 
 def test_an_engine_that_does_not_load_here_is_not_written(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,21 +215,21 @@ def test_an_engine_that_does_not_load_here_is_not_written(own: Run, monkeypatch:
         path.unlink()
     use_gpu(monkeypatch, "8.9")
     with pytest.raises(UserError, match=r"model\.fp32\.onnx: tensorrt-rtx's engine does not load on this GPU: ERROR"):
-        engine.build(own, exporter.exported(own), engine.EngineOptions("tensorrt-rtx", (1, 2, 4)))
+        engine_build.build(own, exporter.exported(own), engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4)))
     assert not list(own.deploy.glob("*.engine*"))
 
 
 def test_an_engine_for_other_gpus_is_not_for_this_one(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is listed with the reason, and is an error only if engines were requested and no other one runs."""
     file = exporter.exported(own)
-    (sidecar,) = engine.built(own, file)
+    (sidecar,) = engine_run.verified_engines(own, file)
     use_gpu(monkeypatch, "9.0")
     reason = (
         f"{sidecar.engine}: not for this GPU: expected compute capability 8.6 or 8.9 or 12.0, found H100 (compute "
         "capability 9.0)"
     )
     with pytest.raises(UserError, match=re.escape(f"{reason}; build one: runner engine {own.folder}")):
-        engine.RunningEngine(own, sidecar)
+        engine_run.LoadedEngine(own, sidecar)
     (target,) = latency._engine_targets(own, file, "cuda")
     assert target.row.not_measured.startswith(reason)
     monkeypatch.setattr(parity, "_open_session", lambda file, device: "session")
@@ -238,7 +239,7 @@ def test_an_engine_for_other_gpus_is_not_for_this_one(own: Run, monkeypatch: pyt
     with pytest.raises(UserError, match="not for this GPU"):
         parity._open_candidates(own, [file], "cuda", ("engine",))
     other = replace(sidecar, compute_capabilities=["9.0"])
-    monkeypatch.setattr(engine, "built", lambda run, file: [sidecar, other])
+    monkeypatch.setattr(engine_run, "verified_engines", lambda run, file: [sidecar, other])
     monkeypatch.setattr(parity, "_open_engine", lambda run, file, opened: opened)
     candidates, not_scored = parity._open_candidates(own, [file], "cuda", ("engine",))
     assert candidates == [other]
@@ -249,18 +250,18 @@ def test_an_engine_for_other_gpus_is_not_for_this_one(own: Run, monkeypatch: pyt
 def test_an_engine_is_checked_before_it_is_loaded(own: Run, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT, which executes it, never gets an engine of another file, version or GPU."""
     file, loaded = exporter.exported(own), []
-    (sidecar,) = engine.built(own, file)
+    (sidecar,) = engine_run.verified_engines(own, file)
     if changed in ("engine", "onnx"):
         with (own.folder / getattr(sidecar, changed)).open("ab") as opened:
             opened.write(b"x")
     elif changed == "version":
-        write(engine.sidecar_of(own.folder / sidecar.engine), replace(sidecar, version="0.1"))
+        write_json(engine_run.sidecar_of(own.folder / sidecar.engine), replace(sidecar, version="0.1"))
     use_gpu(monkeypatch, "9.0" if changed == "gpu" else "8.9")
-    library = engine.load(sidecar.backend)
+    library = engine_library.import_library(sidecar.backend)
     runtime = SimpleNamespace(deserialize_cuda_engine=loaded.append)
     monkeypatch.setattr(library, "Runtime", lambda logger: runtime)
     message = {
-        "nothing": "does not load on this GPU", "engine": "found another file", "onnx": "found another file",
+        "nothing": "does not load on this GPU", "engine": "found [0-9a-f]{12}…; build", "onnx": "found [0-9a-f]{12}…; build",
         "version": "built by tensorrt-rtx 0.1, but", "gpu": "not for this GPU",
     }  # fmt: skip
     with pytest.raises(UserError, match=message[changed]):
@@ -270,14 +271,14 @@ def test_an_engine_is_checked_before_it_is_loaded(own: Run, changed: str, monkey
 
 def test_a_sidecar_of_an_earlier_version_is_read_and_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "tests/golden/runs/soni-2/seed-0/deploy/model.fp32.tensorrt-rtx.engine.json"
-    sidecar = read(path, EngineSidecar)
+    sidecar = read_json(path, EngineSidecar)
     assert (sidecar.compute_capabilities, sidecar.outside_matrix) == ([], [])
     use_gpu(monkeypatch, "9.0")
-    assert engine.why_not_here(sidecar) is None
+    assert engine_run.incompatibility(sidecar) is None
 
 
 def test_rows_of_a_marked_engine_say_so(monkeypatch: pytest.MonkeyPatch, own: Run, capsys) -> None:
-    (sidecar,) = engine.built(own, exporter.exported(own))
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
     marked = replace(sidecar, outside_matrix=["int8 convolutions"])
     caveat = "outside NVIDIA's support matrix: int8 convolutions"
     monkeypatch.setattr(parity, "require_passed", lambda *_: own.read_parity().rows[0].gate)
@@ -290,8 +291,34 @@ def test_rows_of_a_marked_engine_say_so(monkeypatch: pytest.MonkeyPatch, own: Ru
         assert measured.warning == warning
     scored = replace(own.read_parity().rows[0], caveat=marked.caveat)
     assert str(scored).endswith(f", {caveat}")
-    write(own.parity, replace(own.read_parity(), rows=[scored]))
+    write_json(own.parity, replace(own.read_parity(), rows=[scored]))
     assert own.read_parity().rows == [scored]
+
+
+@pytest.mark.parametrize(
+    ("built", "compatible", "installed", "runs"),
+    [
+        ("11.4.0.106", False, "11.4.0.106", True),
+        ("11.4.0.106", False, "11.5.0.1", False),
+        ("11.4.0.106", True, "11.4.0.106", True),
+        ("11.4.0.106", True, "11.5.0.1", True),
+        ("11.4.0.106", True, "11.10.0.1", True),  # by number, not as text
+        ("11.4.0.106", True, "11.3.9.9", False),
+        ("11.4.0.106", True, "12.0.0.1", False),
+    ],
+)
+def test_an_engine_runs_on_the_version_that_built_it_and_if_compatible_on_later_ones(
+    built: str, compatible: bool, installed: str, runs: bool, own: Run
+) -> None:
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
+    sidecar = replace(sidecar, version=built, version_compatible=compatible)
+    assert engine_run.runs_on(sidecar, installed) == runs
+
+
+def test_only_tensorrt_builds_engines_for_later_versions(own: Run) -> None:
+    options = engine_build.EngineOptions("tensorrt-rtx", version_compatible=True)
+    with pytest.raises(UserError, match="--version-compatible: expected TensorRT, found tensorrt-rtx"):
+        engine_build.build(own, exporter.exported(own), options)
 
 
 @pytest.mark.parametrize(
@@ -317,11 +344,11 @@ def test_a_damaged_description_of_an_engine_is_a_message(
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: loaded)
     trt = SimpleNamespace(Runtime=lambda logger: runtime, LayerInformationFormat=SimpleNamespace(JSON=1))
     log = SimpleNamespace(logger=None, lines=[])
-    assert engine._inspect(trt, log, b"", "images", 1, "x.onnx: the engine") == layers
+    assert engine_build._inspect(trt, log, b"", "images", engine_build.EngineOptions(), "x.onnx: the engine") == layers
     line = f"x.onnx: the engine: the inspector {problem}, so the types of its tensors are not checked"
     assert capsys.readouterr().err == (f"runner: {line}\n" if problem else "")
     assert log.lines == ([f"WARNING: {line}"] if problem else [])
-    assert engine.inspected_precisions([{"Outputs": None}, "a name"]) == {}
+    assert engine_build.inspected_precisions([{"Outputs": None}, "a name"]) == {}
 
 
 def test_the_doctor_says_what_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,22 +362,26 @@ def test_the_doctor_says_what_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"covers only compute capability {RTX}, found H100" in found["tensorrt-rtx"].found
     assert "pip install tensorrt-cu13" in found["engines"].found
     install(monkeypatch, *BOTH)
-    try_out = engine.try_out
+    smoke_test = engine_library.smoke_test
 
-    def run(backend: str) -> engine.Trial:
-        return engine.Trial(1000, ("9.0",), environment.first_gpu()) if backend == "tensorrt" else try_out(backend)
+    def run(backend: str) -> engine_library.SmokeTest:
+        return (
+            engine_library.SmokeTest(1000, ("9.0",), environment.first_gpu())
+            if backend == "tensorrt"
+            else smoke_test(backend)
+        )
 
-    monkeypatch.setattr(engine, "try_out", run)
+    monkeypatch.setattr(engine_library, "smoke_test", run)
     well, _, last = doctor.tensorrt()
     assert (well.state, well.found) == (
         "well", "builds, loads and runs an engine (1,000 bytes) on H100 (compute capability 9.0)",
     )  # fmt: skip
     assert (last.check, last.state, last.found) == ("engines", "well", "--backend auto selects tensorrt")
 
-    def fail(backend: str) -> engine.Trial:
+    def fail(backend: str) -> engine_library.SmokeTest:
         raise RuntimeError("builds an engine that does not load on this GPU: no reason given\nmore")
 
-    monkeypatch.setattr(engine, "try_out", fail)
+    monkeypatch.setattr(engine_library, "smoke_test", fail)
     assert [finding.state for finding in doctor.tensorrt()] == ["fault", "fault", "well"]
 
 
@@ -369,10 +400,10 @@ def test_without_a_gpu_the_doctor_says_that_nothing_ran(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 def test_a_small_engine_runs_on_a_gpu() -> None:
     try:
-        backend, _ = engine.choose("auto")
+        backend, _ = engine_library.select_library("auto")
     except UserError as error:
         pytest.skip(str(error))
-    gpu = engine.try_out(backend).gpu
+    gpu = engine_library.smoke_test(backend).gpu
     major, minor = torch.cuda.get_device_capability()
     assert gpu == environment.first_gpu() == Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
 

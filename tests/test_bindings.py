@@ -1,7 +1,10 @@
 """The parts of TensorRT for RTX that the engine code uses exist in TensorRT 11, with the same signatures.
 
 TensorRT 11's bindings are installed without its libraries and load with empty stand-ins. So the tests compare names,
-arguments and return types; testing what the functions do needs a GPU and the libraries.
+arguments and return types; testing what the functions do needs a GPU and the libraries. Names are collected from the
+engine code as attributes of any object: an attribute counts as used if a class of TensorRT for RTX, or TENSORRT_ONLY,
+has that name. Of properties only the name is compared, because the bindings do not give them a signature; what an
+operator or the buffer protocol does, as in `bytes(plan)`, is not compared at all.
 """
 
 import ast
@@ -16,7 +19,7 @@ import pytest
 
 from tests.support.processes import ROOT
 
-FILES = ("runner/deploy/engine.py", "runner/deploy/latency.py")
+FILES = ("runner/deploy/engine_library.py", "runner/deploy/engine_build.py", "runner/deploy/engine_run.py")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 # Called only with TensorRT for RTX, which builds for GPUs of other machines, compiles kernels at run time, and needs a
 # flag for CUDA graphs.
@@ -28,11 +31,15 @@ RTX_ONLY = {
     "DynamicShapesKernelSpecializationStrategy",
     "REQUIRE_USER_ALLOCATION",
 }
+# Used only with TensorRT, which builds engines that later versions can run.
+TENSORRT_ONLY = {("BuilderFlag", "VERSION_COMPATIBLE"), ("Runtime", "engine_host_code_allowed")}
+# Used as attributes of the module itself.
+OF_MODULE = {"float32"}
 # Prints every class of a module, with the signatures of its attributes as pybind11 writes them into docstrings.
 DUMP_API = """
 import json, sys
 module = __import__(sys.argv[1])
-classes = {}
+classes = {"": {name: "" for name in dir(module)}}
 for name, value in vars(module.tensorrt if hasattr(module, "tensorrt") else module).items():
     if isinstance(value, type):
         docs = {key: (getattr(value, key).__doc__ or "") for key in dir(value) if not key.startswith("__")}
@@ -87,7 +94,7 @@ def test_tensorrt_11_has_what_the_engine_code_uses(tensorrt: Api) -> None:
     used = {
         (cls, name)
         for cls, attributes in rtx.items()
-        if cls not in RTX_ONLY
+        if cls and cls not in RTX_ONLY
         for name in names & attributes.keys() - RTX_ONLY
     }
     assert {("Builder", "create_network"), ("OnnxParser", "parse"), ("Runtime", "deserialize_cuda_engine")} <= used
@@ -106,6 +113,16 @@ def test_tensorrt_11_has_what_the_engine_code_uses(tensorrt: Api) -> None:
     }
     assert differing == {}
     print(f"{len(used)} attributes of {len({cls for cls, _ in used})} classes compared")
+
+
+def test_tensorrt_11_has_what_the_engine_code_uses_of_it_alone(tensorrt: Api) -> None:
+    names = used_names()
+    for cls, name in TENSORRT_ONLY:
+        assert name in names
+        assert name in tensorrt[cls]
+    for module in (tensorrt, api_of("tensorrt_rtx")):
+        assert names >= OF_MODULE
+        assert module[""].keys() >= OF_MODULE
 
 
 def test_the_engine_code_uses_nothing_that_tensorrt_11_removed(tensorrt: Api) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from tests.support import many_runs
 
@@ -56,8 +56,8 @@ def test_the_epoch_of_the_accuracy_is_stated(run: Run, capsys: pytest.CaptureFix
     assert "After the last epoch; no weights" in card_of(run.folder, capsys)
     config = run.config()
     recipe = dataclasses.replace(config.recipe, validation=50, patience=2)
-    write(run.run_json, msgspec.structs.replace(config, recipe=recipe))
-    write(run.summary, msgspec.structs.replace(run.read_summary(), best_epoch=3.0))
+    write_json(run.run_json, msgspec.structs.replace(config, recipe=recipe))
+    write_json(run.summary, msgspec.structs.replace(run.read_summary(), best_epoch=3.0))
     assert "After epoch 3, the best on validation images; no weights" in card_of(run.folder, capsys)
 
 
@@ -67,7 +67,7 @@ def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[st
     package = msgspec.structs.replace(
         report.rows[0], backend="aotinductor", onnx="deploy/model.fp32.cpu.pt2", provider="torch cpu", passed=True
     )
-    write(run.parity, msgspec.structs.replace(report, rows=[package]))
+    write_json(run.parity, msgspec.structs.replace(report, rows=[package]))
     assert "## Use\n\nExport a file first" in card_of(run.folder, capsys)
 
 
@@ -85,9 +85,9 @@ def test_limits_are_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert parity is not None
     confusion = [list(row) for row in summary.confusion]
     confusion[3] = [0, 0, 0, 40, 0, 59, 0, 0, 0, 0]
-    write(run.summary, msgspec.structs.replace(summary, epochs=1.0, confusion=confusion, validation_accuracy=None))
+    write_json(run.summary, msgspec.structs.replace(summary, epochs=1.0, confusion=confusion, validation_accuracy=None))
     failed = [msgspec.structs.replace(row, passed=False) for row in parity.rows]
-    write(run.parity, msgspec.structs.replace(parity, rows=failed))
+    write_json(run.parity, msgspec.structs.replace(parity, rows=failed))
     card = card_of(run.folder, capsys)
     classes = run.config().dataset.classes
     for limit in (
@@ -108,7 +108,7 @@ def test_text_of_a_run_is_escaped(run: Run, capsys: pytest.CaptureFixture[str]) 
     dataset = msgspec.structs.replace(
         config.dataset, name="a|b\n# Title", classes=["<script>", *config.dataset.classes[1:]], source={"k|": "`x`"}
     )
-    write(run.run_json, msgspec.structs.replace(config, dataset=dataset))
+    write_json(run.run_json, msgspec.structs.replace(config, dataset=dataset))
     card = card_of(run.folder, capsys)
     assert "<script>" not in card
     assert "\n# Title" not in card

@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 from runner.common import files
 from runner.common.errors import UserError
-from runner.common.files import read, sha256_of, write
+from runner.common.files import read_json, sha256_of, write_json
 from runner.config.recipe import Architecture
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.schema import CheckpointManifest
 from runner.training import checkpoint
 from tests.support.configs import config_of, trusted
@@ -33,7 +33,7 @@ from tests.support.processes import ROOT, python
 def run(tmp_path: Path) -> Run:
     run = trusted(tmp_path / "run")
     architecture = Architecture("tests.support.models.tiny:Tiny", {"norm": True})
-    write(run.run_json, config_of(architecture=architecture, dataset="synthetic-10"))
+    write_json(run.run_json, config_of(architecture=architecture, dataset="synthetic-10"))
     return run
 
 
@@ -111,11 +111,11 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     first, second = checkpoint.save(run, weights, 9, {"step": 9}), checkpoint.save(run, weights, 10)
     assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
     assert [path.name for path in sorted(second.iterdir())] == ["manifest.json", "model.safetensors"]
-    content = (second / checkpoint.MANIFEST).read_bytes()
-    manifest = read(second / checkpoint.MANIFEST, CheckpointManifest)
+    content = (second / MANIFEST).read_bytes()
+    manifest = read_json(second / MANIFEST, CheckpointManifest)
     assert manifest.step == 10
-    write(second / checkpoint.MANIFEST, manifest)
-    assert (second / checkpoint.MANIFEST).read_bytes() == content  # formatted like other files
+    write_json(second / MANIFEST, manifest)
+    assert (second / MANIFEST).read_bytes() == content  # formatted like other files
     assert checkpoint.read_state(first) == {"step": 9, "run_config": run.run_json.read_text()}
     assert checkpoint.newest_intact(run) == (first, [f"{second}: expected state.pt to resume from, found only weights"])
     with pytest.raises(UserError, match=r"expected a checkpoint with manifest\.json, found none"):
@@ -136,7 +136,7 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     assert checkpoint.is_newest(run, second)
 
 
-@pytest.mark.parametrize("name", [checkpoint.MANIFEST, checkpoint.WEIGHTS])
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
 def test_a_checkpoint_that_cannot_be_read_may_be_intact(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that without another one the run does not start over; errors of a file server name no file."""
     failing: list[Path] = []
@@ -199,9 +199,9 @@ def test_a_state_that_torch_cannot_read_is_named(
     monkeypatch.chdir(run.folder)
     folder = checkpoint.save(run, {}, 1, {"step": 1})
     damage(folder / checkpoint.STATE)
-    manifest = read(folder / checkpoint.MANIFEST, CheckpointManifest)
+    manifest = read_json(folder / MANIFEST, CheckpointManifest)
     hashes = manifest.sha256 | {checkpoint.STATE: sha256_of(folder / checkpoint.STATE)}
-    write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
+    write_json(folder / MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
     with pytest.raises(UserError, match=f"^{re.escape(str(folder / checkpoint.STATE))}: cannot be read: "):
         checkpoint.read_state(folder)
     assert not (run.folder / "unpickled").exists()
@@ -210,9 +210,9 @@ def test_a_state_that_torch_cannot_read_is_named(
 @pytest.mark.parametrize("listed", [[], ["state.pt"], ["model.safetensors", "other"]])
 def test_a_manifest_lists_each_file(run: Run, listed: list[str]) -> None:
     folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1, {"step": 1})
-    manifest = read(folder / checkpoint.MANIFEST, CheckpointManifest)
+    manifest = read_json(folder / MANIFEST, CheckpointManifest)
     hashes = {name: manifest.sha256.get(name, "0") for name in listed}
-    write(folder / checkpoint.MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
+    write_json(folder / MANIFEST, msgspec.structs.replace(manifest, sha256=hashes))
     with pytest.raises(
         UserError, match=r"damaged: expected (a SHA-256 of each file|SHA-256 0, found no such file); train"
     ):
@@ -238,9 +238,9 @@ def test_a_checkpoint_that_cannot_be_removed_is_none(run: Run, monkeypatch: pyte
 
 def test_weights_and_manifest_name_the_dataset(run: Run) -> None:
     folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1)
-    with safe_open(folder / checkpoint.WEIGHTS, "pt") as file:
+    with safe_open(folder / WEIGHTS, "pt") as file:
         assert file.metadata() == {"dataset": "synthetic-10"}
-    assert json.loads((folder / checkpoint.MANIFEST).read_text())["dataset"] == "synthetic-10"
+    assert json.loads((folder / MANIFEST).read_text())["dataset"] == "synthetic-10"
 
 
 def test_the_latest_checkpoint_has_the_highest_step(run: Run) -> None:
@@ -284,7 +284,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(run: Run) -> None:
 
 def test_a_damaged_file_is_named(run: Run) -> None:
     folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 1)
-    path = folder / checkpoint.WEIGHTS
+    path = folder / WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

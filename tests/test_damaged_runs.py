@@ -24,7 +24,7 @@ from PIL import Image
 from runner import cli
 from runner.common import files
 from runner.common.errors import UserError
-from runner.common.files import read, write
+from runner.common.files import read_json, write_json
 from runner.report import collect, compare, markdown, page
 from runner.run.folder import Run, find_runs
 from runner.run.metrics import read_metrics
@@ -271,7 +271,7 @@ def test_a_value_that_no_page_can_show_is_refused(
 @given(st.recursive(st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_no_file_of_ours_holds_a_number_that_json_lacks(value: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "file.json", {"value": value})
+        write_json(Path(folder) / "file.json", {"value": value})
         json.loads((Path(folder) / "file.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
@@ -315,7 +315,7 @@ def test_json_that_is_nested_too_deep_is_damaged(kind: type, tmp_path: Path) -> 
     """Also in a key that no command reads."""
     (tmp_path / "file.json").write_text('{"more": ' + "[" * 10_000)
     with pytest.raises(UserError, match=r"file\.json: damaged, or written by another version"):
-        read(tmp_path / "file.json", kind)
+        read_json(tmp_path / "file.json", kind)
 
 
 def test_a_folder_need_not_have_a_unicode_name(own: Run, tmp_path: Path) -> None:

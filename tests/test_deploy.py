@@ -20,10 +20,10 @@ from data_prep import beton, manifest, sources
 from data_prep.sources import Source
 from runner import experiments
 from runner.common.errors import UserError
-from runner.common.files import read, sha256_of, write
+from runner.common.files import read_json, sha256_of, write_json
 from runner.config.recipe import Experiment
 from runner.data.open import model_input, open_split_of_run
-from runner.deploy import engine, latency, parity, precision, predict
+from runner.deploy import engine_build, engine_library, engine_run, latency, parity, precision, predict
 from runner.deploy import onnx as exporter
 from runner.deploy.session import OnnxSession, ProviderError, usable_providers
 from runner.run.folder import Run
@@ -86,7 +86,7 @@ def untrained(name: str, experiment: Experiment, data: Path, folder: Path) -> Ru
         dataset=dataset,
         input=model_input(prepared, experiment.recipe),
     )
-    write(run.run_json, config)
+    write_json(run.run_json, config)
     torch.manual_seed(0)
     model = experiment.architecture.build()
     # Without this, some return the same logits for every image: a last layer is zero, or batch norm is far off.
@@ -220,7 +220,7 @@ def test_onnx_is_one_file_with_metadata(exported: Run, kind: str, few: Path) -> 
 @of_every_experiment("fp32", "fp16", "int8")
 def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> None:
     file = file_of(exported, kind)
-    sidecar = engine.build(exported, file, engine.EngineOptions("tensorrt-rtx", (1, 64, 256)))
+    sidecar = engine_build.build(exported, file, engine_build.EngineOptions("tensorrt-rtx", (1, 64, 256)))
     assert (exported.folder / sidecar.engine).stat().st_size == sidecar.bytes
     assert sidecar.onnx_sha256 == sha256_of(file.path)
     expected = {"fp32": "FLOAT", "fp16": "HALF", "int8": "INT8"}[kind]
@@ -236,7 +236,7 @@ def test_a_real_engine_of_each_precision_is_built(exported: Run, kind: str) -> N
     assert ("int8 convolutions" in sidecar.outside_matrix) == (kind == "int8")
     assert sidecar.batch == BatchRange(min=1, opt=64, max=256)
     assert sidecar.dataset == exported.config().dataset.name
-    assert sidecar in engine.built(exported, file)
+    assert sidecar in engine_run.verified_engines(exported, file)
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_files_of_earlier_weights_are_refused(own: Run) -> None:
     precision.convert(own, "fp16", None)
     assert parity.require_passed(own, exporter.exported(own), "CPUExecutionProvider").passed
     report = own.read_parity()
-    write(own.parity, replace(report, rows=[replace(report.rows[0], machine=Machine(cpu="another"))]))
+    write_json(own.parity, replace(report, rows=[replace(report.rows[0], machine=Machine(cpu="another"))]))
     with pytest.raises(UserError, match="not scored on CPUExecutionProvider"):
         parity.require_passed(own, exporter.exported(own), "CPUExecutionProvider")
     weights = {name: tensor + 1 for name, tensor in checkpoint.load_model(own).state_dict().items()}
@@ -303,9 +303,9 @@ def test_files_of_earlier_weights_are_refused(own: Run) -> None:
 
 
 def test_an_engine_runs_on_any_number_of_images(own: Run) -> None:
-    (sidecar,) = engine.built(own, exporter.exported(own))
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
 
-    class Sum(engine.RunningEngine):
+    class Sum(engine_run.LoadedEngine):
         """Stands in for an engine that takes 3 or 4 images."""
 
         def __init__(self) -> None:
@@ -321,8 +321,8 @@ def test_an_engine_runs_on_any_number_of_images(own: Run) -> None:
 
 def test_a_sidecar_has_targets_and_the_raw_front_end(own: Run) -> None:
     file = precision.add_raw_front_end(own, "fp32")
-    options = engine.EngineOptions("tensorrt-rtx", (1, 8, 16), ("SM89", "SM120"), 3)
-    sidecar = engine.build(own, file, options)
+    options = engine_build.EngineOptions("tensorrt-rtx", (1, 8, 16), ("SM89", "SM120"), 3)
+    sidecar = engine_build.build(own, file, options)
     assert sidecar.target == "SM89, SM120"
     assert sidecar.optimization_level == 3
     assert sidecar.inputs == [("pixels", [-1, 32, 32, 3], "UINT8")]
@@ -333,16 +333,18 @@ def test_an_fp16_request_cannot_give_an_fp32_engine(unbuilt: Run) -> None:
     proto, metadata = exporter.read(exporter.path_of(unbuilt, "fp32"))
     exporter.write(unbuilt, proto, "fp16", False, metadata.weights)
     with pytest.raises(UserError, match=r"expected HALF arithmetic for fp16, found {'FLOAT'"):
-        engine.build(unbuilt, exporter.exported(unbuilt, "fp16"), engine.EngineOptions("tensorrt-rtx", (1, 2, 4)))
+        engine_build.build(
+            unbuilt, exporter.exported(unbuilt, "fp16"), engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4))
+        )
     assert not list(unbuilt.deploy.glob("*.engine*"))
     fp32 = [{"LayerType": "Conv", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}]
     fp16 = [*fp32, {"LayerType": "Conv", "Outputs": [{"Format/Datatype": "Channel major FP16 format"}]}]
     file = exporter.exported(unbuilt, "fp16")
-    assert engine.inspected_precisions(fp16) == {"FLOAT": 1, "HALF": 1}
-    engine.check_inspected(file, fp16)
-    engine.check_inspected(file, [{"Outputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}])
+    assert engine_build.inspected_precisions(fp16) == {"FLOAT": 1, "HALF": 1}
+    engine_build.check_inspected(file, fp16)
+    engine_build.check_inspected(file, [{"Outputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}])
     with pytest.raises(UserError, match=r"expected HALF in the engine for fp16, found {'FLOAT': 1}"):
-        engine.check_inspected(file, fp32)
+        engine_build.check_inspected(file, fp32)
 
 
 def spoil_fp16(run: Run, change: Callable[[np.ndarray], np.ndarray]) -> str:
@@ -458,7 +460,7 @@ def test_logits_that_are_not_finite_are_refused(confident: Run, tmp_path: Path) 
 
 def test_bench_keeps_the_rows_of_current_files(confident: Run) -> None:
     precision.convert(confident, "int8-cpu", precision.calibration_images(confident, None, 64))
-    engine.build(confident, exporter.exported(confident), engine.EngineOptions("tensorrt-rtx", (1, 2, 4)))
+    engine_build.build(confident, exporter.exported(confident), engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4)))
     parity.compare(confident, exporter.all_exported(confident), None, "cpu")
     report = bench_on_one_thread(confident, "--batch", 1, 3, "--precision", "fp32", "int8-cpu")
     measured = [row for row in report.rows if row.measured]
@@ -553,7 +555,7 @@ def test_predict_of_a_run_takes_a_file_that_passed_and_no_other(own: Run, tmp_pa
     assert runner("predict", own.folder, picture).returncode == 0
     report = own.read_parity()
     for rows in ([replace(row, passed=False) for row in report.rows], []):
-        write(own.parity, replace(report, rows=rows))
+        write_json(own.parity, replace(report, rows=rows))
         done = runner("predict", own.folder, picture)
         assert done.returncode == 2
         assert "expected an ONNX file that passed the gate on cpu, found none" in done.stderr
@@ -692,15 +694,15 @@ def test_int8_is_close_to_the_model(varied: Run) -> None:
 
 
 def test_an_engine_of_another_version_or_with_a_damaged_sidecar_is_refused(own: Run) -> None:
-    (sidecar,) = engine.built(own, exporter.exported(own))
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
     (path,) = own.sidecars()
     with pytest.raises(UserError, match=rf"built by {sidecar.backend} 0\.1, but .* is installed; build it again"):
-        engine.RunningEngine(own, replace(sidecar, version="0.1"))
+        engine_run.LoadedEngine(own, replace(sidecar, version="0.1"))
     content = msgspec.to_builtins(sidecar)
     del content["version"]
-    write(path, content)
+    write_json(path, content)
     with pytest.raises(UserError, match="missing required field `version`"):
-        engine.built(own, exporter.exported(own))
+        engine_run.verified_engines(own, exporter.exported(own))
 
 
 def test_a_file_that_does_not_load_leaves_the_rows_of_others(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -724,34 +726,36 @@ def test_a_file_that_does_not_load_leaves_the_rows_of_others(own: Run, monkeypat
 
 @pytest.mark.parametrize("changed", ["engine", "onnx"])
 def test_an_engine_that_does_not_match_its_sidecar_is_refused(own: Run, changed: str) -> None:
-    (sidecar,) = engine.built(own, exporter.exported(own))
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
     with (own.folder / getattr(sidecar, changed)).open("ab") as file:
         file.write(b"x")
     (path,) = own.sidecars()
-    with pytest.raises(UserError, match=r"expected SHA-256 .*, found another file; build it again: runner engine"):
-        engine.verify(own, read(path, EngineSidecar))
+    with pytest.raises(
+        UserError, match=r"expected SHA-256 .*, found [0-9a-f]{12}…; build the engine again: runner engine"
+    ):
+        engine_run.verify(own, read_json(path, EngineSidecar))
 
 
 @pytest.mark.parametrize("name", ["engine", "onnx"])
 def test_an_engine_outside_the_run_folder_is_refused(own: Run, name: str, tmp_path: Path) -> None:
     """By its path, or by a link; although its hash is right."""
-    (sidecar,) = engine.built(own, exporter.exported(own))
+    (sidecar,) = engine_run.verified_engines(own, exporter.exported(own))
     outside = Path(shutil.copy(own.folder / getattr(sidecar, name), tmp_path / "outside"))
     (own.deploy / "link").symlink_to(outside)
     for path in (str(outside), os.path.relpath(outside, own.folder), "deploy/link"):
         with pytest.raises(UserError, match=rf"expected an engine of this folder, found '{path}'"):
-            engine.verify(own, replace(sidecar, **{name: path}))
+            engine_run.verify(own, replace(sidecar, **{name: path}))
 
 
 def test_what_cannot_be_built_is_one_line(own: Run) -> None:
     file = exporter.exported(own)
     for options, message in (
-        (engine.EngineOptions("tensorrt-rtx", (8, 4, 16)), "--batch 8 4 16"),
-        (engine.EngineOptions("tensorrt-rtx", (1, 2, 4), ("SM12345",)), "--target SM12345: expected one"),
-        (engine.EngineOptions("tensorrt-rtx", (1, 2, 4), (), 9), "--optimization-level 9: expected 0 to 5"),
+        (engine_build.EngineOptions("tensorrt-rtx", (8, 4, 16)), "--batch 8 4 16"),
+        (engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4), ("SM12345",)), "--target SM12345: expected one"),
+        (engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4), (), 9), "--optimization-level 9: expected 0 to 5"),
     ):
         with pytest.raises(UserError, match=message):
-            engine.build(own, file, options)
+            engine_build.build(own, file, options)
     with pytest.raises(UserError, match=r"make it: runner export .* --precision fp16"):
         exporter.exported(own, "fp16")
     file.path.unlink()
@@ -769,14 +773,14 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     with pytest.raises(UserError, match="--backend engine: not available here on cpu; engines run on a GPU"):
         parity.compare(own, [exporter.exported(own)], None, "cpu", ("engine",))
     with pytest.raises(UserError, match="--backend tensorrt: builds only for the GPU of this machine, found none"):
-        engine.choose("tensorrt")
+        engine_library.select_library("tensorrt")
 
 
 @pytest.fixture(scope="session")
 def tensorrt_loads() -> None:
     """Skips where no TensorRT can be loaded; set up before the fixtures that build engines."""
     try:
-        engine.choose("auto")
+        engine_library.select_library("auto")
     except UserError as error:
         pytest.skip(str(error))
 
@@ -787,8 +791,8 @@ def test_the_engine_runs_on_a_gpu(tensorrt_loads: None, confident: Run, kind: st
     if kind != "fp32":
         precision.convert(confident, kind, precision.calibration_images(confident, None, 64))
     file = exporter.exported(confident, kind)
-    sidecar = engine.build(confident, file, engine.EngineOptions("auto", (1, 32, 64)))
-    running = engine.RunningEngine(confident, sidecar)
+    sidecar = engine_build.build(confident, file, engine_build.EngineOptions("auto", (1, 32, 64)))
+    running = engine_run.LoadedEngine(confident, sidecar)
     images = torch.randn(16, 3, 32, 32)
     with torch.no_grad():
         expected = checkpoint.load_model(confident)(images)

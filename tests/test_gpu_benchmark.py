@@ -25,7 +25,7 @@ from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
 from runner.common.errors import UserError
-from runner.common.files import read
+from runner.common.files import read_json
 from runner.system import environment
 from runner.training.profile import kind_of
 from tests.conftest import Once
@@ -62,7 +62,7 @@ def measured_in(out: Path) -> dict[tuple[str, str], dict]:
     """What has been measured so far, by part and name. Every file is complete whenever it is read."""
     return {
         (content.part, name): finding
-        for content in (read(path, PartFile) for path in out.glob("*-rehearsal.json"))
+        for content in (read_json(path, PartFile) for path in out.glob("*-rehearsal.json"))
         for name, finding in content.findings.items()
         if was_measured(finding)
     }
@@ -132,7 +132,7 @@ def test_a_kill_in_any_part_loses_nothing(part: str, rehearsed: Path, images: Pa
 def test_every_part_in_miniature(rehearsed: Path) -> None:
     assert {part for part, _ in measured_in(rehearsed)} == set(PARTS)
     for path in rehearsed.glob("*-rehearsal.json"):
-        content = read(path, PartFile)
+        content = read_json(path, PartFile)
         assert not {name: finding for name, finding in content.findings.items() if not was_measured(finding)}
         assert content.ended
 
@@ -167,7 +167,7 @@ def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
         assert written["images"].dtype == torch.uint8
         assert written["labels"].shape == (count,)
         assert len(written["classes"]) == 10
-    (outcome,) = read(rehearsed / "papers-rehearsal.json", PartFile).experiments
+    (outcome,) = read_json(rehearsed / "papers-rehearsal.json", PartFile).experiments
     assert outcome["experiment"] == "soni-2"
     parity = found["deployment", "soni-2/fp16/parity/onnxruntime"]
     assert parity["images"] == IMAGES["test"]

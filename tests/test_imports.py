@@ -107,8 +107,8 @@ def test_what_answers_at_once_has_no_torch(who: str) -> None:
 # These packages belong to these files alone.
 RESERVED_PREFIXES = {
     "ffcv": {"data_prep.beton", "runner.data.streaming", "runner.benchmarks.loader"},
-    "tensorrt": {"runner.deploy.engine", "runner.deploy.latency"},
-    "tensorrt_rtx": {"runner.deploy.engine", "runner.deploy.latency"},
+    "tensorrt": {"runner.deploy.engine_library"},
+    "tensorrt_rtx": {"runner.deploy.engine_library"},
     "wandb": {"runner.tracking.wandb_run", "runner.report.wandb_report"},
     "wandb_workspaces": {"runner.report.wandb_report"},
     "onnxruntime": {"runner.deploy.session", "runner.deploy.precision"},

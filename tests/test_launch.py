@@ -29,7 +29,7 @@ from launch.quickstart import BANNER, Pipeline, Quickstart
 from launch.submit import Allocation, name_and_log
 from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from tests.support import archives
 from tests.support.processes import ROOT, TINY, clean_environment, module, python
@@ -125,7 +125,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
         (["--teacher", "none"], f"--teacher {ROOT}/none: expected the folder of a finished run"),
         (["--start-from", "none"], f"--start-from {ROOT}/none: expected the folder of a finished run"),
         (["--gpus-per-node", "x;rm"], "--gpus-per-node 'x;rm': expected NUMBER or TYPE:NUMBER, such as 8 or h100:8"),
-        (["--time", "soon"], "--time 'soon': expected MINUTES, HOURS:MINUTES:SECONDS or"),
+        (["--time", "soon"], "--time 'soon': expected MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or"),
         (["--runs", "a\\b"], "expected no backslash"),
     ],
 )
@@ -179,7 +179,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_queue(
     config = Run(tiny_run).config()
     (tmp_path / "other").mkdir()
     dataset = replace(config.dataset, classes=[*config.dataset.classes[1:], "zebra"])
-    write(tmp_path / "other" / "run.json", replace(config, dataset=dataset))
+    write_json(tmp_path / "other" / "run.json", replace(config, dataset=dataset))
     shutil.copy(tiny_run / "summary.json", tmp_path / "other")
     words = ["launch", command, "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path / "runs", "--dry-run"]
     done = module(*words, "--teacher", tmp_path / "other")

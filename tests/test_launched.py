@@ -34,7 +34,7 @@ def test_a_launcher_that_started_one_process_instead_of_several_is_an_error() ->
     ],
 )
 def test_device(requested: str, environ: dict[str, str], gpus: int, expected: str) -> None:
-    device, message = launcher.device(requested, launcher.read(environ), gpus)
+    device, message = launcher.select_device(requested, launcher.read(environ), gpus)
     assert device == expected
     assert expected in message
 
@@ -45,4 +45,4 @@ def test_device(requested: str, environ: dict[str, str], gpus: int, expected: st
 )
 def test_too_few_gpus_are_an_error(requested: str, environ: dict[str, str], gpus: int) -> None:
     with pytest.raises(UserError, match=f"found {gpus}"):
-        launcher.device(requested, launcher.read(environ), gpus)
+        launcher.select_device(requested, launcher.read(environ), gpus)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.deploy import onnx as exporter
 from runner.deploy.session import OnnxSession
 from runner.run.folder import Run
@@ -41,7 +41,7 @@ def save(run: Run, step: int, change: Callable[[Tiny], object] = lambda model: N
 def run(tmp_path: Path) -> Run:
     """A run with random weights and no file."""
     run = trusted(tmp_path / "tiny" / "seed-0")
-    write(run.run_json, config_of(git=Git(commit="a" * 40)))
+    write_json(run.run_json, config_of(git=Git(commit="a" * 40)))
     save(run, 1)
     return run
 
@@ -151,7 +151,7 @@ def test_a_file_says_what_a_server_needs(raw: bool, run: Run) -> None:
     """Each value as JSON, without anything that the graph said before."""
     dataset = replace(CONFIG.dataset, image_shape=[24, 20, 3], source={"fit": "pad"})
     config = replace(run.config(), dataset=dataset, input=ModelInput(shape=[3, 32, 32], mean=[1, 2, 3], std=[4, 5, 6]))
-    write(run.run_json, config)
+    write_json(run.run_json, config)
     proto = graph_of(Tiny().requires_grad_(False))
     helper.set_model_props(proto, {"author": "somebody"})
     file = exporter.write(run, proto, "int8-cpu", raw, WEIGHTS)
@@ -207,7 +207,7 @@ def test_a_file_is_current_until_it_or_the_weights_change(run: Run) -> None:
     with exporter.path_of(run, "fp16").open("ab") as file:
         file.write(b"x")
     assert [file.name for file in exporter.all_exported(run)] == [n for n in names if n not in ("int8", "fp16")]
-    write(run.exports, {})
+    write_json(run.exports, {})
     assert exporter.all_exported(run) == []
     add(run)
     save(run, 2)

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from data_prep import manifest
 from runner.common.errors import UserError
-from runner.common.files import read, write
+from runner.common.files import read_json, write_json
 from runner.data.open import model_input, open_split_of_run
 from runner.deploy import onnx as exporter
 from runner.deploy import parity, precision, sensitivity
@@ -75,7 +75,7 @@ def run(small_data: Path, tmp_path: Path) -> Run:
         folder=str(small_data),
     )  # fmt: skip
     config = config_of(dataset=dataset)
-    write(run.run_json, replace(config, input=model_input(prepared, config.recipe)))
+    write_json(run.run_json, replace(config, input=model_input(prepared, config.recipe)))
     torch.manual_seed(0)
     model = Tiny().requires_grad_(False)
     batches = open_split_of_run(run.config(), None, "test", torch.device("cpu"))
@@ -107,7 +107,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     report = parity.compare(run, exporter.all_exported(run), None, "cpu")
     assert counted[0] == -600
     assert sum(counted) == 0
-    assert read(run.parity, ParityReport) == report
+    assert read_json(run.parity, ParityReport) == report
     batches = open_split_of_run(run.config(), None, "test", torch.device("cpu"))
     expected = evaluate(checkpoint.load_model(run), batches, 10)
     assert (report.images, report.eager_accuracy) == (200, expected.accuracy)
@@ -151,7 +151,7 @@ def test_a_report_keeps_the_rows_of_other_files_that_are_current(run: Run) -> No
     first = parity.compare(run, [fp32, fp16], None, "cpu")
     elsewhere = replace(first.rows[0], provider="tensorrt-rtx 1.2")
     torch_row = TorchRow(**_scores(), precision="fp16", weights="w", machine=Machine(cpu="x"))
-    write(run.parity, replace(first, rows=[*first.rows, elsewhere], torch=[torch_row]))
+    write_json(run.parity, replace(first, rows=[*first.rows, elsewhere], torch=[torch_row]))
     second = parity.compare(run, [fp32], None, "cpu")
     assert [(row.precision, row.provider) for row in second.rows] == [
         ("fp16", CPU), ("fp32", "tensorrt-rtx 1.2"), ("fp32", CPU),
@@ -225,12 +225,12 @@ def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run
     others = [replace(row, **change) for change in (
         {"onnx_sha256": "0"}, {"provider": "other"}, {"engine_sha256": "0"}, {"machine": Machine(cpu="other")},
     )]  # fmt: skip
-    write(run.parity, replace(report, rows=others))
+    write_json(run.parity, replace(report, rows=others))
     with pytest.raises(UserError, match=f"^{unscored}$"):
         parity.require_passed(run, file, CPU)
     assert parity.require_passed(run, file, CPU, "0").passed
     failed = replace(row, passed=False)
-    write(run.parity, replace(report, rows=[*others, failed, row]))
+    write_json(run.parity, replace(report, rows=[*others, failed, row]))
     with pytest.raises(UserError, match=f"{file.path}: failed the gate on {CPU} .*, so it is not used"):
         parity.require_passed(run, file, CPU)
 
@@ -247,10 +247,10 @@ def test_only_a_row_of_the_same_precision_weights_and_machine_counts_for_torch(r
         (others, unscored),
         ([*others, replace(row, passed=False), row], f"{run.folder}: torch in fp16 failed the gate .limit: x."),
     ):
-        write(run.parity, replace(report, torch=rows))
+        write_json(run.parity, replace(report, torch=rows))
         with pytest.raises(UserError, match=f"^{message}$"):
             parity.require_torch_passed(run, "fp16")
-    write(run.parity, replace(report, torch=[*others, row]))
+    write_json(run.parity, replace(report, torch=[*others, row]))
     parity.require_torch_passed(run, "fp16")
     run.parity.unlink()
     with pytest.raises(UserError, match=f"^{unscored}$"):

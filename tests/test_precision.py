@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.deploy import onnx as exporter
 from runner.deploy import precision
 from runner.deploy.session import OnnxSession
@@ -25,7 +25,7 @@ from tests.support.models.tiny import Tiny
 def run_of(folder: Path, graph: Callable[[Tiny], onnx.ModelProto]) -> Run:
     """A run whose fp32 file has a graph."""
     run = trusted(folder / "tiny" / "seed-0")
-    write(run.run_json, config_of())
+    write_json(run.run_json, config_of())
     model = Tiny().requires_grad_(False)
     checkpoint.save(run, model.state_dict(), 1)
     exporter.write(run, graph(model), "fp32", False, exporter.weights_sha256(run))

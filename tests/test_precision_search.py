@@ -137,7 +137,7 @@ def test_the_operator_that_loses_the_accuracy_is_found(kind: str, run: Run) -> N
     assert f"{kind}: {len(found.kept)} of {operators} operators in fp32: drop {100 * found.drop:.2f} points" in lines
     assert found.bytes_of_all < found.bytes
     assert max(found.added_errors, key=found.added_errors.get) == name
-    assert files.read(run.deploy / f"search.{kind}.json", PrecisionSearch) == found
+    assert files.read_json(run.deploy / f"search.{kind}.json", PrecisionSearch) == found
     # Measured again, from the file that is written for these operators.
     images = SearchImages(run, None, 64)
     calibration = precision.calibration_images(run, None, 64)
@@ -258,7 +258,7 @@ def test_validation_images_are_searched_where_there_are_some(run: Run) -> None:
     recipe = msgspec.structs.replace(config, recipe=type(config.recipe)(**{
         **{name: getattr(config.recipe, name) for name in config.recipe.__dataclass_fields__}, "validation": 80,
     }))  # fmt: skip
-    files.write(run.run_json, recipe)
+    files.write_json(run.run_json, recipe)
     images = SearchImages(run, None, 64)
     assert (images.split, len(images.samples)) == ("validation", 80)
     model = checkpoint.load_model(run)

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner import experiments
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.recipe import SGD, Architecture, Augment, Constant, Cosine, Linear, OneCycle, Recipe, Schedule, Step
 from runner.data import order
 from runner.data.open import RankInfo, open_manifest, open_split
@@ -157,7 +157,7 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
         nonlocal number
         number += 1
         run = trusted(tmp_path / str(number))
-        write(run.run_json, config_of(architecture=architecture, dataset=prepared.name))
+        write_json(run.run_json, config_of(architecture=architecture, dataset=prepared.name))
         state = None
         for stop in [*stops, 10**9]:
             count = state["step"] if state else 0
@@ -241,15 +241,15 @@ class AnyRun:
         changed = {} if self.lr == 0.1 else {"recipe.optimizer.lr": (0.1, self.lr)}
         recipe, (name, fingerprint) = replace(experiment.recipe, optimizer=optimizer), self.dataset
         dataset = msgspec.structs.replace(config.dataset, name=name, fingerprint=fingerprint)
-        write(run.run_json, msgspec.structs.replace(config, recipe=recipe, overrides=changed, dataset=dataset))
+        write_json(run.run_json, msgspec.structs.replace(config, recipe=recipe, overrides=changed, dataset=dataset))
         results = {"test_accuracy": self.accuracy, "epochs": self.epochs or 0.0}
-        write(run.summary, msgspec.structs.replace(summary, **results))
+        write_json(run.summary, msgspec.structs.replace(summary, **results))
         gate = GateResult(accuracy_change=0.0, agreement=1.0, passed=self.scored is True)
         rows = [msgspec.structs.replace(row, gate=row.gate and gate) for row in latency.rows]
-        write(run.latency, msgspec.structs.replace(latency, rows=rows))
+        write_json(run.latency, msgspec.structs.replace(latency, rows=rows))
         parity = run.read_parity()
         rows = [msgspec.structs.replace(row, passed=self.scored is True) for row in parity.rows]
-        write(run.parity, msgspec.structs.replace(parity, rows=rows))
+        write_json(run.parity, msgspec.structs.replace(parity, rows=rows))
         for path, key in ((run.summary, "test_accuracy"), (run.summary, "test_loss"), (run.latency, "p90_ms")):
             if self.fault and self.fault in key:
                 path.write_text(re.sub(rf'"{key}": [\d.e-]+', f'"{key}": NaN', path.read_text()))

@@ -9,7 +9,7 @@ import pytest
 
 from runner.benchmarks import deploy, quantizers
 from runner.benchmarks.quantizers import Operators, Quantizers, operators_of
-from runner.common.files import read
+from runner.common.files import read_json
 from runner.config.trust import TrustedCode
 from runner.deploy import precision
 from runner.run.folder import Run
@@ -58,7 +58,7 @@ def test_a_run_is_compared_and_not_modified(
     with cpu.preserve_torch_num_threads():
         Quantizers((tiny_run,), python, small_data, calibration=32, code=CODE, json=out)()
     assert sorted(tiny_run.rglob("*")) == before
-    result = read(out, quantizers.Result)
+    result = read_json(out, quantizers.Result)
     assert (result.modelopt, result.calibration) == ({"nvidia-modelopt": "0.1"}, 32)
     (run,) = result.runs
     assert (run.experiment, run.seed) == ("tiny", 0)

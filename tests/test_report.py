@@ -18,7 +18,7 @@ import pytest
 
 from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.recipe import Reported
 from runner.report import collect, compare, figures, markdown, page, searches, wandb_report
 from runner.report.grids import find_grids
@@ -47,7 +47,7 @@ def runs(deployed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         dataset=msgspec.structs.replace(config.dataset, name="synthetic-10"),
         overrides={"recipe.epochs": (10, 2), "recipe.x": (1, "</script><script>alert(1)</script>")},
     )
-    write(Run(other).run_json, changed)
+    write_json(Run(other).run_json, changed)
     unfinished = folder / "tiny" / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text((folder / "tiny/seed-0/run.json").read_text().replace('"seed-0"', '"half"'))
@@ -92,7 +92,7 @@ def write_searches(runs: Path) -> None:
 def test_searches_are_on_the_page_and_in_the_other_reports(runs: Path, html: Path, tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", text_of(html))
     assert "&lt;b&gt;halving" in text
-    assert "9 trials, 1 complete, 1 failed, 7 paused; 18 epochs trained, 81 without pauses" in text
+    assert "9 trials, 1 complete, 1 failed, 7 paused; 18 of 81 epochs trained" in text
     found, unreadable = searches.read_all([runs])
     assert unreadable == []
     front, halving = sorted(found, key=lambda one: -len(one.definition.objectives))
@@ -518,9 +518,9 @@ def test_latencies_of_earlier_versions_get_the_gate_of_the_same_file(tmp_path: P
     assert [row.gate is not None for row in latency.rows] == [False, True, True]
     without = [msgspec.structs.replace(row, gate=None) for row in latency.rows]
     without[2] = msgspec.structs.replace(without[2], provider="CUDA")  # was not scored
-    write(run.latency, msgspec.structs.replace(latency, rows=without))
+    write_json(run.latency, msgspec.structs.replace(latency, rows=without))
     agreements = [msgspec.structs.replace(row, agreement=0.1 * i) for i, row in enumerate(parity.rows, 1)]
-    write(run.parity, msgspec.structs.replace(parity, rows=agreements))
+    write_json(run.parity, msgspec.structs.replace(parity, rows=agreements))
     cells = compare.run_row(collect.read(run)).latency
     assert [cell.gate for cell in cells] == [None, GateResult(accuracy_change=0.0, agreement=0.1, passed=True), None]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from runner.common.files import sha256_of, write
-from runner.run.folder import Run
+from runner.common.files import sha256_of, write_json
+from runner.run.folder import MANIFEST, Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Resumed
 from runner.system import environment
@@ -151,7 +151,7 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
     assert not (run / "stop").exists()
     interrupted = runner(*words, END="train 3 0 SIGINT")
     assert interrupted.returncode == 75
-    assert "stopping with a checkpoint; Ctrl-C again ends at once" in interrupted.stderr
+    assert "stopping with a checkpoint; press Ctrl-C again to exit at once" in interrupted.stderr
     assert "stopped at step 6" in interrupted.stderr
 
 
@@ -265,7 +265,7 @@ def test_a_run_of_other_code_is_not_called_bit_identical(small_data: Path, tmp_p
     config = run.config()
     assert re.fullmatch("[0-9a-f]{64}", config.source_sha256)
     assert environment.source_sha256(["tests.support.compare"]) != environment.source_sha256()  # own experiments
-    write(run.run_json, msgspec.structs.replace(config, source_sha256="0" * 64))
+    write_json(run.run_json, msgspec.structs.replace(config, source_sha256="0" * 64))
     done = runner(*words, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     assert "resumed from step 3, not bit-identical" in done.stderr
@@ -295,10 +295,10 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     assert [entry.step for entry in run.config().resumed] == [2]
     shorter = runner(*words, "--name", "a", "--resume", "auto", "--max-steps", 1)
     assert shorter.returncode == 2
-    assert "expected a last step after 3, where the checkpoint is, found 1" in shorter.stderr
+    assert "the checkpoint is at step 3, but training ends at step 1" in shorter.stderr
     older = runner(*words, "--name", "a", "--resume", earlier, "--max-steps", 2)
     assert older.returncode == 2
-    assert "expected a last step after 2, where the checkpoint is, found 2" in older.stderr
+    assert "the checkpoint is at step 2, but training ends at step 2" in older.stderr
 
 
 def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_overwrite_deletes_nothing_but_a_run(small_data: Path, tmp_path: Path) -
     assert f"{folder} is not a run, but holds data" in refused.stderr
     refused = runner(*words, "--data", data)
     assert refused.returncode == 2
-    assert "holds a source of this run" in refused.stderr
+    assert "contains files that this run reads" in refused.stderr
     assert data.is_dir()
 
 
@@ -514,7 +514,7 @@ def test_one_that_ended_before_its_first_checkpoint_begins_again(small_data: Pat
 
 def test_a_manifest_that_is_damaged_is_one_line(small_data: Path, tmp_path: Path) -> None:
     run = stopped(small_data, tmp_path)
-    path = run / "checkpoints" / "step-5" / checkpoint.MANIFEST
+    path = run / "checkpoints" / "step-5" / MANIFEST
     path.write_text(path.read_text().replace("sha256", "sha257"))
     done = resumed(small_data, tmp_path)
     assert done.returncode == 2

@@ -27,7 +27,7 @@ from runner.benchmarks import search as replays
 from runner.benchmarks import tables
 from runner.common.command_line import read_command_and_rest
 from runner.common.errors import UserError
-from runner.common.files import read, write
+from runner.common.files import read_json, write_json
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import Ending, MetricRow, Summary
@@ -390,7 +390,7 @@ def test_the_front_has_what_nothing_beats() -> None:
 
 
 def test_a_search_is_near_the_best_of_the_committed_grid_for_a_fraction_of_its_epochs() -> None:
-    result = read(tables.RESULTS / "search-cpu.json", replays.Result)
+    result = read_json(tables.RESULTS / "search-cpu.json", replays.Result)
     curves = {replays.key_of(trial.parameters): trial.accuracy for trial in result.grid}
     assert len(curves) >= 48
     assert {len(curve) for curve in curves.values()} == {result.epochs}
@@ -421,14 +421,14 @@ def test_a_replay_needs_a_whole_grid(tmp_path: Path, capsys: pytest.CaptureFixtu
         trial = changed(trial_of(number), values=values, parameters=spaces.words_of(definition.domains, values))
         run = Run(tmp_path / "runs" / trial.run)
         write_progress(run, 9, luck, None)
-        write(run.run_json, CONFIG)
+        write_json(run.run_json, CONFIG)
         with study.locked():
             study.add(trial, definition.domains)
             study.report(number, {int(row.epoch): row.validation_accuracy or 0 for row in read_metrics(run)})
             study.complete(number, [0.5])
     out = tmp_path / "search.json"
     replays.Replay(study.folder, seeds=3, json=out, picture=tmp_path / "search.png")()
-    result = read(out, replays.Result)
+    result = read_json(out, replays.Result)
     assert [method.budgets[-1].median for method in result.methods.values()][:2] == [0.0, 0.0], "all is trained"
     assert {name: method.spent for name, method in result.methods.items()}["random"] == 1
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
@@ -469,7 +469,7 @@ def write_progress(run: Run, last: int, luck: random.Random, ending: Ending | No
             )
         run.checkpoints.joinpath(f"step-{10 * epoch}").mkdir()
     if ending:
-        write(run.ended, ending)
+        write_json(run.ended, ending)
 
 
 class KilledError(BaseException):
@@ -491,7 +491,7 @@ class Mortal(Study):
         def call(*arguments: object) -> None:
             if self.luck.random() < 0.1:
                 raise KilledError
-            write(*arguments)
+            write_json(*arguments)
 
         return call
 
@@ -558,7 +558,7 @@ def turn(worker: StudySource, jobs: list[Job | None], index: int, luck: random.R
         raise KilledError
     write_progress(job.trial.run, target, luck, Ending(stopped=True) if target < 9 else None)
     if target == 9:
-        write(job.trial.run.summary, summary_of(job.trial.run))
+        write_json(job.trial.run.summary, summary_of(job.trial.run))
     assert "validation accuracy" in worker.ended(job, "")
     return None
 
@@ -649,7 +649,7 @@ def test_a_damaged_run_is_a_failed_trial(worker: StudySource, plan: Plan) -> Non
 def test_a_folder_of_another_training_is_a_failed_trial(worker: StudySource, tmp_path: Path) -> None:
     run = Run(tmp_path / "runs" / "tiny" / "tiny-000-seed-0")
     run.folder.mkdir(parents=True)
-    write(run.run_json, CONFIG)
+    write_json(run.run_json, CONFIG)
     assert next_job(worker).trial.id == "tiny/tiny-001-seed-0"
     trial = worker.study.read()[1][0]
     assert trial.state == "failed"
@@ -676,8 +676,8 @@ def test_a_complete_run_whose_latency_cannot_be_measured_fails(small_data: Path,
     job = next_job(worker)
     assert [command[2] for command in job.commands] == ["export", "parity", "bench"]
     write_progress(job.trial.run, 9, random.Random(0), None)
-    write(job.trial.run.run_json, CONFIG)
-    write(job.trial.run.summary, changed(summary_of(job.trial.run), confusion=[[1] * 10] * 10))
+    write_json(job.trial.run.run_json, CONFIG)
+    write_json(job.trial.run.summary, changed(summary_of(job.trial.run), confusion=[[1] * 10] * 10))
     assert worker.ended(job, "the gate failed") == "failed: the gate failed"
     assert worker.study.read()[1][0].accuracy == {}
 
@@ -690,7 +690,7 @@ def test_a_search_is_extended(worker: StudySource, plan: Plan) -> None:
             target = int(job.arguments[-1]) if "--pause-after" in job.arguments else 9
             write_progress(job.trial.run, target, random.Random(target), Ending(stopped=True) if target < 9 else None)
             if target == 9:
-                write(job.trial.run.summary, summary_of(job.trial.run))
+                write_json(job.trial.run.summary, summary_of(job.trial.run))
             source.ended(job, "")
         assert source.is_empty()
         return source.study.read()[1]

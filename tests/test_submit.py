@@ -63,13 +63,16 @@ def test_dry_run_prints_the_command_and_submits_nothing(small_data: Path, tmp_pa
         (["soni-2", "--name", "$(touch x)"], "expected letters, digits"),
         (["soni-2", "--name", "a\nb"], "expected letters, digits"),
         (["soni-2", "--name", "--wrap=x"], "--name"),
-        (["soni-2", "--partition", "a b"], "--partition 'a b': expected letters, digits"),
+        (["soni-2", "--partition", "a b"], "--partition 'a b': expected a letter or digit"),
         (["soni-2", "--partition", "--wrap=touch x"], "--partition"),
         (["soni-2", "--partition=--wrap=x"], "--partition '--wrap=x': expected"),
         (["soni-2", "--time", "1\n#SBATCH --wrap=x"], "--time"),
         (["soni-2", "--account", "`id`"], "--account"),
-        (["soni-2", "--time", "2"], "--time '2': expected more than the 180 seconds of --stop-before"),
-        (["soni-2", "--time", "0:10:00", "--stop-before", "600"], "--time '0:10:00': expected more than the 600"),
+        (["soni-2", "--time", "2"], "--time '2': expected more than --stop-before (180 seconds)"),
+        (
+            ["soni-2", "--time", "0:10:00", "--stop-before", "600"],
+            "--time '0:10:00': expected more than --stop-before (600",
+        ),
         (["soni-2", "--nodes", "0"], "--nodes 0: expected an integer >= 1"),
         (["soni-2", "--gpus-per-node", "8;id"], "--gpus-per-node"),
         (["soni-2", "--gres", "gpu"], "--gres 'gpu': expected NAME:NUMBER or NAME:TYPE:NUMBER, such as gpu:8 or"),
@@ -240,7 +243,7 @@ def test_the_answer_of_sbatch(sbatch: dict[str, str], tmp_path: Path, capsys: py
     script = tmp_path / "bin" / "sbatch"
     for environ, lines in ((sbatch, 0), ({**sbatch, "WANDB_API_KEY": "canary"}, 1)):
         assert submitted([str(script)], tmp_path / "runs", environ) == "7"
-        assert capsys.readouterr().err.count("W&B: its key is not passed to SLURM") == lines
+        assert capsys.readouterr().err.count("W&B: WANDB_API_KEY is not passed to SLURM") == lines
         assert "canary" not in (tmp_path / "environment").read_text()
     script.write_text("#!/bin/sh\necho '8;cluster'\n")
     assert submitted([str(script)], tmp_path / "runs", sbatch) == "8"

@@ -21,7 +21,7 @@ from launch.sweep import Sweep, SweepManifest
 from launch.trials import Trial, check_same_training, expand
 from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import read, write
+from runner.common.files import read_json, write_json
 from runner.run.folder import Run
 from runner.system import environment
 from tests.support.processes import (
@@ -92,7 +92,7 @@ def test_a_trial_is_listed_with_few_file_operations(
     for trial in (complete, crashed):
         trial.run.folder.mkdir(parents=True)
         recorded = replace(Run(tiny_run).config(), seed=trial.config.all_seeds[0])
-        write(trial.run.run_json, recorded)
+        write_json(trial.run.run_json, recorded)
     complete.run.summary.touch()
     crashed.run.lock.touch()
     calls: list[object] = []
@@ -270,7 +270,7 @@ def test_a_sweep_that_is_killed_twice_trains_every_trial_once(
     for trial in trials:
         if trial.id in complete:
             assert trial.run.summary.stat().st_mtime_ns == complete[trial.id], f"{trial.id} was trained again"
-    manifest = read(next(tmp_path.glob("sweeps/*/sweep.json")), SweepManifest)
+    manifest = read_json(next(tmp_path.glob("sweeps/*/sweep.json")), SweepManifest)
     assert manifest.trials == {trial.id: "complete" for trial in trials}
     again = sweep(*words)
     assert again.returncode == 0
@@ -313,7 +313,7 @@ def test_a_sweep_larger_than_an_array_is_several_jobs_and_none_twice(
     assert (folder / "trials-1").read_text() == "of a task that may start again"
     seeds = [re.search(r"--seeds (\d)", line)[1] for file in files for line in file.read_text().splitlines()]
     assert seeds == ["0", "1", "2", "3", "4"]
-    manifest = read(folder / "sweep.json", SweepManifest)
+    manifest = read_json(folder / "sweep.json", SweepManifest)
     assert [(job.job, len(job.trials)) for job in manifest.jobs] == [("1", 2), ("2", 2), ("3", 1)]
 
     (tmp_path / "down").touch()
@@ -382,8 +382,8 @@ def test_two_calls_at_once_submit_each_trial_once(slurm: dict[str, str], small_d
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     old = {"names": ["tiny"], "seeds": [0], "trials": {"a": "whole", "b": "broken off", "c": "failed"}}
-    write(tmp_path / "sweep.json", old | {"jobs": [{"job": "7", "trials": ["a", "b"]}]})
-    manifest = read(tmp_path / "sweep.json", SweepManifest)
+    write_json(tmp_path / "sweep.json", old | {"jobs": [{"job": "7", "trials": ["a", "b"]}]})
+    manifest = read_json(tmp_path / "sweep.json", SweepManifest)
     assert manifest.trials == {"a": "complete", "b": "crashed", "c": "failed"}
     assert manifest.jobs[0].trials == ["a", "b"]
 
@@ -426,11 +426,11 @@ def test_a_folder_with_another_training_is_rejected(tiny_run: Path, small_data: 
     config = Run(tiny_run).config()
     other = tiny_run.parent / "other-seed-0"
     other.mkdir()
-    write(other / "run.json", replace(config, recipe=dataclasses.replace(config.recipe, epochs=77)))
+    write_json(other / "run.json", replace(config, recipe=dataclasses.replace(config.recipe, epochs=77)))
     done = sweep(*words, "--name", "other")
     assert done.returncode == 2
     assert "holds a run with a different recipe; choose a --name" in done.stderr
-    write(other / "run.json", replace(config, max_steps=3))
+    write_json(other / "run.json", replace(config, max_steps=3))
     for option in ((), ("--max-steps", 4)):
         done = sweep(*words, "--name", "other", *option, "--dry-run")
         assert done.returncode == 2

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
@@ -105,7 +105,7 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
         run="", weights="", dataset="", device="cpu", hardware=config.hardware, versions={},
         method=Method(warmup_seconds=1, seconds=3, repeats=100), rows=[row],
     )  # fmt: skip
-    write(run.latency, report)
+    write_json(run.latency, report)
     assert sync(server, run.folder).returncode == 0
     jobs = {remote["job"]: name for name, remote in server.runs.items()}
     assert set(jobs) == {"train", "export", "engine", "bench"}
@@ -133,7 +133,7 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
 def sibling(run: Run, name: str, accuracy: float, **changes: object) -> Run:
     """A copy of a run beside it with another test accuracy; `changes` are of its summary."""
     other = Run(shutil.copytree(run.folder, run.folder.with_name(name)))
-    write(other.summary, msgspec.structs.replace(other.read_summary(), test_accuracy=accuracy, **changes))
+    write_json(other.summary, msgspec.structs.replace(other.read_summary(), test_accuracy=accuracy, **changes))
     return other
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.recipe import SGD, Adam, AdamW, Architecture, Augment, Linear, Muon, Recipe, Step
 from runner.config.train_config import TrainConfig
 from runner.data import Batches
@@ -75,7 +75,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         splits = {split: opened(small_data, split, recipe) for split in ("train", "test", "validation")}
         run = trusted(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
         architecture = Architecture("tests.support.models.tiny:Tiny", arguments or {})
-        write(run.run_json, config_of(architecture=architecture, dataset=name))
+        write_json(run.run_json, config_of(architecture=architecture, dataset=name))
         model = build_model(architecture, recipe, 0, splits["train"].first_images, start)
         rows: list[MetricRow] = []
         data = TrainingData(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)

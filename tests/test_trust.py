@@ -8,7 +8,7 @@ import pytest
 
 from runner import experiments
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.recipe import Architecture
 from runner.config.trust import TrustedCode
 from runner.run.folder import Run
@@ -23,7 +23,7 @@ def hostile(deployed_run: Path, tmp_path: Path) -> tuple[Run, Path]:
     run = Run(Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0")))
     created = tmp_path / "created"
     call = Architecture("os:system", {"command": f"touch {created}"})
-    write(run.run_json, msgspec.structs.replace(run.config(), architecture=call))
+    write_json(run.run_json, msgspec.structs.replace(run.config(), architecture=call))
     return run, created
 
 

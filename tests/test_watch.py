@@ -18,7 +18,7 @@ import pytest
 from runner import experiments
 from runner.commands.show import facts
 from runner.commands.watch import read_progress, sparkline
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.lock import locked
 from runner.run.metrics import encode_row, read_metrics
@@ -36,7 +36,7 @@ def written(folder: Path, steps: int, **changes: object) -> Run:
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = msgspec.structs.replace(CONFIG).recipe
-    write(run.run_json, config_of(recipe=type(recipe)(EPOCHS, 50, recipe.optimizer), **changes))
+    write_json(run.run_json, config_of(recipe=type(recipe)(EPOCHS, 50, recipe.optimizer), **changes))
     rows = []
     for step in range(10, steps + 1, 10):
         speed = {"images_per_second": 1234.0, "memory_gb": 1.5, "data_seconds": 0.001, "compute_seconds": 0.04}
@@ -90,7 +90,7 @@ def test_a_snapshot_through_a_pipe(tmp_path: Path) -> None:
 
 def test_the_progress_as_json(tmp_path: Path) -> None:
     run = written(tmp_path / "run", 20)
-    write(run.ended, Ending(stopped=True, reason="stopped at step 20"))
+    write_json(run.ended, Ending(stopped=True, reason="stopped at step 20"))
     progress = json.loads(runner("watch", run.folder, "--json").stdout)
     assert (progress["state"], progress["reason"]) == ("stopped", "stopped at step 20")
     assert (progress["step"], progress["last_step"], progress["epoch"], progress["epochs"]) == (20, 40, 2.0, 4)
@@ -106,9 +106,9 @@ def test_a_run_that_stopped_early_is_shown_as_ended(tmp_path: Path) -> None:
     last = read_metrics(run)[-1]
     kept = msgspec.structs.replace(run.read_summary(), stopped_early=True, steps=last.global_step, best_epoch=1.0)
     recipe = replace(run.config().recipe, epochs=50)
-    write(run.run_json, msgspec.structs.replace(run.config(), recipe=recipe))
+    write_json(run.run_json, msgspec.structs.replace(run.config(), recipe=recipe))
     assert read_progress(run)[0].last_step > last.global_step
-    write(run.summary, kept)
+    write_json(run.summary, kept)
     progress, _ = read_progress(run)
     assert (progress.step, progress.last_step, progress.reason) == (last.global_step, last.global_step, ended)
     assert facts(run)["progress"].endswith(f" of 50, step {last.global_step}, {ended}")
@@ -213,7 +213,7 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
         runs.append(written(tmp_path / name, 40 - 20 * number, run=name, seed=number).folder)
         config = Run(runs[-1]).config()
         recipe = type(config.recipe)(EPOCHS, 50, type(config.recipe.optimizer)(lr))
-        write(Run(runs[-1]).run_json, msgspec.structs.replace(config, recipe=recipe))
+        write_json(Run(runs[-1]).run_json, msgspec.structs.replace(config, recipe=recipe))
     done = runner("compare", *runs, "--json")
     assert done.returncode == 0, done.stderr
     compared = json.loads(done.stdout)

@@ -20,7 +20,7 @@ import tyro
 from runner.benchmarks import measure, program
 from runner.commands.options import Code, open_run
 from runner.config.trust import TrustedCode
-from runner.run.folder import Run
+from runner.run.folder import WEIGHTS, Run
 
 CALLS = 60  # per measurement, which is their median
 GOALS = {"podeti-resnet18": "≤ 0.5", "podeti-mobilenetv2": "≤ 0.8"}  # for the ratio of int8 to fp32
@@ -94,7 +94,7 @@ def _timers(run: Run, scratch: Path) -> dict[str, Callable[[], float]]:
     def bare_export() -> float:
         start = time.perf_counter()
         model = config.architecture.build(len(config.dataset.classes), (config.input.shape[1], config.input.shape[2]))
-        model.load_state_dict(load_file(checkpoint.latest(run) / checkpoint.WEIGHTS))
+        model.load_state_dict(load_file(checkpoint.latest(run) / WEIGHTS))
         proto = onnx.to_proto(model.eval(), config.input.shape)
         with tempfile.TemporaryDirectory() as folder:
             save_model(proto, Path(folder) / "model.onnx")

@@ -10,6 +10,7 @@ minus that of a process that only imports torch and torchvision.
 """
 
 import json as json_format
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,11 @@ class OverheadBenchmark:
         command += ["--data", str(self.data), "--experiment", self.experiment, "--steps", str(self.steps)]
         command += ["--device", self.device, "--batch", str(self.recipe().batch_size)]
         result = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=launcher.end_with_parent
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=partial(launcher.die_with_parent, os.getpid()),
         )
         if result.returncode == EXIT_BAD_INPUT:
             raise SystemExit(EXIT_BAD_INPUT)  # the program has printed why

@@ -1,9 +1,10 @@
-"""Collects runs of the papers' experiments into the file from which the README's accuracy table is generated.
+"""Collects runs of the papers' experiments into a file from which the README's accuracy table is generated.
 
 python -m runner.benchmarks.papers runs --json runner/benchmarks/results/papers-gpu.json
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from msgspec import UNSET
 from runner import experiments
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
-from runner.config.recipe import Experiment, differences, to_json
+from runner.config.recipe import differences, to_json
 from runner.report import collect, compare
 from runner.report.compare import Outcome
 from runner.report.run_record import RunRecord
@@ -26,13 +27,15 @@ class PaperOutcome(Outcome, kw_only=True):
     """The outcome of an experiment, compared with the experiment as it is registered now.
 
     Attributes:
-        epochs_test_accuracy: for each seed the test accuracy after every epoch, in 0..1.
-        test_accuracy_augmented: for each run the test accuracy with test-time augmentation; None without it.
+        epochs_test_accuracy: for each seed the test accuracy after every evaluated epoch, in 0..1.
+        test_accuracy_augmented: for each seed the test accuracy with test-time augmentation; None without it.
+        training_minutes: for each seed the duration of all training steps; empty in results of earlier versions.
         fingerprint: fingerprint of the dataset.
     """
 
     epochs_test_accuracy: dict[int, list[float]]
     test_accuracy_augmented: list[float | None]
+    training_minutes: list[float] = msgspec.field(default_factory=list)
     precision: str
     world_size: int
     hardware: Hardware
@@ -42,12 +45,12 @@ class PaperOutcome(Outcome, kw_only=True):
 
 @dataclass(frozen=True)
 class Papers:
-    """Collect finished runs: accuracy of every epoch, reported and reproduced, data, seeds, hardware, versions."""
+    """Collect the results of finished runs: accuracy per epoch, reported and reproduced, dataset, seeds, hardware."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
     """Run folders, or folders that contain run folders at any depth."""
     json: Path | None = None
-    """JSON file to write."""
+    """JSON file to write; by default, prints to standard output."""
 
     def __call__(self) -> None:
         outcomes = collect_outcomes(find_runs(list(self.runs)))
@@ -55,50 +58,66 @@ class Papers:
             raise UserError(f"{self.runs[0]}: expected a finished run, found none")
         measure.write({"experiments": to_json(outcomes)}, self.json)
         if self.json is not None:
-            print(f"{self.json}: {len(outcomes)} experiments")
+            print(f"{self.json}: {len(outcomes)} outcome{'s' if len(outcomes) > 1 else ''}")
 
 
 def collect_outcomes(runs: list[Run]) -> list[PaperOutcome]:
-    """Returns the outcome of each experiment that has finished runs."""
-    return [paper_outcome(group) for group in compare.group_by_training([collect.read(run) for run in runs])]
+    """Returns the outcome of each experiment that has finished runs, compared with the experiment as registered now.
+
+    Raises:
+        UserError: runs of one experiment have the same seed, or were trained on different machines or versions.
+    """
+    records = [as_registered(collect.read(run)) for run in runs]
+    return [paper_outcome(group) for group in compare.group_by_training(records)]
+
+
+def as_registered(record: RunRecord) -> RunRecord:
+    """Returns the record with the reported accuracy, and the overrides, of the experiment as it is registered now."""
+    config = record.config
+    registered = experiments.load().get(config.experiment)
+    if registered is None:
+        return record
+    overrides = differences(registered, replace(registered, architecture=config.architecture, recipe=config.recipe))
+    return replace(
+        record, config=msgspec.structs.replace(config, overrides=overrides, reported=registered.reported)
+    )  # fmt: skip
 
 
 def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
     """Returns the outcome of finished runs that differ only in their seed."""
+    group = sorted(group, key=lambda record: record.config.seed)
     config = group[0].config
-    outcome = PaperOutcome(
+    for previous, record in itertools.pairwise(group):
+        if previous.config.seed == record.config.seed:
+            raise UserError(f"{previous.run.folder} and {record.run.folder}: expected runs of different seeds")
+        if (record.config.hardware, record.config.versions) != (config.hardware, config.versions):
+            raise UserError(
+                f"{previous.run.folder} and {record.run.folder}: expected runs of one machine and its versions"
+            )
+    return PaperOutcome(
         **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},
         epochs_test_accuracy={
             record.config.seed: [row.test_accuracy for row in record.metrics if row.test_accuracy is not None]
             for record in group
         },
-        test_accuracy_augmented=[compare.run_row(record).test_accuracy_augmented for record in group],
+        test_accuracy_augmented=[row.test_accuracy_augmented for row in map(compare.run_row, group)],
+        training_minutes=[round(training_seconds(record) / 60, 1) for record in group],
         precision=config.precision,
         world_size=config.world_size,
         hardware=config.hardware,
         versions=config.versions,
         fingerprint=config.dataset.fingerprint,
     )
-    registered = experiments.load().get(config.experiment)
-    if registered is not None:
-        trained = Experiment(config.architecture, config.recipe, registered.paper)
-        compare_with_registered(outcome, trained, registered)
-    return outcome
 
 
-def compare_with_registered(outcome: PaperOutcome, trained: Experiment, registered: Experiment) -> None:
-    """Sets the overrides and difference of an outcome relative to the experiment as it is registered now."""
-    registered_setup = Experiment(registered.architecture, registered.recipe, registered.paper)
-    outcome.overrides = differences(registered_setup, trained)
-    outcome.recipe_epochs = registered.recipe.epochs
-    outcome.difference = None
-    if (
-        outcome.unchanged
-        and not outcome.incomplete
-        and outcome.reproduced is not None
-        and registered.reported is not None
-    ):
-        outcome.difference = outcome.reproduced - registered.reported.accuracy
+def training_seconds(record: RunRecord) -> float:
+    """Returns the duration of all training steps, without evaluations, from the speeds in metrics.jsonl."""
+    seconds, step = 0.0, 0
+    for row in record.metrics:
+        if row.images_per_second:
+            seconds += (row.global_step - step) * record.config.recipe.batch_size / row.images_per_second
+            step = row.global_step
+    return seconds
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ onnxruntime on the CPU, on all test images, against the model in torch.
 """
 
 import json as json_format
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,7 +131,11 @@ class Quantizers:
         command = [str(self.modelopt), "-I", *map(str, arguments)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, check=False, preexec_fn=launcher.end_with_parent
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                preexec_fn=partial(launcher.die_with_parent, os.getpid()),
             )
         except OSError as error:
             found = error.strerror

@@ -8,12 +8,14 @@ with one process measures the wrapper alone: the same loop on the same fixed bat
     python -m runner.benchmarks.scaling --data data/cifar10 --json scaling.json
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +93,11 @@ class ScalingBenchmark:
         argv = ["--data", self.data, "--experiment", self.experiment, "--steps", self.steps, "--batch", batch]
         command = ["env", *variables, sys.executable, *launch, "-m", "runner.benchmarks.scaling", *map(str, argv)]
         result = subprocess.run(
-            command, capture_output=True, text=True, check=False, preexec_fn=launcher.end_with_parent
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=partial(launcher.die_with_parent, os.getpid()),
         )
         reported = [line for line in result.stdout.splitlines() if line.startswith(SECONDS)]
         if not reported:

@@ -20,7 +20,7 @@ from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
 from runner.benchmarks.measure import Spread
 from runner.benchmarks.papers import PaperOutcome
 from runner.common.errors import UserError
-from runner.common.files import read
+from runner.common.files import read_json
 from runner.config.recipe import Experiment
 from runner.report.markdown import percent, table
 from runner.run.schema import Hardware, LatencyRow, ParityRow
@@ -99,7 +99,7 @@ def read_part(name: str) -> PartFile | None:
     path = RESULTS / f"{name}-gpu.json"
     if not path.is_file():
         return None
-    part = read(path, PartFile)
+    part = read_json(path, PartFile)
     if part.rehearsal or not part.hardware.gpus:
         raise UserError(f"results/{path.name}: expected measurements of a GPU, found a rehearsal")
     return part
@@ -150,7 +150,7 @@ def read_unchanged_experiments(name: str) -> dict[str, PaperOutcome]:
         UserError: an experiment has two outcomes.
     """
     path = RESULTS / f"{name}.json"
-    entries = read(path, dict[str, Any]).get("experiments", []) if path.is_file() else []
+    entries = read_json(path, dict[str, Any]).get("experiments", []) if path.is_file() else []
     outcomes = msgspec.convert(entries, list[PaperOutcome], strict=False)
     unchanged = [one for one in outcomes if not one.overrides.keys() - {"recipe.epochs"} and not one.teacher]
     names = [outcome.experiment for outcome in unchanged]
@@ -188,7 +188,7 @@ def ratios() -> str:
         if not path.is_file():
             rows.append([name, MISSING, "", ""])
             continue
-        result = read(path, dict[str, Any])
+        result = read_json(path, dict[str, Any])
         letter = legend.letter(msgspec.convert(result["hardware"], Hardware), result["versions"])
         # Each finding of a part of the GPU benchmark has its own ratios and goals.
         for finding in result.get("found", {name: result}).values():
@@ -295,7 +295,7 @@ class MuonFile(msgspec.Struct):
 
 def muon() -> str:
     """Returns the table of the optimizer's variants; each is compared with the one above it, seed by seed."""
-    found = read(RESULTS / "muon-gpu.json", MuonFile)
+    found = read_json(RESULTS / "muon-gpu.json", MuonFile)
     rows = []
     previous: dict[str, float] = {}
     for name, accuracies in found.series.items():
@@ -338,7 +338,7 @@ def parity() -> str:
     rows, legend = [], _Legend()
     path = RESULTS / "parity-cpu.json"
     if path.is_file():
-        cpu = read(path, ParityFile)
+        cpu = read_json(path, ParityFile)
         letter = legend.letter(cpu.hardware, cpu.versions)
         for report in cpu.runs:
             trained = f"{report.epochs:.2f} epochs, seed {report.seed}, {report.dataset}"
@@ -376,7 +376,7 @@ def int8() -> str:
     path = RESULTS / "quantizers-cpu.json"
     if not path.is_file():
         return table(titles, [_missing_row(titles)])
-    found = read(path, quantizers.Result)
+    found = read_json(path, quantizers.Result)
     rows = [
         [f"`{run.experiment}`", f"{run.epochs:.2f} epochs, seed {run.seed}, {run.dataset}", *cells]
         for run in found.runs
@@ -392,7 +392,7 @@ def search() -> str:
     path = RESULTS / "search-cpu.json"
     if not path.is_file():
         return MISSING
-    result = read(path, searches.Result)
+    result = read_json(path, searches.Result)
     titles = ["method", *(f"{fraction:.0%} of the epochs" for fraction in searches.BUDGETS), "whole search"]
 
     def cells(method: searches.Method) -> list[str]:

@@ -251,11 +251,11 @@ def onnxruntime() -> Finding:
 
 def tensorrt() -> Iterator[Finding]:
     """Builds a one-layer engine with each TensorRT library that loads; on a GPU, also loads and runs it."""
-    from runner.deploy import engine
+    from runner.deploy import engine_library
 
-    for backend in engine.LIBRARIES:
+    for backend in engine_library.LIBRARIES:
         try:
-            trial = engine.try_out(backend)
+            trial = engine_library.smoke_test(backend)
         except UserError as error:
             yield Finding(backend, "warning", str(error), "see runner/deploy/README.md")
         except Exception as error:  # of the library as well: the other one is tried nevertheless
@@ -269,7 +269,7 @@ def tensorrt() -> Iterator[Finding]:
                 found += f"{', '.join(trial.capabilities)}; loading and running it needs such a GPU"
             yield Finding(backend, "well", found)
     try:
-        selected, _ = engine.choose("auto")
+        selected, _ = engine_library.select_library("auto")
         yield Finding("engines", "well", f"--backend auto selects {selected}")
     except UserError as error:
         yield Finding("engines", "fault", str(error), "see runner/deploy/README.md")

@@ -35,18 +35,21 @@ class Engine:
     """0 to 5; higher levels search longer for fast kernels; by default TensorRT decides."""
     no_timing_cache: Flag = False
     """Neither reuse nor store the builder's kernel timings (tensorrt only)."""
+    version_compatible: Flag = False
+    """Build an engine that later versions of TensorRT can run as well; it may be slower (tensorrt only)."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
-        from runner.deploy import engine, onnx
+        from runner.deploy import engine_build, onnx
 
         run = Run(self.run)
-        options = engine.EngineOptions(
-            self.backend, self.batch, self.target, self.optimization_level, not self.no_timing_cache
-        )
+        options = engine_build.EngineOptions(
+            backend=self.backend, batch=self.batch, targets=self.target, optimization_level=self.optimization_level,
+            timing_cache=not self.no_timing_cache, version_compatible=self.version_compatible,
+        )  # fmt: skip
         files = [onnx.exported(run, kind, self.raw) for kind in self.precision]
-        sidecars = [engine.build(run, file, options) for file in track(files, "build", len(files))]
+        sidecars = [engine_build.build(run, file, options) for file in track(files, "build", len(files))]
         if self.json:
             print(msgspec.json.encode(sidecars).decode())
             return

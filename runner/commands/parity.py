@@ -40,7 +40,7 @@ class Parity:
             onnx.exported(run, kind)
         files = [file for file in onnx.all_exported(run) if not self.precision or file.precision in self.precision]
         launch = launcher.read(environ)
-        device, message = launcher.device(self.device, launch, environment.count_gpus())
+        device, message = launcher.select_device(self.device, launch, environment.count_gpus())
         print(message, file=sys.stderr)
         report = parity.compare(run, files, self.data, device, self.backend)
         names = [str(file.path.relative_to(run.folder)) for file in files]

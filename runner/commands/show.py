@@ -75,6 +75,6 @@ def facts(run: Run) -> dict[str, str | list[str]]:
             f"{row.provider or row.backend}, {row.precision}, batch {row.batch}: p50 {row.p50_ms:.3g} ms"
             for row in measured
         ]
-    shown["checkpoints"] = sorted(path.name for path in run.checkpoints.glob("step-*")) or "none"
+    shown["checkpoints"] = [run.step_folder(step).name for step in run.checkpoint_steps()] or "none"
     shown["files"] = sorted(str(path) for path in [*run.folder.glob("*.*"), *run.deploy.glob("model.*")])
     return shown

@@ -25,11 +25,11 @@ class Train:
     def __call__(self, environ: MutableMapping[str, str]) -> None:
         registered = self.config.check()
         if launcher.read(environ).by_accelerate:
-            launcher.end_with_parent()  # before the slow imports
+            launcher.die_with_parent()  # before the slow imports
         from runner.tracking.tracker import Tracker
-        from runner.training.session import Tracking, run_training
+        from runner.training.session import TrackingCallbacks, run_training
 
-        finished = run_training(self.config, registered, environ, Tracking(Tracker, draw_figures))
+        finished = run_training(self.config, registered, environ, TrackingCallbacks(Tracker, draw_figures))
         if finished.summaries:
             print_summaries(finished.summaries, self.config.json)
         if finished.exit_at_once:
@@ -44,5 +44,5 @@ def draw_figures(
 
     logits, labels = test.logits.numpy(), test.labels.numpy()
     figures.write_mistakes(run, logits, labels, read_images(figures.mistakes_of(logits, labels)))
-    samples = read_images(figures.samples_of(test.num_images))
+    samples = read_images(figures.sample_indices(test.num_images))
     figures.draw(run, config, test.confusion, logits, labels, samples)

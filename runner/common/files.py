@@ -1,6 +1,7 @@
-"""Reads, hashes, JSON files, and atomic writes; errors of a file server that pass do not end them."""
+"""File I/O: reads, hashes, JSON and atomic writes, repeated after errors of a file server that may pass."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -17,21 +18,21 @@ from runner.common.errors import FILE_SERVER, UserError
 
 T = TypeVar("T")
 P = ParamSpec("P")
-MAX_BYTES = 1 << 30  # of records that are read as a whole
+MAX_BYTES = 1 << 30  # limit for files that are read into memory at once
 RETRY_PAUSES = (0.1, 1.0)  # seconds
 
 
 def retried(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
-    """Repeats a function of a path after errors that may pass. It must have the same effect when it is called again.
+    """Repeats a function of a path after errors that may pass. The function must be idempotent.
 
-    A sync is not repeated alone: after an error, another one may succeed although the data is lost.
+    A function must not consist of `fsync` alone: after it has failed, a second one can succeed although data is lost.
     """
 
     @functools.wraps(function)
-    def call(path: Path, /, *arguments: P.args, **options: P.kwargs) -> T:
+    def call(path: Path, /, *args: P.args, **kwargs: P.kwargs) -> T:
         for pause in (*RETRY_PAUSES, None):
             try:
-                return function(path, *arguments, **options)
+                return function(path, *args, **kwargs)
             except OSError as error:
                 error.filename = error.filename or str(path)  # reads and writes do not name their file
                 if error.errno not in FILE_SERVER or pause is None:
@@ -53,14 +54,14 @@ def is_file(path: Path) -> bool:
 
 
 @retried
-def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """Returns the content of a file. Raises UserError for more than `most` bytes, and for pipes, without waiting."""
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Returns the content of a file. Raises UserError for more than `limit` bytes, and for pipes, without waiting."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: expected a file, found a pipe or device; remove it")
-        if status.st_size > most:
-            raise UserError(f"{path}: expected at most {most:,} bytes, found {status.st_size:,}; restore or remove it")
+        if status.st_size > limit:
+            raise UserError(f"{path}: expected at most {limit:,} bytes, found {status.st_size:,}; restore or remove it")
         return file.read()
 
 
@@ -72,7 +73,7 @@ def remove(path: Path) -> None:
 
 @retried
 def names_in(folder: Path) -> list[str]:
-    """Returns the names in a folder; none if it does not exist."""
+    """Returns the names of the entries of a folder; an empty list if it does not exist."""
     try:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
@@ -101,32 +102,33 @@ def files_below(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: folders nested too deep; remove them") from None
 
 
-def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """Yields the files below a folder. `above` has the devices and inodes of the folders that contain it."""
+def _files_below(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Yields the files below a folder. `ancestors` has the devices and inodes of the folders that contain it."""
     try:
         status = folder.stat()
         own = (status.st_dev, status.st_ino)
-        if own in above:
+        if own in ancestors:
             return
         entries = list(os.scandir(folder))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); grant permission") from None
+        remedy = "; grant permission" if error.errno == errno.EACCES else ""
+        raise UserError(f"{folder}: cannot be read ({error.strerror}){remedy}") from None
     for entry in entries:
         # `entry.is_dir` raises OSError for a link to itself.
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and (folder / entry.name).is_dir()):
-            yield from _files_below(folder / entry.name, above | {own})
+            yield from _files_below(folder / entry.name, ancestors | {own})
         else:
             yield folder / entry.name
 
 
-def read(path: Path, kind: type[T]) -> T:
+def read_json(path: Path, kind: type[T]) -> T:
     """Reads a JSON file into a struct or dataclass.
 
     Raises:
         UserError: the file is damaged or does not match the type; the message names the key.
     """
     try:
-        return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=from_text)
+        return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=decode_text)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise unreadable(path, error) from None
 
@@ -139,22 +141,27 @@ def unreadable(path: Path, error: Exception) -> UserError:
     """Returns the error for a file that cannot be read or decoded."""
     if isinstance(error, OSError) and error.errno in FILE_SERVER:
         return UnreadableError(f"{path}: cannot be read ({error.strerror}); repeat the command")
+    if isinstance(error, PermissionError):
+        return UserError(f"{path}: cannot be read ({error.strerror}); grant permission")
     return UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it")
 
 
-def from_text(kind: type, value: Any) -> Any:
+def decode_text(kind: type, value: Any) -> Any:
     """Decodes a value that JSON stores as text, such as a path."""
     return kind(value)
 
 
-def write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes a struct or dict as JSON, atomically. NaN and infinity become null."""
     write_atomically(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2) + b"\n")
 
 
 @retried
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes and syncs a temporary file and renames it to `path`, whose folder is created if needed."""
+    """Writes `content` to a temporary file, syncs it, and renames it to `path`; creates the folder if needed.
+
+    Each path may have one writer at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:

@@ -111,6 +111,11 @@ class TrainConfig:
         return TrustedCode(self.experiments_from, self.trust)
 
     @property
+    def resume_path(self) -> Path | None:
+        """The checkpoint that --resume names; None for auto and never."""
+        return None if self.resume in ("auto", "never") else Path(self.resume)
+
+    @property
     def all_seeds(self) -> tuple[int, ...]:
         """The seeds of all runs."""
         return self.seeds or (self.seed or 0,)
@@ -166,7 +171,7 @@ class TrainConfig:
         check_limits(self)
         check_precision(self.precision, self.device)
         self._check_combinations()
-        if self.resume not in ("auto", "never") and len(self.all_seeds) > 1:
+        if self.resume_path and len(self.all_seeds) > 1:
             raise UserError(f"--resume {self.resume}: expected auto or never with several seeds")
         if self.overwrite and self.resume != "never":
             raise UserError(

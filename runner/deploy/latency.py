@@ -24,9 +24,9 @@ from msgspec.structs import replace
 
 from runner.common.console import new_table, print_table, progress
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.train_config import Device
-from runner.deploy import engine, onnx, package, parity
+from runner.deploy import engine_run, onnx, package, parity
 from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, Method, Precision
@@ -111,7 +111,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
     if max(options.batches) > onnx.LARGEST_BATCH:
         raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
     files = [onnx.exported(run, precision) for precision in options.precisions]
-    selected, message = launcher.device(device, launcher.read(environ), torch.cuda.device_count())
+    selected, message = launcher.select_device(device, launcher.read(environ), torch.cuda.device_count())
     print(message, file=sys.stderr)
     if selected == "cpu":
         cpu.prepare()
@@ -132,7 +132,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
             for row in _measure_target(target, run.config().input.shape, options, selected):
                 rows.append(row)
                 replaced = {_key(row) for row in rows}
-                write(run.latency, replace(report, rows=[*(r for r in earlier if _key(r) not in replaced), *rows]))
+                write_json(run.latency, replace(report, rows=[*(r for r in earlier if _key(r) not in replaced), *rows]))
                 advance(1 if row.batch else len(options.batches))
     return replace(report, rows=rows)
 
@@ -270,7 +270,7 @@ def _package_target(run: Run, device: str) -> Target:
 def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Target]:
     row = LatencyRow(backend="engine", precision=file.precision)
     try:
-        sidecars = engine.built(run, file)
+        sidecars = engine_run.verified_engines(run, file)
     except UserError as error:  # a damaged engine
         yield _refused(row, error)
         return
@@ -282,21 +282,21 @@ def _engine_targets(run: Run, file: onnx.OnnxFile, device: str) -> Iterator[Targ
             yield Target(replace(row, not_measured="engines run on a GPU, but this measurement is on the CPU"))
             continue
         try:
-            running = engine.RunningEngine(run, sidecar)
+            loaded = engine_run.LoadedEngine(run, sidecar)
         except UserError as error:
             yield Target(replace(row, not_measured=str(error)))
             continue
-        yield _engine_target(run, file, running, row, sidecar)
+        yield _engine_target(run, file, loaded, row, sidecar)
 
 
 def _engine_target(
-    run: Run, file: onnx.OnnxFile, running: engine.RunningEngine, row: LatencyRow, sidecar: EngineSidecar
+    run: Run, file: onnx.OnnxFile, loaded: engine_run.LoadedEngine, row: LatencyRow, sidecar: EngineSidecar
 ) -> Target:
     def prepare(images: np.ndarray) -> Call:
         host = torch.from_numpy(images)
-        on_device = running.set_input(host.cuda())
-        logits = running(on_device)  # the first call cannot be captured in a graph
-        enqueue = partial(running.enqueue, on_device, logits)
+        on_device = loaded.set_input(host.cuda())
+        logits = loaded(on_device)  # the first call cannot be captured in a graph
+        enqueue = partial(loaded.enqueue, on_device, logits)
         try:
             compute, launched_as = _as_graph(enqueue), "CUDA graph"
         except RuntimeError as error:  # some engines cannot be captured
@@ -392,7 +392,7 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
     figures |= {"images_per_second": images * 1e3 / figures["p50_ms"], "calls": len(compute)}
     warnings = [f"only {len(compute)} calls"] if len(compute) < FEW_CALLS else []
     if (spread := figures["p90_ms"] / figures["p50_ms"]) > WIDE_SPREAD:
-        warnings.append(f"p90 is {spread:.1f} times p50: other programs were running")
+        warnings.append(f"p90 is {spread:.1f} times p50: other programs were loaded")
     return figures | {"warning": "; ".join(warnings) or None}
 
 

@@ -23,7 +23,7 @@ from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
 from runner.common.text import first_line, without_controls
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.schema import CheckpointManifest, Export, FrontEnd, OnnxMetadata, Precision, RunConfig
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def write(
         staging.unlink(missing_ok=True)
     written = OnnxFile(path, precision, raw, sha256_of(path))
     exports = run.read_exports() | {path.name: Export(sha256=written.sha256, weights=weights)}
-    files.write(run.exports, exports)
+    files.write_json(run.exports, exports)
     return written
 
 
@@ -288,7 +288,7 @@ def weights_sha256(run: Run) -> str:
     """SHA-256 of a run's latest weights, from their manifest."""
     from runner.training import checkpoint
 
-    return files.read(checkpoint.latest(run) / checkpoint.MANIFEST, CheckpointManifest).sha256[checkpoint.WEIGHTS]
+    return files.read_json(checkpoint.latest(run) / MANIFEST, CheckpointManifest).sha256[WEIGHTS]
 
 
 def is_current(run: Run, precision: Precision, raw: bool = False) -> bool:

@@ -78,7 +78,7 @@ def compile_package(run: Run, device: DeviceType) -> OnnxFile:
     finally:
         staging.unlink(missing_ok=True)
     written = OnnxFile(path, "fp32", raw=False, sha256=sha256_of(path))
-    files.write(run.exports, run.read_exports() | {path.name: Export(sha256=written.sha256, weights=weights)})
+    files.write_json(run.exports, run.read_exports() | {path.name: Export(sha256=written.sha256, weights=weights)})
     return written
 
 

@@ -16,10 +16,10 @@ from msgspec.structs import asdict
 
 from runner.common.console import progress
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.data.open import open_split_of_run
 from runner.data.stream import BatchStream
-from runner.deploy import engine, onnx, package, precision
+from runner.deploy import engine_run, onnx, package, precision
 from runner.deploy.onnx import OnnxFile
 from runner.deploy.sensitivity import added_errors
 from runner.deploy.session import PROVIDERS, OnnxSession
@@ -135,7 +135,7 @@ def compare(
         torch=torch_rows,
         not_scored=not_scored,
     )
-    write(run.parity, report)
+    write_json(run.parity, report)
     return report
 
 
@@ -203,8 +203,8 @@ def _open_candidates(
         if "onnxruntime" in (backends or BACKENDS):
             openers.append(("onnxruntime", partial(_open_session, file, device)))
         if "engine" in (backends or BACKENDS) and device == "cuda":
-            sidecars = engine.built(run, file)
-            here = [sidecar for sidecar in sidecars if engine.why_not_here(sidecar) is None]
+            sidecars = engine_run.verified_engines(run, file)
+            here = [sidecar for sidecar in sidecars if engine_run.incompatibility(sidecar) is None]
             if here:  # engines for other GPUs are an error only where none is for this one
                 others = [sidecar for sidecar in sidecars if sidecar not in here]
                 not_scored += [_not_for_this_gpu(file, sidecar) for sidecar in others]
@@ -224,7 +224,7 @@ def _open_candidates(
 
 
 def _not_for_this_gpu(file: OnnxFile, sidecar: EngineSidecar) -> NotScored:
-    return NotScored(onnx=str(file.path), backend="engine", reason=str(engine.why_not_here(sidecar)))
+    return NotScored(onnx=str(file.path), backend="engine", reason=str(engine_run.incompatibility(sidecar)))
 
 
 def _open_session(file: OnnxFile, device: str) -> Candidate:
@@ -235,8 +235,8 @@ def _open_session(file: OnnxFile, device: str) -> Candidate:
 
 
 def _open_engine(run: Run, file: OnnxFile, sidecar: EngineSidecar) -> Candidate:
-    running = engine.RunningEngine(run, sidecar)
-    return Candidate(file, "engine", sidecar.provider, running.run_in_batches, sidecar.sha256, sidecar.caveat)
+    loaded = engine_run.LoadedEngine(run, sidecar)
+    return Candidate(file, "engine", sidecar.provider, loaded.run_in_batches, sidecar.sha256, sidecar.caveat)
 
 
 def _row(

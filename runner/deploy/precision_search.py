@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from runner.common.errors import UserError
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.data import order
 from runner.data.open import SplitName, open_split_of_run
 from runner.deploy import onnx, precision
@@ -135,7 +135,7 @@ def search(
             measured=len(drops.known),
             added_errors={error.operator: error.added for error in errors if error.operator in quantizer.operators},
         )
-    write(run.deploy / f"search.{kind}.json", result)
+    write_json(run.deploy / f"search.{kind}.json", result)
     return result
 
 

@@ -181,22 +181,22 @@ def _load_engine(model: Path) -> tuple[Forward, OnnxMetadata]:
     """Like `_load`, for an engine, which must be in the deploy folder of its run."""
     import torch
 
-    from runner.deploy import engine
+    from runner.deploy import engine_run
 
-    sidecar_path = engine.sidecar_of(model)
+    sidecar_path = engine_run.sidecar_of(model)
     if not sidecar_path.is_file():
         raise UserError(f"{model}: expected its sidecar {sidecar_path.name} next to it, found none")
-    run, sidecar = Run(model.parent.parent), files.read(sidecar_path, EngineSidecar)
-    engine.verify(run, sidecar)
+    run, sidecar = Run(model.parent.parent), files.read_json(sidecar_path, EngineSidecar)
+    engine_run.verify(run, sidecar)
     if (run.folder / sidecar.engine).resolve() != model.resolve():
         raise UserError(f"{model}: expected the sidecar of this engine, found that of {sidecar.engine}")
     if not torch.cuda.is_available():
         raise UserError(f"{model}: expected a GPU to run the engine, found none; pass the ONNX file instead")
-    running = engine.RunningEngine(run, sidecar)
+    loaded = engine_run.LoadedEngine(run, sidecar)
     _, metadata = onnx.read(run.folder / sidecar.onnx)
 
     def forward(images: np.ndarray) -> np.ndarray:
-        return running.run_in_batches(torch.from_numpy(images).cuda()).cpu().numpy()
+        return loaded.run_in_batches(torch.from_numpy(images).cuda()).cpu().numpy()
 
     return forward, replace(metadata, largest_batch=sidecar.batch.max)
 

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from runner.common import files
 from runner.common.errors import UserError
 from runner.common.text import first_line, without_controls
-from runner.deploy import engine, onnx, parity
+from runner.deploy import engine_run, onnx, parity
 from runner.deploy.onnx import OUTPUT, RAW_INPUT, OnnxFile
 from runner.deploy.session import PROVIDERS
 from runner.run.folder import Run
@@ -106,7 +106,7 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
 
 def _engine_of(run: Run, file: OnnxFile, batch: int) -> EngineSidecar:
     """Returns the engine of a file, if Triton can load it and it has passed the gate. Raises UserError."""
-    sidecars = engine.built(run, file)
+    sidecars = engine_run.verified_engines(run, file)
     for sidecar in sidecars:
         if sidecar.backend == "tensorrt":
             parity.require_passed(run, file, sidecar.provider, sidecar.sha256)

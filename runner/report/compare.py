@@ -105,6 +105,7 @@ class Outcome(Setup, kw_only=True):
     """Finished runs that differ only in their seed: mean accuracies in 0..1, with standard deviations (n - 1).
 
     Attributes:
+        parameters: number of parameters; None if an earlier version did not record it.
         epochs: mean number of epochs; they differ where early stopping ended runs.
         incomplete: whether any of the runs ended after fewer epochs than the recipe has, unless by early stopping.
         label: the experiment and its changed settings, plus other settings if several outcomes would have this label.
@@ -112,6 +113,7 @@ class Outcome(Setup, kw_only=True):
         difference: `reproduced` minus the reported accuracy; None if the two are not comparable.
     """
 
+    parameters: int | None = None
     epochs: float
     incomplete: bool | None = None
     folders: list[str] | UnsetType = UNSET
@@ -289,6 +291,7 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     several = len(seeds) > 1  # runs of one seed have no deviation over seeds
     return Outcome(
         **{name: getattr(first, name) for name in Setup.__struct_fields__},
+        parameters=first.parameters,
         epochs=statistics.mean(summary.epochs for summary in summaries),
         incomplete=incomplete,
         folders=[printable(record.run.folder) for record in group],

@@ -9,7 +9,7 @@ from runner.report.run_record import RunRecord, Unreadable, format_counts
 from runner.report.searches import SearchRecord
 
 OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
-MARKUP = re.compile(r"[\\`*_\[\]]")
+MARKUP = re.compile(r"[\\`*_~\[\]]")
 LATENCY_TITLES = (
     "run", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "calls", "accuracy change", "agreement",
     "gate", "note",
@@ -22,9 +22,8 @@ def render(
     """Renders accuracies, searches, latencies by hardware with the parity of each file, and what was not read."""
     parts = [accuracies(records), *map(search_results, searches), latencies(records)]
     if unreadable:
-        parts.append(
-            f"Not read:\n\n{table(('folder', 'reason'), ((plain(e.folder), plain(e.reason)) for e in unreadable))}"
-        )
+        reasons = ((plain(entry.folder), plain(entry.reason)) for entry in unreadable)
+        parts.append(f"Not read:\n\n{table(('folder', 'reason'), reasons)}")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -32,20 +31,18 @@ def accuracies(records: list[RunRecord]) -> str:
     """Renders the table of reported and reproduced accuracies, with one row per outcome, and its caption."""
     datasets = ", ".join(sorted({record.dataset for record in records}))
     hardware = ", ".join(sorted({str(record.config.hardware) for record in records}))
-    parameters = {record.config.experiment: record.config.parameters for record in records}
     rows = []
     for outcome in compare.outcomes(records):
         reported = outcome.reported
-        count = parameters[outcome.experiment]
         rows.append(
             (
                 code(str(outcome.label)),
-                f"{count:,}" if count else "–",
+                f"{outcome.parameters:,}" if outcome.parameters else "–",
                 plain(outcome.dataset),
                 f"{outcome.epochs:.2f} of {outcome.recipe_epochs}",
                 outcome.seed_count,
                 percent(outcome.test_accuracy, outcome.test_accuracy_std),
-                f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–",
+                f"{reported.accuracy:.2%} ({reported.on}, {plain(reported.epoch)})" if reported else "–",
                 percent(outcome.reproduced, outcome.reproduced_std),
             )
         )
@@ -56,17 +53,17 @@ def accuracies(records: list[RunRecord]) -> str:
     )
     if one_class := [code(record.name) for record in records if record.predicts_one_class]:
         names = ", ".join(one_class)
-        caption += f" One class is predicted for all images, so that passing the gate proves little: {names}."
+        caption += f" Models that predict one class for every image, so that passing the gate means little: {names}."
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
 
 
 def search_results(search: SearchRecord) -> str:
     """Renders the best trials of a search, or its Pareto front, and its caption."""
     states = ", ".join(f"{count} {state}" for state, count in search.states.items())
-    trained, whole = search.epochs
+    trained, total = search.epochs
     caption = (
-        f"Search {code(search.name)}: {len(search.trials)} trials ({states}); {trained:,} epochs trained, {whole:,} "
-        "without pauses. Accuracies are measured on held-out training images."
+        f"Search {code(search.name)}: {len(search.trials)} trials ({states}); {trained:,} of {total:,} "
+        "epochs trained. Accuracies are measured on held-out training images."
     )
     if importance := search.importance:
         shares = ", ".join(f"{plain(option)} {share:.0%}" for option, share in importance.items())
@@ -79,14 +76,15 @@ def latencies(records: list[RunRecord]) -> str:
     """Renders a table of latencies per machine, with the parity of each file; empty if none were measured."""
     by_hardware: dict[str, list[Sequence[str]]] = {}
     for record in records:
-        if record.latency:
-            by_hardware.setdefault(str(record.latency.hardware), []).extend(latency_rows(record))
+        if record.latency and (rows := list(latency_rows(record))):
+            by_hardware.setdefault(str(record.latency.hardware), []).extend(rows)
     return "\n\n".join(
         f"Latency on {plain(hardware)}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
     )
 
 
 def latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
+    """Yields the cells of each measured latency of a run."""
     for cell in compare.run_row(record).latency:
         yield (
             code(record.name),
@@ -115,11 +113,11 @@ def code(text: str) -> str:
 
 def plain(text: str) -> str:
     """Escapes Markdown and HTML in text from a run folder, and removes line breaks."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def percent(value: float | None, std: float | None) -> str:
-    """Formats a fraction in 0..1 as `93.21 ± 0.15 %`; a dash for None."""
+    """Formats a fraction in 0..1 as `93.21 ± 0.15%`; a dash for None."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "") + " %"
+    return f"{100 * value:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "") + "%"

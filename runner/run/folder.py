@@ -16,6 +16,7 @@ lock             held by the process that trains
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from msgspec.structs import replace
 
 from runner.common.console import list_some
 from runner.common.errors import FILE_SERVER, UserError
-from runner.common.files import is_file, read_bytes, unreadable
+from runner.common.files import is_file, names_in, read_bytes, unreadable
 from runner.config.train_config import check_name
 from runner.config.trust import TrustedCode
 from runner.run import lock
@@ -46,6 +47,9 @@ from runner.run.schema import (
 )
 
 T = TypeVar("T")
+WEIGHTS = "model.safetensors"  # of a checkpoint
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d+)")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LOCK_TIMEOUT = 60.0  # seconds to wait for the previous process to exit, possibly on another node
 State = Literal["complete", "running", "stopped", "failed", "crashed", "missing"]
@@ -97,6 +101,14 @@ class Run:
     def checkpoints(self) -> Path:
         """Path of the folder of checkpoints."""
         return self.folder / "checkpoints"
+
+    def step_folder(self, step: int) -> Path:
+        """Path of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of the checkpoints that exist, in ascending order."""
+        return sorted(int(found[1]) for found in map(STEP_FOLDER.fullmatch, names_in(self.checkpoints)) if found)
 
     @property
     def figures(self) -> Path:

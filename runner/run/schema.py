@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from runner.common.files import from_text
+from runner.common.files import decode_text
 from runner.common.text import without_controls
 from runner.config.recipe import Architecture, Fraction, NonNegative, Recipe, Reported
 from runner.config.train_config import TrainConfig
@@ -56,13 +56,13 @@ def decode(content: bytes, kind: type[T]) -> T:
     content = without_controls(content)
     try:
         try:
-            return msgspec.json.decode(content, type=kind, dec_hook=from_text)
+            return msgspec.json.decode(content, type=kind, dec_hook=decode_text)
         except msgspec.DecodeError:
             if not NOT_FINITE.search(content) and not OLD_COMPILE.search(content):
                 raise
         current = OLD_COMPILE.sub(lambda match: COMPILE_MODES[match[1]], content)
         finite = json.dumps(json.loads(current, parse_constant=lambda _: None))
-        return msgspec.json.decode(finite, type=kind, dec_hook=from_text)
+        return msgspec.json.decode(finite, type=kind, dec_hook=decode_text)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -554,6 +554,8 @@ class EngineSidecar(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     dataset: str
     backend: str
     version: str
+    version_compatible: bool = False
+    """Whether later versions with the same major number run it."""
     target: str
     compute_capabilities: list[str] = []
     """Compute capabilities of the GPUs that it runs on, such as "8.9"; empty if an earlier version built it."""

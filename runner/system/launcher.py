@@ -1,4 +1,4 @@
-"""The launcher's settings, read from the environment variables that it sets, and the choice of the device."""
+"""Reads the settings that `accelerate launch` passes in environment variables, and selects the device."""
 
 import ctypes
 import os
@@ -59,32 +59,38 @@ def read(environ: Mapping[str, str]) -> Launch:
     )
 
 
-def end_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Makes the kernel kill this process when its parent dies; exits if the parent is already dead.
 
     Otherwise, after the launcher is killed, its ranks would continue to train and write to the same folder.
+
+    Args:
+        parent: process ID of the parent; None if it is not known.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Process 1 adopts orphans; in a container it may be the launcher itself.
-    if os.getppid() == 1 and b"accelerate" not in Path("/proc/1/cmdline").read_bytes():
+    if parent is None:  # process 1 adopts orphans; in a container it may be the launcher itself
+        orphaned = os.getppid() == 1 and b"accelerate" not in Path("/proc/1/cmdline").read_bytes()
+    else:
+        orphaned = os.getppid() != parent
+    if orphaned:
         os._exit(1)
 
 
 def outlive_parent() -> None:
-    """Undoes `end_with_parent`, for a process that must write a checkpoint after Ctrl-C has ended its launcher.
+    """Undoes `die_with_parent`, for a process that must write a checkpoint after Ctrl-C has ended its launcher.
 
     accelerate's launcher for a single process does not wait for the process to exit.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, 0)
 
 
-def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda", "cpu"], str]:
-    """Chooses the device, and returns a message that explains the choice.
+def select_device(requested: Device, launch: Launch, num_gpus: int) -> tuple[Literal["cuda", "cpu"], str]:
+    """Selects the device.
 
     Args:
         requested: the user's --device.
         launch: how the process was started.
-        gpus: number of GPUs on this node.
+        num_gpus: number of GPUs on this node.
 
     Returns:
         The device, and a one-line message that states the device and the reason.
@@ -95,12 +101,12 @@ def device(requested: Device, launch: Launch, gpus: int) -> tuple[Literal["cuda"
     if requested == "cpu" or (requested == "auto" and launch.cpu):
         reason = "--device cpu" if requested == "cpu" else "selected by the launch configuration"
         return "cpu", f"device: cpu ({reason})"
-    if requested == "auto" and not launch.by_accelerate and gpus == 0:
+    if requested == "auto" and not launch.by_accelerate and num_gpus == 0:
         return "cpu", "device: cpu (auto: this machine has no CUDA GPU)"
     required_by = "--device cuda" if requested == "cuda" else "this launch configuration"
-    if gpus < launch.local_world_size:
+    if num_gpus < launch.local_world_size:
         raise UserError(
-            f"{required_by} requires {launch.local_world_size} CUDA GPU(s) on this node, found {gpus}; "
-            "add --device cpu to train on the CPU, or lower --num_processes"
+            f"{required_by} requires {launch.local_world_size} CUDA GPU(s) on this node, found {num_gpus}; use "
+            f"--device cpu{', or a smaller --num_processes' if launch.local_world_size > 1 else ''}"
         )
     return "cuda", f"device: cuda ({launch.world_size} process(es))"

@@ -1,28 +1,28 @@
-"""Figures of a run, drawn from its files: curves, confusion matrix, samples with predictions, mistakes."""
+"""Draws the figures of a run: training curves, confusion matrix, sample predictions, and mistakes."""
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Mistake, Mistakes, RunConfig
 
-SAMPLES = 32
-MAX_LABELED_CLASSES = 30  # most classes for which a confusion matrix shows all counts and names
+NUM_SAMPLES = 32
+MAX_LABELED_CLASSES = 30  # largest number of classes for which a confusion matrix shows all counts and names
+MAX_NAME = 24  # longest class name that is drawn in full
 MAX_MISTAKES = 12
 
 
-def samples_of(images: int) -> np.ndarray:
+def sample_indices(num_images: int) -> np.ndarray:
     """Returns the indices of the test images to show, (n,) int64: evenly spaced, so the same for all runs on a dataset.
 
     Args:
-        images: number of test images.
+        num_images: number of test images.
     """
-    return np.linspace(0, images - 1, SAMPLES).astype(int)
+    return np.unique(np.linspace(0, num_images - 1, NUM_SAMPLES).astype(int))
 
 
 def mistakes_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def write_mistakes(run: Run, logits: np.ndarray, labels: np.ndarray, images: np.
         )
         for sample in mistakes_of(logits, labels)
     ]
-    write(run.mistakes, Mistakes(mistakes=mistakes))
+    write_json(run.mistakes, Mistakes(mistakes=mistakes))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def draw(
         confusion: number of test images by [label][predicted].
         logits: (N, classes) float32.
         labels: (N,) int64.
-        images: (n, H, W, 3) uint8, the test images that `samples_of` selects.
+        images: (n, H, W, 3) uint8, the test images that `sample_indices` selects.
 
     Returns:
         The paths of the figures.
@@ -104,14 +104,14 @@ def _draw_curves(run: Run, title: str) -> Path:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = read_metrics(run)
-    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+    for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
         for split, style in (("train", "-"), ("test", "o-")):
             points = [(row.epoch, value) for row in rows if (value := getattr(row, f"{split}_{metric}")) is not None]
             epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
-            axis.plot(epochs, values, style, label=split, markersize=4)
-        axis.set(xlabel="epoch", ylabel=metric)
-        axis.grid(alpha=0.3)
-        axis.legend()
+            ax.plot(epochs, values, style, label=split, markersize=4)
+        ax.set(xlabel="epoch", ylabel=metric)
+        ax.grid(alpha=0.3)
+        ax.legend()
     figure.suptitle(title)
     return _save(run, figure, "curves")
 
@@ -119,18 +119,18 @@ def _draw_curves(run: Run, title: str) -> Path:
 def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]) -> Path:
     plt = _pyplot()
 
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    row_fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    figure, ax = plt.subplots(figsize=(6.4, 6), layout="constrained")
+    ax.imshow(row_fractions, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape) if len(classes) <= MAX_LABELED_CLASSES else ():
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
+        color = "white" if row_fractions[row, column] > 0.5 else "black"
+        ax.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
     ticks = range(0, len(classes), -(-len(classes) // MAX_LABELED_CLASSES))
-    names = [textwrap.shorten(classes[tick], 24, placeholder="…") for tick in ticks]
-    axis.set_xticks(ticks, names, rotation=45, ha="right")
-    axis.set_yticks(ticks, names)
+    names = [_shorten(classes[tick]) for tick in ticks]
+    ax.set_xticks(ticks, names, rotation=45, ha="right")
+    ax.set_yticks(ticks, names)
     accuracy = np.trace(counts) / counts.sum()
-    axis.set(xlabel="predicted", ylabel="label", title=f"{title}: {accuracy:.2%} of {counts.sum():,}")
+    ax.set(xlabel="predicted", ylabel="label", title=f"{title}: {accuracy:.2%} of {counts.sum():,} test images")
     return _save(run, figure, "confusion")
 
 
@@ -140,22 +140,28 @@ def _draw_samples(
     plt = _pyplot()
 
     probabilities = _softmax(logits)
-    columns, column_width, row_height = SAMPLES // 4, 1.22, 1.45  # in image widths; two lines of text above each image
-    # One axis for all images: one axis per image would make drawing five times slower.
-    figure, axis = plt.subplots(figsize=(11, 6.4), layout="constrained")
-    for position, (image, sample) in enumerate(zip(images, samples_of(len(labels)), strict=True)):
+    columns, column_width, row_height = NUM_SAMPLES // 4, 1.22, 1.45  # in images; two lines of text above each
+    # A single Axes for all images: one Axes per image is five times slower.
+    figure, ax = plt.subplots(figsize=(11, 6.4), layout="constrained")
+    for position, (image, sample) in enumerate(zip(images, sample_indices(len(labels)), strict=True)):
         left, top = position % columns * column_width, position // columns * row_height
         predicted = logits[sample].argmax()
         correct = predicted == labels[sample]
-        axis.imshow(image, extent=(left, left + 1, top + 1, top))
-        text = f"{classes[predicted]} {probabilities[sample, predicted]:.0%}"
-        text += "" if correct else f"\nis {classes[labels[sample]]}"
+        height, width = (side / max(image.shape[:2]) for side in image.shape[:2])
+        ax.imshow(image, extent=(left + 0.5 - width / 2, left + 0.5 + width / 2, top + height, top))
+        text = f"{_shorten(classes[predicted])} {probabilities[sample, predicted]:.0%}"
+        text += "" if correct else f"\ntrue: {_shorten(classes[labels[sample]])}"
         color = "black" if correct else "firebrick"
-        axis.text(left + 0.5, top - 0.04, text, ha="center", va="bottom", fontsize=8, color=color)
-    axis.set(xlim=(0, columns * column_width - 0.22), ylim=(4 * row_height - 0.4, -0.4))
-    axis.axis("off")
+        ax.text(left + 0.5, top - 0.04, text, ha="center", va="bottom", fontsize=8, color=color)
+    ax.set(xlim=(0, columns * column_width - 0.22), ylim=(4 * row_height - 0.4, -0.4))
+    ax.axis("off")
     figure.suptitle(f"{title}: predictions on test images")
     return _save(run, figure, "samples")
+
+
+def _shorten(name: str) -> str:
+    """Returns the name of a class, cut off if it is long."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _pyplot() -> Any:

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import Any, NoReturn, cast
 
 from runner.common.text import first_line
-from runner.run.folder import Run
+from runner.run.folder import WEIGHTS, Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import MetricRow, RunConfig
 from runner.tracking import wandb_run
@@ -67,7 +67,7 @@ class Tracker:
             return
         self._enqueue(lambda remote: remote.finish())
         self.actions.put(None)
-        weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob("model.safetensors"))
+        weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob(WEIGHTS))
         self.thread.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE_MODES else 0))
         if self.thread.is_alive():
             self.abandoned = True
@@ -93,7 +93,7 @@ class Tracker:
     def _catch_up(self, remote: Any) -> None:
         """Logs rows from before a resume that W&B lacks."""
         if self.earlier_rows and remote.settings.mode in ONLINE_MODES:
-            wandb_run.catch_up(remote, self.run, self.earlier_rows)
+            wandb_run.log_missing_rows(remote, self.run, self.earlier_rows)
 
     def _run_actions(self) -> None:
         """Starts W&B and runs the queued actions; ends after the last one, or when one fails."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from runner.common.files import read
+from runner.common.files import read_json
 from runner.config.recipe import to_json
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import LatencyRow, MetricRow, RunConfig, Summary
 from runner.tracking.account import choose_server
@@ -35,7 +35,8 @@ OWN_FOLDER = "/."  # suffix that marks folders set by this module, without chang
 def prepare_environ(run: Run, environ: MutableMapping[str, str]) -> None:
     """Sets W&B's environment variables so that it keeps its files in the run folder and not in the home folder.
 
-    Does not move the settings folder, because the settings may name the user's own server.
+    Removes empty variables, and sets the server (see `choose_server`). Leaves WANDB_CONFIG_DIR as it is, because its
+    settings may name the user's own server.
     """
     for name in [name for name, value in environ.items() if name.startswith("WANDB_") and not value]:
         del environ[name]  # W&B refuses empty values
@@ -56,7 +57,7 @@ def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, j
         id=config.wandb_id if training else f"{config.wandb_id}-{job}",
         name=environ.get("WANDB_NAME", config.name) if training else f"{config.name} {job}",
         group=environ.get("WANDB_RUN_GROUP", config.group or config.paper),
-        job_type=environ.get("WANDB_JOB_TYPE", job),
+        job_type=environ.get("WANDB_JOB_TYPE", job) if training else job,
         tags=[*tags(config), *filter(None, environ.get("WANDB_TAGS", "").split(","))],
         config=msgspec.to_builtins(config, enc_hook=str),
         dir=run.folder,
@@ -98,12 +99,12 @@ def log(remote: Any, row: MetricRow, index: int) -> None:
     remote.log(msgspec.to_builtins(row), step=index)
 
 
-def catch_up(remote: Any, run: Run, stop: int) -> int:
-    """Logs the rows before index `stop` that W&B lacks; returns the number of rows logged."""
-    first = remote.starting_step
-    for index, row in list(enumerate(read_metrics(run)))[first:stop]:
+def log_missing_rows(remote: Any, run: Run, end: int | None = None) -> int:
+    """Logs the rows before index `end` (None for all) that W&B lacks; returns the number of rows logged."""
+    missing = list(enumerate(read_metrics(run)))[remote.starting_step : end]
+    for index, row in missing:
         log(remote, row, index)
-    return max(0, stop - first)
+    return len(missing)
 
 
 def log_results(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
@@ -122,7 +123,7 @@ def log_results(remote: Any, run: Run, online: bool, best: bool = False) -> Any:
     """
     import wandb
 
-    config, summary = run.config(), read(run.summary, Summary)
+    config, summary = run.config(), read_json(run.summary, Summary)
     # A separate step after the last row's: after an outage, W&B may have all rows but no figures.
     last = max(summary.steps + 1, len(read_metrics(run)))
     if remote.starting_step <= last:
@@ -152,7 +153,7 @@ def log_latencies(remote: Any, rows: list[LatencyRow]) -> None:
 
 
 def latency_summary(rows: Iterable[LatencyRow]) -> dict[str, float]:
-    """Returns the median latencies in milliseconds by their names in W&B's summary."""
+    """Maps keys of W&B's summary to median latencies in milliseconds."""
     return {
         f"latency_p50_ms/{row.backend}_{row.precision}_batch{row.batch}": row.p50_ms
         for row in rows
@@ -212,8 +213,8 @@ def _dataset_artifact(config: RunConfig) -> Any:
 
 def _weights_artifact(run: Run, config: RunConfig, summary: Summary) -> Any:
     """Builds an artifact of the last checkpoint's weights and the manifest with their hash."""
-    last = max(run.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
-    files = [last / name for name in ("model.safetensors", "manifest.json")]
+    last = run.step_folder(run.checkpoint_steps()[-1])
+    files = [last / WEIGHTS, last / MANIFEST]
     metadata = {"run": config.name, "test_accuracy": summary.test_accuracy}
     return artifact(f"{config.experiment}-weights", "model", files, metadata)
 

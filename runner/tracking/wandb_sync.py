@@ -12,10 +12,9 @@ import msgspec
 
 from runner.common.console import track
 from runner.common.errors import UserError
-from runner.common.files import read, read_bytes, write
+from runner.common.files import read_bytes, read_json, write_json
 from runner.common.text import first_line
-from runner.run.folder import Run
-from runner.run.metrics import read_metrics
+from runner.run.folder import WEIGHTS, Run
 from runner.run.schema import RunConfig
 from runner.tracking import wandb_run
 
@@ -63,10 +62,12 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
         best = best_run(run) == run.folder.resolve()
         if run.state() == "running":
             raise UserError("it is still training; sync it when it has finished")
-        if run.summary.is_file() and not any(run.checkpoints.glob("step-*/model.safetensors")):
+        if run.summary.is_file() and not any(
+            (run.step_folder(step) / WEIGHTS).is_file() for step in run.checkpoint_steps()
+        ):
             raise UserError(f"{run.checkpoints}: expected the weights of a finished run, found none")
         digest, marker = _digest(run, best, environ), run.folder / MARKER
-        if marker.is_file() and read(marker, SyncMarker).digest == digest:
+        if marker.is_file() and read_json(marker, SyncMarker).digest == digest:
             return Synced(str(run.folder), 0, new=False)
     except UserError as error:
         return Synced(str(run.folder), 0, new=False, reason=str(error))
@@ -79,7 +80,7 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
         raise UserError(
             f"{run.folder}: W&B did not accept it ({type(error).__name__}: {message}); sync again later"
         ) from None
-    write(marker, SyncMarker(digest))
+    write_json(marker, SyncMarker(digest))
     return Synced(str(run.folder), rows, new=True)
 
 
@@ -130,7 +131,7 @@ def _upload(run: Run, best: bool, environ: MutableMapping[str, str]) -> int:
     config = run.config()
     weights = None
     with _online(run, config, environ, "train") as remote:
-        rows = wandb_run.catch_up(remote, run, len(read_metrics(run)))
+        rows = wandb_run.log_missing_rows(remote, run)
         if run.summary.is_file():
             weights = wandb_run.log_results(remote, run, online=True, best=best).wait()
     if weights and _onnx_files(run):

@@ -26,19 +26,16 @@ from runner.common.files import (
     UnreadableError,
     is_file,
     names_in,
-    read,
     read_bytes,
+    read_json,
     retried,
     sha256_of,
     unreadable,
 )
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, STEP_FOLDER, WEIGHTS, Run
 from runner.run.schema import CheckpointManifest
 
-WEIGHTS = "model.safetensors"
 STATE = "state.pt"
-MANIFEST = "manifest.json"
-STEP_FOLDER = re.compile(r"step-(\d+)")
 REPLACED = re.compile(r"\.(step-\d+)\.replaced")
 
 
@@ -109,7 +106,7 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
         step: number of completed optimizer steps.
         state: training state for resuming (runner.training.state); None to save only the weights.
     """
-    folder = run.checkpoints / f"step-{step}"
+    folder = run.step_folder(step)
     _write_folder(folder, run, weights, step, state)
     keep_last(run, step)
     return folder
@@ -296,8 +293,7 @@ def load_model(run: Run) -> nn.Module:
 
 def _folders(run: Run) -> list[Path]:
     """The checkpoint folders of a run, ordered by step."""
-    names = [name for name in names_in(run.checkpoints) if STEP_FOLDER.fullmatch(name)]
-    return sorted((run.checkpoints / name for name in names), key=_step_of)
+    return [run.step_folder(step) for step in run.checkpoint_steps()]
 
 
 def _step_of(folder: Path) -> int:
@@ -306,7 +302,7 @@ def _step_of(folder: Path) -> int:
 
 def _check(folder: Path, names: Iterable[str] = ()) -> None:
     """Raises UserError if a file, or one of `names` if given, does not match its hash in the manifest."""
-    hashes = read(folder / MANIFEST, CheckpointManifest).sha256
+    hashes = read_json(folder / MANIFEST, CheckpointManifest).sha256
     if not hashes or not set(names) <= hashes.keys():
         raise UserError(f"{folder / MANIFEST}: damaged: expected a SHA-256 of each file; train again")
     for name in names or hashes:

@@ -40,7 +40,7 @@ def evaluate_run(
         The metrics by name, for printing and for JSON; names of those with test-time augmentation end in `_augmented`.
     """
     config = run.config()
-    selected, message = launcher.device(device, launcher.read(environ), torch.cuda.device_count())
+    selected, message = launcher.select_device(device, launcher.read(environ), torch.cuda.device_count())
     print(message, file=sys.stderr)
     if selected == "cpu":
         cpu.prepare()

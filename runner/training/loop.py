@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -48,14 +48,14 @@ class TrainingData:
     classes: int
 
     @property
-    def evaluated(self) -> dict[str, Batches]:
+    def eval_splits(self) -> dict[str, Batches]:
         """The splits that are evaluated after an epoch."""
         return ({"validation": self.validation} if self.validation else {}) | {"test": self.test}
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a training: in an epoch, in all epochs of the recipe, and the last that is trained."""
+    """Numbers of optimizer steps: per epoch, for the whole recipe, and of the step at which training ends."""
 
     per_epoch: int
     total: int
@@ -63,17 +63,17 @@ class Steps:
 
     @classmethod
     def of(cls, recipe: Recipe, train: Sized, max_steps: int | None) -> "Steps":
-        """Counts the steps; `train` are the batches of an epoch, and `max_steps` may end the training earlier."""
+        """Counts the steps; `train` has the batches of an epoch, and `max_steps` may end training earlier."""
         total = recipe.epochs * len(train)
         return cls(len(train), total, min(total, max_steps or total))
 
-    def end_epoch(self, step: int) -> bool:
-        """Returns whether an epoch ends with this step, counted from 1, or the training within the epoch."""
+    def is_epoch_end(self, step: int) -> bool:
+        """Returns whether this step, counted from 1, is the last of an epoch or of training."""
         return step == self.last or step % self.per_epoch == 0
 
-    def are_logged(self, step: int) -> bool:
+    def is_logged(self, step: int) -> bool:
         """Returns whether a row of metrics follows this step."""
-        return step % LOG_EVERY == 0 or self.end_epoch(step)
+        return step % LOG_EVERY == 0 or self.is_epoch_end(step)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class LoopHooks:
 
     Attributes:
         checkpoint_every: optimizer steps between checkpoints.
-        checkpoint_seconds: each evaluation is followed by a checkpoint as well, but not sooner than these seconds
-            after another, because a short epoch would wait for the disk.
+        checkpoint_seconds: minimum number of seconds between the previous checkpoint and one that follows an
+            evaluation, so that short epochs do not wait for the disk.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         resume: the state of the checkpoint to resume from; None for a new run.
         should_stop: returns whether this rank was asked to stop.
-        pause_step: step after which all ranks stop, as if they were asked to; None for none.
+        stop_after_step: step after which all ranks stop, as if they were asked to; None to train to the end.
         heartbeat: called after every step and every evaluated batch.
         before_step, after_step: called with the number of the optimizer step, counted from 1, before its batch is read
             and after the weights are updated.
@@ -98,7 +98,7 @@ class LoopHooks:
     evaluate_every: int = 1
     resume: dict[str, Any] | None = None
     should_stop: Callable[[], bool] = lambda: False
-    pause_step: int | None = None
+    stop_after_step: int | None = None
     heartbeat: Callable[[], None] = lambda: None
     before_step: Callable[[int], None] = lambda step: None
     after_step: Callable[[int], None] = lambda step: None
@@ -108,10 +108,10 @@ class LoopHooks:
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
 
 
-class CheckpointSchedule:
-    """Saves the state of training when a checkpoint is due, and stops training when that is asked for.
+class CheckpointManager:
+    """Saves the state of training when a checkpoint is due, and stops training when a rank was asked to.
 
-    Use it as a context manager, which waits at its end for the last checkpoint.
+    Used as a context manager; on exit, waits until the last checkpoint is written.
     """
 
     def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator) -> None:
@@ -119,7 +119,7 @@ class CheckpointSchedule:
         self.writer = checkpoint.CheckpointWriter(run)
         self.next_save_time = -math.inf  # by the clock of this rank
 
-    def __enter__(self) -> "CheckpointSchedule":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -137,16 +137,15 @@ class CheckpointSchedule:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
         hooks = self.hooks
-        paused = state.step == hooks.pause_step
-        stopping = not ended and (paused or any_rank_stops(hooks.should_stop, state.step, self.accelerator))
-        if ended or stopping or hooks.checkpoint_due(state.step) or (evaluated and self.pause_is_over()):
+        paused = state.step == hooks.stop_after_step
+        stopping = not ended and (paused or any_rank_should_stop(hooks.should_stop, state.step, self.accelerator))
+        if stopping:
+            self.save_and_stop(state, evaluated)
+        if ended or hooks.checkpoint_due(state.step) or (evaluated and self.interval_elapsed()):
             save(state, self.writer, evaluated)
             self.next_save_time = time.monotonic() + hooks.checkpoint_seconds
-        if stopping:
-            self.writer.wait()
-            raise StoppedError(state.step)
 
-    def stop_in_evaluation(self, state: TrainState, batch: int, evaluated: bool) -> None:
+    def stop_if_requested(self, state: TrainState, batch: int, evaluated: bool) -> None:
         """Called before each batch of an evaluation, which can take long; all ranks must call it.
 
         Args:
@@ -157,12 +156,16 @@ class CheckpointSchedule:
         Raises:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
-        if any_rank_stops(self.hooks.should_stop, batch, self.accelerator):
-            save(state, self.writer, evaluated, evaluating=not evaluated)
-            self.writer.wait()
-            raise StoppedError(state.step)
+        if any_rank_should_stop(self.hooks.should_stop, batch, self.accelerator):
+            self.save_and_stop(state, evaluated, evaluating=not evaluated)
 
-    def pause_is_over(self) -> bool:
+    def save_and_stop(self, state: TrainState, evaluated: bool, evaluating: bool = False) -> NoReturn:
+        """Writes a checkpoint (see `save`), waits until it is on disk, and raises StoppedError."""
+        save(state, self.writer, evaluated, evaluating)
+        self.writer.wait()
+        raise StoppedError(state.step)
+
+    def interval_elapsed(self) -> bool:
         """Returns whether the last checkpoint is old enough, by the clock of rank 0; the same on all ranks."""
         over = time.monotonic() >= self.next_save_time
         if self.accelerator.num_processes == 1:
@@ -180,7 +183,7 @@ class TrainResult:
         augmented: the same with test-time augmentation; None if the recipe does not use it.
         validation: the evaluation on the validation images; None if the recipe holds out none.
         steps, epochs: number of optimizer steps and epochs trained.
-        stopped_early: whether early stopping left out the last epochs.
+        stopped_early: whether early stopping ended training before the last epoch.
         best: the metrics of the epoch with the best accuracy, on the validation images if there are any.
     """
 
@@ -205,7 +208,7 @@ def train(
     log: Callable[[MetricRow], None] = lambda row: None,
     hooks: LoopHooks = LoopHooks(),
 ) -> TrainResult:
-    """Trains a model, evaluates it after epochs as `hooks` say, and saves a checkpoint after the last epoch.
+    """Trains a model, evaluates it every `hooks.evaluate_every` epochs, and saves a checkpoint after the last one.
 
     Args:
         model: model with its initial weights (see runner.training.model), the same on every rank.
@@ -215,7 +218,7 @@ def train(
         run: the run folder, for checkpoints.
         seed: random seed for dropout; `data` already has the seed of order and augmentation.
         max_steps: stop after this many optimizer steps; the learning rate is scheduled for the whole recipe.
-        teacher: model on the device for knowledge distillation, in addition to the labels; None for none.
+        teacher: model on the device for knowledge distillation, in addition to the labels; None to train without one.
         log: called with each row of metrics, on every rank.
         hooks: how the run is checkpointed, stopped and resumed.
 
@@ -235,46 +238,48 @@ def train(
 
     evaluations: dict[str, Evaluation] = {}
     with (
-        CheckpointSchedule(run, hooks, accelerator) as checkpoints,
+        CheckpointManager(run, hooks, accelerator) as checkpoints,
         progress("train", steps.last, shown=accelerator.is_main_process) as advance,
     ):
-        epochs = EpochEnds(state, data, steps, recipe.patience, log, hooks, checkpoints)
+        epoch_end = EpochEndHandler(state, data, steps, recipe.patience, log, hooks, checkpoints)
         advance(state.step)
         if hooks.resume and hooks.resume.get("evaluating"):  # stopped during the evaluation of this step
-            evaluations = epochs.end(True, averaged=True)
-        while not epochs.ended:
+            evaluations = epoch_end.run(evaluate_now=True, averaged=True)
+        while not epoch_end.training_ended:
             epoch, start = divmod(state.step, steps.per_epoch)
             if start == 0:
                 state.meter = Meter(accelerator)
             state.ddp.train()
             for batch in state.meter.timed(data.train.epoch(epoch, start), state.step + 1, hooks.before_step):
                 optim.set_lr(state.optimizer, recipe.schedule, state.step, steps.total)
-                size, logged = data.train.size_of(state.step % steps.per_epoch), steps.are_logged(state.step + 1)
+                size, logged = data.train.size_of(state.step % steps.per_epoch), steps.is_logged(state.step + 1)
                 train_step(state, *batch, size, loss_fn, recipe, logged or hooks.checkpoint_due(state.step + 1))
                 advance(1)
                 hooks.heartbeat()
                 hooks.after_step(state.step)
                 if logged:
-                    epochs.log_window()
-                if steps.end_epoch(state.step):
+                    epoch_end.log_window()
+                if steps.is_epoch_end(state.step):
                     break
                 checkpoints.save_or_stop(state)
-            evaluations = epochs.end(epochs.ended or (epoch + 1) % hooks.evaluate_every == 0)
+            evaluations = epoch_end.run(epoch_end.training_ended or (epoch + 1) % hooks.evaluate_every == 0)
         if not evaluations:
-            evaluations = epochs.end_again(hooks.resume or {})
+            assert hooks.resume is not None, "an epoch was trained, and the last one is evaluated"
+            evaluations = epoch_end.evaluate_resumed(hooks.resume)
         # Before the end of the block, which waits for the last checkpoint.
-        if state.saved_model is not state.eval_model:
-            evaluations = epochs.evaluate(state.saved_model, data.evaluated, final=True)
+        best_is_last = state.best is not None and state.best.global_step == state.step
+        if state.saved_model is not state.eval_model and not best_is_last:
+            evaluations = epoch_end.evaluate(state.saved_model, data.eval_splits, logged=True)
         augmented = {}
         if (views := recipe.test_augmentation) != "none":
-            augmented = epochs.evaluate(state.saved_model, {"test": data.test}, final=True, views=views)
+            augmented = epoch_end.evaluate(state.saved_model, {"test": data.test}, logged=True, views=views)
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
                        state.step / steps.per_epoch, state.step < steps.last, state.best)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class EpochEnds:
+class EpochEndHandler:
     """Evaluates, logs and saves at the end of an epoch."""
 
     state: TrainState
@@ -283,10 +288,10 @@ class EpochEnds:
     patience: int
     log: Callable[[MetricRow], None]
     hooks: LoopHooks
-    checkpoints: CheckpointSchedule
+    checkpoints: CheckpointManager
 
     @property
-    def ended(self) -> bool:
+    def training_ended(self) -> bool:
         """Whether training has ended: after the last step, or by early stopping after the last evaluation."""
         step, best = self.state.step, self.state.best
         if self.patience and best and step // self.steps.per_epoch - math.ceil(best.epoch) >= self.patience:
@@ -298,7 +303,7 @@ class EpochEnds:
         rates, window = optim.learning_rates(self.state.optimizer), self.state.meter.window(self.state.step)
         self.log(replace(row_at(self.state, self.steps.per_epoch), **rates, **window))
 
-    def end(self, evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
+    def run(self, evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
         """Ends an epoch; returns the evaluations of all splits by name, or {} if they are not evaluated now.
 
         `averaged` says whether the buffers are already averaged over ranks: twice could change the last bit.
@@ -306,23 +311,26 @@ class EpochEnds:
         state = self.state
         if not averaged:
             average_buffers(state.eval_model, state.accelerator)
-        evaluations = self.evaluate(state.eval_model, self.data.evaluated) if evaluate_now else {}
+        evaluations = self.evaluate(state.eval_model, self.data.eval_splits) if evaluate_now else {}
         for split, evaluation in evaluations.items():
             require_finite(evaluation.loss, f"the {split} loss", f"at step {state.step}")
         row = replace(row_at(state, self.steps.per_epoch), **state.meter.epoch(), **metrics_of(evaluations))
         self.log(row)
         if evaluate_now:
             state.add_evaluation(row)
-        self.checkpoints.save_or_stop(state, evaluate_now, self.ended)
+        self.checkpoints.save_or_stop(state, evaluate_now, self.training_ended)
         return evaluations
 
-    def end_again(self, resumed: dict[str, Any]) -> dict[str, Evaluation]:
-        """Evaluates a run that was resumed at its last step, which was within an epoch if `max_steps` was higher."""
+    def evaluate_resumed(self, resumed: dict[str, Any]) -> dict[str, Evaluation]:
+        """Evaluates a run that was resumed at its last step, so that no training is left.
+
+        This step may lie within an epoch, if `max_steps` was larger before.
+        """
         if not resumed.get("evaluated", True):
             if self.state.meter.pending():
                 self.log_window()
-            return self.end(True)
-        evaluations = self.evaluate(self.state.eval_model, self.data.evaluated, final=True)
+            return self.run(evaluate_now=True)
+        evaluations = self.evaluate(self.state.eval_model, self.data.eval_splits, logged=True)
         if self.state.best is None:
             self.state.add_evaluation(replace(row_at(self.state, self.steps.per_epoch), **metrics_of(evaluations)))
         if (resumed.get("best_model") is None) != (self.state.best_model is None):  # other weights are to be kept now
@@ -330,15 +338,29 @@ class EpochEnds:
         return evaluations
 
     def evaluate(
-        self, model: nn.Module, splits: dict[str, Batches], final: bool = False, views: Views = "none"
+        self, model: nn.Module, splits: dict[str, Batches], logged: bool = False, views: Views = "none"
     ) -> dict[str, Evaluation]:
-        """Evaluates a model on splits; `final` says whether the metrics of this step are already logged."""
-        accelerator, alive = self.state.accelerator, self.hooks.heartbeat
-        stop = partial(self.checkpoints.stop_in_evaluation, self.state, evaluated=final)
-        return {
-            name: evaluate_split(model, split, self.data.classes, accelerator, views, alive, stop)
-            for name, split in splits.items()
-        }
+        """Evaluates a model on splits, on all ranks together, in the precision of training.
+
+        Calls the model without DDP, whose forward would wait for ranks that have no images left. `logged` says whether
+        the metrics of this step are already logged.
+        """
+        accelerator = self.state.accelerator
+        before_batch = partial(self.checkpoints.stop_if_requested, self.state, evaluated=logged)
+        evaluations = {}
+        for name, split in splits.items():
+            images = split.num_images / accelerator.num_processes
+            with progress("evaluate", images, shown=accelerator.is_main_process) as advance, accelerator.autocast():
+
+                def after_batch(count: float, advance: Callable[[float], None] = advance) -> None:
+                    advance(count)
+                    self.hooks.heartbeat()
+
+                evaluations[name] = evaluate(
+                    model, split, self.data.classes, partial(accelerator.reduce, reduction="sum"), after_batch, views,
+                    before_batch,
+                )  # fmt: skip
+        return evaluations
 
 
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:
@@ -350,29 +372,35 @@ def train_step(
     state: TrainState,
     images: torch.Tensor,
     targets: torch.Tensor,
-    batch_size: int,
+    global_batch_size: int,
     loss_fn: Loss,
     recipe: Recipe,
-    keep_norm: bool,
+    record_grad_norm: bool,
 ) -> None:
-    """One optimizer step on this rank's slice of a global batch: images (n, 3, H, W), targets (n,) or (n, classes).
+    """Runs one optimizer step on this rank's slice of a global batch.
 
-    `keep_norm` says whether the meter needs the norm of the gradient: for a row of metrics, or for a checkpoint, where
-    a resumed run may end.
+    Args:
+        state: model, optimizer and meter.
+        images, targets: (n, 3, H, W), and (n,) or (n, classes).
+        global_batch_size: number of images of all ranks.
+        loss_fn: the loss.
+        recipe: how to train.
+        record_grad_norm: whether the meter needs the norm of the gradient, for a row of metrics or for a checkpoint, at
+            which a resumed run may end.
     """
     accelerator = state.accelerator
-    ranks = accelerator.num_processes
-    count = min(recipe.accumulate, batch_size // ranks)  # the same on all ranks
-    for micro_images, micro_targets, is_last in micro_batches(images, targets, count):
+    world_size = accelerator.num_processes
+    num_micro_batches = min(recipe.accumulate, global_batch_size // world_size)  # the same on all ranks
+    for micro_images, micro_targets, is_last in micro_batches(images, targets, num_micro_batches):
         with nullcontext() if is_last else accelerator.no_sync(state.ddp):
             logits = state.ddp(micro_images)
             loss = loss_fn(logits, micro_targets, micro_images)
             # DDP averages over ranks as if all had the same number of images; in a last batch they may not.
-            accelerator.backward(loss * len(micro_targets) * (ranks / batch_size))
+            accelerator.backward(loss * len(micro_targets) * (world_size / global_batch_size))
         state.meter.add(loss, logits, micro_targets)
     if recipe.clip_gradient:
         state.meter.grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), recipe.clip_gradient)
-    elif keep_norm:
+    elif record_grad_norm:
         state.meter.grad_norm = gradient_norm(state.model, accelerator.scaler)
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -403,48 +431,23 @@ def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool
         DivergedError: a loss or a weight is not finite; nothing was written.
     """
     state.meter.check(state.step, state.eval_model)
-    everything = state.state_dict() | {"evaluated": evaluated, "evaluating": evaluating}
+    checkpoint_state = state.state_dict() | {"evaluated": evaluated, "evaluating": evaluating}
     if state.accelerator.is_main_process:
-        everything["metrics"] = dict(fsync_metrics(writer.run))  # synced to disk before the checkpoint
-        writer.save(to_cpu(masked_state_dict(state.saved_model)), state.step, everything)
+        checkpoint_state["metrics"] = dict(fsync_metrics(writer.run))  # synced to disk before the checkpoint
+        writer.save(to_cpu(masked_state_dict(state.saved_model)), state.step, checkpoint_state)
 
 
-def any_rank_stops(should_stop: Callable[[], bool], step: int, accelerator: Accelerator) -> bool:
+def any_rank_should_stop(should_stop: Callable[[], bool], index: int, accelerator: Accelerator) -> bool:
     """Returns whether any rank was asked to stop; the answer is the same on all ranks.
 
-    Checked at every step, or batch of an evaluation; on several GPUs, only at those at which metrics wait for the
-    device anyway.
+    Checked at every step or batch of an evaluation; on several GPUs only at every `LOG_EVERY`th, because the reduction
+    waits for the device.
     """
     if accelerator.num_processes == 1:
         return should_stop()
-    if accelerator.device.type != "cpu" and step % LOG_EVERY:
+    if accelerator.device.type != "cpu" and index % LOG_EVERY:
         return False
     return bool(accelerator.reduce(torch.tensor(float(should_stop()), device=accelerator.device), "sum"))
-
-
-def evaluate_split(
-    model: nn.Module,
-    batches: Batches,
-    classes: int,
-    accelerator: Accelerator,
-    views: Views = "none",
-    heartbeat: Callable[[], None] = lambda: None,
-    before_batch: Callable[[int], None] = lambda batch: None,
-) -> Evaluation:
-    """Evaluates a model on a split, on all ranks together, in the precision of training.
-
-    Calls the model without DDP, whose forward would wait for ranks that have no images left.
-    """
-    images = batches.num_images / accelerator.num_processes
-    with progress("evaluate", images, shown=accelerator.is_main_process) as advance, accelerator.autocast():
-
-        def evaluated(count: float) -> None:
-            advance(count)
-            heartbeat()
-
-        return evaluate(
-            model, batches, classes, lambda tensor: accelerator.reduce(tensor, "sum"), evaluated, views, before_batch
-        )
 
 
 def metrics_of(evaluations: dict[str, Evaluation]) -> dict[str, float]:

@@ -11,12 +11,12 @@ from torch import nn
 
 from data_prep.manifest import Manifest
 from runner.common.errors import UserError
-from runner.common.files import is_file, read
+from runner.common.files import is_file, read_json
 from runner.config.recipe import Experiment, differences
 from runner.config.train_config import TrainConfig
 from runner.data.open import RankInfo, model_input
 from runner.run import schema
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.schema import Dataset, Origin, Resumed, RunConfig, Summary, TrainPrecision
 from runner.system import environment
 from runner.training import checkpoint
@@ -106,7 +106,7 @@ def origin(folder: Path) -> Origin:
     """Describes the latest weights of another run, which this run uses."""
     run = Run(folder)
     weights = checkpoint.latest(run)
-    sha256 = read(weights / checkpoint.MANIFEST, schema.CheckpointManifest).sha256[checkpoint.WEIGHTS]
+    sha256 = read_json(weights / MANIFEST, schema.CheckpointManifest).sha256[WEIGHTS]
     return Origin(
         experiment=run.config().experiment, folder=str(folder.absolute()), checkpoint=weights.name, sha256=sha256
     )

@@ -11,6 +11,7 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
@@ -29,33 +30,35 @@ from data_prep import beton_reader
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
-from runner.common.files import is_file, names_in, remove, write, write_atomically
+from runner.common.files import is_file, remove, write_atomically, write_json
 from runner.common.text import first_line
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
 from runner.data.open import RankInfo, SplitName, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
-from runner.run.folder import Run, finished_run, locked_runs
+from runner.run.folder import MANIFEST, Run, finished_run, locked_runs
 from runner.run.metrics import truncate_metrics
 from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import LoopHooks, Steps, StoppedError, TrainingData, TrainResult, any_rank_stops, train
+from runner.training.loop import LoopHooks, Steps, StoppedError, TrainingData, TrainResult, any_rank_should_stop, train
 from runner.training.meter import DivergedError, flops_utilization
 from runner.training.model import build_model
 from runner.training.profile import StepProfiler
 from runner.training.progress import EpochPrinter
 
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
-STOP_FILE_SECONDS = 0.25
+STOP_FILE_INTERVAL = 0.25
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the first one, forwarded by the launcher
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-LOST_RANK = "another rank has ended, which reports why unless it was killed; start again with --resume auto"
-VISIBLE_WITHIN = 60.0  # seconds for a checkpoint to become visible on the other nodes
-COLLECTIVE_GRACE = 60  # extra seconds for collectives beyond --hang-timeout, so that our watchdog reports first
+LOST_RANK = "another rank exited and reports why, unless it was killed; rerun with --resume auto"
+CHECKPOINT_VISIBLE_SECONDS = 60.0  # seconds for a checkpoint to become visible on the other nodes
+COLLECTIVE_MARGIN_SECONDS = (
+    60  # extra seconds for collectives beyond --hang-timeout, so that our watchdog reports first
+)
 
 
 class RunTracker(Protocol):
@@ -82,7 +85,7 @@ class RunTracker(Protocol):
 
 
 @dataclass(frozen=True)
-class Tracking:
+class TrackingCallbacks:
     """Callbacks for logging and plotting, passed in by the command, so that training does not import them.
 
     Attributes:
@@ -110,13 +113,13 @@ class TrainingOutcome:
 
 
 def run_training(
-    config: TrainConfig, registered: Experiment, environ: MutableMapping[str, str], tracking: Tracking
+    config: TrainConfig, registered: Experiment, environ: MutableMapping[str, str], tracking: TrackingCallbacks
 ) -> TrainingOutcome:
     """Trains with the given options, once for each seed.
 
     Raises:
-        UserError: data, name, weights or device cannot be used (before any folder is created); or the ranks or the
-            checkpoint cannot (after the run folders are claimed).
+        UserError: data, name, weights or device are invalid (before any folder is created); or not all ranks joined,
+            or the checkpoint cannot be loaded (after the run folders are locked).
         SystemExit: with the exit code of a failed or stopped run.
     """
     with stop_signals() as stopped:
@@ -137,11 +140,11 @@ def _run_training(
     config: TrainConfig,
     registered: Experiment,
     environ: MutableMapping[str, str],
-    tracking: Tracking,
+    tracking: TrackingCallbacks,
     stopped: Callable[[], bool],
 ) -> TrainingOutcome:
     launch = launcher.read(environ)
-    device, message = launcher.device(config.device, launch, torch.cuda.device_count())
+    device, message = launcher.select_device(config.device, launch, torch.cuda.device_count())
     rank_info = RankInfo(
         device=torch.device(device, launch.local_rank) if device == "cuda" else torch.device("cpu"),
         rank=launch.rank,
@@ -157,27 +160,27 @@ def _run_training(
         raise UserError(f"--profile-steps {config.profile_steps}: expected steps up to {steps.last}, the last one")
     if profiled and (profiled[0] - 1) // steps.per_epoch != (profiled[1] - 1) // steps.per_epoch:
         raise UserError(
-            f"--profile-steps {config.profile_steps}: expected steps of one epoch, which has {steps.per_epoch}, "
-            "because an evaluation may follow it"
+            f"--profile-steps {config.profile_steps}: expected steps within one epoch of {steps.per_epoch} steps, "
+            "because an evaluation may run between epochs"
         )
     if config.pause_after and config.pause_after * steps.per_epoch >= steps.last:
         epochs = steps.last / steps.per_epoch
-        raise UserError(f"--pause-after {config.pause_after}: expected fewer than its {epochs:g} epochs")
+        raise UserError(f"--pause-after {config.pause_after}: expected fewer than the {epochs:g} epochs of the run")
     teacher = load_teacher(config, manifest) if config.teacher else None
     # Build the first model now, so that unusable weights are refused before anything is written.
     first_run = Run(config.runs / config.experiment / config.run_names()[config.all_seeds[0]])
-    resumed = config.resume != "never" and any(name.startswith("step-") for name in names_in(first_run.checkpoints))
-    first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"], resumed)
+    has_checkpoint = config.resume != "never" and bool(first_run.checkpoint_steps())
+    first_model = initial_model(config, config.all_seeds[0], manifest, streams["train"], has_checkpoint)
     refuse_to_overwrite_sources(config)
-    if config.resume not in ("auto", "never") and not is_file(Path(config.resume, checkpoint.MANIFEST)):
+    if config.resume_path and not is_file(config.resume_path / MANIFEST):
         raise UserError(f"--resume {config.resume}: expected auto, never, or the folder of a checkpoint, found none")
     with contextlib.ExitStack() as stack:
         if launch.rank == 0:
             names = list(config.run_names().values())
             resuming = config.resume != "never"
-            job, start = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
+            job, requeues = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
             stack.enter_context(
-                locked_runs(config.runs, config.experiment, names, resuming, config.overwrite, job, start)
+                locked_runs(config.runs, config.experiment, names, resuming, config.overwrite, job, requeues)
             )
         accelerator = create_accelerator(config, launch, device)
         stack.callback(destroy_process_group, accelerator)
@@ -185,25 +188,28 @@ def _run_training(
             print(message, rank_info.loader_for(manifest, manifest.splits["train"])[1], sep="\n", file=sys.stderr)
         session = Session(
             config, registered, environ, tracking, manifest, rank_info, streams, teacher, accelerator,
-            scaler_state=accelerator.scaler and accelerator.scaler.state_dict(), stopped=stopped,
+            initial_scaler_state=accelerator.scaler and accelerator.scaler.state_dict(), stopped=stopped,
         )  # fmt: skip
         return session.train_seeds(first_model)
 
 
 @dataclass(frozen=True)
 class Session:
-    """State shared by all seeds of one `runner train` on this rank. All ranks have joined; run folders are claimed."""
+    """State shared by all seeds of one `runner train` on this rank.
+
+    Created after all ranks have joined and the run folders are locked.
+    """
 
     config: TrainConfig
     registered: Experiment
     environ: MutableMapping[str, str]
-    tracking: Tracking
+    tracking: TrackingCallbacks
     manifest: Manifest
     rank_info: RankInfo
     streams: dict[SplitName, BatchStream]
     teacher: nn.Module | None
     accelerator: Accelerator
-    scaler_state: dict[str, Any] | None
+    initial_scaler_state: dict[str, Any] | None
     stopped: Callable[[], bool]
 
     def train_seeds(self, first_model: nn.Module) -> TrainingOutcome:
@@ -215,12 +221,14 @@ class Session:
         summaries: list[Summary] = []
         abandoned, seed_run = False, None
         for index, (seed, run) in enumerate(runs.items()):
-            if index and any_rank_stops(self.stopped, 0, self.accelerator):
+            if index and any_rank_should_stop(self.stopped, 0, self.accelerator):
+                if self.accelerator.is_main_process:
+                    print(f"runner: stopped before seed {seed}; resume with --resume auto", file=sys.stderr)
                 if abandoned and seed_run and seed_run.tracker:
                     seed_run.tracker.exit_at_once(EXIT_STOPPED)
-                raise SystemExit(EXIT_STOPPED)  # every seed before this one is complete
-            if self.scaler_state:  # fp16: every seed starts with the same loss scale
-                self.accelerator.scaler.load_state_dict(self.scaler_state)
+                raise SystemExit(EXIT_STOPPED)
+            if self.initial_scaler_state:  # fp16: every seed starts with the same loss scale
+                self.accelerator.scaler.load_state_dict(self.initial_scaler_state)
             model = models.pop(seed, None) or initial_model(
                 config, seed, self.manifest, self.streams["train"], states[seed] is not None
             )
@@ -230,7 +238,7 @@ class Session:
                 seed_run.report_early_stop()
                 try:
                     summaries.append(seed_run.write_results())
-                except OSError as error:
+                except Exception as error:
                     seed_run.handle_failure(error)
                     raise
                 abandoned = abandoned or seed_run.tracker.abandoned
@@ -267,18 +275,20 @@ class SeedRun:
     ) -> None:
         self.session, self.run, self.seed, self.run_config, self.state = session, run, seed, run_config, state
         self.steps = Steps.of(session.config.recipe, session.streams["train"], session.config.max_steps)
-        given = session.config.resume not in ("auto", "never")
-        older = given and not checkpoint.is_newest(
-            run, Path(session.config.resume)
-        )  # which the results would not be of
-        if state and (state["step"] > self.steps.last or (older and state["step"] == self.steps.last)):
+        # Results are always those of the newest checkpoint, so an older one must be followed by training.
+        path = session.config.resume_path
+        is_older = path is not None and not checkpoint.is_newest(run, path)
+        if state and (state["step"] > self.steps.last or (is_older and state["step"] == self.steps.last)):
             raise UserError(
-                f"{run.folder}: expected a last step after {state['step']}, where the checkpoint is, found "
-                f"{self.steps.last}; raise --max-steps or --recipe.epochs"
+                f"{run.folder}: the checkpoint is at step {state['step']}, but training ends at step "
+                f"{self.steps.last}; increase --max-steps or --recipe.epochs"
             )
+        self.start_step = state["step"] if state else 0
         pause = session.config.pause_after
         self.pause_step = pause and pause * self.steps.per_epoch
-        unevaluated = state and state["step"] == self.pause_step and state.get("evaluating")  # stopped meanwhile
+        unevaluated = (
+            state and state["step"] == self.pause_step and state.get("evaluating")
+        )  # stopped in its evaluation
         if state and self.pause_step and state["step"] >= self.pause_step and not unevaluated:
             raise UserError(
                 f"--pause-after {pause}: expected more epochs than the {state['step'] / self.steps.per_epoch:g} that "
@@ -286,7 +296,7 @@ class SeedRun:
             )
         self.profiler = self.make_profiler()
         self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
-        self.look_again = 0.0  # when stop files are looked up next
+        self.next_stop_file_check = 0.0  # when stop files are looked up next
         self.tracker: RunTracker | None = None
         self.result: TrainResult | None = None
 
@@ -330,11 +340,13 @@ class SeedRun:
             return None
         device = self.session.accelerator.device.type
         profiler = StepProfiler(self.run.profile, self.run_config.name, device, *config.profiled_steps)
-        start = self.state["step"] if self.state else 0
-        if profiler.trace.is_file() and start >= profiler.first:
+        if profiler.trace.is_file() and self.start_step >= profiler.first:
             return None
-        if start >= profiler.last:
-            print(f"profile: none, because {self.run.folder} resumes after these steps, at {start}", file=sys.stderr)
+        if self.start_step >= profiler.last:
+            print(
+                f"profile: none, because {self.run.folder} resumes after these steps, at {self.start_step}",
+                file=sys.stderr,
+            )
             return None
         return profiler
 
@@ -345,9 +357,9 @@ class SeedRun:
         """
         if self.session.stopped():
             return True
-        if not self.session.accelerator.is_local_main_process or time.monotonic() < self.look_again:
+        if not self.session.accelerator.is_local_main_process or time.monotonic() < self.next_stop_file_check:
             return False
-        self.look_again = time.monotonic() + STOP_FILE_SECONDS
+        self.next_stop_file_check = time.monotonic() + STOP_FILE_INTERVAL
         return any(os.path.exists(file) for file in self.stop_files)  # noqa: PTH110 - Path.exists raises some errors
 
     def start_run(self) -> RunTracker:
@@ -356,15 +368,17 @@ class SeedRun:
         Raises:
             UserError: metrics from before the checkpoint are missing, and --resume-anyway was not given.
         """
-        step = self.state["step"] if self.state else 0
         checksum = self.state.get("metrics") if self.state else None
-        if not truncate_metrics(self.run, step, checksum, allow_missing=self.session.config.resume_anyway):
-            # W&B knows a row by its index in the file, so the rows that follow need another W&B run.
+        extended = self.start_step < self.steps.last and is_file(self.run.summary)
+        complete = truncate_metrics(self.run, self.start_step, checksum, self.session.config.resume_anyway)
+        if extended or not complete:
+            # W&B knows a row by its index in the file, and logs results after the last one: rows that follow results,
+            # or that replace missing ones, need another W&B run.
             self.run_config = msgspec.structs.replace(self.run_config, wandb_id=secrets.token_hex(4))
-        if step < self.steps.last or any(entry.changed for entry in self.run_config.resumed[-1:]):
+        if self.start_step < self.steps.last or any(entry.changed for entry in self.run_config.resumed[-1:]):
             # Delete the summary first, so that it never exists beside the run.json of another training.
             remove(self.run.summary)
-        write(self.run.run_json, self.run_config)
+        write_json(self.run.run_json, self.run_config)
         remove(self.run.ended)
         return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
 
@@ -373,8 +387,7 @@ class SeedRun:
         macs, peak = self.run_config.macs, self.session.config.peak_tflops
         ranks = self.session.accelerator.num_processes
         print(f"run: {self.run.folder}", tracker.status, sep="\n", file=sys.stderr, flush=True)
-        start_step = self.state["step"] if self.state else 0
-        printer = EpochPrinter(self.session.config.recipe.epochs, start_step, self.steps.last)
+        printer = EpochPrinter(self.session.config.recipe.epochs, self.start_step, self.steps.last)
 
         def log(row: MetricRow) -> None:
             if row.images_per_second and macs and peak:
@@ -392,10 +405,18 @@ class SeedRun:
         if self.tracker:
             reason = failure.reason if failure else f"{type(error).__name__}: {first_line(error)}"
             with contextlib.suppress(OSError):
-                write(self.run.ended, Ending(stopped=stopped, reason=reason, diverged=isinstance(error, DivergedError)))
+                write_json(
+                    self.run.ended, Ending(stopped=stopped, reason=reason, diverged=isinstance(error, DivergedError))
+                )
         if failure is None:
+            if self.tracker:
+                with contextlib.suppress(OSError):
+                    self.tracker.finish()
+                if self.tracker.abandoned:
+                    traceback.print_exception(error)
+                    self.tracker.exit_at_once(1)
             return
-        if not (self.tracker or isinstance(error, StoppedError | DivergedError)):  # of this rank alone
+        if not (self.tracker or isinstance(error, StoppedError | DivergedError)):  # only this rank failed
             rank = f"rank {accelerator.process_index} of {accelerator.num_processes}"
             print(f"runner: {self.run.folder}: {rank}: {failure.reason}", file=sys.stderr)
         if self.tracker:
@@ -414,7 +435,7 @@ class SeedRun:
         raise SystemExit(failure.exit_code) from None
 
     def report_early_stop(self) -> None:
-        """Prints that early stopping ended the training, if so, and of which epoch the weights are."""
+        """If early stopping ended training, prints why, and which epoch's weights are kept."""
         assert self.result
         if self.result.stopped_early:
             reason = f"no better validation accuracy in {self.session.config.recipe.patience} epochs"
@@ -437,7 +458,7 @@ class SeedRun:
 
         session.tracking.draw(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
-        write(run.summary, summary)
+        write_json(run.summary, summary)
         checkpoint.keep_last(run)
         self.tracker.log_results()
         self.tracker.finish()
@@ -482,12 +503,11 @@ def initial_model(
 
 def refuse_to_overwrite_sources(config: TrainConfig) -> None:
     """Raises UserError if --overwrite would delete files that this run reads."""
-    resumed = None if config.resume in ("auto", "never") else Path(config.resume)
-    sources = [folder for folder in (config.data, config.start_from, config.teacher, resumed) if folder]
-    for name in config.run_names().values():
+    sources = [folder for folder in (config.data, config.start_from, config.teacher) if folder]
+    for name in config.run_names().values() if config.overwrite else ():
         folder = config.runs / config.experiment / name
-        if config.overwrite and any(source.resolve().is_relative_to(folder.resolve()) for source in sources):
-            raise UserError(f"--overwrite: {folder} holds a source of this run; choose another --name")
+        if any(source.resolve().is_relative_to(folder.resolve()) for source in sources):
+            raise UserError(f"--overwrite: {folder} contains files that this run reads; choose another --name")
 
 
 def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str) -> Accelerator:
@@ -510,12 +530,12 @@ def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str
                 static_graph=config.recipe.accumulate == 1,
                 broadcast_buffers=False,
             ),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_timeout + COLLECTIVE_GRACE)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_timeout + COLLECTIVE_MARGIN_SECONDS)),
         ],
     )
     if accelerator.num_processes != launch.world_size:
         joined = accelerator.num_processes
-        raise UserError(f"{launch.world_size} ranks were launched, {joined} joined; relaunch all ranks")
+        raise UserError(f"{launch.world_size} ranks were launched, but only {joined} joined; relaunch all ranks")
     return accelerator
 
 
@@ -533,7 +553,7 @@ class Failure:
     reason: str
 
 
-def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | None:
+def diagnose_failure(error: Exception, recipe: Recipe, world_size: int) -> Failure | None:
     """Describes a known failure and what to do about it; None for an unexpected exception."""
     if isinstance(error, StoppedError):
         return Failure(EXIT_STOPPED, f"{error}; resume with --resume auto")
@@ -542,34 +562,33 @@ def diagnose_failure(error: Exception, recipe: Recipe, ranks: int) -> Failure | 
     if isinstance(error, checkpoint.CheckpointError):
         return Failure(1, str(error))
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        file = error.filename or "metrics"
-        return Failure(1, f"no space left on the disk for {file}; make room and resume with --resume auto")
+        file = error.filename or "metrics.jsonl"
+        return Failure(1, f"no space left on the disk for {file}; free some space and resume with --resume auto")
     if isinstance(error, OSError) and error.errno in FILE_SERVER:
         file = error.filename or "metrics.jsonl"
         return Failure(1, f"{file}: cannot be read or written ({error.strerror}); resume with --resume auto")
-    if is_lost_rank(error, ranks):
+    if is_lost_rank(error, world_size):
         return Failure(1, f"{LOST_RANK} ({first_line(error)})")
     if "does not have a deterministic implementation" in str(error):
         operator = str(error).split(" does not")[0]
         return Failure(1, f"--deterministic: {operator} has no deterministic kernel; train without it")
-    refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if refused:
-        images = recipe.batch_size // (ranks * recipe.accumulate)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        images = recipe.batch_size // (world_size * recipe.accumulate)
         return Failure(
             1,
-            f"out of memory with {images} images at a time (batch {recipe.batch_size} over {ranks} ranks); "
-            f"to use less memory with the same result, use --recipe.accumulate {2 * recipe.accumulate} or more ranks; "
-            "or use --precision bf16",
+            f"out of memory with {images} images at a time (batch {recipe.batch_size} over {world_size} ranks); "
+            "increase --recipe.accumulate (batch norm then sees fewer images at a time) or the number of ranks, or "
+            "use --precision bf16",
         )
     return None
 
 
-def is_lost_rank(error: Exception, ranks: int) -> bool:
+def is_lost_rank(error: Exception, world_size: int) -> bool:
     """Returns whether a collective failed because another rank has ended.
 
-    NCCL raises the same error for its other failures, such as two ranks on one GPU.
+    Reads the message, because NCCL raises the same error for other failures, such as two ranks on one GPU.
     """
-    if ranks == 1:
+    if world_size == 1:
         return False
     without_peer = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError)
     return without_peer or re.search("by peer|Connection refused|ncclRemoteError", str(error)) is not None
@@ -593,16 +612,18 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if not interrupted:
             interrupted = now
             launcher.outlive_parent()
-            os.write(2, b"runner: stopping with a checkpoint; Ctrl-C again ends at once\n")  # print is not reentrant
+            os.write(
+                2, b"runner: stopping with a checkpoint; press Ctrl-C again to exit at once\n"
+            )  # print is not reentrant
         elif now - interrupted > FORWARDED_INTERRUPT_SECONDS:  # otherwise it is the first, forwarded by the launcher
             os.write(2, b"runner: interrupted\n")
             os._exit(EXIT_INTERRUPTED)
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    previous_handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -616,27 +637,29 @@ def resume_state(config: TrainConfig, run: Run, accelerator: Accelerator) -> dic
     """
     if config.resume == "never":
         return None
-    chosen: list[tuple[Path, str] | str | None] = [None]
+    selected: list[tuple[Path, str] | str | None] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [choose_checkpoint(config, run)]
+            selected = [choose_checkpoint(config, run)]
         except UserError as error:
-            chosen = [str(error)]
-    (choice,) = broadcast_object_list(chosen)
-    if isinstance(choice, str):
-        raise UserError(choice)
-    return choice and checkpoint.wait_for_state(choice[0], choice[1], VISIBLE_WITHIN)
+            selected = [str(error)]
+    (found,) = broadcast_object_list(selected)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found and checkpoint.wait_for_state(found[0], found[1], CHECKPOINT_VISIBLE_SECONDS)
 
 
 def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
     """Returns the folder of the checkpoint to resume from and the SHA-256 of its manifest; None for a new run."""
-    if config.resume != "auto":
-        return Path(config.resume), checkpoint.check_resumable(Path(config.resume))
+    if path := config.resume_path:
+        return path, checkpoint.check_resumable(path)
     folder, damaged = checkpoint.newest_intact(run)
     for line in damaged:
         print(f"runner: {line}", file=sys.stderr)
     if folder is None and damaged:
-        raise UserError(f"{run.folder}: expected an intact checkpoint, found none; start over with --overwrite")
+        raise UserError(
+            f"{run.folder}: expected an intact checkpoint, found none; start over with --overwrite and without --resume"
+        )
     return None if folder is None else (folder, checkpoint.check_resumable(folder))
 
 
@@ -650,15 +673,16 @@ def load_teacher(config: TrainConfig, manifest: Manifest) -> nn.Module:
     assert config.teacher
     folder = config.teacher
     run = finished_run("--teacher", folder, config.trusted_code)
-    teacher = run.config()
-    if teacher.dataset.classes != list(manifest.classes):
+    teacher_config = run.config()
+    if teacher_config.dataset.classes != list(manifest.classes):
         raise UserError(
-            f"--teacher {folder}: expected a run on the classes of {manifest.name}, found one on {teacher.dataset.name}"
+            f"--teacher {folder}: expected a run on the classes of {manifest.name}, found one on "
+            f"{teacher_config.dataset.name}"
         )
     expected = model_input(manifest, config.recipe)
-    if teacher.input != expected:
+    if teacher_config.input != expected:
         raise UserError(
-            f"--teacher {folder}: expected a run on images of {expected}, found {teacher.input}; train it with the "
-            "same --recipe.resize and --recipe.normalize"
+            f"--teacher {folder}: expected a run on images of {expected}, found {teacher_config.input}; train it with "
+            "the same --recipe.resize and --recipe.normalize"
         )
     return checkpoint.load_model(run).requires_grad_(False)

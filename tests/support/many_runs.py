@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from runner import experiments
-from runner.common.files import write as write_file
+from runner.common.files import write_json as write_file
 from runner.config.recipe import Experiment
 from runner.run.folder import Run
 from runner.run.metrics import encode_row

@@ -9,12 +9,14 @@ were missing are measured again. Optional packages may be missing; the summary l
 """
 
 import importlib
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -136,7 +138,7 @@ class GpuBenchmark:
         argv += ["--commit", self.commit] if self.commit else []
         argv += ["--rehearse"] if self.rehearse else []
         command = ["env", *VARIABLES.get(name, []), sys.executable, "-m", "runner.benchmarks.gpu", *argv]
-        process = subprocess.Popen(list(map(str, command)), preexec_fn=launcher.end_with_parent)
+        process = subprocess.Popen(list(map(str, command)), preexec_fn=partial(launcher.die_with_parent, os.getpid()))
         try:
             return process.wait(seconds + GRACE)
         except subprocess.TimeoutExpired:
@@ -168,7 +170,7 @@ def show(context: Context, codes: dict[str, int]) -> bool:
     failed = any(codes.values())
     for name, code in codes.items():
         path = path_of(context, name)
-        findings = files.read(path, PartFile).findings if path.is_file() else {}
+        findings = files.read_json(path, PartFile).findings if path.is_file() else {}
         messages = []
         for key, finding in findings.items():
             if not was_measured(finding):

@@ -1,9 +1,11 @@
 """The context of a part of the GPU benchmark: its data, scale and time, and how it runs commands."""
 
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -197,7 +199,7 @@ class Context:
             stderr=stderr,
             text=True,
             cwd=cwd,
-            preexec_fn=launcher.end_with_parent,
+            preexec_fn=partial(launcher.die_with_parent, os.getpid()),
         )
 
     def train_command(self, name: str, run: str, *options: object, processes: int = 1) -> tuple[Run, list[object]]:

@@ -11,7 +11,7 @@ from runner.benchmarks.gpu.ledger import Ledger
 from runner.common import files
 from runner.config.recipe import SGD, Augment, Recipe
 from runner.data.open import RankInfo, open_split
-from runner.run.folder import Run
+from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import CheckpointManifest
 
@@ -133,8 +133,8 @@ def _train_and_kill(context: Context, run: Run, argv: list[object], steps: int) 
     process = context.start_python(*argv)
     killed = False
     while process.poll() is None and context.seconds_left() > 0:
-        saved = [int(folder.name[5:]) for folder in run.checkpoints.glob("step-*")]
-        if saved and max(saved) < steps:
+        saved = run.checkpoint_steps()
+        if saved and saved[-1] < steps:
             process.send_signal(signal.SIGKILL)
             killed = True
             break
@@ -148,8 +148,8 @@ def _train_and_kill(context: Context, run: Run, argv: list[object], steps: int) 
 
 
 def _weights_sha256(run: Run) -> str:
-    (folder,) = run.checkpoints.glob("step-*")
-    return files.read(folder / "manifest.json", CheckpointManifest).sha256["model.safetensors"]
+    (step,) = run.checkpoint_steps()
+    return files.read_json(run.step_folder(step) / MANIFEST, CheckpointManifest).sha256[WEIGHTS]
 
 
 def compare_one_ddp_rank(context: Context) -> dict[str, Any]:

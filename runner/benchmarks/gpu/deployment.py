@@ -8,8 +8,7 @@ import msgspec
 from runner import experiments
 from runner.benchmarks.gpu.context import Context, MissingError, RefusedError, validation_options
 from runner.benchmarks.gpu.ledger import Ledger
-from runner.deploy import engine as engines
-from runner.deploy import onnx
+from runner.deploy import engine_run, onnx
 from runner.deploy.onnx import PRECISIONS
 from runner.deploy.session import PROVIDERS, usable_providers
 from runner.run.folder import Run
@@ -76,14 +75,14 @@ def engine(context: Context, run: Run, precision: Precision) -> dict[str, Any]:
         context.run_python("-m", "runner", "engine", run.folder, "--precision", precision, "--batch", *sizes)
     except RefusedError as error:
         raise MissingError(str(error)) from None
-    (sidecar,) = engines.built(run, onnx.exported(run, precision))
+    (sidecar,) = engine_run.verified_engines(run, onnx.exported(run, precision))
     keys = ("engine", "backend", "version", "layer_precisions", "target", "batch", "bytes")
     return {key: msgspec.to_builtins(getattr(sidecar, key)) for key in keys}
 
 
 def parity(context: Context, run: Run, precision: Precision, backend: str) -> dict[str, Any]:
     """Scores an ONNX file or its engine, and returns the parity gate's rows for this backend, passed or not."""
-    if backend == "engine" and not engines.built(run, onnx.exported(run, precision)):
+    if backend == "engine" and not engine_run.verified_engines(run, onnx.exported(run, precision)):
         raise MissingError("no engine")
     if backend == "onnxruntime" and not has_provider(context):
         raise MissingError("onnxruntime has no CUDA provider here")

@@ -74,7 +74,7 @@ class Ledger:
         )
         if not self.path.is_file():
             return
-        previous = files.read(self.path, PartFile)
+        previous = files.read_json(self.path, PartFile)
         for key in SAME:
             old, new = (_comparable(getattr(file, key)) for file in (previous, self.file))
             if old != new:
@@ -131,7 +131,7 @@ class Ledger:
 
     def write(self) -> None:
         """Writes the file."""
-        files.write(self.path, self.file)
+        files.write_json(self.path, self.file)
 
 
 def _comparable(value: Any) -> Any:

@@ -13,7 +13,7 @@ from runner.benchmarks import loader as loaders
 from runner.benchmarks.gpu.context import Context
 from runner.benchmarks.gpu.ledger import Ledger
 from runner.benchmarks.measure import in_turn, make_step, ratio, spread, synchronize
-from runner.common.files import read
+from runner.common.files import read_json
 from runner.config.recipe import Experiment
 from runner.system.environment import usable_cores
 
@@ -211,4 +211,6 @@ def run_benchmark(context: Context, name: str) -> dict[str, Any]:
     if name == "overhead":
         argv += ["--device", "cuda", "--experiment", GOAL_EXPERIMENT, "--batch", context.scale.batch, "--steps", 200]
     context.run_python(*argv)
-    return {key: value for key, value in read(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"}
+    return {
+        key: value for key, value in read_json(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"
+    }

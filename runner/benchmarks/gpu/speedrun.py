@@ -19,7 +19,7 @@ from runner.benchmarks.gpu.ledger import Ledger
 from runner.benchmarks.gpu.speed import MODES
 from runner.benchmarks.measure import ratio, synchronize
 from runner.common.console import track
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run
 
@@ -77,7 +77,7 @@ class SpeedRun:
             model=self.experiment.architecture.build(),
             wandb_id="", group="",
         )  # fmt: skip
-        write(self.run.run_json, record)  # checkpoints read this file
+        write_json(self.run.run_json, record)  # checkpoints read this file
 
     def __call__(self, seed: int) -> tuple[float, float]:
         """Trains one seed; returns the seconds and the accuracy."""

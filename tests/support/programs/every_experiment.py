@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torchvision import models
 
 from runner import experiments
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.models import transfer
 from runner.run.folder import Run
@@ -51,7 +51,7 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
         model = build_model(experiment.architecture, recipe, 0, splits["train"].first_images, None)
         run = Run(folder / name)
         if accelerator.is_main_process:
-            write(run.run_json, config_of(architecture=experiment.architecture, dataset=manifest.name))
+            write_json(run.run_json, config_of(architecture=experiment.architecture, dataset=manifest.name))
         whole = TrainingData(splits["train"], splits["test"], splits.get("validation"), 10)
         outcome = train(model, recipe, whole, accelerator, run, seed=0, max_steps=2)
         found[name] = {"images": outcome.test.num_images, "loss": outcome.test.loss, "steps": outcome.steps}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.training import checkpoint
 from tests.support.configs import config_of
@@ -30,7 +30,7 @@ def contents(step: int) -> tuple[dict, dict]:
 
 def main(folder: Path, replace: bool) -> None:
     template = Run(folder / "template")
-    write(template.run_json, config_of(dataset="none"))
+    write_json(template.run_json, config_of(dataset="none"))
     weights, state = contents(1)
     checkpoint.save(template, weights, 1, state)
     lost, left, k = [], [], 0

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from runner.common.files import write
+from runner.common.files import write_json
 from runner.config.recipe import SGD, Architecture, Augment, Recipe
 from runner.data.open import RankInfo, open_manifest, open_split
 from runner.data.stream import BatchStream
@@ -98,7 +98,7 @@ def train_and_stop(accelerator: Accelerator, data: Path, folder: Path, stops: bo
     """Trains three steps; with `stops`, the last rank asks to stop after the first, and training is resumed."""
     run, architecture = trusted(folder), Architecture("tests.support.models.tiny:Tiny")
     if accelerator.is_main_process:
-        write(run.run_json, config_of(architecture=architecture, dataset=open_manifest(data).name))
+        write_json(run.run_json, config_of(architecture=architecture, dataset=open_manifest(data).name))
     batches = TrainingData(open_stream(accelerator, data, "train"), open_stream(accelerator, data, "test"), None, 10)
     state = None
     for stop in (True, False) if stops else (False,):
