@@ -9,8 +9,9 @@ import fcntl
 import os
 import pickle
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,6 +27,14 @@ from tests.support.processes import ENDING, TINY, launch, runner
 
 KINDS = ("gpu", "slurm", "browser", "root", "processes")
 REQUIRED_IN_CI = ("slurm", "browser", "root")  # a skip of one of these fails the run where CI=true
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Undoes `cpu.prepare`, which lets this process take denormal numbers for zero: other tests compare with them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 # --- data and runs, made once for all workers -----------------------------------------------------------

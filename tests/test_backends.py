@@ -261,7 +261,7 @@ def test_an_engine_is_checked_before_it_is_loaded(own: Run, changed: str, monkey
     runtime = SimpleNamespace(deserialize_cuda_engine=loaded.append)
     monkeypatch.setattr(library, "Runtime", lambda logger: runtime)
     message = {
-        "nothing": "does not load on this GPU", "engine": "found [0-9a-f]{12}…; build", "onnx": "found [0-9a-f]{12}…; build",
+        "nothing": "does not load on this GPU", "engine": "found [0-9a-f]{12}…", "onnx": "found [0-9a-f]{12}…",
         "version": "built by tensorrt-rtx 0.1, but", "gpu": "not for this GPU",
     }  # fmt: skip
     with pytest.raises(UserError, match=message[changed]):

@@ -49,9 +49,26 @@ def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytes
     registered = entry | {"experiment": "soni-2"}  # the table has no row for the tests' own experiment
     out.write_text(json.dumps({"experiments": [registered]}))
     (line,) = [line for line in tables.papers().splitlines() if line.startswith("| `soni-2` |")]
-    assert f"| {100 * summary['test_accuracy']:.2f} %, {summary['dataset']}, 2 of 2 epochs, seed 0, fp32 |" in line
+    assert f"| {100 * summary['test_accuracy']:.2f}%, {summary['dataset']}, 2 of 2 epochs, seed 0, fp32 |" in line
     nothing = module("runner.benchmarks.papers", tmp_path)
     assert nothing.returncode == 2
+
+
+def test_the_table_of_backends_marks_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.backends() == "Latency of every backend: not measured."
+    trained = {"experiment": "a", "seed": 1, "epochs": 2.0, "dataset": "d", "precision": "fp32", "batch": 8}
+    rows = [
+        trained | {"backend": name, "fastest": fastest, "ratio": {"median": x, "min": x / 2, "max": 2 * x, "rounds": 7}}
+        for name, fastest, x in (("eager", False, 1.0), ("compiled", True, 0.5))
+    ]
+    rows.append(rows[0] | {"batch": 32})
+    machine = {"hardware": {"cpu": "c", "cores": 2, "memory_gib": 1.0}, "versions": {"torch": "2"}}
+    (tmp_path / "deploy-cpu.json").write_text(json.dumps(machine | {"backends": rows}))
+    assert tables.backends().splitlines()[2:4] == [
+        "| `a` | 2.00 epochs, seed 1, d | 8 | 1.00 (0.50 to 2.00) | **0.50 (0.25 to 1.00)** |",
+        "| `a` | 2.00 epochs, seed 1, d | 32 | 1.00 (0.50 to 2.00) | not measured |",
+    ]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -178,10 +195,22 @@ def test_the_deploy_benchmark_compares_an_exported_run(deployed_run: Path, small
         done = runner(*command)
         assert done.returncode == 0, done.stderr
     out = tmp_path / "deploy.json"
-    done = module("runner.benchmarks.deploy", run, *TINY, "--json", out)
+    done = module("runner.benchmarks.deploy", run, *TINY, "--batch", 1, 2, "--json", out)
     assert done.returncode == 0, done.stderr
-    ratios = {name: ratio for name, ratio in json.loads(out.read_text()).items() if name.startswith("ratio_")}
+    result = json.loads(out.read_text())
+    ratios = {name: ratio for name, ratio in result.items() if name.startswith("ratio_")}
     assert ratios.keys() == {
         f"ratio_{name}_tiny" for name in ("onnxruntime_to_eager", "int8_to_fp32", "export_to_bare")
     }
     assert all(0 < r["min"] <= r["median"] <= r["max"] and r["rounds"] == 7 for r in ratios.values())
+    rows = result["backends"]
+    backends = [("eager", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8-cpu")]
+    assert [(row["batch"], row["backend"], row["precision"]) for row in rows] == [
+        (batch, *backend) for batch in (1, 2) for backend in backends
+    ]
+    assert [row["ratio"] for row in rows if row["backend"] == "eager"] == [
+        {"median": 1.0, "min": 1.0, "max": 1.0, "rounds": 7}
+    ] * 2
+    for batch in (1, 2):
+        (fastest,) = [row for row in rows if row["batch"] == batch and row["fastest"]]
+        assert fastest["ratio"]["median"] <= 1.5  # eager has 1.0; medians of ratios and of latencies may differ

@@ -61,9 +61,13 @@ def test_a_package_is_scored_and_measured_and_needs_no_project(own: Run, tmp_pat
     images = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
     np.save(tmp_path / "images.npy", images)
     code = (
-        "import sys, numpy, torch\n"
+        "import os, sys, numpy, torch\n"
         f"model = torch._inductor.aoti_load_package({str(package.path_of(own, 'cpu'))!r})\n"
-        f"logits = model(torch.from_numpy(numpy.load({str(tmp_path / 'images.npy')!r})))\n"
+        f"images = torch.from_numpy(numpy.load({str(tmp_path / 'images.npy')!r}))\n"
+        "torch.set_num_threads(1)\n"
+        "threads = os.listdir('/proc/self/task')\n"
+        "logits = model(images)\n"
+        "assert os.listdir('/proc/self/task') == threads, 'the package was compiled for more threads'\n"
         "assert not any(name.split('.')[0] in ('runner', 'tests', 'data_prep') for name in sys.modules)\n"
         "print(logits.tolist())"
     )

@@ -2,11 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from unittest import mock
 
 import msgspec
@@ -17,6 +17,7 @@ from runner.common.errors import UserError
 from runner.common.files import write_atomically
 from runner.system import environment
 
+K = TypeVar("K", bound=Hashable)
 MIN_ROUNDS = 7  # enough for a spread
 Rounds = Annotated[int, Meta(ge=MIN_ROUNDS, le=10**9)]
 Steps = Annotated[int, Meta(ge=3, le=10**9)]  # time is measured from the second step to the last
@@ -32,7 +33,7 @@ class Spread:
     rounds: int
 
 
-def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, description: str) -> dict[str, list[float]]:
+def in_turn(candidates: Mapping[K, Callable[[], float]], rounds: int, description: str) -> dict[K, list[float]]:
     """Measures each candidate once in every round; the order rotates by one from round to round.
 
     Args:
@@ -44,7 +45,7 @@ def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int, descript
         The measurements of each candidate, one per round.
     """
     names = list(candidates)
-    measured: dict[str, list[float]] = {name: [] for name in names}
+    measured: dict[K, list[float]] = {name: [] for name in names}
     with progress(description, rounds * len(names)) as advance:
         for index in range(rounds):
             shift = index % len(names)

@@ -16,6 +16,7 @@ import msgspec
 from runner import experiments
 from runner.benchmarks import program, quantizers
 from runner.benchmarks import search as searches
+from runner.benchmarks.deploy import BackendRow
 from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
 from runner.benchmarks.measure import Spread
 from runner.benchmarks.papers import PaperOutcome
@@ -88,6 +89,14 @@ class ParityFile(msgspec.Struct):
     hardware: Hardware
     versions: dict[str, str]
     runs: list[ParityRun]
+
+
+class DeployFile(msgspec.Struct):
+    """The content of deploy-cpu.json, apart from its ratios."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+    backends: list[BackendRow] = []
 
 
 def read_part(name: str) -> PartFile | None:
@@ -199,6 +208,27 @@ def ratios() -> str:
                     goal = finding.get("goals", {}).get(key, "–")
                     rows.append([title, _spread(msgspec.convert(value, Spread)), goal, letter])
     return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{legend}"
+
+
+def backends() -> str:
+    """Returns the table of latencies relative to eager torch, with one column per backend and precision."""
+    path = RESULTS / "deploy-cpu.json"
+    result = read_json(path, DeployFile) if path.is_file() else None
+    if result is None or not result.backends:
+        return f"Latency of every backend: {MISSING}."
+    columns = list(dict.fromkeys((row.backend, row.precision) for row in result.backends))
+    networks: dict[tuple[str, str, int], dict[tuple[str, str], str]] = {}
+    for row in result.backends:
+        trained = f"{row.epochs:.2f} epochs, seed {row.seed}, {row.dataset}"
+        cell = f"{row.ratio.median:.2f} ({row.ratio.min:.2f} to {row.ratio.max:.2f})"
+        cells = networks.setdefault((row.experiment, trained, row.batch), {})
+        cells[row.backend, row.precision] = f"**{cell}**" if row.fastest else cell
+    titles = ["experiment", "trained", "batch", *(f"{backend} {precision}" for backend, precision in columns)]
+    rows = [
+        [f"`{experiment}`", trained, str(batch), *(cells.get(column, MISSING) for column in columns)]
+        for (experiment, trained, batch), cells in networks.items()
+    ]
+    return f"{table(titles, rows)}\n\nMeasured on: {_machine(result.hardware, result.versions)}."
 
 
 def _spread(ratio: Spread) -> str:
@@ -413,6 +443,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     BENCHMARKS_README: {
         "papers": papers,
         "ratios": ratios,
+        "backends": backends,
         "parity": parity,
         "int8": int8,
         "correctness": correctness,

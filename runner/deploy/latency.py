@@ -122,7 +122,7 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
     report = _new_report(run, options, selected)
     earlier = _comparable_rows(run, report)
     rows: list[LatencyRow] = []
-    targets = list(_targets(run, files, options, selected))
+    targets = list(open_targets(run, files, options, selected))
     if all(target.row.not_measured for target in targets):
         refused = [target.refused for target in targets if target.refused]
         reasons = (f"{target.row.backend} {target.row.precision}: {target.row.not_measured}" for target in targets)
@@ -171,7 +171,7 @@ def _key(row: LatencyRow) -> tuple[Any, ...]:
     return row.backend, row.provider, row.precision, row.batch
 
 
-def _targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device: str) -> Iterator[Target]:
+def open_targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device: str) -> Iterator[Target]:
     """Yields a target for everything that is requested; a target that cannot run here has the reason."""
     precisions: tuple[Precision, ...] = ("fp32",) if device == "cpu" else ("fp32", "fp16")
     for backend in ("eager", "compiled"):

@@ -63,7 +63,9 @@ def compile_package(run: Run, device: DeviceType) -> OnnxFile:
         with torch.no_grad(), hidden_warnings():
             program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(staging))
+                # The code asks for the number of threads when it runs; by default, it contains that of this process.
+                config = {"cpp.dynamic_threads": True}
+                torch._inductor.aoti_compile_and_package(program, package_path=str(staging), inductor_configs=config)
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 raise UserError(
                     f"{path}: cannot be compiled ({first_line(error)}); is a C++ compiler installed?"
