@@ -5,7 +5,11 @@ import torch
 
 from runner.config.recipe import SGD, Recipe
 from runner.data.open import EVALUATION_BATCH, RankInfo, open_manifest, open_split
+from runner.system import launcher
+from runner.training import checkpoint
+from runner.training.eval_run import evaluate_run
 from runner.training.evaluate import Evaluation, evaluate
+from tests.support.configs import trusted
 from tests.support.models.tiny import Tiny
 
 RECIPE = Recipe(1, 50, SGD(0.1))
@@ -86,3 +90,20 @@ def test_metrics() -> None:
     assert result.confusion == [[2, 0], [1, 1]]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1, 0]))
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_an_evaluation_on_a_gpu_is_without_tf32(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training is; the flags can be looked at without a GPU."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = True
+    monkeypatch.setattr(launcher, "select_device", lambda *_: ("cuda", "device: cuda"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda run: pytest.exit)  # has no `to`
+    try:
+        with pytest.raises(AttributeError):
+            evaluate_run(trusted(tiny_run), None, "cuda", "run", "run", {})
+        assert [setting.allow_tf32 for setting in settings] == [False, False]
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -19,8 +19,8 @@ from data_prep import beton, manifest, sources
 from data_prep.sources import Source
 from runner import experiments
 from runner.benchmarks import tables
-from runner.benchmarks.gpu import correctness, speed, tests
-from runner.benchmarks.gpu.__main__ import SHARES, PartName
+from runner.benchmarks.gpu import correctness, speed, speedrun, tests
+from runner.benchmarks.gpu.__main__ import MIN_SECONDS, SHARES, PartName, time_for
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
@@ -239,14 +239,40 @@ def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_pa
         late.context.run_python("-c", "import time; time.sleep(60)")
 
 
-def test_shares_leave_time_for_every_part() -> None:
-    left = 30.0
-    minutes = {}
-    for part in PARTS:
-        minutes[part] = left * SHARES[part]
-        left -= minutes[part]
+@pytest.mark.parametrize("minutes", [9, 30, 60])
+def test_every_part_has_time_in_one_call_or_in_several(minutes: int) -> None:
+    """A call skips the parts that are complete, so that pieces of nine minutes reach the last part."""
     assert list(SHARES) == list(PARTS)
-    assert min(minutes.values()) > 1
+    parts = list(PARTS)
+    while parts:
+        left, seconds = 60.0 * minutes, []
+        for part in parts:
+            seconds.append(time_for(part, left, part == parts[-1]))
+            left -= seconds[-1]
+        assert sum(seconds) <= 60 * minutes
+        assert seconds[0] >= MIN_SECONDS
+        parts = parts[sum(time >= MIN_SECONDS for time in seconds) :]
+
+
+def test_a_series_of_seeds_keeps_those_for_which_there_was_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([1.0, 1.0, -1.0])
+    trained = []
+
+    class Trained:
+        recipe = SimpleNamespace(epochs=8)
+
+        def __init__(self, context: Any, mode: str) -> None: ...
+
+        def __call__(self, seed: int) -> tuple[float, float]:
+            trained.append(seed)
+            return 2.0, 0.9
+
+    monkeypatch.setattr(speedrun, "SpeedRun", Trained)
+    found = speedrun.run_seeds(SimpleNamespace(seconds_left=lambda: next(left)), range(5), "eager")
+    assert trained == [speedrun.WARMUP_SEED, 0, 1]
+    assert (found["seeds"], found["seconds"], found["accuracy"]) == ([0, 1], [2.0, 2.0], [0.9, 0.9])
+    with pytest.raises(OutOfTimeError):
+        speedrun.run_seeds(SimpleNamespace(seconds_left=lambda: -1.0), range(5), "eager")
 
 
 def test_one_experiment_of_each_architecture_is_measured() -> None:

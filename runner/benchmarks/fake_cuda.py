@@ -44,14 +44,16 @@ COPIES = {"aten._to_copy", "aten.copy_", "aten._foreach_copy_"}
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators and waits of the host while `on` is set.
+    """Counts operators, and synchronizations of the host with the device, while `on` is set.
 
     Attributes:
         on: whether operators are counted.
         operators: counts by name. Views and allocations do not count; the launch of a Triton kernel counts as one.
         waits: counts by kind, operator and the calling function of this package. The kinds are "wait": the host needs
             a value; "copy": a copy between host and device, for which the host waits unless its memory is pinned; and
-            "mixed": tensors on several devices, which is an error on a GPU.
+            "mixed": tensors on several devices, which raises an error on a GPU; and "fused": a Triton kernel that
+            may contract a product and a sum, so that its result differs from the CPU's.
+        error: the exception by which an operator of the kinds "wait" or "mixed" ended the step; None if none did.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,7 @@ class Watch(TorchDispatchMode):
         self.on = False
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.error: Exception | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +79,8 @@ class Watch(TorchDispatchMode):
         except Exception as error:
             unknown = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             if unknown or len(_devices((args, kwargs))) > 1:
-                self.note("wait" if unknown else "mixed", name, always=True)  # the last one, as the step fails
+                self.note("wait" if unknown else "mixed", name, always=True)
+                self.error = error
             raise
         devices = _devices((args, kwargs), scalars=name in COPIES)
         if waits:
@@ -101,6 +105,8 @@ class Watch(TorchDispatchMode):
             self.operators["triton"] += self.on
             if _devices(args, scalars=True) != {"cuda"}:
                 self.note("mixed", "triton")
+            if constants.get("enable_fp_fusion", True):
+                self.note("fused", "triton")
 
         return launch
 
@@ -215,7 +221,7 @@ def watch_step(
 ) -> Watch:
     """Watches the second step of training; the first creates the optimizer's state.
 
-    A row of metrics follows the step only if it is the last of the epoch.
+    Metrics are logged after this step only if it is the last of the epoch.
 
     Args:
         model: a model on the CPU (see `runner.training.model`); it is modified.
@@ -244,7 +250,7 @@ def watch_step(
             )
         except _StepsDoneError:
             pass
-        except Exception:
-            if not watch.waits:  # otherwise the wait itself made the step fail
+        except Exception as error:
+            if error is not watch.error:  # otherwise it is noted
                 raise
     return watch

@@ -4,9 +4,9 @@ python -m runner.benchmarks.operators --json runner/benchmarks/results/operators
 
 Counted on fake CUDA tensors (runner.benchmarks.fake_cuda): the resident loader's next batch, the forward pass in
 bf16 autocast, loss, metrics, gradient clipping, optimizer and EMA; not the backward pass, nor the row of metrics after
-every 20th step. Views are not counted, and the launch of a Triton kernel counts as one operator. Unless the model is
-compiled, an operator is at least one kernel launch, so the count shows what a step costs the host. A test compares it
-with the committed file, so that new waits and launches show up in review.
+every 20th step. Views are not counted, and the launch of a Triton kernel counts as one operator. Fake tensors have no
+fused attention and no fused norm of the gradients, so where a step uses them, the count exceeds the launches on a GPU.
+A test compares it with the committed file, so that new synchronizations and operators show up in review.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ BATCH = 128  # maximum batch size; the counts do not depend on it
 
 @dataclass(frozen=True)
 class Operators:
-    """Count the operators and the waits of one training step of each experiment, on fake CUDA tensors."""
+    """Count the operators and synchronizations of a training step of each experiment, on fake CUDA tensors."""
 
     json: Path | None = None
-    """JSON file for the rows."""
+    """JSON file to write the counts to."""
 
     def __call__(self) -> None:
         known = experiments.load()

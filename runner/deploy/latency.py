@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from runner.common.console import new_table, print_table, progress
 from runner.common.errors import UserError
 from runner.common.files import write_json
+from runner.common.text import first_line
 from runner.config.train_config import Device
 from runner.deploy import engine_run, onnx, package, parity
 from runner.deploy.session import OnnxSession, ProviderError
@@ -253,9 +254,9 @@ def _package_target(run: Run, device: str) -> Target:
     try:
         file = package.compiled(run, "cuda" if device == "cuda" else "cpu")
         gate = parity.require_passed(run, file, provider)
+        forward = package.load(file.path)
     except UserError as error:
         return _refused(row, error)
-    forward = package.load(file.path)
 
     def prepare(images: np.ndarray) -> Call:
         host = torch.from_numpy(images)
@@ -357,6 +358,9 @@ def _measure_target(target: Target, shape: list[int], options: BenchOptions, dev
         except torch.OutOfMemoryError:
             yield replace(row, not_measured="not enough GPU memory")
             torch.cuda.empty_cache()
+            continue
+        except (UserError, RuntimeError) as error:  # the other targets are measured nevertheless
+            yield replace(row, not_measured=first_line(error), refused=True)
             continue
         sm_mhz = _sm_clock() if device == "cuda" else None  # right after the measurement, before the clock drops
         figures["warning"] = "; ".join(filter(None, (row.warning, figures.get("warning")))) or None

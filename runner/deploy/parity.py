@@ -110,20 +110,19 @@ def compare(
         model = checkpoint.load_model(run).to(device)
         baseline = evaluate(model, batches, classes, advance=advance)
         images = next(iter(batches.epoch(0)))[0][:CULPRIT_IMAGES]
+        earlier = run.read_parity()
+        torch_rows = earlier.torch if earlier else []
+        if device == "cuda":
+            half = model.half()
+            measured = evaluate(lambda images: half(images.half()), batches, classes, advance=advance)
+            scores = asdict(compare_scores("fp16", baseline, measured))
+            weights = onnx.weights_sha256(run)
+            torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, machine=this_machine())]
         rows = []
         for candidate in candidates:
             inputs = _RawBatches(batches) if candidate.file.raw else batches
             measured = evaluate(candidate.forward, inputs, classes, advance=advance)
             rows.append(_row(run, candidate, baseline, measured, images, device))
-        earlier = run.read_parity()
-        torch_rows = earlier.torch if earlier else []
-        if device == "cuda":
-            half = model.half()
-            measured = evaluate(lambda images: half(images.half()), batches, classes)
-            scores = asdict(compare_scores("fp16", baseline, measured))
-            weights = onnx.weights_sha256(run)
-            torch_rows = [TorchRow(**scores, precision="fp16", weights=weights, machine=this_machine())]
-            advance(batches.num_images)
     report = ParityReport(
         run=str(run.folder),
         dataset=config.dataset.name,

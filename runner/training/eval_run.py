@@ -11,7 +11,7 @@ from runner.common.console import progress
 from runner.config.train_config import Device
 from runner.data.open import open_split_of_run
 from runner.run.folder import Run
-from runner.system import cpu, launcher
+from runner.system import cpu, cuda, launcher
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, Views, evaluate
 
@@ -44,6 +44,8 @@ def evaluate_run(
     print(message, file=sys.stderr)
     if selected == "cpu":
         cpu.prepare()
+    else:
+        cuda.disable_tf32()
     model = checkpoint.load_model(run).to(selected)
     precision = config.precision if precision == "run" else precision
     tta: Views = config.recipe.test_augmentation if views == "run" else views

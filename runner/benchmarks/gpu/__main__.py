@@ -43,6 +43,7 @@ SHARES: dict[str, float] = {
     "papers": 0.55,
     "deployment": 1.0,
 }
+MIN_SECONDS = 200  # for each part, as far as there is time: one finding of the tests takes two minutes on an H200
 ROLES = {
     "tests": "the tests that need a GPU",
     "correctness": "batches, precisions, a killed and resumed run, ranks",
@@ -130,7 +131,7 @@ class GpuBenchmark:
 
     def run(self, name: str, context: Context, last: bool) -> int:
         """Runs one part in its own process, stops it when its time is up, and returns its exit code."""
-        seconds = max(0.0, context.seconds_left()) * (1.0 if last else SHARES[name])
+        seconds = time_for(name, max(0.0, context.seconds_left()), last)
         print(f"{name}: {ROLES[name]}, at most {seconds / 60:.1f} minutes", flush=True)
         argv = ["--data", context.data, "--out", context.out, "--minutes", max(seconds, 1) / 60, "--part", name]
         argv += ["--peer", context.peer.absolute()] if context.peer else []
@@ -147,6 +148,11 @@ class GpuBenchmark:
         except KeyboardInterrupt:
             _stop(process)
             raise SystemExit(128 + signal.SIGINT) from None
+
+
+def time_for(part: str, seconds_left: float, last: bool) -> float:
+    """Returns the seconds that a part may take: its share of the time that is left, but no less than MIN_SECONDS."""
+    return seconds_left if last else min(seconds_left, max(seconds_left * SHARES[part], MIN_SECONDS))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

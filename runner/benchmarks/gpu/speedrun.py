@@ -101,20 +101,22 @@ class SpeedRun:
 
 
 def run_seeds(context: Context, seeds: range, mode: str) -> dict[str, Any]:
-    """Trains once to warm up and once for each seed; returns the seconds and accuracies.
+    """Trains once to warm up and once for each seed for which there is time; returns the seconds and accuracies.
 
     Raises:
-        OutOfTimeError: the time was up first.
+        OutOfTimeError: there was time for none.
     """
     speed_run = SpeedRun(context, mode)
     speed_run(WARMUP_SEED)
-    results = []
+    results: list[tuple[float, float]] = []
     for seed in track(seeds, "speed run", len(seeds)):
         if context.seconds_left() < 0:
-            raise OutOfTimeError
+            break
         results.append(speed_run(seed))
+    if not results:
+        raise OutOfTimeError
     return {
-        "seeds": list(seeds),
+        "seeds": list(seeds)[: len(results)],
         "epochs": speed_run.recipe.epochs,
         "seconds": [seconds for seconds, _ in results],
         "accuracy": [accuracy for _, accuracy in results],
