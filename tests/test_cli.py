@@ -24,7 +24,8 @@ GOLDEN_RUN = ROOT / "tests/golden/runs/soni-2/seed-0"
 COMMANDS = [
     *(f"runner {name}" for name in ("list", "show", "train", "eval", "export", "parity", "engine", "bench", "predict")),
     *("runner report", "runner sync", "runner doctor", "runner watch", "runner compare", "runner card"),
-    *("launch submit", "launch sweep", "launch agent", "launch.quickstart"),
+    "runner serve-repo",
+    *("launch submit", "launch sweep", "launch search", "launch agent", "launch.quickstart"),
     *("data_prep prepare", "data_prep verify"),
 ]
 
@@ -133,7 +134,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 
 def test_the_list_above_has_every_command_of_the_runner() -> None:
     shown = runner("--help").stdout
-    names = re.findall(r"• (\w+) ", shown)
+    names = re.findall(r"• ([\w-]+) ", shown)
     assert {f"runner {name}" for name in names} == {name for name in COMMANDS if name.startswith("runner ")}
 
 

@@ -158,10 +158,10 @@ def open_split(
     )
     path = data / file.file
     if rank_info.loader_for(manifest, file)[0] == "resident":
-        pixels, labels = beton_reader.read_split(path, file, manifest)
+        images, labels = beton_reader.read_split(path, file, manifest)
         if indices is not None:
-            pixels, labels = pixels[indices], labels[indices]
-        return ResidentBatches(pixels, labels, options)
+            images, labels = images[indices], labels[indices]
+        return ResidentBatches(images, labels, options)
     from runner.data.streaming import StreamingBatches
 
     labels = beton_reader.read_labels(path, file, manifest)

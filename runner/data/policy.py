@@ -13,15 +13,23 @@ import torch
 
 from runner.config.recipe import Augment
 from runner.data import color, order
+from runner.data.policy_operations import (
+    AUTO_CONTRAST,
+    BRIGHTNESS,
+    COLOR,
+    CONTRAST,
+    EQUALIZE,
+    OPERATIONS,
+    POSTERIZE,
+    ROTATE,
+    SHARPNESS,
+    SHEAR_X,
+    SHEAR_Y,
+    SOLARIZE,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+)
 
-OPERATIONS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Color", "Contrast", "Sharpness",
-    "Brightness", "Posterize", "Solarize", "AutoContrast", "Equalize",
-)  # fmt: skip
-(
-    IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, COLOR, CONTRAST, SHARPNESS,
-    BRIGHTNESS, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE,
-) = range(len(OPERATIONS))  # fmt: skip
 BINS = 31  # magnitudes of each operation
 
 

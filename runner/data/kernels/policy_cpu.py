@@ -8,7 +8,7 @@ import numpy as np
 
 # After a change in one of these modules, delete the cached loop: numba looks for changes in this file alone.
 from runner.data.kernels.color_cpu import ONE, ZERO, blend, gray, to_byte
-from runner.data.policy import AUTO_CONTRAST, BRIGHTNESS, COLOR, CONTRAST, IDENTITY, POSTERIZE, SHARPNESS
+from runner.data.policy_operations import AUTO_CONTRAST, BRIGHTNESS, COLOR, CONTRAST, IDENTITY, POSTERIZE, SHARPNESS
 
 HALF, FROM_BYTE = np.float32(0.5), np.float32(1 / 255)
 
