@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.agent import Agent
-from launch.search import Search, lenient_options
+from launch.search import Search, searchable_options
 from launch.submit import Submit
 from launch.sweep import Sweep
 from runner.common.command_line import options_of, read_command_and_rest
@@ -28,7 +28,7 @@ def main() -> None:
             if name in ("-h", "--help"):
                 return lambda: print(known)
             raise UserError(f"{name!r}: {known}")
-        others = lenient_options() if name == "search" else options_of(TrainConfig)
+        others = searchable_options() if name == "search" else options_of(TrainConfig)
         command, options = read_command_and_rest(COMMANDS[name], argv, f"python -m launch {name}", others)
         return functools.partial(command, options, os.environ)
 

@@ -1,8 +1,8 @@
 """Searches for hyperparameters and architectures, here or on SLURM: `python -m launch search NAME --trials N …`.
 
 Optuna samples the trials; each is a run of `runner train`, which is paused at rungs and continued if it is among the
-best (see runner/search). Workers keep nothing in memory: any may be killed, and others started with the same command,
-on other nodes too.
+best (see runner/search). Workers are stateless: any may be killed, and the same command starts more, also on other
+nodes.
 """
 
 import dataclasses
@@ -40,9 +40,18 @@ from runner.search.study import FOLDER, Definition, Objective, Sampler, Study, S
 from runner.search.summary import best_trials, cells, count_states, epochs_trained, titles
 from runner.system import environment
 
-ONE_NODE = Allocation()
+DEFAULT_ALLOCATION = Allocation()
 REDUCTION = 3
-SEARCHED = ("--recipe.", "--architecture.")  # options that may have a range
+DEFINED_BY = {  # the option of each field of a definition that has another name
+    "names": "NAMES",
+    "space": "the set of ranges",
+    "options": "the set of other options",
+    "seed": "--search-seed",
+    "train_seed": "--seed",
+    "rungs": "--first-rung, as epochs of rungs,",
+    "dataset": "the dataset",
+}
+SEARCHABLE_PREFIXES = ("--recipe.", "--architecture.")  # options that may have a range
 SET_BY_SEARCHES = SET_BY_JOBS | {
     "--seeds": "a search trains each trial with one seed; use --seed",
     "--max-steps": "a search trains whole epochs; use --recipe.epochs",
@@ -53,17 +62,16 @@ SET_BY_SEARCHES = SET_BY_JOBS | {
 
 @dataclass(frozen=True)
 class Search:
-    """Search for the best values of options, by trials that are stopped early unless they are among the best.
+    """Search for the best option values, stopping all but the most promising trials early.
 
-    An option --recipe.… or --architecture.… with a range in place of its value is searched: log:A:B and lin:A:B are
-    numbers on a logarithmic or linear scale, int:A:B integers, and 'A|B|C' is a choice. All other options are passed on
-    to `runner train`, the same for all trials. The same command continues a search, adds workers, or, with more
-    --trials, extends it.
+    To search over a --recipe.… or --architecture.… option, give a range in place of its value: log:A:B (log-uniform),
+    lin:A:B (uniform), int:A:B (integers) or 'A|B|C' (categorical). All other options are passed on to `runner train`,
+    the same for all trials. The same command continues a search, adds workers, or, with more --trials, extends it.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAMES")]
-    """Experiments, grids or papers (`runner list`, `runner list --grids`), or quoted patterns of names; several are one
-    more choice."""
+    """Experiments, grids or papers (`runner list`, `runner list --grids`), or quoted patterns of names; if there are
+    several, the experiment is searched as well."""
     data: Path
     """Folder of the prepared dataset; for SLURM, on a file system shared by all nodes."""
     trials: Count
@@ -82,11 +90,11 @@ class Search:
     """asha stops all but the best 1/reduction of the trials at each rung, hyperband also varies the first rung, none
     trains every trial to its end. By default asha; none with several objectives, which have no order."""
     first_rung: Count | None = None
-    """Epochs of the first rung; each next one has --reduction times as many. By default a ninth of the recipe's."""
+    """Epochs of the first rung; each later one has --reduction times as many. By default a ninth of the recipe's."""
     reduction: Annotated[int, Meta(ge=2, le=100)] | None = None
-    """One of so many trials is continued beyond a rung; by default 3."""
+    """Reduction factor: one in so many trials is continued beyond a rung; by default 3."""
     sampler: Sampler = "tpe"
-    """tpe samples where earlier trials were good (tree-structured Parzen estimator); random does not."""
+    """tpe samples where earlier trials were good (tree-structured Parzen estimator); random samples uniformly."""
     search_seed: Seed = 0
     """Seed of the sampler: with one worker, the same search has the same trials."""
     seed: Seed = 0
@@ -94,12 +102,13 @@ class Search:
     ranks: Count = 1
     """Number of processes that train a trial: GPUs of one node, or processes on the CPU."""
     slots: Count | None = None
-    """Number of concurrent trials per worker; by default as many as there are GPUs for, or one on the CPU."""
+    """Number of concurrent trials per worker; by default as many as the GPUs allow; one on the CPU and with
+    latency."""
     tasks: Count | None = None
     """Number of tasks of the SLURM array, each of which is a worker; by default 1."""
-    slurm: Annotated[Allocation, tyro.conf.arg(name="")] = ONE_NODE
+    slurm: Annotated[Allocation, tyro.conf.arg(name="")] = DEFAULT_ALLOCATION
     dry_run: Flag = False
-    """Print the state of the search, and do nothing."""
+    """Print the state of the search without training anything."""
     experiments_from: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Importable modules outside the package that define additional EXPERIMENTS or GRIDS."""
 
@@ -130,7 +139,7 @@ class Search:
                 check_same_search(existing, plan.definition, self.folder)
             elif existing != plan.definition:
                 study.define(plan.definition)
-        environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.group)}
+        environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.search_name)}
         if slots is None:
             self.submit(options, environ)
         else:
@@ -138,9 +147,9 @@ class Search:
 
     def check_own_options(self) -> None:
         """Raises UserError if options of the search are invalid or exclude each other, so that none is ignored."""
-        check_name(f"{self.group}-{self.trials}-seed-{self.seed}")  # the longest name of a run
+        check_name(f"{self.search_name}-{self.trials:03d}-seed-{self.seed}")  # the longest name of a run
         if self.on == "slurm":
-            name_and_log(self.group, self.runs, "%A_%a")
+            name_and_log(self.search_name, self.runs, "%A_%a")
         objectives = f"--objectives {' '.join(self.objectives)}"
         if len(set(self.objectives)) < len(self.objectives):
             raise UserError(f"{objectives}: expected each once")
@@ -156,12 +165,14 @@ class Search:
         given = [
             f"--{name.replace('_', '-')} {value}"
             for name, value in dataclasses.asdict(self.slurm).items()
-            if value != getattr(ONE_NODE, name)
+            if value != getattr(DEFAULT_ALLOCATION, name)
         ] + ([f"--tasks {self.tasks}"] if self.tasks else [])
         if self.on == "local" and given:
             raise UserError(f"{given[0]}: expected --on slurm with it")
         if self.slurm.container_image:
-            raise UserError(f"--container-image {self.slurm.container_image}: expected none; a search runs without")
+            raise UserError(
+                f"--container-image {self.slurm.container_image}: expected none; a search does not run in a container"
+            )
         if self.slurm.nodes > 1:
             raise UserError(f"--nodes {self.slurm.nodes}: expected 1; a trial uses one node, and --tasks adds nodes")
         if (self.slurm.gpus_per_node or self.slurm.gres) and self.ranks > self.slurm.ranks:
@@ -202,7 +213,7 @@ class Search:
             ranks=self.ranks,
             dataset=manifest.fingerprint,
         )
-        return Plan(definition, space, tuple(arguments), self.experiments_from, self.group, manifest)
+        return Plan(definition, space, tuple(arguments), self.experiments_from, self.search_name, manifest)
 
     def rungs(self, configs: Sequence[TrainConfig]) -> tuple[int, ...]:
         """Returns the epochs of the rungs.
@@ -213,7 +224,9 @@ class Search:
         counts = sorted({config.recipe.epochs for config in configs})
         if len(counts) > 1:
             found = ", ".join(map(str, counts))
-            raise UserError(f"NAMES: expected experiments of as many epochs, found {found}; add --recipe.epochs")
+            raise UserError(
+                f"NAMES: expected experiments with the same number of epochs, found {found}; add --recipe.epochs"
+            )
         for config in configs:
             if not config.recipe.validation:
                 expected = "images that are held out to compare trials; add --recipe.validation 5000"
@@ -226,8 +239,8 @@ class Search:
             raise UserError(f"--first-rung {self.first_rung}: expected fewer than the recipe's {epochs} epochs")
         first = self.first_rung or max(1, epochs // 9)
         rungs = Rungs.of(self.actual_pruner, epochs, first, self.reduction or REDUCTION).epochs
-        if odd := [epoch for epoch in rungs[:-1] if epoch % every]:
-            expected = f"a divisor of all rungs, of which one is at epoch {odd[0]}; set --first-rung to a multiple"
+        if unevaluated := [epoch for epoch in rungs[:-1] if epoch % every]:
+            expected = f"a divisor of every rung, found one at epoch {unevaluated[0]}; set --first-rung to a multiple"
             raise UserError(f"--evaluate-every {every}: expected {expected}")
         return rungs
 
@@ -237,14 +250,14 @@ class Search:
         return self.pruner or ("asha" if len(self.objectives) == 1 else "none")
 
     @property
-    def group(self) -> str:
+    def search_name(self) -> str:
         """The name of the search."""
-        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", "+".join(self.names))[:80]
+        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", "+".join(self.names)).strip("-._")[:80]
 
     @property
     def folder(self) -> Path:
         """The folder of the study and the logs."""
-        return self.runs / FOLDER / self.group
+        return self.runs / FOLDER / self.search_name
 
     def slots_here(self, plan: Plan) -> local_pool.Slots:
         """Returns how this machine is divided among trials. Raises UserError if it has too few GPUs."""
@@ -253,8 +266,7 @@ class Search:
             gpus = 0
         elif self.ranks > gpus:
             raise UserError(f"--ranks {self.ranks}: expected at most the {gpus} GPUs of this machine; lower it")
-        alone = "latency" in self.objectives
-        count = self.slots or (not alone and gpus // self.ranks) or 1
+        count = self.slots or (1 if "latency" in self.objectives else max(1, gpus // self.ranks))
         on_cpu = ("--config_file", "launch/cpu.yaml", "--num_processes", str(self.ranks))
         launcher = launcher_for(Resources(self.ranks, cores)) if gpus else on_cpu
         return local_pool.Slots(count, gpus, max(1, cores // (count * self.ranks)), launcher, self.ranks)
@@ -279,14 +291,14 @@ class Search:
 
     def submit(self, options: Sequence[str], environ: Mapping[str, str]) -> None:
         """Submits an array of workers. Raises UserError if SLURM refuses it."""
-        command = ["sbatch", "--parsable", *name_and_log(self.group, self.runs, "%A_%a"), *self.slurm.options()]
-        command += [f"--array=0-{(self.tasks or 1) - 1}", "slurm/search.sbatch", *self.worker_words(options)]
+        command = ["sbatch", "--parsable", *name_and_log(self.search_name, self.runs, "%A_%a"), *self.slurm.options()]
+        command += [f"--array=0-{(self.tasks or 1) - 1}", "slurm/search.sbatch", *self.worker_args(options)]
         job = sbatch(command, self.runs, environ)
         print(f"job {job}, an array of {self.tasks or 1}; logs: {self.runs / 'slurm'}")
 
-    def worker_words(self, options: Sequence[str]) -> list[str]:
+    def worker_args(self, options: Sequence[str]) -> list[str]:
         """Returns the arguments of `launch search` for a worker on a node."""
-        own: dict[str, Any] = {"data": self.data.absolute(), "runs": self.runs.absolute(), "name": self.group}
+        own: dict[str, Any] = {"data": self.data.absolute(), "runs": self.runs.absolute(), "name": self.search_name}
         words: list[str] = []
         for field in dataclasses.fields(self):
             value = own.get(field.name, getattr(self, field.name))
@@ -302,7 +314,7 @@ class Search:
         return [*words, *ranges, *absolute_paths(line.words()), "--", *self.names]
 
 
-def lenient_options() -> dict[str, Option]:
+def searchable_options() -> dict[str, Option]:
     """Returns the options of `runner train`, of which those that may be searched accept a range as their value."""
     return {
         spelling: replace(option, accepts=any_word) if option.nargs == 1 and _may_be_searched(option.name) else option
@@ -316,20 +328,20 @@ def split_ranges(options: Sequence[str]) -> tuple[dict[str, Domain], CommandLine
     Raises:
         UserError: an option does not exist, or has an invalid range.
     """
-    line = parse_words(options, lenient_options())
+    line = parse_words(options, searchable_options())
     space: dict[str, Domain] = {}
     for option, parsed in sorted(line.options.items()):
         values = parsed.values if _may_be_searched(option) else []
         if len(values) == 1 and (domain := parse_domain(option, values[0])):
-            space[option] = _checked(option, domain)
+            space[option] = _normalize_domain(option, domain)
     for option in ("--recipe.epochs", "--recipe.validation", "--recipe.patience"):
         if option in space:
-            raise UserError(f"{option} {space[option]}: expected one value, because trials are compared by it")
+            raise UserError(f"{option} {space[option]}: expected one value, which is the same for all trials")
     line.options = {name: option for name, option in sorted(line.options.items()) if name not in space}
     return space, line
 
 
-def _checked(option: str, domain: Domain) -> Domain:
+def _normalize_domain(option: str, domain: Domain) -> Domain:
     """Returns a range for the option: with absolute paths, since a trial starts in another folder.
 
     Raises:
@@ -344,19 +356,18 @@ def _checked(option: str, domain: Domain) -> Domain:
 
 
 def _may_be_searched(option: str) -> bool:
-    return option.startswith(SEARCHED)
+    return option.startswith(SEARCHABLE_PREFIXES)
 
 
-def check_same_search(existing: Definition | None, asked: Definition, folder: Path) -> None:
+def check_same_search(existing: Definition | None, requested: Definition, folder: Path) -> None:
     """Raises UserError if a folder holds a search of something else."""
-    different = [name for name in asked.__struct_fields__ if getattr(existing, name, None) != getattr(asked, name)]
-    if different:
-        first = different[0]
-        found, expected = getattr(existing, first, None), getattr(asked, first)
-        raise UserError(
-            f"{folder}: holds a search with a different {', '.join(different)}, such as {first} {found} instead of "
-            f"{expected}; choose another --name"
-        )
+    for field in requested.__struct_fields__:
+        found, expected = getattr(existing, field, None), getattr(requested, field)
+        if found != expected:
+            what = DEFINED_BY.get(field, f"--{field}")
+            raise UserError(
+                f"{folder}: holds another search: {what} was {found}, now {expected}; choose another --name"
+            )
 
 
 def print_state(definition: Definition, trials: Sequence[StudyTrial], held: frozenset[int], limit: int) -> None:
@@ -367,5 +378,5 @@ def print_state(definition: Definition, trials: Sequence[StudyTrial], held: froz
     if table.row_count:
         print_table(table)
     states = ", ".join(f"{count} {state}" for state, count in count_states(trials, held).items())
-    trained, whole = epochs_trained(definition, trials)
-    print(f"{len(trials)} of {limit} trials" + (f": {states}; {trained} of {whole} epochs" if trials else ""))
+    trained, total = epochs_trained(definition, trials)
+    print(f"{len(trials)} of {limit} trials" + (f": {states}; {trained} of {total} epochs" if trials else ""))

@@ -491,7 +491,7 @@ class Mortal(Study):
         def call(*arguments: object) -> None:
             if self.luck.random() < 0.1:
                 raise KilledError
-            write_json(*arguments)
+            write(*arguments)
 
         return call
 
@@ -787,7 +787,7 @@ def test_each_slot_sees_the_gpus_of_its_ranks(tmp_path: Path) -> None:
         ([*SPACE, "--objectives", "accuracy", "macs", "--pruner", "asha"], "--pruner asha: expected none"),
         ([*SPACE, "--first-rung", "9"], "--first-rung 9: expected fewer than the recipe's 9 epochs"),
         ([*SPACE, "--first-rung", "3", "--pruner", "none"], "--first-rung 3: expected --pruner asha or hyperband"),
-        ([*SPACE, "--evaluate-every", "2"], "--evaluate-every 2: expected a divisor of all rungs"),
+        ([*SPACE, "--evaluate-every", "2"], "--evaluate-every 2: expected a divisor of every rung"),
         ([*SPACE, "--trials", "0"], "--trials 0: expected an integer >= 1"),
         ([*SPACE, "--recipe.validation", "0"], "tiny: expected images that are held out"),
         ([*SPACE, "--recipe.batch-size", "100000|60"], "--recipe.batch-size 100000"),
@@ -801,7 +801,7 @@ def test_invalid_input_is_refused_and_nothing_is_written(
         given += [] if option in words else [option, value]
 
     def call() -> None:
-        command, rest = read_command_and_rest(Search, [*given, *words], "search", search_module.lenient_options())
+        command, rest = read_command_and_rest(Search, [*given, *words], "search", search_module.searchable_options())
         command(rest, {"PATH": "/nowhere"})
 
     with pytest.raises(UserError) as refused:
@@ -839,25 +839,32 @@ def test_a_worker_on_slurm_gets_what_was_asked_for(
     """Its words mean the same in another folder, with NAMES after a list option and relative paths."""
 
     def parsed(words: list[str]) -> tuple[Search, list[str]]:
-        return read_command_and_rest(Search, words, "search", search_module.lenient_options())
+        return read_command_and_rest(Search, words, "search", search_module.searchable_options())
 
     monkeypatch.chdir(small_data.parent)
     given = ["--data", small_data.name, "--trials", "7", "--runs", "r", *TINY, *RANGES, "--on", "slurm", "--tasks", "2"]
     asked, options = parsed([*given, *more, "--", "tiny", "tiny-norm"])
     plan = asked.plan(options)
-    words = asked.worker_words(options)
+    words = asked.worker_args(options)
     monkeypatch.chdir(tmp_path)
     got, rest = parsed(words)
     assert got.on == "local"
     assert got.plan(rest).definition == plan.definition
-    assert (got.trials, got.group, got.slots) == (7, asked.group, asked.slots)
-    assert got.folder == small_data.parent / "r" / "searches" / asked.group
+    assert (got.trials, got.search_name, got.slots) == (7, asked.search_name, asked.slots)
+    assert got.folder == small_data.parent / "r" / "searches" / asked.search_name
 
 
 def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
     check_same_search(DEFINITION, changed(DEFINITION), tmp_path)
-    for change in ({"space": {LR: "log:1e-3:1"}}, {"seed": 1}, {"rungs": (2, 6, 9)}, {"options": ("--ema=0.9",)}):
-        with pytest.raises(UserError, match=next(iter(change))):
+    changes = {
+        "the set of ranges was": {"space": {LR: "log:1e-3:1"}},
+        "--search-seed was 0, now 1": {"seed": 1},
+        "--seed was 0, now 1": {"train_seed": 1},
+        "--first-rung, as epochs of rungs, was": {"rungs": (2, 6, 9)},
+        "the set of other options was": {"options": ("--ema=0.9",)},
+    }
+    for message, change in changes.items():
+        with pytest.raises(UserError, match=message):
             check_same_search(DEFINITION, changed(DEFINITION, **change), tmp_path)
 
 
@@ -869,7 +876,7 @@ def test_the_searches_of_the_documents_are_valid(small_data: Path) -> None:
     for words in commands:
         given = shlex.split(words)
         given[given.index("--data") + 1] = str(small_data)
-        asked, rest = read_command_and_rest(Search, given, "search", search_module.lenient_options())
+        asked, rest = read_command_and_rest(Search, given, "search", search_module.searchable_options())
         asked.check_own_options()
         assert asked.plan(rest).space
 
