@@ -315,9 +315,10 @@ def test_an_engine_runs_on_the_version_that_built_it_and_if_compatible_on_later_
     assert engine_run.runs_on(sidecar, installed) == runs
 
 
-def test_only_tensorrt_builds_engines_for_later_versions(own: Run) -> None:
-    options = engine_build.EngineOptions("tensorrt-rtx", version_compatible=True)
-    with pytest.raises(UserError, match="--version-compatible: expected TensorRT, found tensorrt-rtx"):
+@pytest.mark.parametrize("option", [{"version_compatible": True}, {"build_route": "a"}])
+def test_what_only_tensorrt_can_do_is_refused(own: Run, option: dict[str, Any]) -> None:
+    options = engine_build.EngineOptions("tensorrt-rtx", **option)
+    with pytest.raises(UserError, match=r"--(version-compatible|build-route): expected TensorRT, found tensorrt-rtx"):
         engine_build.build(own, exporter.exported(own), options)
 
 

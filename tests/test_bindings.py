@@ -31,8 +31,12 @@ RTX_ONLY = {
     "DynamicShapesKernelSpecializationStrategy",
     "REQUIRE_USER_ALLOCATION",
 }
-# Used only with TensorRT, which builds engines that later versions can run.
-TENSORRT_ONLY = {("BuilderFlag", "VERSION_COMPATIBLE"), ("Runtime", "engine_host_code_allowed")}
+# Used only with TensorRT: engines that later versions can run, and other settings of its compiler.
+TENSORRT_ONLY = {
+    ("BuilderFlag", "VERSION_COMPATIBLE"),
+    ("Runtime", "engine_host_code_allowed"),
+    ("IBuilderConfig", "build_route"),
+}
 # Used as attributes of the module itself.
 OF_MODULE = {"float32"}
 # Prints every class of a module, with the signatures of its attributes as pybind11 writes them into docstrings.

@@ -37,6 +37,8 @@ class Engine:
     """Neither reuse nor store the builder's kernel timings (tensorrt only)."""
     version_compatible: Flag = False
     """Build an engine that later versions of TensorRT can run as well; it may be slower (tensorrt only)."""
+    build_route: str | None = None
+    """Build with these settings of the compiler, which TensorRT's global performance tuner finds (tensorrt only)."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
 
@@ -47,6 +49,7 @@ class Engine:
         options = engine_build.EngineOptions(
             backend=self.backend, batch=self.batch, targets=self.target, optimization_level=self.optimization_level,
             timing_cache=not self.no_timing_cache, version_compatible=self.version_compatible,
+            build_route=self.build_route,
         )  # fmt: skip
         files = [onnx.exported(run, kind, self.raw) for kind in self.precision]
         sidecars = [engine_build.build(run, file, options) for file in track(files, "build", len(files))]

@@ -63,6 +63,8 @@ class EngineOptions:
         optimization_level: 0 to 5; higher levels search longer for fast kernels. None uses the builder's default.
         timing_cache: whether to reuse kernel timings from earlier builds and store new ones (TensorRT only).
         version_compatible: whether later versions of TensorRT can run the engine, which may be slower (TensorRT only).
+        build_route: settings of the compiler found by TensorRT's global performance tuner; None for the default route
+            (TensorRT 11.1 or later only).
     """
 
     backend: str = "auto"
@@ -71,6 +73,7 @@ class EngineOptions:
     optimization_level: int | None = None
     timing_cache: bool = True
     version_compatible: bool = False
+    build_route: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
     """
     _check_options(file, options)
     backend, trt = select_library(options.backend, options.targets)
-    if options.version_compatible and backend != "tensorrt":
-        raise UserError(f"--version-compatible: expected TensorRT, found {backend}; use --backend tensorrt")
+    for option, value in (("--version-compatible", options.version_compatible), ("--build-route", options.build_route)):
+        if value and backend != "tensorrt":
+            raise UserError(f"{option}: expected TensorRT, found {backend}; use --backend tensorrt")
     cache = run.deploy / TIMING_CACHE if options.timing_cache and backend == "tensorrt" else None
     plan = _build_plan(trt, backend, file, options, cache)
     engine = run.deploy / f"model.{file.name}.{backend}.engine"
@@ -134,6 +138,7 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
         backend=backend,
         version=trt.__version__,
         version_compatible=options.version_compatible,
+        build_route=options.build_route,
         target=", ".join(plan.targets) or default_target,
         compute_capabilities=list(plan.capabilities),
         outside_matrix=outside_matrix(backend, plan.precisions),
@@ -218,6 +223,10 @@ def _builder_config(
         set_targets(trt, config, targets)
     if file.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 must not become TF32
+    if options.build_route:
+        if not hasattr(config, "build_route"):
+            raise UserError(f"--build-route: expected TensorRT 11.1 or later, found {trt.__version__}")
+        config.build_route = options.build_route
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if backend == "tensorrt-rtx":

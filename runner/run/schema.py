@@ -556,6 +556,8 @@ class EngineSidecar(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
     version: str
     version_compatible: bool = False
     """Whether later versions with the same major number run it."""
+    build_route: str | None = None
+    """Settings of TensorRT's compiler; None for the default ones."""
     target: str
     compute_capabilities: list[str] = []
     """Compute capabilities of the GPUs that it runs on, such as "8.9"; empty if an earlier version built it."""
