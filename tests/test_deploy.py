@@ -765,8 +765,17 @@ def test_what_cannot_be_built_is_one_line(own: Run) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
-    with pytest.raises(ProviderError, match="asked onnxruntime for CUDAExecutionProvider"):
-        OnnxSession(exporter.path_of(own, "fp32"), "cuda")
+    for device, provider in (("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")):
+        with pytest.raises(ProviderError, match=f"asked onnxruntime for {provider}"):
+            OnnxSession(exporter.path_of(own, "fp32"), device)
+    with pytest.raises(
+        UserError, match="--backend onnxruntime-tensorrt: expected a GPU, which is selected by --device"
+    ):
+        parity.compare(own, [exporter.exported(own)], None, "cpu", ("onnxruntime-tensorrt",))
+    report = latency.bench(
+        own, latency.BenchOptions((1,), backends=("eager", "onnxruntime-tensorrt"), seconds=0.01, repeats=1), "cpu", {}
+    )
+    assert [row.not_measured for row in report.rows] == [None, "runs on a GPU, but this measurement is on the CPU"]
     done = runner("bench", own.folder, *TINY, "--device", "cuda")
     assert done.returncode == 2
     assert "--device cuda requires 1 CUDA GPU(s) on this node, found 0" in done.stderr

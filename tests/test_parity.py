@@ -401,6 +401,7 @@ def test_a_failed_row_names_its_culprit(run: Run) -> None:
         ("cuda", (), ["onnxruntime", "here 1"], ["another GPU"]),
         ("cuda", ("engine",), ["here 1"], ["another GPU"]),
         ("cuda", ("onnxruntime",), ["onnxruntime"], []),
+        ("cuda", ("onnxruntime-tensorrt",), ["onnxruntime"], []),
         ("cpu", ("aotinductor",), ["AOTInductor on the cpu"], []),
         ("cuda", ("aotinductor", "engine"), ["here 1", "AOTInductor on the cuda"], ["another GPU"]),
     ],
@@ -434,15 +435,16 @@ def test_each_backend_opens_what_runs_here(
     monkeypatch.setattr(parity.package, "compiled", lambda run, device: dataclasses.replace(file, sha256=device))
     monkeypatch.setattr(parity.package, "provider_of", lambda device: f"AOTInductor on the {device}")
     monkeypatch.setattr(parity.package, "load", lambda path: None)
-    monkeypatch.setattr(parity.engine, "built", lambda run, file: sidecars)
-    monkeypatch.setattr(parity.engine, "why_not_here", lambda sidecar: None if sidecar.here else "another GPU")
-    monkeypatch.setattr(parity.engine, "RunningEngine", running)
+    monkeypatch.setattr(parity.engine_run, "verified_engines", lambda run, file: sidecars)
+    monkeypatch.setattr(parity.engine_run, "incompatibility", lambda sidecar: None if sidecar.here else "another GPU")
+    monkeypatch.setattr(parity.engine_run, "LoadedEngine", running)
     candidates, not_scored = parity._open_candidates(run, [file], device, backends)
     assert [candidate.provider for candidate in candidates] == opened
     assert [(entry.onnx, entry.backend, entry.reason) for entry in not_scored] == [
         (str(file.path), "engine", reason) for reason in left
     ]
-    assert sessions == [(device, True)] * opened.count("onnxruntime")
+    provider = "tensorrt" if "onnxruntime-tensorrt" in backends else device
+    assert sessions == [(provider, True)] * opened.count("onnxruntime")
     packages = [candidate.file.sha256 for candidate in candidates if candidate.backend == "aotinductor"]
     assert packages == [device] * ("aotinductor" in backends)
     assert [candidate.engine_sha256 for candidate in candidates if candidate.backend == "engine"] == ["here"] * (

@@ -380,12 +380,12 @@ def check_page(
     rows = html[html.index('id="experiments"') : html.index('id="tradeoff-title"')].split("<tbody>")[1]
     assert rows.count("<tr>") == outcomes
     assert html.count("<li><code>") == unreadable
-    overview = page.summarize_runs(page.page_runs(records))
+    overview = compare.summarize_runs(records)
     finished = [(record, run) for record, run in zip(records, drawn, strict=True) if run.epochs]
     best: dict[str, tuple[bool, float]] = {}
     for record, run in finished:
         best[record.dataset] = max(best.get(record.dataset, (False, -1.0)), (run.epochs == 3, run.accuracy))
-    assert [(name, one.row.test_accuracy) for name, one in overview.best.items()] == [
+    assert [(name, records[one].summary.test_accuracy) for name, one in overview.best.items()] == [
         (name, accuracy) for name, (_, accuracy) in sorted(best.items())
     ]
     gates = Counter({True: "passed", False: "failed", None: "not scored"}[run.scored] for _, run in finished)

@@ -27,7 +27,7 @@ from runner.run.folder import Run, find_runs
 from runner.run.schema import GateResult
 from runner.search.study import Definition, Study, StudyTrial
 from tests.support import many_runs
-from tests.support.processes import python, runner
+from tests.support.processes import ROOT, python, runner
 
 
 @pytest.fixture(scope="module")
@@ -554,7 +554,8 @@ def test_the_wandb_report_is_the_golden_one(tmp_path: Path) -> None:
     written, golden = json.loads(spec.read_text()), json.loads(GOLDEN.read_text())
     assert without_markdown(written) == without_markdown(golden)
     records, _ = collect.read_all(find_runs([tmp_path / "runs"]))
-    tables = (markdown.accuracies(records), markdown.latencies(records), wandb_report.METHOD)
+    parts = (markdown.overview, markdown.accuracies, markdown.latencies)
+    tables = [*(part(records) for part in parts), wandb_report.METHOD]
     assert markdown_of(written) == [table.strip() for table in tables]
     check = (
         "import sys; from wandb_workspaces.reports.v2 import internal, interface;"
@@ -567,6 +568,47 @@ def test_the_wandb_report_is_the_golden_one(tmp_path: Path) -> None:
     kinds = ast.literal_eval(parsed.stdout.splitlines()[-1])
     assert kinds.count("PanelGrid") >= 3
     assert "UnknownBlock" not in kinds
+
+
+def test_what_only_the_page_or_only_wandb_shows_has_a_reason(runs: Path) -> None:
+    """Every section of both stands in the table of runner/report/README.md; these runs have no grid."""
+    records, unreadable = collect.read_all(find_runs([runs]))
+    found, _ = searches.read_all([runs])
+    readme = (ROOT / "runner/report/README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (yes|–) \| (yes|–) \|([^|]*)\|$", readme, re.M)
+    listed = {section.lower(): (on_page == "yes", in_wandb == "yes") for section, on_page, in_wandb, _ in rows}
+    assert all(reason.strip() for _, *shown, reason in rows if "–" in shown)
+    html = page.render(records, unreadable, found)
+    spec = json.loads(wandb_report.specification(records, None, found, unreadable))
+    headings = [block for block in spec["spec"]["blocks"] if block["type"] == "heading" and block["level"] == 1]
+    in_wandb = {"".join(child["text"] for child in block["children"]).lower() for block in headings} - {"method"}
+    on_page = {title.lower() for title in re.findall(r'<h2 id="[^"]*">([^<]*)</h2>', html)}
+    assert on_page | {"predictions", "grids"} == {section for section, (page_has, _) in listed.items() if page_has}
+    assert in_wandb == {section for section, (_, wandb_has) in listed.items() if wandb_has}
+
+
+def test_latencies_of_several_machines_stand_side_by_side(tmp_path: Path) -> None:
+    """Of copies of a run, which have its weights; a run that was measured on one machine has one figure."""
+    many_runs.write(tmp_path / "here", 2)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for run in find_runs([tmp_path / "there"])[:1]:
+        latency = run.read_latency()
+        rows = [msgspec.structs.replace(row, p50_ms=row.p50_ms and 2 * row.p50_ms) for row in latency.rows]
+        hardware = msgspec.structs.replace(latency.hardware, cpu="another")
+        write_json(run.latency, msgspec.structs.replace(latency, rows=rows, hardware=hardware))
+    records, _ = collect.read_all(find_runs([tmp_path]))
+    machines, rows = compare.latencies_by_machine(records)
+    assert sum("another" in machine for machine in machines) == 1
+    other = next(position for position, machine in enumerate(machines) if "another" in machine)
+    both = [row for row in rows if None not in row.p50_ms]
+    assert both
+    assert all(row.p50_ms[other] == 2 * row.p50_ms[1 - other] for row in both)
+    assert {row.run for row in both} == {records[0].config.name}
+    assert any(row.p50_ms[other] is None for row in rows)
+    assert "Latency of several machines" in markdown.latencies(records)
+    assert "<h3>Several machines</h3>" in page.render(records)
+    assert compare.latencies_by_machine(records[:1])[1] == []
+    assert "several machines" not in markdown.latencies(records[:1])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import MutableMapping
-from typing import Literal
 
 import msgspec
 
@@ -10,6 +9,7 @@ from runner.commands.options import Code, Device, Flag, Precision, RunFolders, o
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Positive
 from runner.config.trust import TrustedCode
+from runner.run.schema import MeasuredBackend
 from runner.system.environment import usable_cores
 
 
@@ -23,12 +23,9 @@ class Bench:
     """Batch sizes to measure."""
     precision: tuple[Precision, ...] = ("fp32",)
     """Precisions of the ONNX files and engines to measure."""
-    backend: tuple[Literal["eager", "compiled", "aotinductor", "onnxruntime", "engine"], ...] = (
-        "eager",
-        "onnxruntime",
-        "engine",
-    )
-    """Backends that run the model; compiled takes about a minute to compile, aotinductor runs the compiled package."""
+    backend: tuple[MeasuredBackend, ...] = ("eager", "onnxruntime", "engine")
+    """Backends that run the model; compiled takes about a minute to compile, aotinductor runs the compiled package, and
+    onnxruntime-tensorrt is onnxruntime's TensorRT provider."""
     seconds: Positive = 3.0
     """Minimum duration of each measurement."""
     repeats: Count = 100

@@ -5,12 +5,12 @@ import shlex
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from runner.commands.options import Code, Device, Flag, Precision, RunFolder, open_run
 from runner.config.trust import TrustedCode
+from runner.run.schema import ScoredBackend
 from runner.system import environment, launcher
 
 
@@ -26,7 +26,7 @@ class Parity:
     """Prepared dataset; by default the one that the run was trained on."""
     device: Device = "auto"
     """Device to compute on; on a GPU, engines are scored as well."""
-    backend: tuple[Literal["onnxruntime", "engine", "aotinductor"], ...] = ()
+    backend: tuple[ScoredBackend, ...] = ()
     """Backends that must run the files; by default onnxruntime and, on a GPU, engines, where they work."""
     code: Code = TrustedCode()
     json: Flag = False

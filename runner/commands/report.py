@@ -59,10 +59,11 @@ class Report:
             from runner.tracking.account import choose_server
 
             if self.wandb_spec is not None:
-                write_atomically(self.wandb_spec, wandb_report.specification(records, self.wandb, found).encode())
+                specification = wandb_report.specification(records, self.wandb, found, unreadable)
+                write_atomically(self.wandb_spec, specification.encode())
             if self.wandb is not None:
                 choose_server(environ)
-                print(f"W&B report: {wandb_report.save(records, self.wandb, found)}", file=sys.stderr)
+                print(f"W&B report: {wandb_report.save(records, self.wandb, found, unreadable)}", file=sys.stderr)
         if self.json:
             rows = [compare.run_row(record) for record in records]
             compared = {"runs": rows, "experiments": compare.outcomes(records), "unreadable": unreadable}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from runner.config.train_config import Device
 from runner.deploy import engine_run, onnx, package, parity
 from runner.deploy.session import OnnxSession, ProviderError
 from runner.run.folder import Run
-from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, Method, Precision
+from runner.run.schema import EngineSidecar, LatencyReport, LatencyRow, MeasuredBackend, Method, Precision
 from runner.system import cpu, cuda, environment, launcher
 from runner.training import checkpoint
 
@@ -39,7 +39,6 @@ FEW_CALLS = 100  # number of calls below which a row gets a warning
 WIDE_SPREAD = 1.5  # ratio of p90 to p50 above which a row gets a warning
 COMPILED_LIMIT = {"fp32": 1e-3, "fp16": 3e-2}  # maximum difference from eager logits, relative to the largest
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
-Backend = Literal["eager", "compiled", "aotinductor", "onnxruntime", "engine"]
 Steps = dict[str, Callable[[], Any]]  # of one call: "compute", preceded on a GPU by "copy_in" and "copy_out"
 
 
@@ -58,7 +57,7 @@ class BenchOptions:
 
     batches: tuple[int, ...] = (1, 8, 32)
     precisions: tuple[Precision, ...] = ("fp32",)
-    backends: tuple[Backend, ...] = ("eager", "onnxruntime", "engine")
+    backends: tuple[MeasuredBackend, ...] = ("eager", "onnxruntime", "engine")
     seconds: float = 3.0
     repeats: int = 100
     threads: int | None = None
@@ -183,7 +182,9 @@ def open_targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, de
         yield _package_target(run, device)
     for file in files:
         if "onnxruntime" in options.backends:
-            yield _onnxruntime_target(run, file, options, device)
+            yield _onnxruntime_target(run, file, options, device, "onnxruntime")
+        if "onnxruntime-tensorrt" in options.backends:
+            yield _onnxruntime_target(run, file, options, device, "onnxruntime-tensorrt")
         if "engine" in options.backends and file.precision != "int8-cpu":
             yield from _engine_targets(run, file, device)
 
@@ -226,10 +227,15 @@ def _refused(row: LatencyRow, error: UserError) -> Target:
     return Target(replace(row, not_measured=str(error), refused=True), refused=error)
 
 
-def _onnxruntime_target(run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str) -> Target:
-    row = LatencyRow(backend="onnxruntime", precision=file.precision)
+def _onnxruntime_target(
+    run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str, backend: MeasuredBackend
+) -> Target:
+    row = LatencyRow(backend=backend, precision=file.precision)
+    provider = "tensorrt" if backend == "onnxruntime-tensorrt" else device
+    if provider == "tensorrt" and device == "cpu":
+        return Target(replace(row, not_measured="runs on a GPU, but this measurement is on the CPU"))
     try:
-        session = OnnxSession(file.path, device, options.threads, spinning=False, fp16=file.precision == "fp16")
+        session = OnnxSession(file.path, provider, options.threads, spinning=False, fp16=file.precision == "fp16")
     except ProviderError as error:
         return Target(replace(row, not_measured=str(error)))
     try:

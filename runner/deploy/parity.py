@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from runner.run.schema import (
     ParityReport,
     ParityRow,
     Precision,
+    ScoredBackend,
     Scores,
     TorchRow,
 )
@@ -44,8 +44,7 @@ ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantiza
 CULPRIT_IMAGES = 16
 PROPOSED = 3  # most operators that a failed int8 file proposes to keep in fp32
 MIN_CULPRIT_ERROR = 1e-4  # an operator is named only if it adds at least this relative error
-Backend = Literal["onnxruntime", "engine", "aotinductor"]
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "engine")  # by default; a package runs code from the run's folder
+BACKENDS: tuple[ScoredBackend, ...] = ("onnxruntime", "engine")  # by default; a package runs code from the run's folder
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -63,7 +62,7 @@ class Candidate:
     """
 
     file: OnnxFile
-    backend: Backend
+    backend: ScoredBackend
     provider: str
     forward: Forward
     engine_sha256: str | None = None
@@ -71,7 +70,7 @@ class Candidate:
 
 
 def compare(
-    run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[Backend] = ()
+    run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[ScoredBackend] = ()
 ) -> ParityReport:
     """Scores the model and its exported files on every test image, and writes the report to `deploy/parity.json`.
 
@@ -168,6 +167,7 @@ def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str |
                 return row.gate
             raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not used")
     named = " --backend aotinductor" if file.path.suffix == package.SUFFIX else ""  # never scored by default
+    named = " --backend onnxruntime-tensorrt" if provider == PROVIDERS["tensorrt"] else named
     raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}{named}")
 
 
@@ -188,7 +188,7 @@ def require_torch_passed(run: Run, precision: Precision) -> None:
 
 
 def _open_candidates(
-    run: Run, files: list[OnnxFile], device: str, backends: Sequence[Backend]
+    run: Run, files: list[OnnxFile], device: str, backends: Sequence[ScoredBackend]
 ) -> tuple[list[Candidate], list[NotScored]]:
     """Opens each file with every backend that runs here, and lists those that do not run, with the reason.
 
@@ -198,9 +198,13 @@ def _open_candidates(
     candidates: list[Candidate] = []
     not_scored: list[NotScored] = []
     for file in files:
-        openers: list[tuple[Backend, Callable[[], Candidate]]] = []
+        openers: list[tuple[ScoredBackend, Callable[[], Candidate]]] = []
         if "onnxruntime" in (backends or BACKENDS):
             openers.append(("onnxruntime", partial(_open_session, file, device)))
+        if "onnxruntime-tensorrt" in backends:
+            if device == "cpu":
+                raise UserError("--backend onnxruntime-tensorrt: expected a GPU, which is selected by --device cuda")
+            openers.append(("onnxruntime-tensorrt", partial(_open_session, file, "tensorrt")))
         if "engine" in (backends or BACKENDS) and device == "cuda":
             sidecars = engine_run.verified_engines(run, file)
             here = [sidecar for sidecar in sidecars if engine_run.incompatibility(sidecar) is None]
@@ -228,9 +232,8 @@ def _not_for_this_gpu(file: OnnxFile, sidecar: EngineSidecar) -> NotScored:
 
 def _open_session(file: OnnxFile, device: str) -> Candidate:
     session = OnnxSession(file.path, device, fp16=file.precision == "fp16")
-    return Candidate(
-        file, "onnxruntime", session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy()))
-    )
+    backend: ScoredBackend = "onnxruntime-tensorrt" if device == "tensorrt" else "onnxruntime"
+    return Candidate(file, backend, session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy())))
 
 
 def _open_engine(run: Run, file: OnnxFile, sidecar: EngineSidecar) -> Candidate:

@@ -14,7 +14,11 @@ import onnxruntime
 from runner.common.errors import UserError
 from runner.system import environment
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 INPUT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
@@ -27,7 +31,8 @@ class OnnxSession:
 
     Args:
         file: path or contents of the ONNX file.
-        device: "cpu" or "cuda"; for "cuda", operators that the CUDA provider lacks still run on the CPU.
+        device: "cpu", "cuda" or "tensorrt", a key of PROVIDERS. Operators that the provider of a GPU lacks run with the
+            next one: TensorRT, CUDA, CPU.
         threads: number of CPU threads; None for all usable cores.
         optimize: whether onnxruntime optimizes the graph, or runs it as written.
         fp16: whether the graph has fp16 operators. Such a graph is optimized in a single pass, because repeated
@@ -59,13 +64,15 @@ class OnnxSession:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         requested = PROVIDERS[device]
         providers: list[Any] = [requested]
-        if device == "cuda":
+        if device != "cpu":
             load_cuda_libraries()
-            providers = [(requested, {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 must not become TF32
+            providers = [(PROVIDERS["cuda"], {"use_tf32": "0"}), PROVIDERS["cpu"]]  # fp32 must not become TF32
+        if device == "tensorrt":
+            providers.insert(0, requested)
         content = file if isinstance(file, bytes) else str(file)
         self.name = "the graph" if isinstance(file, bytes) else str(file)
         captured: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
-        if device == "cuda":
+        if device != "cpu":
             captured = _captured_output()
         with self._errors_for_users(), captured as output:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)

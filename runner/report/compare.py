@@ -1,7 +1,7 @@
 """Compares runs: one row of results per run, and one outcome per group of runs that differ only in their seed."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from runner.common.text import printable
 from runner.config.recipe import Reported, differences, flatten
-from runner.report.run_record import RunRecord
+from runner.report.run_record import GateStatus, RunRecord
 from runner.run.schema import FrontEnd, GateResult, Precision
 
 MAX_CHANGES = 3  # most settings that a label lists; if there are more, it names only the first
@@ -309,6 +309,45 @@ def _std(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+class Overview(msgspec.Struct, frozen=True):
+    """What stands out in a comparison; runs are given by their positions.
+
+    Attributes:
+        best: for each dataset, the finished run with the highest test accuracy; complete runs come before others.
+        gate: finished runs by the result of the gate.
+        incomplete: finished runs that ended after fewer epochs than their recipe has.
+        unfinished: runs without a summary.
+        one_class: finished runs of which an exported file predicts the same class for all images.
+    """
+
+    best: dict[str, int]
+    gate: dict[GateStatus, list[int]]
+    incomplete: list[int]
+    unfinished: list[int]
+    one_class: list[int]
+
+
+def summarize_runs(records: Sequence[RunRecord]) -> Overview:
+    """Finds the best run on each dataset, and the runs that have a problem."""
+    finished = sorted(
+        (-record.summary.test_accuracy, position) for position, record in enumerate(records) if record.summary
+    )
+    positions = [position for _, position in finished]
+    positions.sort(key=lambda position: records[position].incomplete)  # keeps the order by accuracy
+    best: dict[str, int] = {}
+    gate: dict[GateStatus, list[int]] = {}
+    for position in positions:
+        best.setdefault(records[position].dataset, position)
+        gate.setdefault(records[position].gate, []).append(position)
+    return Overview(
+        best=dict(sorted(best.items())),
+        gate=gate,
+        incomplete=[position for position in positions if records[position].incomplete],
+        unfinished=[position for position, record in enumerate(records) if record.summary is None],
+        one_class=[position for position in positions if records[position].predicts_one_class],
+    )
+
+
 def best_of_architectures(records: list[RunRecord]) -> list[int]:
     """Returns the position of the finished run with the highest test accuracy for every architecture and dataset."""
     best: dict[tuple[str, str], tuple[float, int]] = {}
@@ -331,6 +370,38 @@ def p50_ms(row: RunRow, backend: str, batch: int = 1, precision: str = "fp32") -
     """Returns the median latency of a backend in milliseconds; None if it was not measured."""
     key = (backend, batch, precision)
     return next((cell.p50_ms for cell in row.latency if (cell.backend, cell.batch, cell.precision) == key), None)
+
+
+class MachineRow(msgspec.Struct, frozen=True):
+    """Median latencies in milliseconds of one file of a run on several machines; None where it was not measured."""
+
+    run: str
+    backend: str
+    precision: Precision
+    batch: int
+    p50_ms: list[float | None]
+
+
+def latencies_by_machine(records: Sequence[RunRecord]) -> tuple[list[str], list[MachineRow]]:
+    """Returns the machines, and the latencies of each run on them side by side; none if there is only one machine.
+
+    Copies of a run that were measured on several machines share a row: they have the same name and weights.
+    """
+    found: dict[tuple[str, str, str, Precision, int], dict[str, float]] = {}
+    for record in records:
+        if record.latency:
+            for row in record.latency.rows:
+                if row.p50_ms is not None and row.batch is not None:
+                    key = record.config.name, record.latency.weights, row.backend, row.precision, row.batch
+                    found.setdefault(key, {})[str(record.latency.hardware)] = row.p50_ms
+    machines = sorted({machine for figures in found.values() for machine in figures})
+    if len(machines) < 2:
+        return machines, []
+    rows = [
+        MachineRow(run, backend, precision, batch, [figures.get(machine) for machine in machines])
+        for (run, _, backend, precision, batch), figures in found.items()
+    ]
+    return machines, rows
 
 
 def best_gated(row: RunRow) -> LatencyCell | None:

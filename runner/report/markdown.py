@@ -8,7 +8,10 @@ from runner.report import compare
 from runner.report.run_record import RunRecord, Unreadable, format_counts
 from runner.report.searches import SearchRecord
 
-OUTCOME_TITLES = ("experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced")
+OUTCOME_TITLES = (
+    "experiment", "parameters", "dataset", "epochs", "seeds", "test accuracy", "reported", "reproduced", "difference",
+)  # fmt: skip
+MAX_NAMED = 5  # most runs that a line of the overview names
 MARKUP = re.compile(r"[\\`*_~\[\]]")
 LATENCY_TITLES = (
     "run", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "calls", "accuracy change", "agreement",
@@ -20,11 +23,44 @@ def render(
     records: list[RunRecord], unreadable: Sequence[Unreadable] = (), searches: Sequence[SearchRecord] = ()
 ) -> str:
     """Renders accuracies, searches, latencies by hardware with the parity of each file, and what was not read."""
-    parts = [accuracies(records), *map(search_results, searches), latencies(records)]
-    if unreadable:
-        reasons = ((plain(entry.folder), plain(entry.reason)) for entry in unreadable)
-        parts.append(f"Not read:\n\n{table(('folder', 'reason'), reasons)}")
-    return "\n\n".join(filter(None, parts)) + "\n"
+    parts = [overview(records), accuracies(records), *map(search_results, searches), latencies(records)]
+    return "\n\n".join(filter(None, [*parts, not_read(unreadable)])) + "\n"
+
+
+def overview(records: list[RunRecord]) -> str:
+    """Renders the best run on each dataset, the results of the gate, and which runs have a problem, as a list."""
+    found = compare.summarize_runs(records)
+
+    def named(positions: Sequence[int]) -> str:
+        names = ", ".join(code(records[position].name) for position in positions[:MAX_NAMED])
+        return names + (f" and {len(positions) - MAX_NAMED} more" if len(positions) > MAX_NAMED else "")
+
+    lines = []
+    for dataset, position in found.best.items():
+        record = records[position]
+        accuracy = percent(record.summary.test_accuracy if record.summary else None, None)
+        lines.append(
+            f"Best on {plain(dataset)}: {named([position])}, **{accuracy}**"
+            + (", incomplete: no run on this dataset ran all epochs" if record.incomplete else "")
+        )
+    if found.gate:
+        counts = ", ".join(f"{len(positions)} {result}" for result, positions in sorted(found.gate.items()))
+        failed = f" ({named(found.gate['failed'])})" if "failed" in found.gate else ""
+        lines.append(f"Gate: {counts}{failed}")
+    for title, positions in (
+        ("Models that predict one class for every image, so that passing the gate means little", found.one_class),
+        ("Incomplete, after fewer epochs than the recipe has", found.incomplete),
+        ("Unfinished", found.unfinished),
+    ):
+        if positions:
+            lines.append(f"{title}: {len(positions)} ({named(positions)})")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def not_read(unreadable: Sequence[Unreadable]) -> str:
+    """Renders the table of folders that could not be read; empty if there are none."""
+    reasons = [(plain(entry.folder), plain(entry.reason)) for entry in unreadable]
+    return f"Not read:\n\n{table(('folder', 'reason'), reasons)}" if reasons else ""
 
 
 def accuracies(records: list[RunRecord]) -> str:
@@ -44,6 +80,7 @@ def accuracies(records: list[RunRecord]) -> str:
                 percent(outcome.test_accuracy, outcome.test_accuracy_std),
                 f"{reported.accuracy:.2%} ({reported.on}, {plain(reported.epoch)})" if reported else "–",
                 percent(outcome.reproduced, outcome.reproduced_std),
+                "–" if outcome.difference is None else f"{100 * outcome.difference:+.2f}",
             )
         )
     best = ", or the best one with early stopping" if any(record.config.recipe.patience for record in records) else ""
@@ -51,9 +88,6 @@ def accuracies(records: list[RunRecord]) -> str:
         f"{format_counts(records)}, on {plain(datasets)}; trained on {plain(hardware)}. Accuracies are measured "
         f"on the test set after the last epoch{best}: means over seeds ± standard deviation."
     )
-    if one_class := [code(record.name) for record in records if record.predicts_one_class]:
-        names = ", ".join(one_class)
-        caption += f" Models that predict one class for every image, so that passing the gate means little: {names}."
     return f"{caption}\n\n{table(OUTCOME_TITLES, rows)}"
 
 
@@ -78,9 +112,21 @@ def latencies(records: list[RunRecord]) -> str:
     for record in records:
         if record.latency and (rows := list(latency_rows(record))):
             by_hardware.setdefault(str(record.latency.hardware), []).extend(rows)
-    return "\n\n".join(
+    parts = [
         f"Latency on {plain(hardware)}:\n\n{table(LATENCY_TITLES, rows)}" for hardware, rows in by_hardware.items()
-    )
+    ]
+    machines, compared = compare.latencies_by_machine(records)
+    if compared:
+        titles = ["run", "backend", "precision", "batch", *(f"{plain(machine)}, p50 ms" for machine in machines)]
+        cells = [
+            (
+                code(row.run), plain(row.backend), row.precision, str(row.batch),
+                *("–" if figure is None else f"{figure:.2f}" for figure in row.p50_ms),
+            )
+            for row in compared
+        ]  # fmt: skip
+        parts.append(f"Latency of several machines:\n\n{table(titles, cells)}")
+    return "\n\n".join(parts)
 
 
 def latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:

@@ -15,7 +15,7 @@ from runner.common.files import read_bytes, write_atomically
 from runner.report import compare, figures
 from runner.report.compare import LatencyCell, RunRow
 from runner.report.grids import find_grids
-from runner.report.run_record import GateStatus, RunRecord, Unreadable, format_counts
+from runner.report.run_record import RunRecord, Unreadable, format_counts
 from runner.report.searches import SearchRecord
 from runner.run.schema import Dataset
 
@@ -99,45 +99,6 @@ class PageRun:
         }
 
 
-@dataclass(frozen=True)
-class Overview:
-    """The summary at the top of the page.
-
-    Attributes:
-        best: for each dataset, the finished run with the highest test accuracy; complete runs come before others.
-        gate: finished runs by the result of the gate.
-        incomplete: finished runs that ended after fewer epochs than their recipe has.
-        unfinished: runs without a summary.
-        one_class: finished runs of which an exported file predicts the same class for all images.
-    """
-
-    best: dict[str, PageRun]
-    gate: dict[GateStatus, list[PageRun]]
-    incomplete: list[PageRun]
-    unfinished: list[PageRun]
-    one_class: list[PageRun]
-
-
-def summarize_runs(runs: Sequence[PageRun]) -> Overview:
-    """Summarizes which run is best on each dataset, and which runs have a problem."""
-    finished = sorted(
-        (run for run in runs if run.record.summary),
-        key=lambda run: (run.record.incomplete, -(run.row.test_accuracy or 0)),
-    )
-    best: dict[str, PageRun] = {}
-    gate: dict[GateStatus, list[PageRun]] = {}
-    for run in finished:
-        best.setdefault(run.row.dataset, run)
-        gate.setdefault(run.record.gate, []).append(run)
-    return Overview(
-        best=dict(sorted(best.items())),
-        gate=gate,
-        incomplete=[run for run in finished if run.record.incomplete],
-        unfinished=[run for run in runs if run.record.summary is None],
-        one_class=[run for run in finished if run.record.predicts_one_class],
-    )
-
-
 def write(
     records: list[RunRecord], out: Path, unreadable: Sequence[Unreadable] = (), searches: Sequence[SearchRecord] = ()
 ) -> None:
@@ -182,7 +143,8 @@ def render(
         positions={run.record.run.folder.resolve(): run.position for run in runs},
         has_reported_chart=reported is not None,
         deployments=latencies_by_hardware(runs),
-        overview=summarize_runs(runs),
+        machines=compare.latencies_by_machine(records),
+        overview=compare.summarize_runs(records),
         counts=format_counts(records, unreadable),
         p50_ms=compare.p50_ms,
         best_gated=compare.best_gated,

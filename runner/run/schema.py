@@ -25,6 +25,10 @@ Measured = Annotated[float, Meta(ge=0, le=1e12)]  # a table cannot show larger n
 
 FORMAT = 1
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+ScoredBackend = Literal["onnxruntime", "onnxruntime-tensorrt", "engine", "aotinductor"]  # of `runner parity`
+MeasuredBackend = Literal[  # of `runner bench`
+    "eager", "compiled", "aotinductor", "onnxruntime", "onnxruntime-tensorrt", "engine"
+]
 Calibration = Literal["minmax", "percentile"]  # how int8 estimates the ranges of activations
 TrainPrecision = Literal["fp32", "bf16", "fp16"]
 
