@@ -665,6 +665,89 @@ def test_an_environment_that_others_can_change_is_refused(fault: str, tmp_path: 
     assert list(cache.iterdir()) == []
 
 
+SEARCH = ("search.sbatch", "tiny", "--data", "x", "--trials", "2")
+ONE_NODE = {"SLURM_NNODES": "1", "SLURM_NTASKS": "1"}
+
+
+def search_job(checkout: Path, folder: Path, program: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A job of search.sbatch, whose worker is a program in the shell instead of `python -m launch search`."""
+    copy = with_program(checkout, folder, "python", program)
+    (copy / "python").chmod(0o755)
+    return run_batch_script(copy, *SEARCH, **{**ONE_NODE, **more})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SLURM_NNODES": "2"}, "2 nodes: expected 1"),
+        ({"SLURM_NTASKS": "2"}, "2 tasks: expected 1"),
+        ({"RUNNER_CONTAINER_IMAGE": "x"}, "RUNNER_CONTAINER_IMAGE: expected none"),
+        ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES='-1': expected an integer >= 0"),
+    ],
+)
+def test_a_worker_of_a_search_that_could_not_work_is_refused(
+    checkout: Path, tmp_path: Path, environ: dict[str, str], message: str
+) -> None:
+    done = search_job(checkout, tmp_path / "copy", "exit 0", **environ)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"search.sbatch: {message}")
+    assert not (tmp_path / "copy" / "runs").exists()
+
+
+@pytest.mark.parametrize("runs", [["--runs", "here"], ["--runs=here"]])
+def test_a_worker_of_a_search_gets_the_arguments_and_its_exit_code_is_the_jobs(
+    checkout: Path, tmp_path: Path, runs: list[str]
+) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "python", 'printf "%s\\n" "$@" >words; exit 3')
+    (copy / "python").chmod(0o755)
+    done = run_batch_script(copy, *SEARCH, *runs, **ONE_NODE)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert (copy / "words").read_text().split() == ["-m", "launch", "search", *SEARCH[1:], *runs]
+    assert list((copy / "here" / "slurm").iterdir()) == []
+
+
+# SLURM sends signals to the script alone, which passes one on.
+HANDLES = "trap 'exit 75' TERM; kill -{signal} $PPID; while true; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "last"),
+    [
+        (HANDLES.format(signal="USR1"), 75, "stopped with checkpoints; queued again"),
+        ("kill -USR1 $PPID; while true; do sleep 0.05; done", 143, "stopped with checkpoints; queued again"),
+        (HANDLES.format(signal="TERM"), 75, None),  # cancelled
+        ("exit 75", 75, None),  # nobody asked
+        (HANDLES.format(signal="USR1").replace("75", "1"), 1, None),  # it failed meanwhile
+        # It does not stop in time: SLURM sends TERM at the time limit.
+        (
+            "trap : TERM; kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; sleep 30", 75,
+            "the time limit came before all checkpoints; queued again",
+        ),
+        # A second USR1 must not reach the worker, which would kill its trials.
+        (
+            "trap 'echo once >>signals' TERM; kill -USR1 $PPID; sleep 0.3; kill -USR1 $PPID; sleep 0.3; "
+            '[ "$(cat signals)" = once ] && exit 75; exit 9', 75, "stopped with checkpoints; queued again",
+        ),
+    ],
+)  # fmt: skip
+def test_a_worker_of_a_search_is_queued_again_only_if_it_was_asked_to_stop(
+    checkout: Path, tmp_path: Path, program: str, code: int, last: str | None
+) -> None:
+    done = search_job(checkout, tmp_path / "copy", program)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1:] == ([f"search.sbatch: {last}"] if last else [])
+    assert len(list((tmp_path / "copy" / "runs" / "slurm").glob(".requeues-*"))) == (1 if last else 0)
+
+
+def test_a_worker_of_a_search_is_queued_again_at_most_so_often(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "python", HANDLES.format(signal="USR1"))
+    (copy / "python").chmod(0o755)
+    for restarts, message in (("0", "queued again"), ("1", "queued again"), ("2", "not queued again, because MAX_REQ")):
+        done = run_batch_script(copy, *SEARCH, **ONE_NODE, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="2")
+        assert done.stderr.splitlines()[-1].startswith(f"search.sbatch: stopped with checkpoints; {message}")
+    assert not list(copy.glob("runs/slurm/.*"))
+
+
 def test_a_batch_script_without_resume_ends_at_once(checkout: Path) -> None:
     """A job of it would train until its time limit, and fail when it is queued again."""
     done = run_batch_script(checkout, "train.sbatch", "tiny", "--data", "x", "--resume", "never")

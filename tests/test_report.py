@@ -572,8 +572,8 @@ def test_the_wandb_report_is_the_golden_one(tmp_path: Path) -> None:
 
 def test_what_only_the_page_or_only_wandb_shows_has_a_reason(runs: Path) -> None:
     """Every section of both stands in the table of runner/report/README.md; these runs have no grid."""
-    records, unreadable = collect.read_all(find_runs([runs]))
-    found, _ = searches.read_all([runs])
+    records, _ = collect.read_all(find_runs([runs]))
+    unreadable, (found, _) = [Unreadable("a", "damaged")], searches.read_all([runs])
     readme = (ROOT / "runner/report/README.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| (yes|–) \| (yes|–) \|([^|]*)\|$", readme, re.M)
     listed = {section.lower(): (on_page == "yes", in_wandb == "yes") for section, on_page, in_wandb, _ in rows}

@@ -36,6 +36,10 @@ from tests.support import processes, warm
 
 ROOT = Path(__file__).parents[2]
 LEDGERS = ROOT / "tests" / "mutants"
+BATCH = (
+    "pass_words_on or a_job or second_signal or controller_that or many_nodes or one_node or ipv6_address or stop_file "
+    "or batch_script_without or container_gets"
+)
 STREAM = "earlier_versions or seed_and_epoch or offsets or alternating"
 # The modules, and for each the selections of tests, as arguments of pytest: as few tests as hold what the module
 # promises, and the quick ones first, because the later ones run only on the mutants that survive those before.
@@ -45,6 +49,17 @@ MODULES = {
         "tests/test_submit.py -k inherit",
         "tests/test_submit.py -k 'dry_run or exits_2 or missing or before_the_queue'",
     ],
+    **{
+        script: [f"tests/test_launch.py -k '{selection}'"]
+        for script, selection in {
+            "slurm/train.sbatch": BATCH,
+            "slurm/sweep.sbatch": "task_of_a_sweep or pass_words_on",
+            "slurm/search.sbatch": "worker_of_a_search",
+            "slurm/requeue": f"{BATCH} or worker_of_a_search",
+            "slurm/count_gpus": "gpus_are_counted",
+            "slurm/train_node": "each_node_starts or pass_words_on or gives_its_cpus",
+        }.items()
+    },
     "runner/common/command_line.py": [
         "tests/test_command_lines.py -k 'not any_order'",
         "tests/test_command_lines.py -k any_order",
@@ -108,6 +123,21 @@ OPERATORS = (
     "|ReplaceUnaryOperator_.*|AddNot|ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd"
     "|ReplaceBreakWithContinue|ReplaceContinueWithBreak|NumberReplacer|ExceptionReplacer|ZeroIterationForLoop)"
 )
+KEYWORDS = "if|elif|else|then|fi|for|while|do|done|case|esac|local|set|source"
+# In scripts of the shell: comparisons, conditions, numbers, and commands that are left out.
+SHELL = (
+    *((rf"(?<= )-{old}(?= )", f"-{new}") for old, new in (
+        ("eq", "ne"), ("ne", "eq"), ("ge", "gt"), ("gt", "ge"), ("lt", "le"), ("le", "lt"), ("n", "z"), ("z", "n"),
+        ("e", "n"), ("d", "e"),
+    )),
+    (r"&&", "||"),
+    (r"\|\|", "&&"),
+    (r"(?<=[\[( ])! ", ""),
+    (r"(?<= )(!=)(?= )", "="),
+    (r"(?<= )=(?= )", "!="),
+    (r"(?<![\w.$:{&-])(\d+)(?![\w.}>-])", r"1\g<1>"),
+    (rf"^(\s*)(?!(?:{KEYWORDS})\b)([A-Za-z_][^={{}}]*)(?=\n)", r"\g<1>:"),
+)  # fmt: skip
 
 
 def main(tool: Path, arguments: list[str]) -> None:
@@ -155,6 +185,8 @@ def copy_checkout(folder: Path) -> Path:
 
 def draw(tool: Path, checkout: Path, module: str) -> list[dict[str, Any]]:
     """Returns the mutants of a module: `line`, `source` and `change`, which is the changed lines."""
+    if not module.endswith(".py"):
+        return draw_shell(checkout / module)
     program = ROOT / "tests/support/programs/draw_mutants.py"
     command = [tool / "bin/python", program, checkout / module, OPERATORS]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env={}).stdout
@@ -165,6 +197,27 @@ def draw(tool: Path, checkout: Path, module: str) -> list[dict[str, Any]]:
     # Checks of the program itself, which no input fails.
     checks = re.compile("(frozen|kw_only|strict)=False")
     return sorted((one for one in drawn if not checks.search(one["change"])), key=lambda mutant: mutant["line"])
+
+
+def draw_shell(path: Path) -> list[dict[str, Any]]:
+    """Returns the mutants of a script of the shell, for which there is no tool: each match of SHELL, one at a time.
+
+    A script that bash would not read is not a mutant, because no job would start.
+    """
+    original = path.read_text()
+    lines, drawn = original.splitlines(keepends=True), []
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("#") or not line.strip():
+            continue
+        for pattern, replacement in SHELL:
+            for match in re.finditer(pattern, line):
+                changed = line[: match.start()] + match.expand(replacement) + line[match.end() :]
+                source = "".join([*lines[: number - 1], changed, *lines[number:]])
+                read = subprocess.run(["bash", "-n"], input=source, text=True, capture_output=True, check=False)
+                if read.returncode == 0 and source != original:
+                    change = change_of(original, source)
+                    drawn.append({"line": number, "source": source, "change": change})
+    return drawn
 
 
 def lines_since(commit: str, module: str) -> set[int]:
