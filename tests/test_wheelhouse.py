@@ -18,7 +18,7 @@ from tests.support.processes import ROOT, Done
 # All that the scripts need of the system, apart from Python.
 PROGRAMS = (
     "basename", "bash", "cat", "chmod", "cut", "dirname", "env", "find", "flock", "id", "mkdir", "rm", "sha256sum",
-    "touch",
+    "timeout", "touch",
 )  # fmt: skip
 # A stand-in for uv, which writes its arguments and the requirements next to the environment.
 UV = """#!/bin/bash
@@ -96,6 +96,14 @@ def test_it_installs_what_was_hashed_without_network_and_compiler(project: Proje
     assert shell.returncode == 0, shell.stderr
     assert Path(shell.stdout.strip()).is_relative_to(project.cache)
     assert [path.name for path in project.cache.iterdir() if path.is_file()] == []  # not even the lock
+
+
+def test_on_a_machine_with_a_gpu_it_says_that_tensorrt_is_missing(project: Project) -> None:
+    (project.tools / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    (project.tools / "nvidia-smi").chmod(0o755)
+    done = project.install()
+    assert done.returncode == 0, done.stderr
+    assert "a wheelhouse does not contain TensorRT; engines can be built for RTX cards only" in done.stderr
 
 
 def test_the_variable_reaches_the_other_scripts(project: Project) -> None:
