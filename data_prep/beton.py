@@ -31,6 +31,7 @@ PR_SET_PDEATHSIG = 1  # prctl.h
 STALL_SECONDS = 60.0  # a writer whose file has not grown for this long has hung
 MARGIN = 1.1  # required disk space, relative to the size of the pixels or JPEG records
 COUNTED = 1024  # images whose pixels are counted at a time, because counting takes eight bytes for each
+DEFAULT_PAGE = 8 << 20  # bytes; FFCV's default
 SAMPLED = 256  # images of a split whose size as JPEG records is measured first
 
 
@@ -99,14 +100,14 @@ def _existing(out: Path, source: Source, overwrite: bool, jpeg_quality: int | No
     try:
         manifest = manifests.read(out)
         manifests.check_files(out, manifest)
+        stored = (manifest.name, manifest.classes, manifest.source, manifest.jpeg_quality)
+        same = stored == (source.name, source.classes, source.provenance, jpeg_quality)
+        if same and _has_content(out, manifest, source):
+            return manifest
     except UserError as error:
         if overwrite:
             return None
         raise UserError(f"{error} (or replace the dataset with --overwrite)") from None
-    stored = (manifest.name, manifest.classes, manifest.source, manifest.jpeg_quality)
-    same = stored == (source.name, source.classes, source.provenance, jpeg_quality)
-    if same and _has_content(out, manifest, source):
-        return manifest
     if overwrite:
         return None
     if same:
@@ -200,10 +201,17 @@ def _write_into(folder: Path, out: Path, source: Source, jpeg_quality: int | Non
     return manifest
 
 
+def page_size_for(split: Split) -> int:
+    """Returns the size of FFCV's pages in bytes, a power of two; FFCV cannot write an image larger than a page."""
+    return max(DEFAULT_PAGE, 1 << (int(np.prod(split.images.shape[1:])) - 1).bit_length())
+
+
 def _record_bytes(split: Split, jpeg_quality: int | None) -> int:
     """Returns the size of all records of a split; for JPEG an estimate from images at equal distances."""
     if jpeg_quality is None:
-        return split.images.nbytes
+        record, page = int(np.prod(split.images.shape[1:])), page_size_for(split)
+        # A page holds whole images, so one of large images is not full.
+        return split.images.nbytes if 16 * record < page else -(-len(split.images) // (page // record)) * page
     rows = np.linspace(0, len(split.images) - 1, min(len(split.images), SAMPLED)).astype(int)
     return int(np.mean([jpeg.encode(split.images[row], jpeg_quality).nbytes for row in rows]) * len(split.images))
 
@@ -292,7 +300,7 @@ def _write_betons(files: list[tuple[Path, Split]], jpeg_quality: int | None, par
     for path, split in files:
         fields = {"image": image, "label": IntField()}
         # With several workers the order of pages, and thus the hash, would differ from run to run.
-        writer = ffcv.writer.DatasetWriter(str(path), fields, num_workers=1)
+        writer = ffcv.writer.DatasetWriter(str(path), fields, page_size_for(split), num_workers=1)
         writer.from_indexed_dataset(_Samples(split), shuffle_indices=False)
 
 

@@ -17,10 +17,12 @@ from launch.train_arguments import job_environment, with_stop_file
 from launch.trials import Trial
 from runner.common.console import new_table
 from runner.common.errors import UserError
+from runner.common.files import remove
 from runner.run.metrics import read_metrics
 from runner.system import launcher
 
 GRACE = 120.0  # seconds that a trial has to write its checkpoint
+STOPPING = "stopping: each trial writes a checkpoint; press Ctrl-C again to kill them"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Job:
 
     Attributes:
         trial: the trial.
-        arguments: the arguments of `runner train`; None if it is trained.
+        arguments: the arguments of `runner train`; None if its training is already complete.
         commands: arguments of Python, run one after the other once it is trained.
     """
 
@@ -187,6 +189,7 @@ class Pool:
         log_start = log.tell()
         commands = list(job.commands)
         if job.arguments is not None:
+            remove(trial.run.ended)  # a refusal writes none, and would get the reason of the attempt before
             command = training_command(self.slots.launcher, self.slots.threads)
             commands.insert(0, (*command, *with_stop_file(job.arguments, stop_file)))
         process = self._run(slot, commands.pop(0), log)
@@ -221,7 +224,7 @@ class Pool:
         except (UserError, OSError) as error:  # the others continue
             outcome = f"failed: {error}"
         self.outcomes[running.job.trial.id] = outcome
-        _print(f"{running.job.trial.id}: {outcome}")
+        _print_without_table(f"{running.job.trial.id}: {outcome}")
 
 
 def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:
@@ -245,11 +248,12 @@ def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str,
     with _interrupts() as interrupts, _table(pool) as show:
         stopped_at = None
         while not pool.is_done:
-            if interrupts and stopped_at is None:
-                stopped_at = time.monotonic()
-                _print("stopping: each trial writes a checkpoint; press Ctrl-C again to kill them")
+            if interrupts and not pool.stopping:
                 pool.stop()
             pool.update()
+            if pool.stopping and stopped_at is None:
+                stopped_at = time.monotonic()
+                _print_without_table(STOPPING)
             if len(interrupts) > 1 or (stopped_at is not None and time.monotonic() - stopped_at > GRACE):
                 pool.kill()
             show()
@@ -267,7 +271,7 @@ def _last_message(running: RunningJob) -> str:
     return f"{messages[-1]} (log: {log})"
 
 
-def _print(line: str) -> None:
+def _print_without_table(line: str) -> None:
     """Prints a line to stdout if no live table is shown, that is, if stderr is not a terminal."""
     if not sys.stderr.isatty():
         print(line, flush=True)
@@ -310,7 +314,7 @@ def _table(pool: Pool) -> Iterator[Callable[[], None]]:
 
 
 def _draw(pool: Pool, height: int) -> Any:
-    """Returns a table of the running trials, the finished trials (newest first) and the number of waiting trials."""
+    """Returns a table of the running trials, the finished trials (newest first) and the source's progress."""
     table = new_table("trial", "epoch", "loss", "accuracy", "outcome")
     for running in pool.running.values():
         table.add_row(
@@ -321,6 +325,8 @@ def _draw(pool: Pool, height: int) -> Any:
     for name, outcome in list(reversed(pool.outcomes.items()))[: max(1, height - len(pool.running) - 1)]:
         table.add_row(name, "", "", "", outcome, style="red" if outcome.startswith("failed") else None)
     table.add_row(pool.source.describe(len(pool.outcomes)), style="dim")
+    if pool.stopping:
+        table.add_row(STOPPING, style="dim")
     return table
 
 

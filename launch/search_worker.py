@@ -10,7 +10,6 @@ from launch.local_pool import Job
 from launch.train_arguments import check_dataset, check_models
 from launch.trials import Trial, check_same_training, expand
 from runner.common.errors import UserError
-from runner.common.files import remove
 from runner.report import collect, compare
 from runner.run.lock import LockedError
 from runner.run.metrics import read_metrics
@@ -169,7 +168,6 @@ class StudySource:
         commands = self._measurements(trial) if is_last else ()
         if trial.state() == "complete":
             return Job(trial, None, commands)
-        remove(trial.run.ended)  # so that its next content is that of this job
         return Job(trial, (*trial.arguments, *(() if is_last else ("--pause-after", str(target)))), commands)
 
     def _measurements(self, trial: Trial) -> tuple[tuple[str, ...], ...]:

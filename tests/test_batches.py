@@ -119,6 +119,14 @@ def test_starting_at_a_step_skips_the_earlier_ones(small_data: Path, loader: str
     assert list(batches.epoch(3, start_step=len(batches))) == []
 
 
+def test_mixing_streams_every_batch(small_data: Path) -> None:
+    """It reads one image more per batch than FFCV's loader has: with batches that divide the images, all of them."""
+    recipe = Recipe(1, 20, SGD(0.1), augment=Augment(mixup=0.2))
+    streamed = opened(small_data, recipe=recipe, loader="streaming")
+    assert streamed.num_images % 20 == 0
+    assert_same(list(opened(small_data, recipe=recipe).epoch(0)), streamed.epoch(0))
+
+
 @pytest.mark.images
 def test_streaming_matches_resident_for_any_number_of_workers(data: Path) -> None:
     """A full epoch with batches of 512 images, in the order and augmentation of training."""

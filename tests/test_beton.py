@@ -587,6 +587,18 @@ def test_ctrl_c_ends_the_writer(small: Source, tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in tmp_path.iterdir()} - {"pid"} == {".out.lock"}
 
 
+def test_an_image_may_be_larger_than_a_page_of_ffcv(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 1700, 1700, 3), np.uint8)
+    assert images[0].nbytes > beton.DEFAULT_PAGE
+    train, test = (Split(images[k : k + 2], np.array([0, 1])) for k in (0, 2))
+    source = Source("large", ("a", "b"), train, test, {"kind": "made"})
+    written = beton.write(source, tmp_path / "out")
+    read, labels = reader.read_split(tmp_path / "out" / "test.beton", written.splits["test"], written)
+    assert (read == test.images).all()
+    assert labels.tolist() == [0, 1]
+    assert beton._record_bytes(train, None) <= written.splits["train"].bytes <= 1.1 * beton._record_bytes(train, None)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB."""

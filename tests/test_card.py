@@ -14,6 +14,7 @@ from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import write_json
 from runner.run.folder import Run
+from runner.run.schema import Export
 from tests.support import many_runs
 
 
@@ -34,7 +35,7 @@ def test_the_card_of_a_deployed_run(deployed_run: Path, capsys: pytest.CaptureFi
     assert summary is not None
     assert cells(card, "license") == ["Apache-2.0"]
     assert cells(card, "fingerprint") == [f"`{config.dataset.fingerprint}`"]
-    assert cells(card, f"test accuracy, {summary.test_images} images") == [f"{100 * summary.test_accuracy:.2f} %"]
+    assert cells(card, f"test accuracy, {summary.test_images} images") == [f"{100 * summary.test_accuracy:.2f}%"]
     assert cells(card, "`deploy/model.fp32.onnx`")[-1] == "passed"
     assert "## Latency" in card
     for index, name in enumerate(config.dataset.classes):
@@ -42,6 +43,16 @@ def test_the_card_of_a_deployed_run(deployed_run: Path, capsys: pytest.CaptureFi
         row = summary.confusion[index]
         assert images == str(sum(row))
         assert recall == f"{row[index] / sum(row):.1%}"
+
+
+def test_a_file_that_was_exported_again_has_not_passed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run.read_parity()
+    assert report is not None
+    names = {Path(row.onnx).name for row in report.rows}
+    write_json(run.exports, {name: Export(sha256="0" * 64, weights="0" * 64) for name in names})
+    card = card_of(run.folder, capsys)
+    assert "None has been compared with the model" in card
+    assert "Export a file first" in card
 
 
 def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

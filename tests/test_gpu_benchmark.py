@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from data_prep import beton, manifest, sources
 from data_prep.sources import Source
 from runner import experiments
 from runner.benchmarks import tables
-from runner.benchmarks.gpu import correctness, speed, speedrun, tests
+from runner.benchmarks.gpu import correctness, papers, speed, speedrun, tests
 from runner.benchmarks.gpu.__main__ import MIN_SECONDS, SHARES, PartName, time_for
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
@@ -237,6 +238,35 @@ def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_pa
     assert late.once("sum", lambda: {"figure": 2}, remeasure=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.run_python("-c", "import time; time.sleep(60)")
+
+
+def test_findings_of_another_gpu_or_commit_are_refused(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = manifest.read(small_data)
+
+    def opened(commit: str) -> Ledger:
+        later = time.monotonic() + 60
+        return Ledger(Context(small_data, prepared, tmp_path, True, later, commit=commit), "speed")
+
+    opened("one").once("figure", lambda: {"figure": 1})
+    assert opened("one").measured["figure"]["figure"] == 1
+    with pytest.raises(UserError, match="expected findings of commit two, found one; choose another --out"):
+        opened("two")
+    hardware = msgspec.structs.replace(environment.describe_hardware(), gpus=["NVIDIA B200"])
+    monkeypatch.setattr(environment, "describe_hardware", lambda: hardware)
+    with pytest.raises(UserError, match=r"expected findings of hardware .*B200"):
+        opened("one")
+
+
+def test_experiments_are_trained_by_predicted_seconds() -> None:
+    known = experiments.load()
+    images = 50_000
+    assert papers.predicted_seconds(known["speedrun"], images) < papers.predicted_seconds(
+        known["podeti-resnet18"], images
+    )
+    twice = papers.predicted_seconds(known["podeti-resnet18"], 2 * images)
+    assert twice == pytest.approx(2 * papers.predicted_seconds(known["podeti-resnet18"], images))
 
 
 @pytest.mark.parametrize("minutes", [9, 30, 60])

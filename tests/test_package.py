@@ -4,14 +4,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from runner.common.errors import UserError
 from runner.deploy import latency, package
 from runner.run.folder import Run
+from runner.run.schema import LatencyRow
 from runner.training import checkpoint
 from tests.support.configs import trusted
 from tests.support.processes import TINY, python, runner
@@ -106,6 +109,24 @@ def test_a_package_of_earlier_weights_is_refused(own: Run) -> None:
     with pytest.raises(UserError, match="found one of earlier weights; make it: runner export"):
         package.compiled(own, "cpu")
     assert package.all_compiled(own) == []
+
+
+def test_a_new_row_replaces_what_it_contradicts() -> None:
+    def row(**fields: Any) -> LatencyRow:
+        return LatencyRow(**{"backend": "onnxruntime", "precision": "int8", "provider": "CPU", "batch": 8} | fields)
+
+    measured, refused = row(p50_ms=1.0), row(provider=None, batch=None, not_measured="failed the gate", refused=True)
+    assert latency._replaces(refused, measured), "latencies of a file that fails the gate now"
+    assert latency._replaces(measured, refused), "the reason why there was none"
+    assert latency._replaces(row(p50_ms=2.0), measured)
+    for other in (row(batch=1), row(provider="CUDA"), row(precision="fp32"), row(backend="eager")):
+        assert not latency._replaces(other, measured)
+
+
+def test_the_path_of_the_run_decides_nothing(own: Run) -> None:
+    report = own.read_latency()
+    assert latency._comparable_rows(own, replace(report, run="another path", load=99.0, rows=[])) == report.rows
+    assert latency._comparable_rows(own, replace(report, threads=99, rows=[])) == []
 
 
 def test_the_fastest_of_each_precision_and_batch_size_is_named(own: Run) -> None:

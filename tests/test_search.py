@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -852,6 +853,14 @@ def test_a_worker_on_slurm_gets_what_was_asked_for(
     assert got.plan(rest).definition == plan.definition
     assert (got.trials, got.search_name, got.slots) == (7, asked.search_name, asked.slots)
     assert got.folder == small_data.parent / "r" / "searches" / asked.search_name
+
+
+@pytest.mark.parametrize("change", [{"reduction": 1}, {"reduction": 0}, {"rungs": (0, 9)}, {"rungs": ()}])
+def test_a_damaged_definition_is_refused(change: dict[str, Any]) -> None:
+    """Its rungs would never end."""
+    content = msgspec.json.encode(changed(DEFINITION, **change))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(content, type=type(DEFINITION))
 
 
 def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from runner import cli
 from runner.common.errors import UserError
 from runner.common.files import read_json, write_json
 from runner.run.folder import Run
+from runner.run.schema import Ending
 from runner.system import environment
 from tests.support.processes import (
     ENDING,
@@ -389,6 +390,20 @@ def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+def test_a_refusal_does_not_get_the_reason_of_the_attempt_before(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trial,) = trials_of(["tiny"], tmp_path, "--runs", str(tmp_path))
+    trial.run.folder.mkdir(parents=True)
+    write_json(trial.run.run_json, Run(tiny_run).config())
+    write_json(trial.run.ended, Ending(stopped=True, reason="stopped at step 3"))
+    program = "print('runner: train.beton: damaged'); raise SystemExit(2)"
+    monkeypatch.setattr(local_pool, "training_command", lambda *_: ["-c", program])
+    slots = local_pool.Slots(1, 0, 1, ())
+    local_pool.train_trials(local_pool.ListedTrials([trial]), slots, tmp_path / "logs", os.environ)
+    assert "failed: train.beton: damaged (log: " in capsys.readouterr().out
+
+
 def test_a_failed_trial_does_not_stop_the_others(small_data: Path, tmp_path: Path) -> None:
     words = ["tiny-diverging", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
     done = sweep(*words, "--max-steps", 4)

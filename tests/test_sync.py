@@ -19,6 +19,7 @@ from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
+from runner.tracking import account, wandb_sync
 from runner.tracking.wandb_sync import best_run
 from tests.support.compare import MEASURED
 from tests.support.processes import ENDING, TINY, Running, command_lines, runner, start, wait_for_step, wait_until
@@ -155,6 +156,8 @@ def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) 
     damaged.run_json.write_text("[1]")
     training.summary.unlink()
     shutil.rmtree(sibling(run, "no-weights", 0.0).checkpoints)
+    with sibling(run, "a-damaged-row", 0.0).metrics.open("ab") as metrics:
+        metrics.write(b"{}\n{}\n")
     with training.lock.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = sync(server, run.folder.parent)
@@ -164,8 +167,16 @@ def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) 
     assert "run.json" in outcomes["damaged"]
     assert "still training" in outcomes["training"]
     assert "expected the weights" in outcomes["no-weights"]
+    assert "metrics.jsonl" in outcomes["a-damaged-row"]
     assert all(f"{name}: not uploaded: " in done.stderr for name in outcomes)
     assert list(server.runs) == [run.config().wandb_id]
+
+
+def test_an_uploaded_run_is_skipped_whatever_is_uploaded_before_it(run: Run) -> None:
+    """The first upload of a call sets the variable of the server, which must not make the next run another."""
+    digest = wandb_sync._digest(run, False, {})
+    assert digest == wandb_sync._digest(run, False, {"WANDB_BASE_URL": account.base_url({})})
+    assert digest != wandb_sync._digest(run, False, {"WANDB_BASE_URL": "https://wandb.example"})
 
 
 def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None:

@@ -45,7 +45,8 @@ class Tables:
     """Print all tables, or write them into their documents."""
 
     write: bool = False
-    """Write each between its markers in README.md, runner/benchmarks/README.md or launch/README.md."""
+    """Write each between its markers in README.md, runner/benchmarks/README.md or launch/README.md, and draw the
+    picture of the results."""
 
     def __call__(self) -> None:
         for document, tables in TABLES.items():
@@ -54,6 +55,8 @@ class Tables:
                 print(f"{document}: {len(tables)} tables")
             else:
                 print(*(f"## {name}\n\n{make()}\n" for name, make in tables.items()), sep="\n")
+        if self.write:
+            (RESULTS / "results.png").write_bytes(draw_results())
 
 
 def insert_tables(document: Path, tables: dict[str, Callable[[], str]]) -> str:
@@ -130,6 +133,43 @@ def results() -> str:
                 rows.append([f"`{name}`", _reported(known[name]), _accuracy(outcome), letter])
     titles = ["experiment", "reported", "measured", "on"]
     return f"{table(titles, rows or [_missing_row(titles)])}\n\n{legend}"
+
+
+def draw_results() -> bytes:
+    """Draws the experiments that were trained in full, as PNG: reported and measured accuracy, and accuracy over MACs.
+
+    An experiment that was trained on several machines has a marker for each.
+    """
+    import io
+
+    from matplotlib.figure import Figure
+
+    known = experiments.load()
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    reported_axes, cost_axes = figure.subplots(1, 2)
+    names: list[str] = []
+    for file, marker, label in (("papers-cpu", "o", "measured, CPU"), ("papers-gpu", "s", "measured, GPU")):
+        for name, outcome in read_unchanged_experiments(file).items():
+            if name not in known or outcome.epochs < outcome.recipe_epochs:
+                continue
+            names += [] if name in names else [name]
+            accuracy = 100 * (outcome.test_accuracy if outcome.reproduced is None else outcome.reproduced)
+            color = f"C{names.index(name)}"
+            reported_axes.plot(accuracy, names.index(name), marker, color=color, label=label)
+            cost_axes.plot((known[name].macs or 0) / 1e6, 100 * outcome.test_accuracy, marker, color=color)
+    for position, name in enumerate(names):
+        if reported := known[name].reported:
+            accuracy = 100 * reported.accuracy
+            reported_axes.plot(accuracy, position, "|", color="black", markersize=18, label="reported by the paper")
+    handles = dict(zip(*reversed(reported_axes.get_legend_handles_labels()), strict=True))
+    reported_axes.legend(handles.values(), handles.keys(), fontsize=8)
+    reported_axes.set(xlabel="accuracy, %", ylim=(len(names) - 0.5, -0.5))
+    reported_axes.set_yticks(range(len(names)), names)
+    cost_axes.set(xlabel="million multiply-accumulates per image", ylabel="test accuracy, %", xscale="log")
+    for axes in (reported_axes, cost_axes):
+        axes.grid(alpha=0.3)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def papers() -> str:

@@ -32,13 +32,13 @@ class StreamingBatches(BatchStream):
 
     Args:
         path: the .beton file, whose hash and layout the caller has checked.
-        labels: (N,) int64, the labels of the indices of the split.
+        labels: (N,) int64, of the split's images, in the order of `indices`.
         options: how the batches are made.
         indices: (N,) int64, the indices of the file that form the split; None for all.
         workers: decoding threads.
 
     Raises:
-        UserError: more workers than cores; FFCV decodes in numba's threads.
+        UserError: `workers` is not between 1 and the usable cores; FFCV decodes in numba's threads.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class StreamingBatches(BatchStream):
             return
         with cpu.preserve_torch_num_threads():
             loader = self._ffcv_loader()
-            loader.traversal_order.samples = samples if self.indices is None else self.indices[samples]
+            order = samples if self.indices is None else self.indices[samples]
+            loader.traversal_order.samples = order
+            loader.first_traversal_order = order  # FFCV ends after as many batches, although mixing reads more images
             chunks = _iterate_with_timeout(iter(loader), self.path)
         for images in upload(self._batches(chunks, sizes), self.device):
             yield images, torch.arange(len(images), device=self.device)

@@ -131,8 +131,8 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
         for target in targets:
             for row in _measure_target(target, run.config().input.shape, options, selected):
                 rows.append(row)
-                replaced = {_key(row) for row in rows}
-                write_json(run.latency, replace(report, rows=[*(r for r in earlier if _key(r) not in replaced), *rows]))
+                kept = [old for old in earlier if not any(_replaces(new, old) for new in rows)]
+                write_json(run.latency, replace(report, rows=[*kept, *rows]))
                 advance(1 if row.batch else len(options.batches))
     return replace(report, rows=rows)
 
@@ -158,7 +158,7 @@ def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
 def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
     """Returns the existing report's rows for current files and engines; none if it was measured differently."""
     earlier = run.read_latency()
-    if earlier is None or replace(earlier, load=report.load, rows=[]) != report:
+    if earlier is None or replace(earlier, run=report.run, load=report.load, rows=[]) != report:
         return []
     engines = {sidecar.sha256 for sidecar in run.read_engines() if (run.folder / sidecar.engine).is_file()}
     files = [*onnx.all_exported(run), *package.all_compiled(run)]
@@ -166,9 +166,15 @@ def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
     return [row for row in earlier.rows if {row.onnx_sha256, row.engine_sha256} <= current]
 
 
-def _key(row: LatencyRow) -> tuple[Any, ...]:
-    """Identifies what a row measures; a new row replaces an earlier one with the same key."""
-    return row.backend, row.provider, row.precision, row.batch
+def _replaces(new: LatencyRow, old: LatencyRow) -> bool:
+    """Returns whether a new row replaces an earlier one.
+
+    A row without a provider or batch size says why a backend could not be measured at all: a file that fails the gate
+    now has no latencies, and the first latency of a backend ends the reason why there was none.
+    """
+    if (new.backend, new.precision) != (old.backend, old.precision):
+        return False
+    return all(None in pair or pair[0] == pair[1] for pair in ((new.provider, old.provider), (new.batch, old.batch)))
 
 
 def open_targets(run: Run, files: list[onnx.OnnxFile], options: BenchOptions, device: str) -> Iterator[Target]:

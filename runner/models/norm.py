@@ -7,7 +7,7 @@ from torch import nn
 from runner.common.errors import UserError
 
 
-class SumOverRanks(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """Differentiable all-reduce: sums a tensor over all ranks, and its gradients in the backward pass."""
 
     @staticmethod
@@ -24,7 +24,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with the statistics of the global batch; torch's SyncBatchNorm supports only GPUs.
+    """Batch norm with the statistics of the global batch; `torch.nn.SyncBatchNorm` supports only GPUs.
 
     Ranks may have different numbers of images. In evaluation mode it is plain batch norm.
     """
@@ -32,13 +32,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        ones = wide.new_full((1,), wide.numel() / wide.shape[1])
-        sums = SumOverRanks.apply(torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), ones]))
+        x_float = x if x.dtype == torch.float64 else x.float()
+        local_count = x_float.new_full((1,), x_float.numel() / x_float.shape[1])
+        sums = AllReduceSum.apply(torch.cat([x_float.sum((0, 2, 3)), x_float.square().sum((0, 2, 3)), local_count]))
         count = sums[-1]
-        mean, square = sums[:-1].chunk(2)
-        mean = mean / count
-        variance = (square / count - mean.square()).clamp_min(0)  # rounding errors may make it negative
+        mean, mean_square = (total / count for total in sums[:-1].chunk(2))
+        variance = (mean_square - mean.square()).clamp_min(0)  # rounding errors may make it negative
         assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -49,19 +48,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        return (x_float * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
 def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
     """Converts every BatchNorm2d of a model to synchronized batch norm; parameters and their names do not change.
 
     Raises:
-        UserError: the model has a subclass of batch norm, such as timm's with an activation, which would be lost.
+        UserError: the model has a subclass of batch norm, such as timm's BatchNormAct2d, whose activation would be
+            lost, or batch norm without momentum, weights or running statistics.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and type(module) not in (nn.BatchNorm2d, SyncBatchNorm2d):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise UserError(f"--recipe.sync-batch-norm: expected a model with nn.BatchNorm2d, found {kind}")
+        if isinstance(module, nn.BatchNorm2d) and not (
+            module.momentum is not None and module.affine and module.track_running_stats
+        ):
+            expected = "batch norm with momentum, weights and running statistics"
+            raise UserError(f"--recipe.sync-batch-norm: expected {expected}, found {module}")
     if not dist.is_initialized():
         return model
     if next(model.parameters()).device.type == "cuda":

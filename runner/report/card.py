@@ -1,6 +1,5 @@
 """A model card of one run, in Markdown: what a reviewer asks before a model is used."""
 
-import json
 from collections.abc import Iterator
 
 from runner.common.errors import UserError
@@ -91,7 +90,7 @@ def training(record: RunRecord) -> str:
     ranks = f"{config.world_size} ranks" if config.world_size > 1 else "1 rank"
     rows: dict[str, object] = {
         "experiment": f"{code(config.experiment)} ({plain(config.paper)}), seed {config.seed}",
-        "epochs": f"{summary.epochs:g} of {record.recipe_epochs}, {summary.steps:,} steps" if summary else NOT_STATED,
+        "epochs": f"{summary.epochs:g} of {config.recipe.epochs}, {summary.steps:,} steps" if summary else NOT_STATED,
         "on": f"{plain(str(config.hardware))}, {ranks}, {config.precision}",
         "code": plain(config.git.commit or NOT_STATED) + (" with changes" if config.git.changed else ""),
         "versions": plain(", ".join(f"{name} {version}" for name, version in config.versions.items())),
@@ -185,7 +184,10 @@ def latency(record: RunRecord) -> str:
     if record.latency is None:
         return ""
     rows = [cells[1:] for cells in latency_rows(record)]
-    threads = f", {record.latency.threads} threads" if record.latency.threads else ""
+    if not rows:
+        return ""
+    count = record.latency.threads
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     return f"On {plain(str(record.latency.hardware))}{threads}.\n\n{table(LATENCY_TITLES[1:], rows)}"
 
 
@@ -195,7 +197,7 @@ def limits(record: RunRecord, summary: Summary) -> Iterator[str]:
     yield f"Accuracy was measured on {plain(dataset.name)} alone; on images from elsewhere it is not known."
     yield "Every image is assigned to one of the classes, whatever it shows."
     if record.incomplete:
-        yield f"Training ended after {summary.epochs:g} of {record.recipe_epochs} epochs."
+        yield f"It was trained for {summary.epochs:g} epochs; its registered recipe has {record.recipe_epochs}."
     yield "It is one seed; the deviation over seeds is not part of this card."
     if summary.validation_accuracy is None:
         yield "No validation images were held out, so settings may have been chosen on the test images."
@@ -218,12 +220,12 @@ def use(record: RunRecord) -> str:
     passed = [row for row in rows if row.passed and row.backend == "onnxruntime" and row.front_end == "normalized"]
     if not passed:
         return "Export a file first: `runner export RUN`, then `runner parity RUN`."
-    path, (channels, height, width) = json.dumps(str(record.run.folder / passed[0].onnx)), record.config.input.shape
+    path, (channels, height, width) = repr(str(record.run.folder / passed[0].onnx)), record.config.input.shape
     return f"""```python
 import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession({path}, providers=[{json.dumps(passed[0].provider)}])
+session = onnxruntime.InferenceSession({path}, providers=[{passed[0].provider!r}])
 pixels = np.zeros((1, {channels}, {height}, {width}), np.float32)  # RGB, 0 to 255
 mean = np.array({[round(value, 4) for value in record.config.input.mean]}, np.float32).reshape(1, 3, 1, 1)
 std = np.array({[round(value, 4) for value in record.config.input.std]}, np.float32).reshape(1, 3, 1, 1)

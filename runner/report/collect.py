@@ -10,6 +10,7 @@ from runner.report.compare import run_row
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
+from runner.run.schema import ParityReport, ParityRow
 
 
 def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
@@ -40,7 +41,7 @@ def read(run: Run) -> RunRecord:
             config=run.config(),
             summary=run.read_summary(),
             metrics=read_metrics(run),
-            parity=run.read_parity(),
+            parity=current_parity(run),
             engines=run.read_engines(),
             latency=run.read_latency(),
             mistakes=run.read_mistakes(),
@@ -53,6 +54,19 @@ def read(run: Run) -> RunRecord:
         raise UserError(f"{run.folder}: damaged ({error}); restore or remove it") from None
     _check_classes(record)
     return record
+
+
+def current_parity(run: Run) -> ParityReport | None:
+    """Returns the gate's results without those of files that were exported again since; None if there are none."""
+    report, exports = run.read_parity(), run.read_exports()
+    if report is None:
+        return None
+
+    def is_current(row: ParityRow) -> bool:
+        export = exports.get(row.onnx.rpartition("/")[2])  # earlier versions did not record exports
+        return export is None or export.sha256 == row.onnx_sha256
+
+    return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
 
 
 def _check_classes(record: RunRecord) -> None:

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -60,8 +60,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     sampler: Sampler
     seed: int
     pruner: Pruner
-    rungs: tuple[int, ...]
-    reduction: int
+    rungs: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1)], ...], msgspec.Meta(min_length=1)]
+    reduction: Annotated[int, msgspec.Meta(ge=2)]
     train_seed: int
     ranks: int
     dataset: str
@@ -74,7 +74,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def schedule(self) -> Rungs:
-        """The rungs."""
+        """The rungs of all brackets."""
         return Rungs.of(self.pruner, self.rungs[-1], self.rungs[0], self.reduction)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from runner.common.errors import UserError
 from runner.common.files import read_bytes, read_json, write_json
 from runner.common.text import first_line
 from runner.run.folder import WEIGHTS, Run
+from runner.run.metrics import read_metrics
 from runner.run.schema import RunConfig
-from runner.tracking import wandb_run
+from runner.tracking import account, wandb_run
 
 MARKER = "wandb/synced.json"
 
@@ -66,6 +68,8 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
             (run.step_folder(step) / WEIGHTS).is_file() for step in run.checkpoint_steps()
         ):
             raise UserError(f"{run.checkpoints}: expected the weights of a finished run, found none")
+        for read_records in (run.read_parity, run.read_latency, partial(read_metrics, run)):
+            read_records()  # raises UserError for a damaged file, which is better found before the upload starts
         digest, marker = _digest(run, best, environ), run.folder / MARKER
         if marker.is_file() and read_json(marker, SyncMarker).digest == digest:
             return Synced(str(run.folder), 0, new=False)
@@ -112,8 +116,11 @@ def best_run(run: Run) -> Path | None:
 
 
 def _digest(run: Run, best: bool, environ: Mapping[str, str]) -> str:
-    """Returns a hash of the run's records, the sizes and times of its ONNX files, and the W&B project to upload to."""
-    project = [environ.get(f"WANDB_{name}", "") for name in ("BASE_URL", "ENTITY", "PROJECT")]
+    """Returns a hash of all that decides whether a run is uploaded again.
+
+    That is its records, the sizes and times of its ONNX files, whether it is the best run, and the W&B project.
+    """
+    project = [account.base_url(environ), *(environ.get(f"WANDB_{name}", "") for name in ("ENTITY", "PROJECT"))]
     digest = hashlib.sha256(json.dumps([project, best]).encode())
     for path in (run.run_json, run.metrics, run.summary, run.parity, run.latency, *run.sidecars()):
         digest.update(path.name.encode() + (read_bytes(path) if path.is_file() else b""))
