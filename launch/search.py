@@ -252,7 +252,7 @@ class Search:
     @property
     def search_name(self) -> str:
         """The name of the search."""
-        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", "+".join(self.names)).strip("-._")[:80]
+        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", "+".join(self.names)).lstrip("-._")[:80]
 
     @property
     def folder(self) -> Path:

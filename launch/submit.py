@@ -25,9 +25,7 @@ from runner.run.folder import Run
 
 SECRETS = ("WANDB_API_KEY",)  # SLURM stores a job's environment in files
 # Variables of the job that this process is part of, which srun would obey in the new job, and options of sbatch.
-INHERITED_JOB_VARIABLES = re.compile(
-    r"(SLURM|SRUN)_(?!CONF$|CLUSTERS$|TIME_FORMAT$|JWT$)\w+|SBATCH_ARRAY_INX|SBATCH_EXPORT"
-)
+INHERITED_JOB_VARIABLES = re.compile(r"(SLURM|SRUN)_(?!CONF$|CLUSTERS$|TIME_FORMAT$)\w+|SBATCH_ARRAY_INX|SBATCH_EXPORT")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from runner.config.train_config import Seed, check_name
 from runner.run import lock
 from runner.system import environment
 
-ONE_NODE = Allocation()
+DEFAULT_ALLOCATION = Allocation()
 SET_BY_SWEEPS = {"--seed": "a sweep sets the seed of each trial; use --seeds"}
 STATES = ("complete", "running", "queued", "stopped", "crashed", "failed", "missing")  # a run's states, and queued
 SKIPPED_STATES = ("complete", "running", "queued")
@@ -76,7 +76,7 @@ class Sweep:
     """Number of concurrent trials on this machine; by default one per GPU, or one on the CPU. They share the cores."""
     at_once: Count | None = None
     """Maximum number of concurrent tasks of the SLURM array; by default no limit."""
-    slurm: Annotated[Allocation, tyro.conf.arg(name="")] = ONE_NODE
+    slurm: Annotated[Allocation, tyro.conf.arg(name="")] = DEFAULT_ALLOCATION
     dry_run: Flag = False
     """Print the state of each trial and what would be trained, and do nothing."""
     experiments_from: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -137,7 +137,7 @@ class Sweep:
         slurm_options = [
             f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in asdict(self.slurm).items()
-            if value != getattr(ONE_NODE, name)
+            if value != getattr(DEFAULT_ALLOCATION, name)
         ]
         slurm_options += [f"--at-once {self.at_once}"] if self.at_once else []
         local_options = [f"--slots {self.slots}"] if self.slots else []

@@ -32,6 +32,9 @@ REQUIRED_IN_CI = ("slurm", "browser", "root")  # a skip of one of these fails th
 @pytest.fixture(autouse=True)
 def denormal_numbers() -> Iterator[None]:
     """Undoes `cpu.prepare`, which lets this process take denormal numbers for zero: other tests compare with them."""
+    torch = sys.modules.get("torch")
+    if torch is not None:  # a fixture of several tests may have called it
+        torch.set_flush_denormal(False)
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)

@@ -392,10 +392,25 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
     assert "not bit-identical" in done.stderr
     (resumed,) = Run(run).config().resumed
     assert resumed == Resumed(step=11, world_size=after, bitwise=False, changed={})
-    assert Run(run).config().wandb_id == wandb_id
+    assert Run(run).config().wandb_id != wandb_id, "W&B takes no rows after the results of the first 11 steps"
     assert json.loads((run / "summary.json").read_text())["test_images"] == 200
     for name, tensor in weights(tiny_run).items():
         np.testing.assert_allclose(tensor, weights(run)[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.every
+def test_repeating_a_run_that_stopped_early_changes_nothing_in_wandb(train, tmp_path: Path) -> None:
+    """It has steps left, but does not train them, unlike one that is extended."""
+    words = ["tiny", "--recipe.validation", 50, "--recipe.epochs", 6, "--recipe.optimizer.lr", 1e-12]
+    words += ["--resume", "auto", "--recipe.patience"]
+    run = train(*words, 1).run
+    summary, wandb_id = run.read_summary(), run.config().wandb_id
+    assert summary.stopped_early
+    train(*words, 1)
+    assert run.config().wandb_id == wandb_id
+    train(*words, 3, "--resume-anyway")
+    assert run.read_summary().steps > summary.steps
+    assert run.config().wandb_id != wandb_id
 
 
 def stopped(data: Path, runs: Path) -> Path:

@@ -47,12 +47,15 @@ class ServeRepo:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters")
         options = triton.ServeOptions(name, self.precision, self.backend, self.device, self.batch, self.delay_us)
-        folder = triton.write_repository(run, self.out, options)
+        folder, sidecar = triton.write_repository(run, self.out, options)
+        compatible = (
+            " --backend-config=tensorrt,version-compatible=true" if sidecar and sidecar.version_compatible else ""
+        )
         gpus = "" if options.on_cpu else "--gpus all "
         volume = shlex.quote(f"{self.out.resolve()}:/models:ro")
         print(printable(folder))
         print(
             f"serve: docker run --rm {gpus}-p 8000:8000 -v {volume} {triton.IMAGE} tritonserver "
-            "--model-repository=/models"
+            f"--model-repository=/models{compatible}"
         )
         print(f"use: runner predict {name} IMAGES --server http://localhost:8000")

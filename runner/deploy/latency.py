@@ -79,7 +79,7 @@ class Target:
         row: the row of the report, without the fields that depend on the batch size.
         prepare: builds the call for a batch of images in host memory, (n, 3, H, W) float32.
         smallest, largest: minimum and maximum batch size.
-        refused: why the gate refuses it; None if it has passed.
+        refused: the error, if it has not passed the gate, or its file is missing or damaged; otherwise None.
     """
 
     row: LatencyRow
@@ -174,6 +174,8 @@ def _replaces(new: LatencyRow, old: LatencyRow) -> bool:
     """
     if (new.backend, new.precision) != (old.backend, old.precision):
         return False
+    if new.not_measured and new.batch is not None and old.measured:
+        return False  # this one measurement failed, perhaps because the machine was busy
     return all(None in pair or pair[0] == pair[1] for pair in ((new.provider, old.provider), (new.batch, old.batch)))
 
 
@@ -236,7 +238,8 @@ def _refused(row: LatencyRow, error: UserError) -> Target:
 def _onnxruntime_target(
     run: Run, file: onnx.OnnxFile, options: BenchOptions, device: str, backend: MeasuredBackend
 ) -> Target:
-    row = LatencyRow(backend=backend, precision=file.precision)
+    caveat = parity.TF32_CAVEAT if (backend, file.precision) == ("onnxruntime-tensorrt", "fp32") else None
+    row = LatencyRow(backend=backend, precision=file.precision, warning=caveat)
     provider = "tensorrt" if backend == "onnxruntime-tensorrt" else device
     if provider == "tensorrt" and device == "cpu":
         return Target(replace(row, not_measured="runs on a GPU, but this measurement is on the CPU"))
@@ -408,7 +411,7 @@ def measure(steps: Steps, images: int, seconds: float, repeats: int, device: str
     figures |= {"images_per_second": images * 1e3 / figures["p50_ms"], "calls": len(compute)}
     warnings = [f"only {len(compute)} calls"] if len(compute) < FEW_CALLS else []
     if (spread := figures["p90_ms"] / figures["p50_ms"]) > WIDE_SPREAD:
-        warnings.append(f"p90 is {spread:.1f} times p50: other programs were loaded")
+        warnings.append(f"p90 is {spread:.1f} times p50: other programs were running")
     return figures | {"warning": "; ".join(warnings) or None}
 
 

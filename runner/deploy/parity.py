@@ -43,6 +43,7 @@ AGREEMENT = {"fp32": 0.9999, "fp16": 0.999}  # minimum share of images with the 
 ACCURACY_DROP = {"int8": 0.005, "int8-cpu": 0.005}  # maximum drop that quantization may cause
 CULPRIT_IMAGES = 16
 PROPOSED = 3  # most operators that a failed int8 file proposes to keep in fp32
+TF32_CAVEAT = "may use TF32, which onnxruntime's TensorRT provider cannot turn off"
 MIN_CULPRIT_ERROR = 1e-4  # an operator is named only if it adds at least this relative error
 BACKENDS: tuple[ScoredBackend, ...] = ("onnxruntime", "engine")  # by default; a package runs code from the run's folder
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +59,7 @@ class Candidate:
         provider: onnxruntime's execution provider, the engine's library and version, or the package's device.
         forward: maps images to logits.
         engine_sha256: SHA-256 of the engine; None for onnxruntime.
-        caveat: what of the engine's arithmetic is outside NVIDIA's support matrix.
+        caveat: what of its arithmetic is outside NVIDIA's support matrix, or less precise than the file's.
     """
 
     file: OnnxFile
@@ -233,7 +234,10 @@ def _not_for_this_gpu(file: OnnxFile, sidecar: EngineSidecar) -> NotScored:
 def _open_session(file: OnnxFile, device: str) -> Candidate:
     session = OnnxSession(file.path, device, fp16=file.precision == "fp16")
     backend: ScoredBackend = "onnxruntime-tensorrt" if device == "tensorrt" else "onnxruntime"
-    return Candidate(file, backend, session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy())))
+    return Candidate(
+        file, backend, session.provider, lambda images: torch.from_numpy(session(images.cpu().numpy())),
+        caveat=TF32_CAVEAT if (device, file.precision) == ("tensorrt", "fp32") else None,
+    )  # fmt: skip
 
 
 def _open_engine(run: Run, file: OnnxFile, sidecar: EngineSidecar) -> Candidate:

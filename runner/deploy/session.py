@@ -137,8 +137,9 @@ class OnnxSession:
             bind(name, "cuda", tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
 
         def call(_keep_alive: Any = (images, logits)) -> None:
-            self.session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
+            with self._errors_for_users():
+                self.session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
 
         return call
 

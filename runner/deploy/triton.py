@@ -66,8 +66,11 @@ class ServeOptions:
         return self.backend == "onnxruntime" and self.device == "cpu"
 
 
-def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
-    """Adds a run's model to a model repository; returns its folder, which appears only when it is complete.
+def write_repository(run: Run, repository: Path, options: ServeOptions) -> tuple[Path, EngineSidecar | None]:
+    """Adds a run's model to a model repository.
+
+    Returns:
+        The model's folder, which appears only when it is complete, and the sidecar of the engine that is served.
 
     Raises:
         UserError: no file or engine with uint8 input has passed the gate, the batch is too large for it, or the
@@ -78,6 +81,7 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
         raise UserError(f"{folder}: exists; remove it, or choose another --name")
     file = onnx.exported(run, options.precision, raw=True)
     _, metadata = onnx.read(file.path)
+    sidecar = None
     if options.backend == "tensorrt":
         sidecar = _engine_of(run, file, options.batch)
         model, sha256, target = run.folder / sidecar.engine, sidecar.sha256, "model.plan"
@@ -101,7 +105,7 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> Path:
         raise UserError(f"{repository}: cannot write there ({error.strerror}); choose another --out") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return folder
+    return folder, sidecar
 
 
 def _engine_of(run: Run, file: OnnxFile, batch: int) -> EngineSidecar:

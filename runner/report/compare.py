@@ -392,7 +392,9 @@ def latencies_by_machine(records: Sequence[RunRecord]) -> tuple[list[str], list[
         if record.latency:
             for row in record.latency.rows:
                 if row.p50_ms is not None and row.batch is not None:
-                    key = record.config.name, record.latency.weights, row.backend, row.precision, row.batch
+                    # The library of an engine, but not its version, which may differ between machines.
+                    backend = (row.provider or row.backend).split()[0] if row.backend == "engine" else row.backend
+                    key = record.config.name, record.latency.weights, backend, row.precision, row.batch
                     found.setdefault(key, {})[str(record.latency.hardware)] = row.p50_ms
     machines = sorted({machine for figures in found.values() for machine in figures})
     if len(machines) < 2:

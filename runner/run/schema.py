@@ -468,7 +468,7 @@ class ParityReport(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
 class LatencyRow(JsonStruct, frozen=True, kw_only=True):
     """The latency of one backend, precision and batch size, or in `not_measured` the reason why it was not measured.
 
-    `refused` is set if the reason is that it has not passed the gate.
+    `refused` is set if the reason is an error: it has not passed the gate, or failed to run.
     `p50_ms`, `p90_ms` and `p99_ms` cover only the computation; copies to and from a GPU are measured separately.
     """
 

@@ -60,12 +60,15 @@ class Tracker:
         """Logs the results of the finished run: figures, tables, summary, weights."""
         self._enqueue(lambda remote: wandb_run.log_results(remote, self.run, remote.settings.mode in ONLINE_MODES))
 
-    def finish(self) -> None:
-        """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `abandoned`."""
+    def finish(self, failed: bool = False) -> None:
+        """Closes metrics.jsonl, and waits up to a time limit for W&B to upload everything; sets `abandoned`.
+
+        `failed` marks the run as failed in W&B.
+        """
         self.metrics.close()
         if not self.thread.ident:
             return
-        self._enqueue(lambda remote: remote.finish())
+        self._enqueue(lambda remote: remote.finish(exit_code=int(failed)))
         self.actions.put(None)
         weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob(WEIGHTS))
         self.thread.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE_MODES else 0))

@@ -296,10 +296,6 @@ def _folders(run: Run) -> list[Path]:
     return [run.step_folder(step) for step in run.checkpoint_steps()]
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 def _check(folder: Path, names: Iterable[str] = ()) -> None:
     """Raises UserError if a file, or one of `names` if given, does not match its hash in the manifest."""
     hashes = read_json(folder / MANIFEST, CheckpointManifest).sha256

@@ -293,10 +293,7 @@ class EpochEndHandler:
     @property
     def training_ended(self) -> bool:
         """Whether training has ended: after the last step, or by early stopping after the last evaluation."""
-        step, best = self.state.step, self.state.best
-        if self.patience and best and step // self.steps.per_epoch - math.ceil(best.epoch) >= self.patience:
-            return True
-        return step >= self.steps.last
+        return has_ended(self.state.step, self.state.best, self.steps, self.patience)
 
     def log_window(self) -> None:
         """Logs the metrics of the steps since the last row."""
@@ -361,6 +358,13 @@ class EpochEndHandler:
                     before_batch,
                 )  # fmt: skip
         return evaluations
+
+
+def has_ended(step: int, best: MetricRow | None, steps: Steps, patience: int) -> bool:
+    """Returns whether training ends after a step, by early stopping if `best` is too many epochs ago."""
+    if patience and best and step // steps.per_epoch - math.ceil(best.epoch) >= patience:
+        return True
+    return step >= steps.last
 
 
 def row_at(state: TrainState, steps_per_epoch: int) -> MetricRow:

@@ -43,11 +43,21 @@ from runner.run.schema import Ending, MetricRow, RunConfig, Summary
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
-from runner.training.loop import LoopHooks, Steps, StoppedError, TrainingData, TrainResult, any_rank_should_stop, train
+from runner.training.loop import (
+    LoopHooks,
+    Steps,
+    StoppedError,
+    TrainingData,
+    TrainResult,
+    any_rank_should_stop,
+    has_ended,
+    train,
+)
 from runner.training.meter import DivergedError, flops_utilization
 from runner.training.model import build_model
 from runner.training.profile import StepProfiler
 from runner.training.progress import EpochPrinter
+from runner.training.state import best_row
 
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
 STOP_FILE_INTERVAL = 0.25
@@ -77,8 +87,8 @@ class RunTracker(Protocol):
     def log_results(self) -> None:
         """Logs the figures, tables and summary of the finished run."""
 
-    def finish(self) -> None:
-        """Closes the tracker, within a time limit."""
+    def finish(self, failed: bool = False) -> None:
+        """Closes the tracker, within a time limit; `failed` marks the run as failed."""
 
     def exit_at_once(self, code: int) -> NoReturn:
         """Ends this process, and what the tracker started."""
@@ -369,7 +379,9 @@ class SeedRun:
             UserError: metrics from before the checkpoint are missing, and --resume-anyway was not given.
         """
         checksum = self.state.get("metrics") if self.state else None
-        extended = self.start_step < self.steps.last and is_file(self.run.summary)
+        patience = self.session.config.recipe.patience
+        best = best_row(self.state, keeps_model=bool(patience)) if self.state else None
+        extended = is_file(self.run.summary) and not has_ended(self.start_step, best, self.steps, patience)
         complete = truncate_metrics(self.run, self.start_step, checksum, self.session.config.resume_anyway)
         if extended or not complete:
             # W&B knows a row by its index in the file, and logs results after the last one: rows that follow results,
@@ -411,7 +423,7 @@ class SeedRun:
         if failure is None:
             if self.tracker:
                 with contextlib.suppress(OSError):
-                    self.tracker.finish()
+                    self.tracker.finish(failed=True)
                 if self.tracker.abandoned:
                     traceback.print_exception(error)
                     self.tracker.exit_at_once(1)
@@ -425,7 +437,7 @@ class SeedRun:
                 for file in self.stop_files if stopped else ():
                     file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # on a full disk, the remaining rows may not fit
-                self.tracker.finish()
+                self.tracker.finish(failed=not stopped)
         if isinstance(error, StoppedError | DivergedError):  # raised on all ranks
             # Wait for rank 0, which may still be writing: as soon as one rank exits, the launcher ends the others.
             with contextlib.suppress(RuntimeError):

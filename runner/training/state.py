@@ -103,12 +103,9 @@ class TrainState:
         dropout differs.
         """
         self.step = state["step"]
-        self.best = msgspec.convert(state["best"], MetricRow) if state["best"] else None
-        if self.best_model is not None:
-            if state.get("best_model") is None:  # resumed with other settings: the best epoch's weights are lost
-                self.best = None
-            else:
-                self.best_model.load_state_dict(state["best_model"])
+        self.best = best_row(state, keeps_model=self.best_model is not None)
+        if self.best_model is not None and state.get("best_model") is not None:
+            self.best_model.load_state_dict(state["best_model"])
         self.model.load_state_dict(state["model"])
         self._load_optimizer(state["optimizer"])
         if self.ema is not None:
@@ -154,6 +151,16 @@ class TrainState:
         self.optimizer.load_state_dict(state)
         for group, settings in zip(self.optimizer.param_groups, current, strict=True):
             group.update(settings | {"lr": group["lr"], "peak_lr": settings["lr"]})
+
+
+def best_row(state: dict[str, Any], keeps_model: bool) -> MetricRow | None:
+    """Returns the metrics of the best epoch from a saved state; None if there are none yet.
+
+    With early stopping (`keeps_model`), a state without that epoch's weights does not count: it is of other settings.
+    """
+    if not state["best"] or (keeps_model and state.get("best_model") is None):
+        return None
+    return msgspec.convert(state["best"], MetricRow)
 
 
 def selection_accuracy(row: MetricRow) -> float:
