@@ -13,7 +13,10 @@ from runner.benchmarks import allreduce, measure, scaling, tables
 from runner.benchmarks.loader import Augmentation, LoaderBenchmark, loaders, torchvision_loader
 from runner.benchmarks.overhead import OverheadBenchmark
 from runner.common.errors import UserError
+from runner.common.files import write_json
 from runner.data.open import open_manifest
+from runner.run.folder import Run
+from runner.run.schema import PrecisionSearch
 from runner.system import cpu
 from tests.support.processes import TINY, module, runner
 
@@ -52,6 +55,24 @@ def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytes
     assert f"| {100 * summary['test_accuracy']:.2f}%, {summary['dataset']}, 2 of 2 epochs, seed 0, fp32 |" in line
     nothing = module("runner.benchmarks.papers", tmp_path)
     assert nothing.returncode == 2
+
+
+def test_searches_for_precisions_are_collected(
+    deployed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(Path(shutil.copytree(deployed_run, tmp_path / "tiny" / "seed-0")))
+    found = PrecisionSearch(
+        precision="int8", calibration_method="minmax", images="9 images", accuracy=0.9, limit=0.001, operators=8,
+        drop_of_all=0.0025, bytes_of_all=2_000_000, kept=["a"], drop=0.0005, bytes=3_500_000,
+        drop_without={"a": 0.0025}, measured=4, added_errors={},
+    )  # fmt: skip
+    write_json(run.precision_search("int8"), found)
+    out = tmp_path / "parity-cpu.json"
+    done = module("runner.benchmarks.parity", tmp_path / "tiny", "--json", out)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    row = tables.searches_for_precision().splitlines()[2]
+    assert row == "| `tiny` | int8 | 0.1 | 0.25 | 1 of 8 | 0.05 | a 0.25 | 3.5 | 2.0 | 4 files |"
 
 
 def test_the_table_of_backends_marks_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

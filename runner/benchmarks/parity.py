@@ -1,4 +1,6 @@
-"""Collects the parity gate's reports of trained runs into one file, from which the README's table is generated.
+"""Collects the parity gate's reports, and the searches for precisions, of trained runs into one file.
+
+The README's tables are generated from it.
 
 python -m runner.benchmarks.parity runs --json runner/benchmarks/results/parity-cpu.json
 """
@@ -13,12 +15,12 @@ import tyro
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
 from runner.run.folder import find_runs
-from runner.run.schema import ParityReport, Summary
+from runner.run.schema import ParityReport, PrecisionSearch, Summary
 
 
 @dataclass(frozen=True)
 class CollectParity:
-    """Collect the reports of `runner parity` from trained runs: accuracies, agreement, limits."""
+    """Collect the reports of `runner parity`, and the searches of `runner export`, from trained runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
     """Run folders, or folders that contain run folders at any depth."""
@@ -27,26 +29,26 @@ class CollectParity:
 
     def __call__(self) -> None:
         scored = [
-            (summary, report)
+            (summary, report, run.read_precision_searches())
             for run in find_runs(list(self.runs))
             if (summary := run.read_summary()) and (report := run.read_parity())
         ]
         if not scored:
             raise UserError(f"{self.runs[0]}: expected a finished run that `runner parity` has scored, found none")
-        machines = {str(report.hardware) for _, report in scored}
+        machines = {str(report.hardware) for _, report, _ in scored}
         if len(machines) > 1:
             raise UserError(f"{self.runs[0]}: expected runs scored on one machine, found {' and '.join(machines)}")
         first = scored[0][1]
         shared = {"hardware": msgspec.to_builtins(first.hardware), "versions": first.versions}
-        measure.write({**shared, "runs": [_entry(summary, report) for summary, report in scored]}, self.json)
+        measure.write({**shared, "runs": [_entry(*of_run) for of_run in scored]}, self.json)
         if self.json is not None:
             print(f"{self.json}: {len(scored)} runs")
 
 
-def _entry(summary: Summary, report: ParityReport) -> dict[str, Any]:
-    """Returns the fields of one run that the table needs."""
+def _entry(summary: Summary, report: ParityReport, searches: list[PrecisionSearch]) -> dict[str, Any]:
+    """Returns the fields of one run that the tables need."""
     trained = {key: getattr(summary, key) for key in ("experiment", "seed", "epochs", "steps", "dataset")}
-    scores = msgspec.to_builtins(report)
+    scores = msgspec.to_builtins(report) | {"searches": msgspec.to_builtins(searches)}
     return trained | {key: value for key, value in scores.items() if key not in ("run", "hardware", "versions")}
 
 

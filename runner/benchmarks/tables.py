@@ -24,7 +24,7 @@ from runner.common.errors import UserError
 from runner.common.files import read_json
 from runner.config.recipe import Experiment
 from runner.report.markdown import percent, table
-from runner.run.schema import Hardware, LatencyRow, ParityRow
+from runner.run.schema import Hardware, LatencyRow, ParityRow, PrecisionSearch
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -84,6 +84,7 @@ class ParityRun(msgspec.Struct):
     seed: int = 0
     epochs: float = 0.0
     dataset: str = ""
+    searches: list[PrecisionSearch] = []
 
 
 class ParityFile(msgspec.Struct):
@@ -440,6 +441,29 @@ def _parity_cells(report: ParityRun, row: ParityRow, trained: str, letter: str) 
     ]
 
 
+def searches_for_precision() -> str:
+    """Returns the table of searches for the operators that stay in fp32."""
+    path = RESULTS / "parity-cpu.json"
+    cpu = read_json(path, ParityFile) if path.is_file() else None
+    titles = [
+        "experiment", "precision", "limit", "drop, all in int8", "in fp32", "drop",
+        "drop if one of them is int8 as well",
+        "MB", "MB, all in int8", "measured",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"`{report.experiment}`", search.precision, f"{100 * search.limit:g}", f"{100 * search.drop_of_all:.2f}",
+            f"{len(search.kept)} of {search.operators}", f"{100 * search.drop:.2f}",
+            ", ".join(f"{name} {100 * drop:.2f}" for name, drop in search.drop_without.items()) or "–",
+            f"{search.bytes / 1e6:.1f}", f"{search.bytes_of_all / 1e6:.1f}", f"{search.measured} files",
+        ]
+        for report in (cpu.runs if cpu else [])
+        for search in report.searches
+    ]  # fmt: skip
+    machine = f"\n\nMeasured on: {_machine(cpu.hardware, cpu.versions)}." if cpu and rows else ""
+    return table(titles, rows or [_missing_row(titles)]) + machine
+
+
 def int8() -> str:
     """Returns the table of int8 files by onnxruntime's quantizer and by ModelOpt."""
     titles = ["experiment", "trained", *quantizers.TITLES]
@@ -485,6 +509,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "ratios": ratios,
         "backends": backends,
         "parity": parity,
+        "precisions": searches_for_precision,
         "int8": int8,
         "correctness": correctness,
         "architectures": architectures,

@@ -135,7 +135,7 @@ def search(
             measured=len(drops.known),
             added_errors={error.operator: error.added for error in errors if error.operator in quantizer.operators},
         )
-    write_json(run.deploy / f"search.{kind}.json", result)
+    write_json(run.precision_search(kind), result)
     return result
 
 

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from msgspec.structs import replace
 
@@ -40,6 +40,8 @@ from runner.run.schema import (
     Mistake,
     Mistakes,
     ParityReport,
+    Precision,
+    PrecisionSearch,
     RunConfig,
     Summary,
     Version,
@@ -213,6 +215,15 @@ class Run:
     def read_mistakes(self) -> list[Mistake]:
         """Reads mistakes.json; returns an empty list if it does not exist."""
         return _read(self.mistakes, Mistakes).mistakes if is_file(self.mistakes) else []
+
+    def precision_search(self, precision: Precision) -> Path:
+        """Path of the result of a search for the operators that stay in fp32."""
+        return self.deploy / f"search.{precision}.json"
+
+    def read_precision_searches(self) -> list[PrecisionSearch]:
+        """Reads the results of all such searches."""
+        paths = (self.precision_search(precision) for precision in get_args(Precision))
+        return [_read(path, PrecisionSearch) for path in paths if path.is_file()]
 
     def read_exports(self) -> dict[str, Export]:
         """Reads exports.json, which lists the exported files by name; returns an empty dict if it does not exist."""
