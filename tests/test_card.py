@@ -64,12 +64,12 @@ def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFix
 
 
 def test_the_epoch_of_the_accuracy_is_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "After the last epoch; no weights" in card_of(run.folder, capsys)
+    assert "After the last epoch, computed in " in card_of(run.folder, capsys)
     config = run.config()
     recipe = dataclasses.replace(config.recipe, validation=50, patience=2)
     write_json(run.run_json, msgspec.structs.replace(config, recipe=recipe))
     write_json(run.summary, msgspec.structs.replace(run.read_summary(), best_epoch=3.0))
-    assert "After epoch 3, the best on validation images; no weights" in card_of(run.folder, capsys)
+    assert "After epoch 3, the best on validation images, computed in " in card_of(run.folder, capsys)
 
 
 def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

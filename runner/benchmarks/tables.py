@@ -149,26 +149,43 @@ def draw_results() -> bytes:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     reported_axes, cost_axes = figure.subplots(1, 2)
     names: list[str] = []
-    for file, marker, label in (("papers-cpu", "o", "measured, CPU"), ("papers-gpu", "s", "measured, GPU")):
+    datasets: set[str] = set()
+    for file, marker, label in (("papers-cpu", "o", "measured on a CPU"), ("papers-gpu", "s", "measured on a GPU")):
+        reported_axes.plot([], [], marker, color="gray", label=label)
         for name, outcome in read_unchanged_experiments(file).items():
             if name not in known or outcome.epochs < outcome.recipe_epochs:
                 continue
             names += [] if name in names else [name]
+            datasets.add(outcome.dataset)
             accuracy = 100 * (outcome.test_accuracy if outcome.reproduced is None else outcome.reproduced)
-            color = f"C{names.index(name)}"
-            reported_axes.plot(accuracy, names.index(name), marker, color=color, label=label)
-            cost_axes.plot((known[name].macs or 0) / 1e6, 100 * outcome.test_accuracy, marker, color=color)
+            color, macs = f"C{names.index(name)}", (known[name].macs or 0) / 1e6
+            reported_axes.plot(accuracy, names.index(name), marker, color=color)
+            cost_axes.plot(macs, 100 * outcome.test_accuracy, marker, color=color)
+            if file == "papers-cpu":
+                cost_axes.annotate(
+                    name, (macs, 100 * outcome.test_accuracy), (0, -16), textcoords="offset points", fontsize=8,
+                    ha="center",
+                )  # fmt: skip
+    reported_axes.plot([], [], "|", color="black", markersize=14, label="reported by the paper")
     for position, name in enumerate(names):
         if reported := known[name].reported:
-            accuracy = 100 * reported.accuracy
-            reported_axes.plot(accuracy, position, "|", color="black", markersize=18, label="reported by the paper")
-    handles = dict(zip(*reversed(reported_axes.get_legend_handles_labels()), strict=True))
-    reported_axes.legend(handles.values(), handles.keys(), fontsize=8)
-    reported_axes.set(xlabel="accuracy, %", ylim=(len(names) - 0.5, -0.5))
+            reported_axes.plot(100 * reported.accuracy, position, "|", color="black", markersize=18)
+    reported_axes.legend(fontsize=8, loc="lower left")
+    reported_axes.set(xlabel="accuracy, %", xlim=(60, 100), ylim=(len(names) - 0.5, -0.5))
     reported_axes.set_yticks(range(len(names)), names)
-    cost_axes.set(xlabel="million multiply-accumulates per image", ylabel="test accuracy, %", xscale="log")
+    ticks = [50, 100, 200, 500, 1000]
+    cost_axes.set(
+        xlabel="million multiply-accumulates per image",
+        ylabel="test accuracy, %",
+        xscale="log",
+        xlim=(40, 1000),
+        ylim=(60, 100),
+    )
+    cost_axes.set_xticks(ticks, list(map(str, ticks)))
+    cost_axes.minorticks_off()
     for axes in (reported_axes, cost_axes):
         axes.grid(alpha=0.3)
+    figure.suptitle(f"Complete recipes on {', '.join(sorted(datasets))}", fontsize=10)
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 

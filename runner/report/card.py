@@ -78,6 +78,7 @@ def data(record: RunRecord) -> str:
         "dataset": plain(dataset.name),
         "fingerprint": code(dataset.fingerprint),
         "images": f"{height}×{width} pixels",
+        "held out of the training images": f"{record.config.recipe.validation:,}",
         "classes": ", ".join(plain(name) for name in dataset.classes),
     }
     rows |= {f"source: {plain(name)}": plain(str(value)) for name, value in dataset.source.items()}
@@ -127,11 +128,12 @@ def accuracy(record: RunRecord, summary: Summary) -> str:
     if (reported := record.config.reported) is not None:
         of = f"{reported.on}, {reported.epoch}; {plain(reported.source)}"
         rows["reported by the paper"] = f"{percent(reported.accuracy, None)} ({of})"
-        rows["the same, here"] = percent(compare.reproduced(record), None)
+        rows["this run, same split and epoch"] = percent(compare.reproduced(record), None)
     epoch = "the last epoch"
     if record.config.recipe.patience:
         epoch = f"epoch {summary.best_epoch:g}, the best on validation images"
-    return f"After {epoch}; no weights were selected on test images.\n\n" + facts(rows)
+    precision = f"computed in {record.config.precision}, as in training; exported files are scored below"
+    return f"After {epoch}, {precision}; no weights were selected on test images.\n\n" + facts(rows)
 
 
 def classes(record: RunRecord, summary: Summary) -> str:
