@@ -102,7 +102,7 @@ def test_limits_are_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     card = card_of(run.folder, capsys)
     classes = run.config().dataset.classes
     for limit in (
-        f"Training ended after 1 of {run.config().recipe.epochs} epochs.",
+        f"It was trained for 1 epoch; its registered recipe has {run.config().recipe.epochs}.",
         "No validation images were held out",
         f"The lowest recall is 40.4%, of {classes[3]}.",
         f"Fewer than 100 test images: {classes[3]}.",
