@@ -1,23 +1,34 @@
 """A model repository for Triton Inference Server, checked by its published schema and used by a client."""
 
+import hashlib
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
+import msgspec
 import numpy as np
 import pytest
 from google.protobuf import text_format
 from PIL import Image
 
 from data_prep.sources import Source
+from runner import cli
 from runner.common.errors import UserError
+from runner.common.files import read_json, write_json
 from runner.deploy import onnx, triton
 from runner.run.folder import Run
+from runner.run.schema import BatchRange, EngineSidecar
 from tests.conftest import Once
-from tests.support.processes import TINY, runner
+from tests.support.processes import ROOT, TINY, runner
 from tests.support.triton_server import SCHEMA, TritonServer, read_config
+
+GOLDEN_SIDECAR = ROOT / "tests/golden/runs/soni-2/seed-0/deploy/model.fp32.tensorrt-rtx.engine.json"
 
 
 @pytest.fixture(scope="session")
@@ -216,3 +227,55 @@ def test_a_server_that_answers_otherwise_is_one_line(server: TritonServer, tmp_p
         assert done.returncode == 2, done.stderr
         assert reason in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_requests_are_those_of_nvidias_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its HTTP client, whose own package needs gevent; the modules that encode do not."""
+    package = ModuleType("tritonclient.http")
+    package.__path__ = [str(Path(str(find_spec("tritonclient").origin)).parent / "http")]
+    monkeypatch.setitem(sys.modules, "tritonclient.http", package)
+    encoder = import_module("tritonclient.http._utils")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    image = import_module("tritonclient.http._infer_input").InferInput("pixels", list(pixels.shape), "UINT8")
+    image.set_data_from_numpy(pixels, binary_data=True)
+    logits = import_module("tritonclient.http._requested_output").InferRequestedOutput("logits", binary_data=True)
+    theirs, their_length = encoder._get_inference_request([image], "", [logits], 0, False, False, 0, None, None)
+    ours, our_length = triton.encode_request(pixels)
+    assert json.loads(ours[:our_length]) == json.loads(theirs[:their_length])
+    assert ours[our_length:] == theirs[their_length:] == pixels.tobytes()
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_an_engine_that_passed_is_served(
+    scored: Path, tmp_path: Path, compatible: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is not read here, so that any bytes do: only a server with its GPU can."""
+    run = Run(Path(shutil.copytree(scored, tmp_path / "tiny" / "seed-0")))
+    file = onnx.exported(run, "fp32", raw=True)
+    engine = run.deploy / "model.fp32.raw.tensorrt.engine"
+    engine.write_bytes(b"engine")
+    sha256 = hashlib.sha256(b"engine").hexdigest()
+    golden = read_json(GOLDEN_SIDECAR, EngineSidecar)
+    sidecar = msgspec.structs.replace(
+        golden, engine=f"deploy/{engine.name}", sha256=sha256, onnx=f"deploy/{file.path.name}", onnx_sha256=file.sha256,
+        backend="tensorrt", version="11.4.0.106", version_compatible=compatible, batch=BatchRange(min=1, opt=8, max=64),
+    )  # fmt: skip
+    write_json(engine.with_name(f"{engine.name}.json"), sidecar)
+    report = run.read_parity()
+    (row,) = [row for row in report.rows if row.onnx == f"deploy/{file.path.name}"]
+    scored_engine = msgspec.structs.replace(
+        row, backend="engine", provider=sidecar.provider, engine_sha256=sha256, front_end=row.front_end
+    )
+    write_json(run.parity, msgspec.structs.replace(report, rows=[*report.rows, scored_engine]))
+    cli.parse(["serve-repo", str(run.folder), "--out", str(tmp_path / "models"), "--backend", "tensorrt"])({})
+    folder = tmp_path / "models" / "tiny-seed-0"
+    assert (folder / "1/model.plan").read_bytes() == b"engine"
+    config = read_config(folder)
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 64)
+    flag = " --backend-config=tensorrt,version-compatible=true" if compatible else ""
+    assert capsys.readouterr().out.splitlines() == [
+        str(folder),
+        f"serve: docker run --rm --gpus all -p 8000:8000 -v {tmp_path}/models:/models:ro {triton.IMAGE} tritonserver "
+        f"--model-repository=/models{flag}",
+        "use: runner predict tiny-seed-0 IMAGES --server http://localhost:8000",
+    ]
