@@ -210,8 +210,9 @@ def _record_bytes(split: Split, jpeg_quality: int | None) -> int:
     """Returns the size of all records of a split; for JPEG an estimate from images at equal distances."""
     if jpeg_quality is None:
         record, page = int(np.prod(split.images.shape[1:])), page_size_for(split)
-        # A page holds whole images, so one of large images is not full.
-        return split.images.nbytes if 16 * record < page else -(-len(split.images) // (page // record)) * page
+        # A page holds whole images, so one of large images is not full; and the first begins at a multiple of its size.
+        pages = 1 + -(-len(split.images) // (page // record))
+        return split.images.nbytes if 16 * record < page else pages * page
     rows = np.linspace(0, len(split.images) - 1, min(len(split.images), SAMPLED)).astype(int)
     return int(np.mean([jpeg.encode(split.images[row], jpeg_quality).nbytes for row in rows]) * len(split.images))
 

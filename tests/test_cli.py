@@ -327,7 +327,7 @@ BAD = {
     ),
     "steps of two epochs": (
         "runner train tiny --data {data} --runs {new} --profile-steps 8:9",
-        "--profile-steps 8:9: expected steps of one epoch, which has",
+        "--profile-steps 8:9: expected steps within one epoch of",
     ),
     "no peak": ("runner train tiny --data {data} --runs {new} --peak-tflops 0", "--peak-tflops 0"),
     "nothing to watch": ("runner watch {empty}", "run.json"),

@@ -121,7 +121,7 @@ def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_pat
     done = python("-c", limited, *ending(small_data, tmp_path, *words))
     assert done.returncode == 1, done.stderr
     assert "out of memory with 480 images at a time" in done.stderr
-    assert "--recipe.accumulate 2" in done.stderr
+    assert "increase --recipe.accumulate (batch norm then sees fewer images at a time)" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -301,7 +301,7 @@ def test_a_report_of_any_runs_has_each_of_them_once(runs: list[AnyRun]) -> None:
     check_outcomes(outcomes, finished)
     check_page(html, records, drawn, counts, len(outcomes), len(unreadable))
     tables = markdown_tables(text)
-    assert text.startswith(counts.removesuffix(f", {len(unreadable)} not read"))
+    assert f"\n{counts.removesuffix(f', {len(unreadable)} not read')}, on " in f"\n{text}"
     assert len(tables.pop("experiment")) == len(outcomes)
     assert len(tables.pop("folder", [])) == len(unreadable)
     measured = 3 * sum(run.scored is not None for run in drawn)

@@ -332,7 +332,8 @@ def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_p
 def test_a_signal_between_two_seeds_starts_no_further(ranks: int, small_data: Path, tmp_path: Path) -> None:
     """The same command trains the seed that is left."""
     words = arguments(small_data, tmp_path, "--seeds", 0, 1, 2, "--max-steps", 2, "--resume", "auto")
-    done = launch(ranks, *words, END=f"eval 6 {ranks - 1} SIGTERM")  # in the last batch of the first
+    words += ["--recipe.test-augmentation", "flip-shift"]  # six passes over one batch, more than before
+    done = launch(ranks, *words, END=f"eval 6 {ranks - 1} SIGTERM")  # in the last one of the first seed
     assert done.returncode == 1, done.stderr  # the launcher's code, for the runner's 75
     runs = [Run(tmp_path / "ending" / f"seed-{seed}") for seed in range(3)]
     assert [run.state() for run in runs] == ["complete", "missing", "missing"]

@@ -616,6 +616,7 @@ def test_a_failure_before_the_run_is_continued_is_no_pause(worker: StudySource) 
             break
         write_progress(job.trial.run, 1, random.Random(0), Ending(stopped=True, reason="paused"))
         worker.ended(job, "")
+    job.trial.run.ended.unlink()  # as the pool does when it starts the job
     assert worker.ended(job, "no GPU") == "failed: no GPU"
     assert sum(trial.attempts for trial in worker.study.read()[1]) == 1
 
@@ -942,7 +943,7 @@ def test_a_paused_run_ends_as_one_that_was_never_paused(small_data: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert_same_run(run.folder, tmp_path / "straight" / "tiny-everything" / "seed-0")
     beyond = runner(*words, "--runs", tmp_path / "other", "--pause-after", 4)
-    assert (beyond.returncode, "expected fewer than its 4 epochs" in beyond.stderr) == (2, True)
+    assert (beyond.returncode, "expected fewer than the 4 epochs of the run" in beyond.stderr) == (2, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
