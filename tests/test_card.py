@@ -52,6 +52,7 @@ def test_a_file_that_was_exported_again_has_not_passed(run: Run, capsys: pytest.
     write_json(run.exports, {name: Export(sha256="0" * 64, weights="0" * 64) for name in names})
     card = card_of(run.folder, capsys)
     assert "None has been compared with the model" in card
+    assert "onnxruntime |" not in card.split("## Use")[0], "latencies of files that are gone"
     assert "Export a file first" in card
 
 

@@ -329,6 +329,11 @@ BAD = {
         "runner train tiny --data {data} --runs {new} --profile-steps 8:9",
         "--profile-steps 8:9: expected steps within one epoch of",
     ),
+    "a precision twice": ("runner bench {new} --precision fp16 fp16", "--precision fp16 fp16: expected each once"),
+    "no package of int8": (
+        "runner bench {new} --precision int8 --backend aotinductor",
+        "--precision int8: expected fp32 with --backend aotinductor",
+    ),
     "no peak": ("runner train tiny --data {data} --runs {new} --peak-tflops 0", "--peak-tflops 0"),
     "nothing to watch": ("runner watch {empty}", "run.json"),
     "nothing to compare with": ("runner compare {run}", "expected at least two runs, found 1"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -384,6 +385,21 @@ def test_where_no_culprit_can_be_named(run: Run) -> None:
     assert culprit_of(run, fp16, device="cuda").startswith("none: the search failed (")  # onnxruntime has no GPU here
     fp32.path.unlink()
     assert "none: the search failed (" in culprit_of(run, fp16)
+
+
+def test_a_named_backend_that_does_not_run_here_is_refused_beside_others(run: Run) -> None:
+    with pytest.raises(UserError, match="--backend onnxruntime engine: not available here on cpu"):
+        parity.score(run, [exporter.exported(run)], None, "cpu", ("onnxruntime", "engine"))
+
+
+def test_only_what_was_scored_now_is_returned(run: Run) -> None:
+    """The report keeps the rest: of other files, and of other machines."""
+    first, _ = parity.score(run, [exporter.exported(run)], None, "cpu")
+    elsewhere = [msgspec.structs.replace(row, machine=Machine(cpu="another"), passed=False) for row in first.rows]
+    write_json(run.parity, msgspec.structs.replace(first, rows=elsewhere))
+    report, scored = parity.score(run, [exporter.exported(run)], None, "cpu")
+    assert [row.passed for row in scored] == [True]
+    assert report.rows == [*elsewhere, *scored]
 
 
 def test_a_failed_row_names_its_culprit(run: Run) -> None:

@@ -278,4 +278,6 @@ def test_an_engine_that_passed_is_served(
         f"serve: docker run --rm --gpus all -p 8000:8000 -v {tmp_path}/models:/models:ro {triton.IMAGE} tritonserver "
         f"--model-repository=/models{flag}",
         "use: runner predict tiny-seed-0 IMAGES --server http://localhost:8000",
+        f"needs: TensorRT 11.4.0.106{' or later' if compatible else ''} in the container, and a GPU of compute "
+        "capability not recorded",
     ]

@@ -76,6 +76,9 @@ class DeployBenchmark:
             raise UserError(f"--batch {' '.join(map(str, self.batch))}: expected 1 among them, and each once")
         if not {"eager", "onnxruntime"} <= set(self.backend):
             raise UserError(f"--backend {' '.join(self.backend)}: expected eager and onnxruntime among them")
+        experiments = [open_run(folder, self.code).config().experiment for folder in self.runs]
+        if len(set(experiments)) < len(experiments):
+            raise UserError(f"RUNS: expected one run of each experiment, found {', '.join(experiments)}")
         ratios: dict[str, measure.Spread] = {}
         goals: dict[str, str] = {}
         rows: list[BackendRow] = []

@@ -14,6 +14,7 @@ import tyro
 
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
+from runner.report.collect import current_parity
 from runner.run.folder import find_runs
 from runner.run.schema import ParityReport, PrecisionSearch, Summary
 
@@ -31,13 +32,15 @@ class CollectParity:
         scored = [
             (summary, report, run.read_precision_searches())
             for run in find_runs(list(self.runs))
-            if (summary := run.read_summary()) and (report := run.read_parity())
+            if (summary := run.read_summary()) and (report := current_parity(run)) and report.rows
         ]
         if not scored:
             raise UserError(f"{self.runs[0]}: expected a finished run that `runner parity` has scored, found none")
-        machines = {str(report.hardware) for _, report, _ in scored}
+        machines = {f"{report.hardware}, {report.versions}" for _, report, _ in scored}
         if len(machines) > 1:
-            raise UserError(f"{self.runs[0]}: expected runs scored on one machine, found {' and '.join(machines)}")
+            raise UserError(
+                f"RUNS: expected runs scored on one machine with the same versions, found {' and '.join(machines)}"
+            )
         first = scored[0][1]
         shared = {"hardware": msgspec.to_builtins(first.hardware), "versions": first.versions}
         measure.write({**shared, "runs": [_entry(*of_run) for of_run in scored]}, self.json)

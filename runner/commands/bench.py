@@ -5,7 +5,7 @@ from collections.abc import MutableMapping
 
 import msgspec
 
-from runner.commands.options import Code, Device, Flag, Precision, RunFolders, open_run
+from runner.commands.options import Code, Device, Flag, Precision, RunFolders, open_run, refuse_ignored_precisions
 from runner.common.errors import UserError
 from runner.config.recipe import Count, Positive
 from runner.config.trust import TrustedCode
@@ -44,6 +44,7 @@ class Bench:
         cores = usable_cores()
         if self.threads is not None and self.threads > cores:
             raise UserError(f"--threads {self.threads}: expected at most the {cores} usable cores")
+        refuse_ignored_precisions(self.precision, self.backend)
         if len(set(self.batch)) < len(self.batch):
             raise UserError(f"--batch {' '.join(map(str, self.batch))}: expected each batch size once")
         options = latency.BenchOptions(

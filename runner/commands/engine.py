@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from runner.commands.options import Flag, Precision, RunFolder
+from runner.commands.options import Flag, Precision, RunFolder, refuse_ignored_precisions
 from runner.common.console import track
 from runner.config.recipe import Count
 from runner.run.folder import Run
@@ -51,7 +51,10 @@ class Engine:
             timing_cache=not self.no_timing_cache, version_compatible=self.version_compatible,
             build_route=self.build_route,
         )  # fmt: skip
+        refuse_ignored_precisions(self.precision)
         files = [onnx.exported(run, kind, self.raw) for kind in self.precision]
+        for file in files:  # all of them, before the first is built
+            engine_build.check_options(file, options)
         sidecars = [engine_build.build(run, file, options) for file in track(files, "build", len(files))]
         if self.json:
             print(msgspec.json.encode(sidecars).decode())

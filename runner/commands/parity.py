@@ -8,7 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from runner.commands.options import Code, Device, Flag, Precision, RunFolder, open_run
+from runner.commands.options import (
+    Code,
+    Device,
+    Flag,
+    Precision,
+    RunFolder,
+    open_run,
+    refuse_ignored_precisions,
+)
 from runner.config.trust import TrustedCode
 from runner.run.schema import ScoredBackend
 from runner.system import environment, launcher
@@ -33,20 +41,17 @@ class Parity:
     """Print JSON, and nothing else, on standard output."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:
-        from runner.deploy import onnx, package, parity
+        from runner.deploy import onnx, parity
 
         run = open_run(self.run, self.code)
+        refuse_ignored_precisions(self.precision, self.backend)
         for kind in self.precision or ("fp32",):
             onnx.exported(run, kind)
         files = [file for file in onnx.all_exported(run) if not self.precision or file.precision in self.precision]
         launch = launcher.read(environ)
         device, message = launcher.select_device(self.device, launch, environment.count_gpus())
         print(message, file=sys.stderr)
-        report = parity.compare(run, files, self.data, device, self.backend)
-        names = [str(file.path.relative_to(run.folder)) for file in files]
-        if "aotinductor" in self.backend:
-            names.append(str(package.path_of(run, "cuda" if device == "cuda" else "cpu").relative_to(run.folder)))
-        rows = [row for row in report.rows if row.onnx in names]
+        report, rows = parity.score(run, files, self.data, device, self.backend)
         if self.json:
             print(msgspec.json.encode(report).decode())
         for row in rows:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from runner.commands.options import Precision, RunFolder
+from runner.commands.predict import Predict
 from runner.common.errors import UserError
 from runner.config.recipe import Count
 from runner.run.folder import Run
@@ -58,4 +59,8 @@ class ServeRepo:
             f"serve: docker run --rm {gpus}-p 8000:8000 -v {volume} {triton.IMAGE} tritonserver "
             f"--model-repository=/models{compatible}"
         )
-        print(f"use: runner predict {name} IMAGES --server http://localhost:8000")
+        batch = f" --batch {self.batch}" if self.batch < Predict.batch else ""
+        print(f"use: runner predict {name} IMAGES --server http://localhost:8000{batch}")
+        if sidecar:
+            needed = f"TensorRT {sidecar.version}{' or later' if sidecar.version_compatible else ''}"
+            print(f"needs: {needed} in the container, and a GPU of compute capability {sidecar.capabilities_text}")

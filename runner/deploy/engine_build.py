@@ -115,11 +115,11 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
         UserError: the backend, batch size or target is not available here, the parser or builder rejects the graph,
             the precision of the network differs from the file's, or the engine does not load on the GPU that it is for.
     """
-    _check_options(file, options)
+    check_options(file, options)
     backend, trt = select_library(options.backend, options.targets)
     for option, value in (("--version-compatible", options.version_compatible), ("--build-route", options.build_route)):
         if value and backend != "tensorrt":
-            raise UserError(f"{option}: expected TensorRT, found {backend}; use --backend tensorrt")
+            raise UserError(f"{option}: expected TensorRT, which needs a GPU that it covers, found {backend}")
     cache = run.deploy / TIMING_CACHE if options.timing_cache and backend == "tensorrt" else None
     plan = _build_plan(trt, backend, file, options, cache)
     engine = run.deploy / f"model.{file.name}.{backend}.engine"
@@ -192,7 +192,8 @@ def _build_plan(trt: ModuleType, backend: str, file: OnnxFile, options: EngineOp
     )  # fmt: skip
 
 
-def _check_options(file: OnnxFile, options: EngineOptions) -> None:
+def check_options(file: OnnxFile, options: EngineOptions) -> None:
+    """Raises UserError if the options are invalid, or an engine cannot be built from the file at all."""
     smallest, optimal, largest = options.batch
     if not 1 <= smallest <= optimal <= largest <= onnx.LARGEST_BATCH:
         raise UserError(f"--batch {smallest} {optimal} {largest}: expected 1 ≤ MIN ≤ OPT ≤ MAX ≤ {onnx.LARGEST_BATCH}")

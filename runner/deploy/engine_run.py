@@ -1,5 +1,6 @@
 """Verifies the engines of a run, loads them on the GPU, and calls them with torch tensors."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,8 +69,8 @@ def runs_on(sidecar: EngineSidecar, version: str) -> bool:
     """
     if not sidecar.version_compatible or sidecar.version == version:
         return sidecar.version == version
-    built, installed = ([int(part) for part in text.split(".")[:3]] for text in (sidecar.version, version))
-    return built[0] == installed[0] and built <= installed
+    built, installed = ([int(part) for part in re.findall(r"\d+", text)[:4]] for text in (sidecar.version, version))
+    return built[:1] == installed[:1] != [] and built <= installed
 
 
 class LoadedEngine:

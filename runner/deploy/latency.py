@@ -123,6 +123,9 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
     earlier = _comparable_rows(run, report)
     rows: list[LatencyRow] = []
     targets = list(open_targets(run, files, options, selected))
+    if not targets:
+        precisions = " ".join(options.precisions)
+        raise UserError(f"--precision {precisions}: expected a file that --backend {' '.join(options.backends)} runs")
     if all(target.row.not_measured for target in targets):
         refused = [target.refused for target in targets if target.refused]
         reasons = (f"{target.row.backend} {target.row.precision}: {target.row.not_measured}" for target in targets)

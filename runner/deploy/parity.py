@@ -73,6 +73,13 @@ class Candidate:
 def compare(
     run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[ScoredBackend] = ()
 ) -> ParityReport:
+    """Scores like `score`; returns the report alone."""
+    return score(run, files, data, device, backends)[0]
+
+
+def score(
+    run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[ScoredBackend] = ()
+) -> tuple[ParityReport, list[ParityRow]]:
     """Scores the model and its exported files on every test image, and writes the report to `deploy/parity.json`.
 
     On the CPU, onnxruntime runs the files. On a GPU, onnxruntime's CUDA provider runs them, the engines built from them
@@ -86,7 +93,7 @@ def compare(
         backends: backends that must run here; if empty, all that can run.
 
     Returns:
-        The report. It keeps earlier rows of other files that still exist.
+        The report, which keeps earlier rows of other files that still exist, and the rows that were scored now.
 
     Raises:
         UserError: the dataset is not the run's, or a requested backend does not run here, or none does on the CPU.
@@ -99,7 +106,9 @@ def compare(
     batches = open_split_of_run(config, data, "test", torch.device(device))
     classes = len(config.dataset.classes)
     candidates, not_scored = _open_candidates(run, files, device, backends)
-    if not candidates and (backends or device == "cpu"):  # on a GPU, torch in fp16 can be scored without any
+    if (not candidates and (backends or device == "cpu")) or (
+        "engine" in backends and device == "cpu"
+    ):  # on a GPU, torch in fp16 can be scored without any
         message = (
             f"--backend {' '.join(backends or BACKENDS)}: not available here on {device}; engines run on a GPU, and "
             f"are built with: runner engine {run.folder}"
@@ -135,16 +144,18 @@ def compare(
         not_scored=not_scored,
     )
     write_json(run.parity, report)
-    return report
+    return report, rows
 
 
 def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> list[ParityRow]:
     """Returns the earlier rows that `rows` do not replace and whose files are current."""
-    replaced = {(row.onnx, row.provider) for row in rows}
+    replaced = {(row.onnx, row.provider, row.machine) for row in rows}
     exported = [*onnx.all_exported(run), *package.all_compiled(run)]
     current = {str(file.path.relative_to(run.folder)): file.sha256 for file in exported}
     return [
-        row for row in earlier if (row.onnx, row.provider) not in replaced and current.get(row.onnx) == row.onnx_sha256
+        row
+        for row in earlier
+        if (row.onnx, row.provider, row.machine) not in replaced and current.get(row.onnx) == row.onnx_sha256
     ]
 
 

@@ -1,6 +1,7 @@
 """Reads run folders for a report, and separates damaged ones."""
 
 import os
+from collections.abc import Callable
 
 import msgspec
 
@@ -10,7 +11,7 @@ from runner.report.compare import run_row
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
-from runner.run.schema import ParityReport, ParityRow
+from runner.run.schema import LatencyReport, LatencyRow, ParityReport, ParityRow
 
 
 def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
@@ -43,7 +44,7 @@ def read(run: Run) -> RunRecord:
             metrics=read_metrics(run),
             parity=current_parity(run),
             engines=run.read_engines(),
-            latency=run.read_latency(),
+            latency=current_latency(run),
             mistakes=run.read_mistakes(),
             state=state,
             reason=ending.reason if ending else "",
@@ -57,16 +58,32 @@ def read(run: Run) -> RunRecord:
 
 
 def current_parity(run: Run) -> ParityReport | None:
-    """Returns the gate's results without those of files that were exported again since; None if there are none."""
-    report, exports = run.read_parity(), run.read_exports()
+    """Returns the gate's results for the files, engines and weights that the run has now; None if there are none."""
+    report, is_current = run.read_parity(), _currency(run)
     if report is None:
         return None
-
-    def is_current(row: ParityRow) -> bool:
-        export = exports.get(row.onnx.rpartition("/")[2])  # earlier versions did not record exports
-        return export is None or export.sha256 == row.onnx_sha256
-
     return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
+
+
+def current_latency(run: Run) -> LatencyReport | None:
+    """Returns the latencies of the files, engines and weights that the run has now; None if there are none."""
+    report, is_current = run.read_latency(), _currency(run)
+    if report is None or run.weights_sha256() not in (None, report.weights):
+        return None
+    return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
+
+
+def _currency(run: Run) -> Callable[[ParityRow | LatencyRow], bool]:
+    """Returns a function that says whether a row is of a file or engine that the run has now."""
+    exports, weights = run.read_exports(), run.weights_sha256()
+    files = {export.sha256 for export in exports.values() if weights in (None, export.weights)}
+    engines = {sidecar.sha256 for sidecar in run.read_engines()}
+
+    def is_current(row: ParityRow | LatencyRow) -> bool:
+        exported = not exports or row.onnx_sha256 is None or row.onnx_sha256 in files  # earlier versions: no exports
+        return exported and (row.engine_sha256 is None or row.engine_sha256 in engines)
+
+    return is_current
 
 
 def _check_classes(record: RunRecord) -> None:

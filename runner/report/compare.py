@@ -385,17 +385,26 @@ class MachineRow(msgspec.Struct, frozen=True):
 def latencies_by_machine(records: Sequence[RunRecord]) -> tuple[list[str], list[MachineRow]]:
     """Returns the machines, and the latencies of each run on them side by side; none if there is only one machine.
 
-    Copies of a run that were measured on several machines share a row: they have the same name and weights.
+    Copies of a run that were measured on several machines share a row: they have the same name and weights. A machine
+    is its hardware with a number of threads and a version of torch; of several latencies there, the lowest counts.
     """
     found: dict[tuple[str, str, str, Precision, int], dict[str, float]] = {}
+    weights: dict[str, set[str]] = {}
     for record in records:
         if record.latency:
+            weights.setdefault(record.config.name, set()).add(record.latency.weights)
+    for record in records:
+        if record.latency:
+            threads = f", {record.latency.threads} threads" if record.latency.threads else ""
+            machine = f"{record.latency.hardware}{threads}, torch {record.latency.versions.get('torch', 'unknown')}"
+            name = record.config.name if len(weights[record.config.name]) == 1 else record.name
             for row in record.latency.rows:
                 if row.p50_ms is not None and row.batch is not None:
                     # The library of an engine, but not its version, which may differ between machines.
-                    backend = (row.provider or row.backend).split()[0] if row.backend == "engine" else row.backend
-                    key = record.config.name, record.latency.weights, backend, row.precision, row.batch
-                    found.setdefault(key, {})[str(record.latency.hardware)] = row.p50_ms
+                    library = (row.provider or "").partition(" ")[0] if row.backend == "engine" else ""
+                    key = name, record.latency.weights, library or row.backend, row.precision, row.batch
+                    figures = found.setdefault(key, {})
+                    figures[machine] = min(row.p50_ms, figures.get(machine, row.p50_ms))
     machines = sorted({machine for figures in found.values() for machine in figures})
     if len(machines) < 2:
         return machines, []

@@ -33,6 +33,7 @@ from runner.config.trust import TrustedCode
 from runner.run import lock
 from runner.run.schema import (
     FORMAT,
+    CheckpointManifest,
     Ending,
     EngineSidecar,
     Export,
@@ -111,6 +112,14 @@ class Run:
     def checkpoint_steps(self) -> list[int]:
         """The steps of the checkpoints that exist, in ascending order."""
         return sorted(int(found[1]) for found in map(STEP_FOLDER.fullmatch, names_in(self.checkpoints)) if found)
+
+    def weights_sha256(self) -> str | None:
+        """The SHA-256 of the newest checkpoint's weights, from its manifest; None without a checkpoint."""
+        steps = self.checkpoint_steps()
+        manifest = self.step_folder(steps[-1]) / MANIFEST if steps else None
+        if manifest is None or not is_file(manifest):
+            return None
+        return _read(manifest, CheckpointManifest).sha256.get(WEIGHTS)
 
     @property
     def figures(self) -> Path:

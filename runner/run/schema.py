@@ -587,6 +587,11 @@ class EngineSidecar(JsonStruct, frozen=True, kw_only=True, omit_defaults=False):
         return f"outside NVIDIA's support matrix: {', '.join(self.outside_matrix)}" if self.outside_matrix else None
 
     @property
+    def capabilities_text(self) -> str:
+        """The compute capabilities of the GPUs that it runs on, in words."""
+        return " or ".join(self.compute_capabilities) or "not recorded"
+
+    @property
     def provider(self) -> str:
         """The library that runs the engine and its version, such as `tensorrt-rtx 1.2`."""
         return f"{self.backend} {self.version}"
