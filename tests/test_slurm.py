@@ -571,7 +571,7 @@ def test_a_job_that_was_queued_without_an_answer_is_not_submitted_twice(
         lost = module("launch", *command, **environ)
         assert lost.returncode == 2, lost.stdout
         (line,) = lost.stderr.splitlines()
-        assert re.search("Socket timed out .*; the job may be queued all the same; look with squeue --me", line)
+        assert re.search("Socket timed out .*; the job may have been queued anyway; check squeue --me", line)
     wait_until(lambda: cluster.run("squeue", "-h", "--array", "-o", "%j").stdout.count("runner-tiny") == 3, 60)
     again = module("launch", "sweep", "tiny", *TINY, *words, "--on", "slurm", "--seeds", 0, 1, 2, **environ)
     assert again.stdout.startswith("3 trials: 2 queued, 1 missing\n")
