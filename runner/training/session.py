@@ -66,9 +66,7 @@ FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LOST_RANK = "another rank exited and reports why, unless it was killed; rerun with --resume auto"
 CHECKPOINT_VISIBLE_SECONDS = 60.0  # seconds for a checkpoint to become visible on the other nodes
-COLLECTIVE_MARGIN_SECONDS = (
-    60  # extra seconds for collectives beyond --hang-timeout, so that our watchdog reports first
-)
+COLLECTIVE_MARGIN_SECONDS = 60  # that collectives have beyond --hang-timeout, so that our watchdog reports first
 
 
 class RunTracker(Protocol):
@@ -296,9 +294,8 @@ class SeedRun:
         self.start_step = state["step"] if state else 0
         pause = session.config.pause_after
         self.pause_step = pause and pause * self.steps.per_epoch
-        unevaluated = (
-            state and state["step"] == self.pause_step and state.get("evaluating")
-        )  # stopped in its evaluation
+        # Stopped in the evaluation of this step, which is still to be done.
+        unevaluated = state and state["step"] == self.pause_step and state.get("evaluating")
         if state and self.pause_step and state["step"] >= self.pause_step and not unevaluated:
             raise UserError(
                 f"--pause-after {pause}: expected more epochs than the {state['step'] / self.steps.per_epoch:g} that "
@@ -306,7 +303,7 @@ class SeedRun:
             )
         self.profiler = self.make_profiler()
         self.stop_files = [file for file in (session.config.stop_file, run.folder / STOP_FILE) if file]
-        self.next_stop_file_check = 0.0  # when stop files are looked up next
+        self.next_stop_file_check = 0.0
         self.tracker: RunTracker | None = None
         self.result: TrainResult | None = None
 
