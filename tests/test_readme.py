@@ -215,7 +215,7 @@ def test_the_examples_show_the_same_run() -> None:
                           console("runner/deploy/README.md", "runner parity runs"), strict=True):  # fmt: skip
         accuracy, change = re.fullmatch(rf"….{kind}.onnx on .*, accuracy (\S+)% \((\S+)\), .*", line).groups()
         assert float(accuracy) - float(change) == pytest.approx(seeds[0])
-    mean = f"{statistics.mean(seeds):.2f} ± {statistics.stdev(seeds):.2f} %"
+    mean = f"{statistics.mean(seeds):.2f} ± {statistics.stdev(seeds):.2f}%"
     assert f"| 2 seeds | {mean} |" in (ROOT / "runner/report/README.md").read_text()
 
 
