@@ -40,8 +40,9 @@ class DynamicBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = self.attention(x)
-        scaled = (weights[:, :, None, None, None] * x[:, None]).flatten(1, 2)  # (N, K · channels_in, H, W)
+        weights = self.attention(x)[..., None, None, None].unbind(1)  # K of (N, 1, 1, 1)
+        # One tensor for each branch, because a product of five dimensions loses the memory format of x.
+        scaled = torch.cat([weight * x for weight in weights], dim=1)  # (N, K · channels_in, H, W)
         return self.relu(self.norm(self.convolutions(scaled) + self.shortcut(x)))
 
 
