@@ -92,6 +92,18 @@ RECIPES = {"augmented": RECIPE, "plain": PLAIN, "everything": EVERYTHING, "resiz
 STREAMED = [("train", 3, "everything"), ("test", 2, "plain")]  # the default tier: each rank compiles a loader
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_of_lower_precision_are_those_of_float32_rounded(
+    small_data: Path, recipe: str, dtype: torch.dtype
+) -> None:
+    stream = opened(small_data, recipe=RECIPES[recipe])
+    lower = open_split(small_data, open_manifest(small_data), "train", RECIPES[recipe], RankInfo(CPU, dtype=dtype))
+    rounded = ((images.to(dtype), targets) for images, targets in stream.epoch(1))
+    assert_same(lower.epoch(1), rounded)
+    assert lower.first_images(3).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("loader", "split", "world", "recipe"),
     [

@@ -183,9 +183,18 @@ def test_a_last_partial_batch_weighs_every_image_alike(train: Train) -> None:
 
 
 def test_bf16(train: Train) -> None:
-    run = train("tiny-norm", "--precision", "bf16").run
+    """The batches are bf16 as well, in training and in evaluation: the network refuses others."""
+    trained = train("tiny-in-precision", "--precision", "bf16", "--json")
+    run = trained.run
     assert run.config().precision == "bf16"
+    evaluated = runner("eval", run.folder, *TINY, "--device", "cpu", "--json")
+    assert json.loads(evaluated.stdout)["test_loss"] == json.loads(trained.stdout)["test_loss"]
     assert all(tensor.dtype in (np.float32, np.int64) for tensor in weights(run.folder).values())
+
+
+def test_a_precision_that_only_accelerate_knows_is_refused(train: Train) -> None:
+    refused = train("tiny", expect=2, ACCELERATE_MIXED_PRECISION="fp8")
+    assert "--mixed_precision fp8: expected no, bf16, fp16" in refused.stderr
 
 
 @pytest.mark.images

@@ -69,6 +69,7 @@ def watched(experiment: Experiment) -> fake_cuda.Watch:
             drop_last=recipe.drop_last,
             augment=recipe.augment,
             resize=recipe.resize,
+            dtype=torch.bfloat16,
         )
         return ResidentBatches(images, np.zeros(len(images), np.int64), options)
 

@@ -16,7 +16,7 @@ from runner.config.recipe import Recipe
 from runner.data.order import epoch_order
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
-from runner.run.schema import ModelInput, RunConfig
+from runner.run.schema import ModelInput, RunConfig, TrainPrecision
 from runner.system.environment import total_memory
 
 
@@ -53,7 +53,7 @@ class Batches(Protocol):
         """Iterates over this rank's slices of the global batches of an epoch, from `start_step` on.
 
         Yields:
-            images (n, 3, H, W) float32, normalized, in channels_last memory, and labels (n,) int64, both on the
+            images (n, 3, H, W) float, normalized, in channels_last memory, and labels (n,) int64, both on the
             device. With mixup or CutMix, targets (n, classes) float32 replace the labels.
         """
         ...
@@ -62,6 +62,7 @@ class Batches(Protocol):
 SplitName = Literal["train", "validation", "test"]
 HELD_OUT_SEED = 2**32  # selects the validation images; no run can have this seed
 LoaderChoice = Literal["auto", "resident", "streaming"]
+DTYPES: dict[TrainPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.25  # fraction of the device's memory; `auto` keeps a smaller split resident
 
 
@@ -74,6 +75,7 @@ class RankInfo:
         rank, world_size: rank of this process and number of ranks, over all nodes.
         loader: resident, streaming, or auto.
         workers: decoding threads of the streaming loader.
+        dtype: float type of the images in a batch.
     """
 
     device: torch.device
@@ -81,6 +83,7 @@ class RankInfo:
     world_size: int = 1
     loader: LoaderChoice = "auto"
     workers: int = 1
+    dtype: torch.dtype = torch.float32
 
     def loader_for(self, manifest: Manifest, split: SplitFile) -> tuple[Literal["resident", "streaming"], str]:
         """Selects the loader of a split of a dataset; returns it with a message that gives the reason."""
@@ -155,6 +158,7 @@ def open_split(
         image_size=manifest.image_shape[:2],
         classes=len(manifest.classes),
         seed=seed,
+        dtype=rank_info.dtype,
     )
     path = data / file.file
     if rank_info.loader_for(manifest, file)[0] == "resident":
@@ -218,7 +222,9 @@ def open_manifest(data: Path) -> Manifest:
     return manifest
 
 
-def open_split_of_run(config: RunConfig, data: Path | None, split: SplitName, device: torch.device) -> BatchStream:
+def open_split_of_run(
+    config: RunConfig, data: Path | None, split: SplitName, device: torch.device, dtype: torch.dtype = torch.float32
+) -> BatchStream:
     """Opens a split that a run was trained or evaluated on.
 
     Args:
@@ -226,6 +232,7 @@ def open_split_of_run(config: RunConfig, data: Path | None, split: SplitName, de
         data: the prepared dataset; None for the folder stored in run.json.
         split: the split; training batches have one image, so use `BatchStream.clean_images`.
         device: the device of the batches.
+        dtype: float type of the images in a batch.
 
     Raises:
         UserError: the dataset is missing, damaged, or not the dataset of the run.
@@ -238,4 +245,4 @@ def open_split_of_run(config: RunConfig, data: Path | None, split: SplitName, de
             f"{config.dataset.fingerprint}, found {manifest.name} {manifest.fingerprint}; pass the dataset of the run"
         )
     recipe = replace(config.recipe, batch_size=1, accumulate=1)  # any batch size will do
-    return open_split(folder, manifest, split, recipe, RankInfo(device))
+    return open_split(folder, manifest, split, recipe, RankInfo(device, dtype=dtype))

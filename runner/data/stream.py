@@ -33,6 +33,7 @@ class StreamOptions:
         image_size: height and width in pixels of the images in the split.
         classes: number of classes in the split.
         seed: random seed of order and augmentation.
+        dtype: float type of the images in a batch; computed in float32, then rounded.
     """
 
     mean: tuple[float, ...]
@@ -48,6 +49,7 @@ class StreamOptions:
     image_size: tuple[int, int] = (32, 32)
     classes: int = 10
     seed: int = 0
+    dtype: torch.dtype = torch.float32
 
     @property
     def augmented_size(self) -> tuple[int, int]:
@@ -113,7 +115,9 @@ class BatchStream(ABC):
         return np.arange(self.num_images)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields this rank's images (n, 3, H, W) float32 and targets of each global batch; see Batches."""
+        """Yields this rank's images (n, 3, H, W) and targets of each global batch; see Batches."""
+        # Rounded by the kernel that normalizes, unless the images still change after it.
+        kernel_dtype = torch.float32 if self.mixes or self.options.resize else self.options.dtype
         options, steps = self.options, range(start_step, len(self))
         local_positions = [self._positions(step) for step in steps]
         sizes = [len(positions) for positions in local_positions]
@@ -128,11 +132,11 @@ class BatchStream(ABC):
         stop = 0
         for step, size, (images, index) in zip(steps, sizes, self.read(samples, sizes), strict=True):
             batch, stop = slice(stop, stop + size), stop + size
-            images, targets = self._transform(images, index, params[batch]), labels[batch]
+            images, targets = self._transform(images, index, params[batch], kernel_dtype), labels[batch]
             if self.mixes and self.augment:
                 mix_params = mixing.sample_params(self.augment, options.augmented_size, options.seed, epoch, step)
                 images, targets = mixing.mix(images, targets, mix_params, options.classes)
-            yield self._to_model_input(images), targets
+            yield self._to_model_input(images).to(options.dtype), targets
 
     def first_images(self, count: int) -> torch.Tensor:
         """Returns the first `count` images of the split as in evaluation, (count, 3, H, W) float32."""
@@ -156,18 +160,22 @@ class BatchStream(ABC):
         start, size = step * self.options.batch_size, self.size_of(step)
         return start + np.arange(local_slice.start - start - 1, local_slice.stop - start) % size
 
-    def _transform(self, images: torch.Tensor, index: torch.Tensor, params: AugmentParams) -> torch.Tensor:
-        """Gathers images[index], augments them with `params`, and normalizes: (n, H, W, 3) float32."""
+    def _transform(
+        self, images: torch.Tensor, index: torch.Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Gathers images[index], augments them with `params`, and normalizes: (n, H, W, 3) of `dtype`."""
         crops = Crops(index, params.row, params.column, params.flip)
         resizes, changes = params.resized_box is not None, params.changes_pixels
         if params.resized_box is not None:
-            dtype = torch.uint8 if changes else torch.float32
-            images = crop.make_resized_batch(images, crops, params.resized_box, self.options.augmented_size, dtype)
+            resized_dtype = torch.uint8 if changes else torch.float32
+            size = self.options.augmented_size
+            images = crop.make_resized_batch(images, crops, params.resized_box, size, resized_dtype)
         else:
-            images = crop.make_batch(images, crops, self.raw_output if changes else self.normalized_output)
+            normalized = self.normalized_output._replace(dtype=dtype)
+            images = crop.make_batch(images, crops, self.raw_output if changes else normalized)
         if resizes or changes:
             images = augment.augment_pixels(images, params)
-            images = images * self.normalized_output.scale + self.normalized_output.shift
+            images = (images * self.normalized_output.scale + self.normalized_output.shift).to(dtype)
         return augment.augment_normalized(images, params, self.augment)
 
     def _to_model_input(self, images: torch.Tensor) -> torch.Tensor:

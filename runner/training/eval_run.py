@@ -9,20 +9,19 @@ import torch
 
 from runner.common.console import progress
 from runner.config.train_config import Device
-from runner.data.open import open_split_of_run
+from runner.data.open import DTYPES, open_split_of_run
 from runner.run.folder import Run
+from runner.run.schema import TrainPrecision
 from runner.system import cpu, cuda, launcher
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, Views, evaluate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def evaluate_run(
     run: Run,
     data: Path | None,
     device: Device,
-    precision: str,
+    precision: TrainPrecision | Literal["run"],
     views: Views | Literal["run"],
     environ: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -47,12 +46,12 @@ def evaluate_run(
     else:
         cuda.disable_tf32()
     model = checkpoint.load_model(run).to(selected)
-    precision = config.precision if precision == "run" else precision
+    used: TrainPrecision = config.precision if precision == "run" else precision
     tta: Views = config.recipe.test_augmentation if views == "run" else views
-    batches = open_split_of_run(config, data, "test", torch.device(selected))
+    batches = open_split_of_run(config, data, "test", torch.device(selected), DTYPES[used])
 
     def evaluate_views(views: Views) -> Evaluation:
-        autocast = torch.autocast(selected, DTYPES[precision], enabled=precision != "fp32")
+        autocast = torch.autocast(selected, DTYPES[used], enabled=used != "fp32")
         with autocast, progress("evaluate", batches.num_images) as advance:
             return evaluate(model, batches, len(config.dataset.classes), advance=advance, views=views)
 
@@ -64,7 +63,7 @@ def evaluate_run(
         "run": str(run.folder),
         "experiment": config.experiment,
         "dataset": config.dataset.name,
-        "precision": precision,
+        "precision": used,
         "test_augmentation": tta,
         "test_images": test.num_images,
         **metrics,

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,11 +35,11 @@ from runner.common.text import first_line
 from runner.config.recipe import Experiment, Recipe
 from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
-from runner.data.open import RankInfo, SplitName, model_input, open_manifest, open_split
+from runner.data.open import DTYPES, RankInfo, SplitName, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
 from runner.run.folder import MANIFEST, Run, finished_run, locked_runs
 from runner.run.metrics import truncate_metrics
-from runner.run.schema import Ending, MetricRow, RunConfig, Summary
+from runner.run.schema import Ending, MetricRow, RunConfig, Summary, TrainPrecision
 from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
@@ -159,6 +159,7 @@ def _run_training(
         world_size=launch.world_size,
         loader=config.loader,
         workers=config.workers,
+        dtype=DTYPES[precision_of(config, environ)],  # as autocast would round them at the first convolution
     )
     prepare_device(config, launch, rank_info.device, environ)
     manifest = open_manifest(config.data)
@@ -480,10 +481,24 @@ def prepare_device(
     """Configures threads, kernels and memory. Raises UserError for fp16 on the CPU."""
     if device.type == "cpu":
         cpu.prepare(launch.local_world_size)
-        launch_precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        check_precision(launch_precision if config.precision == "launch" else config.precision, device.type)
+        check_precision(precision_of(config, environ), device.type)
     cuda.prepare(device, config.deterministic, environ)
     crop.prepare(device)
+
+
+def precision_of(config: TrainConfig, environ: Mapping[str, str]) -> TrainPrecision:
+    """Returns the precision of training: --precision, or that of `accelerate launch`.
+
+    Raises:
+        UserError: the precision of `accelerate launch` is another one, such as fp8.
+    """
+    if config.precision != "launch":
+        return config.precision
+    launched = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    for precision, name in record.MIXED_PRECISION.items():
+        if name == launched:
+            return precision
+    raise UserError(f"--mixed_precision {launched}: expected {', '.join(record.MIXED_PRECISION.values())}")
 
 
 def open_streams(config: TrainConfig, manifest: Manifest, rank_info: RankInfo) -> dict[SplitName, BatchStream]:

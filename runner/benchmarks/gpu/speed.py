@@ -153,7 +153,8 @@ def step_with_loader(context: Context, name: str) -> dict[str, Any]:
     experiment = experiments.get(name)
     recipe = replace(experiment.recipe, batch_size=scale.batch, validation=0)
     step = step_of(context, experiment, scale.batch, None)
-    stream = open_split(context.data, context.manifest, "train", recipe, RankInfo(torch.device(context.device)))
+    rank_info = RankInfo(torch.device(context.device), dtype=torch.float32 if context.rehearse else torch.bfloat16)
+    stream = open_split(context.data, context.manifest, "train", recipe, rank_info)
 
     batches = (batch for epoch in count() for batch in stream.epoch(epoch))
     fixed = next(batches)

@@ -61,7 +61,8 @@ class SpeedRun:
         self.experiment = experiments.get(NAME)
         changes = {"compile": MODES[mode] or "none"} | dict(context.scale.speedrun_overrides)
         self.recipe = replace(self.experiment.recipe, **changes)
-        rank_info = RankInfo(torch.device(context.device))
+        dtype = torch.float32 if context.rehearse else torch.bfloat16
+        rank_info = RankInfo(torch.device(context.device), dtype=dtype)
         if context.rehearse:
             cpu.prepare()
         cuda.prepare(rank_info.device, False, {})

@@ -28,6 +28,16 @@ class Tiny(nn.Module):
         return self.layers(images)
 
 
+class TinyInPrecision(Tiny):
+    """Tiny that refuses images of another dtype than that of autocast."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        device = images.device.type
+        expected = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        assert images.dtype == expected, f"{images.dtype} instead of {expected}"
+        return super().forward(images)
+
+
 def _experiment(lr: float = 0.05, **arguments: float) -> Experiment:
     recipe = Recipe(2, 60, SGD(lr), Constant(), Augment(crop_padding=4, flip="random"))
     return Experiment(Architecture("tests.support.models.tiny:Tiny", arguments), recipe, paper="tests")
@@ -36,6 +46,11 @@ def _experiment(lr: float = 0.05, **arguments: float) -> Experiment:
 EXPERIMENTS = {
     "tiny": _experiment(),
     "tiny-norm": _experiment(norm=True),
+    "tiny-in-precision": Experiment(
+        Architecture("tests.support.models.tiny:TinyInPrecision", {"norm": True}),
+        Recipe(2, 60, SGD(0.05), Constant(), Augment(crop_padding=4, flip="random"), validation=50),
+        paper="tests",
+    ),
     "tiny-everything": Experiment(
         Architecture("tests.support.models.tiny:Tiny", {"norm": True, "dropout": 0.3}),
         Recipe(
