@@ -1,4 +1,4 @@
-"""`python -m data_prep prepare|verify`: convert images to FFCV files, and verify the files."""
+"""`python -m data_prep prepare|verify`: converts images to FFCV files; verifies them."""
 
 import dataclasses
 import json as json_format
@@ -82,7 +82,7 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Decode every record of a prepared dataset and compare it with the manifest and the source."""
+    """Decode every record of a prepared dataset, and compare it with the source."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder made by `prepare`."""

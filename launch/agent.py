@@ -14,7 +14,7 @@ from runner.system import environment
 
 @dataclass(frozen=True)
 class Agent:
-    """Train one trial that W&B's controller chose, on all GPUs of this machine or on the CPU.
+    """Train one trial that W&B's controller chose, on all GPUs or on the CPU.
 
     All other options are passed on to `runner train`.
     """

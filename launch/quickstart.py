@@ -38,7 +38,7 @@ BANNER = (
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Prepare data; train, export and measure three architectures, with engines; compare all on one page."""
+    """Prepare data; train, export and measure three networks; compare them."""
 
     source: str = "official"
     """`official` (downloads CIFAR-10; if that fails, uses the built-in synthetic set, with a clear warning),

@@ -62,11 +62,12 @@ SET_BY_SEARCHES = SET_BY_JOBS | {
 
 @dataclass(frozen=True)
 class Search:
-    """Search for the best option values, stopping all but the most promising trials early.
+    """Search for the best option values; stop all but the best trials early.
 
-    To search over a --recipe.… or --architecture.… option, give a range in place of its value: log:A:B (log-uniform),
-    lin:A:B (uniform), int:A:B (integers) or 'A|B|C' (categorical). All other options are passed on to `runner train`,
-    the same for all trials. The same command continues a search, adds workers, or, with more --trials, extends it.
+    - A --recipe.… or --architecture.… option takes a range in place of a value:
+    - log:A:B (log-uniform), lin:A:B (uniform), int:A:B (integers) or 'A|B|C'.
+    - All other options are passed on to `runner train`, the same for all trials.
+    - The same command continues a search, adds workers, or adds --trials.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAMES")]

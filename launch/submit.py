@@ -189,9 +189,9 @@ def _seconds(limit: str) -> int:
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit one experiment as a batch job, which requeues and resumes itself until training is complete.
+    """Submit an experiment as a job that requeues and resumes itself to its end.
 
-    All other options are passed on to `runner train`, and are checked before the job is submitted.
+    All other options are passed on to `runner train`, and are checked first.
     """
 
     experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]

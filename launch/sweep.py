@@ -52,8 +52,9 @@ class SweepManifest(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Train every trial of grids, papers and experiments, here or on SLURM; a second call trains only what is missing.
+    """Train every trial of grids, papers and experiments, here or on SLURM.
 
+    A second call trains only what is missing.
     All other options are passed on to `runner train`, the same for all trials.
     """
 

@@ -62,14 +62,14 @@ KINDS = (
 )
 COMMANDS: dict[str, Any] = {re.sub(r"\B(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in KINDS}
 KEPT_BY_RESUME = ("precision", "evaluate_every", "checkpoint_every", "peak_tflops")
-ABOUT = "From FFCV files to trained models, ONNX, TensorRT engines, latencies, and one report."
+ABOUT = "From FFCV files to trained models, ONNX, TensorRT, latencies and a report."
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainHelp(TrainConfig):
     """Train one experiment, on all ranks of `accelerate launch`.
 
-    `runner train NAME --help` also shows the options of its architecture and recipe, with their values.
+    `runner train NAME --help` also shows its architecture and recipe.
     """
 
     architecture: tyro.conf.Suppress[Architecture] = dataclasses.field(default_factory=lambda: Architecture(""))

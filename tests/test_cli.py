@@ -191,6 +191,18 @@ def bad(small_data: Path, own_data: Path, tiny_run: Path, tmp_path: Path) -> dic
 
 
 BAD = {
+    "an exported precision twice": (
+        "runner export {run} --precision int8 int8",
+        "--precision int8 int8: expected each once",
+    ),
+    "precision of eager": (
+        "runner bench {run} --backend eager --precision fp16",
+        "--precision fp16: expected with a backend that runs exported files",
+    ),
+    "engine of int8-cpu": (
+        "runner serve-repo {run} --out {new} --backend tensorrt --precision int8-cpu",
+        "--precision int8-cpu: expected --backend onnxruntime",
+    ),
     "wrong name": ("runner train podeti-alexnt --data {data} --runs {new}", "podeti-alexnet"),
     "missing folder": ("runner train tiny --data {new} --runs {new}", "found none; prepare one"),
     "empty folder": ("runner train tiny --data {empty} --runs {new}", "dataset.json"),

@@ -150,7 +150,7 @@ def logits_of(run: Run, images: np.ndarray) -> tuple[np.ndarray, float]:
 @of_every_experiment("fp32", "fp32.raw")
 def test_fp32_agrees_with_the_model_by_either_front_end(exported: Run, kind: str) -> None:
     file = file_of(exported, kind)
-    report = parity.compare(exported, [file], None, "cpu")
+    report = parity.score(exported, [file], None, "cpu")[0]
     (row,) = [row for row in report.rows if row.onnx == f"deploy/{file.path.name}"]
     logits, _ = logits_of(exported, scored_images(exported).numpy())
     second, first = np.sort(logits, 1)[:, -2:].T
@@ -361,7 +361,7 @@ def spoil_fp16(run: Run, change: Callable[[np.ndarray], np.ndarray]) -> str:
 def test_a_layer_that_returns_nan_is_named(varied: Run) -> None:
     """The row is written without the figure that JSON cannot express."""
     name = spoil_fp16(varied, lambda weight: np.where(weight > 0, np.float16(np.nan), weight))
-    (row,) = parity.compare(varied, [exporter.exported(varied, "fp16")], None, "cpu").rows
+    (row,) = parity.score(varied, [exporter.exported(varied, "fp16")], None, "cpu")[0].rows
     assert not row.passed
     assert row.largest_logit_difference is None
     assert row.culprit.startswith(name)
@@ -461,7 +461,7 @@ def test_logits_that_are_not_finite_are_refused(confident: Run, tmp_path: Path) 
 def test_bench_keeps_the_rows_of_current_files(confident: Run) -> None:
     precision.convert(confident, "int8-cpu", precision.calibration_images(confident, None, 64))
     engine_build.build(confident, exporter.exported(confident), engine_build.EngineOptions("tensorrt-rtx", (1, 2, 4)))
-    parity.compare(confident, exporter.all_exported(confident), None, "cpu")
+    parity.score(confident, exporter.all_exported(confident), None, "cpu")[0]
     report = bench_on_one_thread(confident, "--batch", 1, 3, "--precision", "fp32", "int8-cpu")
     measured = [row for row in report.rows if row.measured]
     assert [(row.backend, row.precision, row.batch) for row in measured] == [
@@ -679,7 +679,7 @@ def test_int8_is_close_to_the_model(varied: Run) -> None:
     images = scored_images(varied).numpy()
     expected, spread = logits_of(varied, images)
     assert rms(OnnxSession(file.path, optimize=False)(images) - expected) < 0.15 * spread
-    (row,) = parity.compare(varied, [file], None, "cpu").rows
+    (row,) = parity.score(varied, [file], None, "cpu")[0].rows
     assert row.passed == (row.accuracy_change >= -parity.ACCURACY_DROP["int8"])
     graph = onnx.load(file.path).graph
     scales = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -717,11 +717,11 @@ def test_a_file_that_does_not_load_leaves_the_rows_of_others(own: Run, monkeypat
         load(self, file, *more, **options)
 
     monkeypatch.setattr(OnnxSession, "__init__", refuse_fp16)
-    report = parity.compare(own, files, None, "cpu")
+    report = parity.score(own, files, None, "cpu")[0]
     assert [row.precision for row in report.rows] == ["fp32"]
     assert [entry.reason for entry in report.not_scored] == ["fp16 does not load"]
     with pytest.raises(UserError, match="fp16 does not load"):
-        parity.compare(own, files, None, "cpu", ("onnxruntime",))
+        parity.score(own, files, None, "cpu", ("onnxruntime",))[0]
 
 
 @pytest.mark.parametrize("changed", ["engine", "onnx"])
@@ -771,7 +771,7 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     with pytest.raises(
         UserError, match="--backend onnxruntime-tensorrt: expected a GPU, which is selected by --device"
     ):
-        parity.compare(own, [exporter.exported(own)], None, "cpu", ("onnxruntime-tensorrt",))
+        parity.score(own, [exporter.exported(own)], None, "cpu", ("onnxruntime-tensorrt",))[0]
     report = latency.bench(
         own, latency.BenchOptions((1,), backends=("eager", "onnxruntime-tensorrt"), seconds=0.01, repeats=1), "cpu", {}
     )
@@ -780,7 +780,7 @@ def test_nothing_falls_back_to_the_cpu(own: Run) -> None:
     assert done.returncode == 2
     assert "--device cuda requires 1 CUDA GPU(s) on this node, found 0" in done.stderr
     with pytest.raises(UserError, match="--backend engine: not available here on cpu; engines run on a GPU"):
-        parity.compare(own, [exporter.exported(own)], None, "cpu", ("engine",))
+        parity.score(own, [exporter.exported(own)], None, "cpu", ("engine",))[0]
     with pytest.raises(UserError, match="--backend tensorrt: builds only for the GPU of this machine, found none"):
         engine_library.select_library("tensorrt")
 
@@ -810,6 +810,6 @@ def test_the_engine_runs_on_a_gpu(tensorrt_loads: None, confident: Run, kind: st
     with pytest.raises(UserError, match="expected 1 to 64 images"):
         running(torch.randn(65, 3, 32, 32).cuda())
     backends = ("onnxruntime", "engine") if "CUDAExecutionProvider" in usable_providers() else ("engine",)
-    parity.compare(confident, [file], None, "cuda", backends)
+    parity.score(confident, [file], None, "cuda", backends)[0]
     options = latency.BenchOptions((1, 8), (kind,), ("eager", *backends), 0.1, 10)
     assert all(row.p50_ms > 0 for row in latency.bench(confident, options, "cuda", {}).rows)

@@ -14,8 +14,9 @@ from msgspec.structs import replace
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from runner import cli
 from runner.common.errors import UserError
-from runner.common.files import write_json
+from runner.common.files import sha256_of, write_json
 from runner.deploy import onnx as exporter
 from runner.deploy.session import OnnxSession
 from runner.run.folder import Run
@@ -24,6 +25,7 @@ from runner.training import checkpoint
 from tests.support.configs import CLASSES, CONFIG, config_of, trusted
 from tests.support.graphs import graph_of
 from tests.support.models.tiny import Tiny
+from tests.support.processes import TINY
 
 WEIGHTS = "0" * 64
 
@@ -197,7 +199,7 @@ def test_a_file_is_whole_and_alone_or_is_not_written(run: Run) -> None:
 
 
 def test_a_file_is_current_until_it_or_the_weights_change(run: Run) -> None:
-    kinds = [(precision, raw) for raw in (True, False) for precision in ("int8-cpu", "fp16", "fp32", "int8")]
+    kinds = [(precision, raw) for raw in (False, True) for precision in ("int8-cpu", "fp16", "fp32", "int8")]
     for kind in kinds:
         add(run, *kind)
     names = ["fp32", "fp16", "int8", "int8-cpu", "fp32.raw", "fp16.raw", "int8.raw", "int8-cpu.raw"]
@@ -295,7 +297,7 @@ def test_logits_are_finite_for_every_value_of_a_pixel(tmp_path: Path) -> None:
         exporter.check_finite(path, shape, 10, raw=True, fp16=False)
 
     for value in (0, 255):
-        with pytest.raises(RuntimeError, match="expected finite logits, found infinity or NaN"):
+        with pytest.raises(UserError, match="expected finite logits, found infinity or NaN"):
             check(value)
     for value in (-1, 256):
         check(value)
@@ -379,3 +381,46 @@ def test_a_file_that_runner_export_did_not_write_is_refused(run: Run, tmp_path: 
     helper.set_model_props(model, metadata | {"experiment": json.dumps("a\x1bb")})
     onnx.save(model, path)
     assert exporter.read(path)[1].experiment == "a\ufffdb"  # a terminal would obey the control character
+
+
+def test_a_raw_file_is_removed_when_the_file_changes_that_it_was_made_from(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for precision in ("fp32", "int8"):
+        add(run, precision)
+        add(run, precision, raw=True)
+    add(run, "int8")  # the same file once more
+    assert [file.name for file in exporter.all_exported(run)] == ["fp32", "int8", "fp32.raw", "int8.raw"]
+    graph = graph_of(checkpoint.load_model(run))
+    exporter.write(run, graph, "int8", False, exporter.weights_sha256(run), kept=["node_conv2d"])
+    assert [file.name for file in exporter.all_exported(run)] == ["fp32", "int8", "fp32.raw"]
+    assert not exporter.path_of(run, "int8", raw=True).exists()
+    assert (
+        "model.int8.raw.onnx: removed, because it was made from the earlier model.int8.onnx" in capsys.readouterr().err
+    )
+
+
+def test_a_file_with_external_data_is_not_used_even_with_a_hash_of_its_author(run: Run) -> None:
+    file = add(run)
+    proto = onnx.load(file.path)
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    file.path.write_bytes(proto.SerializeToString())
+    exports = run.read_exports()
+    exports[file.path.name] = replace(exports[file.path.name], sha256=sha256_of(file.path))
+    write_json(run.exports, exports)
+    with pytest.raises(UserError, match=r"expected deploy/model\.fp32\.onnx, found one with external data"):
+        exporter.exported(run)
+    assert exporter.all_exported(run) == []
+
+
+def test_images_that_the_raw_front_end_cannot_resize_are_refused_before_anything_is_written(run: Run) -> None:
+    config = run.config()
+    smaller = replace(config.input, shape=[3, 16, 16])
+    write_json(run.run_json, replace(config, input=smaller))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(run.folder), *TINY, "--raw"])
+    assert stopped.value.code == 2
+    assert not run.deploy.exists()

@@ -105,7 +105,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parity, "progress", Progress)
     monkeypatch.setattr(parity.cpu, "prepare", lambda: prepared.append("cpu"))
     monkeypatch.setattr(parity.cuda, "disable_tf32", lambda: prepared.append("no TF32"))
-    report = parity.compare(run, exporter.all_exported(run), None, "cpu")
+    report = parity.score(run, exporter.all_exported(run), None, "cpu")[0]
     assert counted[0] == -600
     assert sum(counted) == 0
     assert read_json(run.parity, ParityReport) == report
@@ -133,7 +133,7 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parity, "OnnxSession", lambda path, device, fp16: OnnxSession(path, "cpu"))
     counted.clear()
     for files in ([exporter.exported(run)], []):
-        report = parity.compare(run, files, None, "cuda")
+        report = parity.score(run, files, None, "cuda")[0]
         (row,) = report.torch
         assert (row.precision, row.weights, row.machine) == (
             "fp16",
@@ -149,24 +149,24 @@ def test_a_report_has_a_row_for_each_file(run: Run, monkeypatch: pytest.MonkeyPa
 
 def test_a_report_keeps_the_rows_of_other_files_that_are_current(run: Run) -> None:
     fp32, fp16 = exporter.exported(run), add_file(run, "fp16")
-    first = parity.compare(run, [fp32, fp16], None, "cpu")
+    first = parity.score(run, [fp32, fp16], None, "cpu")[0]
     elsewhere = replace(first.rows[0], provider="tensorrt-rtx 1.2")
     torch_row = TorchRow(**_scores(), precision="fp16", weights="w", machine=Machine(cpu="x"))
     write_json(run.parity, replace(first, rows=[*first.rows, elsewhere], torch=[torch_row]))
-    second = parity.compare(run, [fp32], None, "cpu")
+    second = parity.score(run, [fp32], None, "cpu")[0]
     assert [(row.precision, row.provider) for row in second.rows] == [
         ("fp16", CPU), ("fp32", "tensorrt-rtx 1.2"), ("fp32", CPU),
     ]  # fmt: skip
     assert second.torch == [torch_row]
     add_file(run, "fp16", scale_second(1.0001))
-    assert [row.precision for row in parity.compare(run, [fp32], None, "cpu").rows] == ["fp32", "fp32"]
+    assert [row.precision for row in parity.score(run, [fp32], None, "cpu")[0].rows] == ["fp32", "fp32"]
 
 
 def test_without_anything_to_score_there_is_no_report(run: Run) -> None:
     message = f"not available here on cpu; engines run on a GPU, and are built with: runner engine {run.folder}"
     for backends, listed in (((), "onnxruntime engine"), (("engine",), "engine")):
         with pytest.raises(UserError, match=f"^--backend {listed}: {message}$"):
-            parity.compare(run, [] if not backends else [exporter.exported(run)], None, "cpu", backends)
+            parity.score(run, [] if not backends else [exporter.exported(run)], None, "cpu", backends)[0]
     assert not run.parity.exists()
 
 
@@ -217,10 +217,10 @@ def _scores(passed: bool = True) -> dict[str, Any]:
 
 def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run) -> None:
     file = exporter.exported(run)
-    unscored = f"{file.path}: not scored on {CPU} yet; first: runner parity {run.folder}"
+    unscored = f"{file.path}: not scored on {CPU} yet; first: runner parity {run.folder} --device cpu"
     with pytest.raises(UserError, match=f"^{unscored}$"):
         parity.require_passed(run, file, CPU)
-    report = parity.compare(run, [file], None, "cpu")
+    report = parity.score(run, [file], None, "cpu")[0]
     (row,) = report.rows
     assert parity.require_passed(run, file, CPU) == GateResult(accuracy_change=0.0, agreement=1.0, passed=True)
     others = [replace(row, **change) for change in (
@@ -237,7 +237,7 @@ def test_only_a_row_of_the_same_file_provider_engine_and_machine_counts(run: Run
 
 
 def test_only_a_row_of_the_same_precision_weights_and_machine_counts_for_torch(run: Run) -> None:
-    report = parity.compare(run, [exporter.exported(run)], None, "cpu")
+    report = parity.score(run, [exporter.exported(run)], None, "cpu")[0]
     row = TorchRow(**_scores(), precision="fp16", weights=exporter.weights_sha256(run), machine=parity.this_machine())
     others = [
         replace(row, **change) for change in ({"precision": "fp32"}, {"weights": "0"}, {"machine": Machine(cpu="x")})
@@ -403,7 +403,7 @@ def test_only_what_was_scored_now_is_returned(run: Run) -> None:
 
 
 def test_a_failed_row_names_its_culprit(run: Run) -> None:
-    (row,) = parity.compare(run, [add_file(run, "fp16", scale_second(0.0))], None, "cpu").rows
+    (row,) = parity.score(run, [add_file(run, "fp16", scale_second(0.0))], None, "cpu")[0].rows
     assert not row.passed
     assert row.culprit.startswith("Conv second")
     assert row.agreement < 0.999

@@ -7,6 +7,7 @@ import msgspec
 
 from runner.commands.options import Code, Device, Flag, Precision, RunFolders, open_run, refuse_ignored_precisions
 from runner.common.errors import UserError
+from runner.common.text import printable
 from runner.config.recipe import Count, Positive
 from runner.config.trust import TrustedCode
 from runner.run.schema import MeasuredBackend
@@ -15,7 +16,7 @@ from runner.system.environment import usable_cores
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the latency of runs in torch, in onnxruntime and, on a GPU, as TensorRT engines."""
+    """Measure the latency of runs in torch, onnxruntime and, on a GPU, TensorRT."""
 
     runs: RunFolders
     """Folders of runs that have been exported and have passed `runner parity`."""
@@ -47,6 +48,11 @@ class Bench:
         refuse_ignored_precisions(self.precision, self.backend)
         if len(set(self.batch)) < len(self.batch):
             raise UserError(f"--batch {' '.join(map(str, self.batch))}: expected each batch size once")
+        if self.precision != type(self).precision and not set(self.backend) - {"eager", "compiled"}:
+            raise UserError(
+                f"--precision {' '.join(self.precision)}: expected with a backend that runs exported files; eager and "
+                "compiled measure fp32 and, on a GPU, fp16"
+            )
         options = latency.BenchOptions(
             self.batch, self.precision, self.backend, self.seconds, self.repeats, self.threads
         )
@@ -56,13 +62,13 @@ class Bench:
                 reports.append(latency.bench(open_run(run, self.code), options, self.device, environ))
             except UserError as error:  # the other runs are measured nevertheless
                 failures.append(error)
-        if not reports:
+        if not reports and len(failures) == 1:
             raise failures[0]
         if self.json:
             print(msgspec.json.encode(reports).decode())
-        else:
+        elif reports:
             latency.show(reports)
         refused = [row.not_measured for report in reports for row in report.rows if row.refused]
         if refused or failures:
             reasons = [*refused, *map(str, failures)]
-            raise SystemExit("\n".join(f"runner: not measured: {reason}" for reason in reasons))
+            raise SystemExit("\n".join(f"runner: not measured: {printable(reason)}" for reason in reasons))

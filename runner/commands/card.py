@@ -14,7 +14,7 @@ from runner.run.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Write a model card in Markdown: data, recipe, accuracy, classes, gate, latency, limits, and how to load it."""
+    """Write a model card in Markdown: data, recipe, accuracy, gate, latency, limits."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, RUNS/NAME/RUN."""

@@ -41,7 +41,7 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Compare runs in the terminal: the settings in which they differ, and their results."""
+    """Compare runs in the terminal: the settings that differ, and the results."""
 
     runs: RunFolders
     """Run folders, or folders that contain run folders at any depth."""

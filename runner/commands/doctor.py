@@ -75,13 +75,17 @@ def examine(data: Path | None, runs: Path, ranks: int | None, environ: Mapping[s
 
 
 def _run(name: str, check: Callable[[], Finding | Iterator[Finding]]) -> list[Finding]:
-    """Runs a check; an exception becomes a fault, so that the other checks still run."""
+    """Runs a check; an exception becomes a fault after its findings, so that the other checks still run."""
+    findings: list[Finding] = []
     try:
         result = check()
-        return [result] if isinstance(result, Finding) else list(result)
+        if isinstance(result, Finding):
+            return [result]
+        findings.extend(result)
     except Exception as error:
         line = first_line(error)
-        return [Finding(name, "fault", f"{type(error).__name__}: {line}", "see the message")]
+        findings.append(Finding(name, "fault", f"{type(error).__name__}: {line}", "see the message"))
+    return findings
 
 
 def versions() -> Finding:
@@ -207,7 +211,11 @@ def slurm() -> Finding:
     """Checks whether jobs can be submitted from here."""
     if shutil.which("sbatch") is None:
         return Finding("SLURM", "warning", "no sbatch", "run accelerate launch on each node; see launch/README.md")
-    result = subprocess.run(["sinfo", "--noheader", "--format=%P %D %G"], capture_output=True, text=True, check=False)
+    command = ["sinfo", "--noheader", "--format=%P %D %G"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        result = subprocess.CompletedProcess(command, 1)
     if result.returncode != 0:
         return Finding(
             "SLURM",
@@ -259,8 +267,9 @@ def tensorrt() -> Iterator[Finding]:
         except UserError as error:
             yield Finding(backend, "warning", str(error), "see runner/deploy/README.md")
         except Exception as error:  # of the library as well: the other one is tried nevertheless
-            line = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            yield Finding(backend, "fault", line, "check the driver, or install another version of the library")
+            yield Finding(
+                backend, "fault", first_line(error)[:300], "check the driver, or install another version of the library"
+            )
         else:
             if trial.gpu:
                 found = f"builds, loads and runs an engine ({trial.bytes:,} bytes) on {trial.gpu}"
@@ -288,7 +297,7 @@ def show(findings: list[Finding]) -> None:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check data, disk, GPUs, all-reduce, rendezvous, SLURM, W&B, onnxruntime and TensorRT; suggest what to fix."""
+    """Check data, disk, GPUs, all-reduce, SLURM, W&B and TensorRT; suggest fixes."""
 
     data: Path | None = None
     """Prepared dataset to check, file by file."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from runner.commands.options import Flag, Precision, RunFolder, refuse_ignored_precisions
+from runner.commands.options import Flag, NoneByDefault, Precision, RunFolder, refuse_ignored_precisions
 from runner.common.console import track
 from runner.config.recipe import Count
 from runner.run.folder import Run
@@ -15,7 +15,7 @@ from runner.run.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Build TensorRT engines from a run's ONNX files, each with a sidecar that describes it."""
+    """Build TensorRT engines from a run's ONNX files, each with a JSON sidecar."""
 
     run: RunFolder
     """Folder of the run."""
@@ -28,7 +28,7 @@ class Engine:
     loads and whose engine runs on this machine's GPU, or TensorRT for RTX if there is none."""
     batch: tuple[Count, Count, Count] = (1, 128, 512)
     """Minimum, optimal and maximum batch size."""
-    target: tuple[str, ...] = ()
+    target: Annotated[tuple[str, ...], NoneByDefault] = ()
     """Compute capabilities to build for, e.g. SM89 SM120 (tensorrt-rtx only); by default a portable engine for SM86,
     SM89 and SM120, or one for this machine's GPU if that is an RTX card of another kind."""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None

@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from runner.commands.options import Calibration, Code, Flag, Precision, RunFolder, open_run
+from runner.commands.options import (
+    Calibration,
+    Code,
+    Flag,
+    NoneByDefault,
+    Precision,
+    RunFolder,
+    open_run,
+    refuse_ignored_precisions,
+)
 from runner.commands.output import note_unfinished
 from runner.common.console import track
 from runner.common.errors import UserError
@@ -23,7 +32,7 @@ FOR_INT8 = ("data", "calibration", "calibration_method", "keep", "search_precisi
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export a run to ONNX, one file per precision, with a quick check against the model."""
+    """Export a run to ONNX, one file per precision, and check each on 64 images."""
 
     run: RunFolder
     """Folder of the run."""
@@ -32,7 +41,7 @@ class Export:
     CPU. The others are converted from fp32, which is exported first if it is missing or its weights are outdated."""
     raw: Flag = False
     """Also write files that take uint8 pixels (batch, H, W, 3) and normalize them inside the graph."""
-    aot_inductor: tuple[Literal["cpu", "cuda"], ...] = ()
+    aot_inductor: Annotated[tuple[Literal["cpu", "cuda"], ...], NoneByDefault] = ()
     """Also compile the fp32 model with AOTInductor into packages for these devices of this machine, which torch runs
     without this project."""
     calibration: Count = 512
@@ -41,7 +50,7 @@ class Export:
     """How the activation ranges of int8 files are estimated."""
     data: Path | None = None
     """Prepared dataset for calibration; by default the one that the run was trained on."""
-    keep: tuple[str, ...] = ()
+    keep: Annotated[tuple[str, ...], NoneByDefault] = ()
     """Operators of int8 files that stay in fp32, by their names in the ONNX file; a failed gate proposes some."""
     search_precision: Flag = False
     """Find the least operators that must stay in fp32 for the int8 files to keep their accuracy on validation images,
@@ -59,16 +68,18 @@ class Export:
         self.check()
         for device in self.aot_inductor:
             package.require_device(device)
+        if self.raw:
+            onnx.check_raw_input(run.config())
         note_unfinished(run)
+        lower = [kind for kind in self.precision if kind != "fp32"]
+        quantized = any(kind.startswith("int8") for kind in lower)
+        images = precision.calibration_images(run, self.data, self.calibration) if quantized else None
         files = []
         if "fp32" in self.precision or not onnx.is_current(run, "fp32"):
             files.append(onnx.export(run))
-        lower = [kind for kind in self.precision if kind != "fp32"]
         kept = dict.fromkeys(lower, self.keep)
         if self.search_precision:
             kept |= {kind: self.search(run, kind) for kind in lower if kind.startswith("int8")}
-        quantized = any(kind.startswith("int8") for kind in lower)
-        images = precision.calibration_images(run, self.data, self.calibration) if quantized else None
         files += [
             precision.convert(run, kind, images, self.calibration_method, kept[kind])
             for kind in track(lower, "convert", len(lower))
@@ -91,17 +102,19 @@ class Export:
             return
         for file, size in zip(files, sizes, strict=True):
             print(f"{file.path}: {size:,} bytes")
-        named = " --backend onnxruntime aotinductor" if self.aot_inductor else ""
-        print(f"next, the gate: runner parity {shlex.quote(str(self.run))}{named}")
+        for target in self.aot_inductor or ("",):
+            named = f" --device {target} --backend onnxruntime aotinductor" if target else ""
+            print(f"next, the gate: runner parity {shlex.quote(str(self.run))}{named}")
 
     def check(self) -> None:
         """Raises UserError for options that would be ignored."""
+        refuse_ignored_precisions(self.precision)
         if not any(kind.startswith("int8") for kind in self.precision):
             for field in dataclasses.fields(self):
                 if field.name in FOR_INT8 and (value := getattr(self, field.name)) != field.default:
                     words = "" if value is True else " ".join(value) if isinstance(value, tuple) else value
                     option = f"--{field.name.replace('_', '-')} {words}".strip()
-                    raise UserError(f"{option}: expected with --precision int8, which is calibrated on images")
+                    raise UserError(f"{option}: expected with --precision int8 or int8-cpu")
         if len(set(self.aot_inductor)) < len(self.aot_inductor):
             raise UserError(f"--aot-inductor {' '.join(self.aot_inductor)}: expected each device once")
         if self.keep and self.search_precision:

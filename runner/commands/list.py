@@ -3,9 +3,10 @@
 import dataclasses
 import json as json_format
 from collections.abc import MutableMapping
+from typing import Annotated
 
 from runner import experiments
-from runner.commands.options import Flag
+from runner.commands.options import Flag, NoneByDefault
 from runner.common.console import new_table, print_table
 from runner.common.errors import UserError
 from runner.config.recipe import Experiment
@@ -23,7 +24,7 @@ class List:
     an experiment."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
-    experiments_from: tuple[str, ...] = ()
+    experiments_from: Annotated[tuple[str, ...], NoneByDefault] = ()
     """Importable modules outside this package that define further EXPERIMENTS."""
 
     def __call__(self, environ: MutableMapping[str, str]) -> None:

@@ -18,8 +18,13 @@ def note_unfinished(run: Run) -> None:
 
 def print_result(result: dict[str, Any], json: bool) -> None:
     """Prints one evaluation as one line, or in full as JSON."""
-    line = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}"
-    print(msgspec.json.encode(result).decode() if json else line.format(**result))
+    if json:
+        print(msgspec.json.encode(result).decode())
+        return
+    augmented = result.get("test_accuracy_augmented")
+    note = "" if augmented is None else f", {augmented:.2%} with test-time augmentation"
+    line = "{run}: {test_accuracy:.2%} on {test_images:,} test images of {dataset}".format(**result)
+    print(f"{line}{note}")
 
 
 def print_summaries(summaries: list[Summary], json: bool) -> None:

@@ -20,7 +20,7 @@ class Predict:
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """ONNX file written by `runner export`; a run folder, to use its file that passed the gate; or, on a GPU, an engine
-    with its sidecar next to it. With --server, the name of a model on it."""
+    in the `deploy` folder of its run. With --server, the name of a model on it."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Image files, or folders of them."""
     batch: Count = 32

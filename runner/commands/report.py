@@ -14,7 +14,7 @@ from runner.common.text import printable
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Compare runs on one HTML page that opens offline, as Markdown, or as a W&B report."""
+    """Compare runs: an HTML page that opens offline, Markdown, or a W&B report."""
 
     runs: RunFolders
     """Run folders, or folders that contain run folders at any depth."""

@@ -18,7 +18,7 @@ from runner.run.folder import Run
 
 @dataclasses.dataclass(frozen=True)
 class ServeRepo:
-    """Write a model that passed the gate into a model repository of Triton Inference Server."""
+    """Write a model that passed the gate into a repository of Triton's server."""
 
     run: RunFolder
     """Run folder, RUNS/NAME/RUN, exported with --raw, so that the server takes decoded pixels."""
@@ -41,18 +41,25 @@ class ServeRepo:
         from runner.common.text import printable
         from runner.deploy import triton
 
+        if self.backend == "tensorrt" and self.precision == "int8-cpu":
+            raise UserError("--precision int8-cpu: expected --backend onnxruntime; no engine is built from it")
         if self.backend == "tensorrt" and self.device == "cuda":
             raise UserError("--device cuda: expected with --backend onnxruntime, because engines always run on a GPU")
         run = Run(self.run)
         name = re.sub(r"[^A-Za-z0-9._-]", "-", run.config().name) if self.name is None else self.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise UserError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters")
+            hint = "; choose a --name" if self.name is None else ""
+            raise UserError(
+                f"--name {name!r}: expected letters, digits, '.', '_' and '-', at most 100 characters{hint}"
+            )
         options = triton.ServeOptions(name, self.precision, self.backend, self.device, self.batch, self.delay_us)
         folder, sidecar = triton.write_repository(run, self.out, options)
         compatible = (
             " --backend-config=tensorrt,version-compatible=true" if sidecar and sidecar.version_compatible else ""
         )
-        gpus = "" if options.on_cpu else "--gpus all "
+        # In the gate, onnxruntime computes fp32 without TF32, which a server would use.
+        tf32 = "-e NVIDIA_TF32_OVERRIDE=0 " if self.backend == "onnxruntime" else ""
+        gpus = "" if options.on_cpu else f"--gpus all {tf32}"
         volume = shlex.quote(f"{self.out.resolve()}:/models:ro")
         print(printable(folder))
         print(

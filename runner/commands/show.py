@@ -3,13 +3,12 @@
 import dataclasses
 import sys
 from collections.abc import MutableMapping
-from pathlib import Path
-from typing import Annotated
 
 import msgspec
-import tyro
 
-from runner.commands.options import Flag
+from runner.commands.options import Flag, RunFolder
+from runner.common.text import printable
+from runner.report.collect import current_latency, current_parity
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 
@@ -18,7 +17,7 @@ from runner.run.metrics import read_metrics
 class Show:
     """Show what a run is, its progress, and where its files are."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: RunFolder
     """Run folder, RUNS/NAME/RUN."""
     json: Flag = False
     """Print JSON, and nothing else, on standard output."""
@@ -63,7 +62,7 @@ def facts(run: Run) -> dict[str, str | list[str]]:
         shown["test accuracy"] = f"{summary.test_accuracy:.2%} of {summary.test_images:,} images"
     elif evaluated:
         shown["test accuracy"] = f"{evaluated[-1].test_accuracy:.2%} so far"
-    parity, latency = run.read_parity(), run.read_latency()
+    parity, latency = current_parity(run), current_latency(run)
     if parity and parity.rows:
         shown["gate"] = [
             f"{row.onnx} on {row.provider}: {'passed' if row.passed else 'failed'}"
@@ -72,9 +71,8 @@ def facts(run: Run) -> dict[str, str | list[str]]:
         ]
     if latency and (measured := [row for row in latency.rows if row.measured]):
         shown["latency"] = [
-            f"{row.provider or row.backend}, {row.precision}, batch {row.batch}: p50 {row.p50_ms:.3g} ms"
-            for row in measured
+            f"{row.label}, {row.precision}, batch {row.batch}: p50 {row.p50_ms:.3g} ms" for row in measured
         ]
     shown["checkpoints"] = [run.step_folder(step).name for step in run.checkpoint_steps()] or "none"
-    shown["files"] = sorted(str(path) for path in [*run.folder.glob("*.*"), *run.deploy.glob("model.*")])
+    shown["files"] = sorted(printable(path) for path in [*run.folder.glob("*.*"), *run.deploy.glob("model.*")])
     return shown

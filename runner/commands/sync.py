@@ -10,7 +10,7 @@ from runner.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """Upload what W&B lacks from run folders: rows, tables, summaries, artifacts. Nothing is uploaded twice."""
+    """Upload from run folders what W&B lacks; nothing is uploaded twice."""
 
     runs: RunFolders
     """Run folders, or folders that contain run folders at any depth."""

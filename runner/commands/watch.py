@@ -46,7 +46,7 @@ SHOWN: dict[str, tuple[str, str, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Show the progress of a run in the terminal until the run ends; through a pipe, print it once."""
+    """Show the progress of a run until it ends; through a pipe, print it once."""
 
     run: RunFolder
     """Run folder, RUNS/NAME/RUN."""

@@ -24,6 +24,7 @@ NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan).*")  # a negative number is not an op
 NUMBER_OR_BOOL = re.compile(r"[-+.\d].*|True|False")
 NUMBERS = {"int": "an integer", "float": "a number"}
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+NoneByDefault = tyro.conf.arg(help_behavior_hint="(default: none)")  # for lists, whose default tyro shows as nothing
 
 
 def any_word(word: str) -> bool:

@@ -20,8 +20,8 @@ def without_controls(content: bytes) -> bytes:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, which may have many."""
-    return (str(error).splitlines() or [""])[0][:300]
+    """Returns the first line of an error's message, which may have many, or the name of its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def printable(value: object) -> str:

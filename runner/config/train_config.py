@@ -9,7 +9,7 @@ import tyro
 from msgspec import Meta
 
 from runner import experiments
-from runner.common.command_line import Flag, check_limits
+from runner.common.command_line import Flag, NoneByDefault, check_limits
 from runner.common.errors import UserError
 from runner.config.recipe import Architecture, Count, Experiment, NonNegative, Recipe, check_recipe
 from runner.config.trust import TrustedCode
@@ -39,7 +39,7 @@ class TrainConfig:
     """Name of the run; by default seed-N."""
     seed: Seed | None = None
     """Random seed for the weights, sample order, augmentation and dropout; by default 0."""
-    seeds: tuple[Seed, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], NoneByDefault] = ()
     """Several seeds: one run each, in sequence. The report shows their mean and standard deviation."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps, then evaluate and write the summary."""
@@ -57,7 +57,7 @@ class TrainConfig:
     """Replace an existing run of the same name."""
     json: Flag = False
     """Print only the summary, as JSON, on standard output."""
-    experiments_from: tuple[str, ...] = ()
+    experiments_from: Annotated[tuple[str, ...], NoneByDefault] = ()
     """Importable modules outside this package that define further EXPERIMENTS."""
     trust: Flag = False
     """Import whatever model a run to resume, --teacher or --start-from names, also from other modules."""

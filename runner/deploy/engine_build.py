@@ -117,7 +117,11 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
     """
     check_options(file, options)
     backend, trt = select_library(options.backend, options.targets)
-    for option, value in (("--version-compatible", options.version_compatible), ("--build-route", options.build_route)):
+    for option, value in (
+        ("--version-compatible", options.version_compatible),
+        ("--build-route", options.build_route),
+        ("--no-timing-cache", not options.timing_cache),
+    ):
         if value and backend != "tensorrt":
             raise UserError(f"{option}: expected TensorRT, which needs a GPU that it covers, found {backend}")
     cache = run.deploy / TIMING_CACHE if options.timing_cache and backend == "tensorrt" else None

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from runner.common.console import new_table, print_table, progress
 from runner.common.errors import UserError
 from runner.common.files import write_json
-from runner.common.text import first_line
+from runner.common.text import first_line, printable
 from runner.config.train_config import Device
 from runner.deploy import engine_run, onnx, package, parity
 from runner.deploy.session import OnnxSession, ProviderError
@@ -110,13 +110,18 @@ def bench(run: Run, options: BenchOptions, device: Device, environ: Mapping[str,
     """
     if max(options.batches) > onnx.LARGEST_BATCH:
         raise UserError(f"--batch {max(options.batches)}: expected at most {onnx.LARGEST_BATCH}, the ONNX file's limit")
-    files = [onnx.exported(run, precision) for precision in options.precisions]
+    if set(options.backends) - {"eager", "compiled", "aotinductor"}:
+        files = [onnx.exported(run, precision) for precision in options.precisions]
+    else:
+        files = []
     selected, message = launcher.select_device(device, launcher.read(environ), torch.cuda.device_count())
     print(message, file=sys.stderr)
     if selected == "cpu":
         cpu.prepare()
         torch.set_num_threads(options.threads or torch.get_num_threads())
     else:
+        if options.threads is not None:
+            raise UserError(f"--threads {options.threads}: expected with --device cpu, found a GPU")
         cuda.disable_tf32()
         torch.backends.cudnn.benchmark = True  # torch selects its kernels by their time, as engines do
     report = _new_report(run, options, selected)
@@ -161,7 +166,11 @@ def _new_report(run: Run, options: BenchOptions, device: str) -> LatencyReport:
 def _comparable_rows(run: Run, report: LatencyReport) -> list[LatencyRow]:
     """Returns the existing report's rows for current files and engines; none if it was measured differently."""
     earlier = run.read_latency()
-    if earlier is None or replace(earlier, run=report.run, load=report.load, rows=[]) != report:
+    if earlier is None:
+        return []
+    if replace(earlier, run=report.run, load=report.load, rows=[]) != report:
+        if earlier.rows:
+            print(f"{run.latency}: replaced, because it was measured differently or elsewhere", file=sys.stderr)
         return []
     engines = {sidecar.sha256 for sidecar in run.read_engines() if (run.folder / sidecar.engine).is_file()}
     files = [*onnx.all_exported(run), *package.all_compiled(run)]
@@ -319,7 +328,7 @@ def _engine_target(
         try:
             compute, launched_as = _as_graph(enqueue), "CUDA graph"
         except RuntimeError as error:  # some engines cannot be captured
-            reason = str(error).splitlines()[0][:120]
+            reason = first_line(error)[:120]
             compute, launched_as = enqueue, f"separate kernels, because no CUDA graph could be captured: {reason}"
         return Call(_copies(host, on_device, logits) | {"compute": compute}, launched_as)
 
@@ -446,15 +455,8 @@ def _sm_clock() -> int | None:
 
 
 def show(reports: list[LatencyReport]) -> None:
-    """Prints the rows of each run as a table.
-
-    Raises:
-        UserError: the reports were measured on different hardware.
-    """
-    machines = {str(report.hardware) for report in reports}
-    if len(machines) > 1:
-        raise UserError(f"rows from {' and '.join(sorted(machines))}: expected one machine; measure all runs on one")
-    print(f"latency on {machines.pop()}")
+    """Prints the rows of each run as a table. All were measured on this machine."""
+    print(f"latency on {reports[0].hardware}")
     for report in reports:
         print(f"\n{report.run}")
         table = new_table(
@@ -462,8 +464,7 @@ def show(reports: list[LatencyReport]) -> None:
         )
         notes = []
         for row in report.rows:
-            backend = row.provider if row.engine_sha256 else f"{row.backend} {row.provider or ''}".strip()
-            cells = [(backend or row.backend).removesuffix("ExecutionProvider"), row.precision, str(row.batch or "")]
+            cells = [row.label, row.precision, str(row.batch or "")]
             note = row.warning if row.measured else f"not measured: {row.not_measured}"
             if note:
                 notes.append(f"{' '.join(filter(None, cells))}: {note}")
@@ -473,4 +474,4 @@ def show(reports: list[LatencyReport]) -> None:
         print_table(table)
         if report.fastest:
             notes.insert(0, "*: the fastest of its precision and batch size")
-        print(*notes, sep="\n", end="\n" if notes else "")
+        print(*map(printable, notes), sep="\n", end="\n" if notes else "")

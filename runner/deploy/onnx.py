@@ -7,10 +7,12 @@ The precision is the one that the graph computes in; see precision.py.
 """
 
 import contextlib
+import functools
 import io
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,7 +168,15 @@ def write(
     finally:
         staging.unlink(missing_ok=True)
     written = OnnxFile(path, precision, raw, sha256_of(path))
-    exports = run.read_exports() | {path.name: Export(sha256=written.sha256, weights=weights)}
+    exports = run.read_exports()
+    before = exports.get(path.name)
+    exports[path.name] = Export(sha256=written.sha256, weights=weights)
+    outdated = path_of(run, precision, raw=True)
+    changed = before is None or before.sha256 != written.sha256
+    if not raw and changed and outdated.name in exports:
+        del exports[outdated.name]
+        outdated.unlink(missing_ok=True)
+        print(f"runner: {outdated}: removed, because it was made from the earlier {path.name}", file=sys.stderr)
     files.write_json(run.exports, exports)
     return written
 
@@ -205,7 +215,8 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
         raw, fp16: whether the file has the raw front end, and whether it is an fp16 file.
 
     Raises:
-        RuntimeError: the logits have another shape, or are not finite.
+        RuntimeError: the logits have another shape.
+        UserError: they are not finite.
     """
     import numpy as np
 
@@ -221,7 +232,19 @@ def check_finite(path: Path, shape: tuple[int, ...], classes: int, raw: bool, fp
     if logits.shape != (CHECK_IMAGES, classes):
         raise RuntimeError(f"{path}: expected logits of shape {(CHECK_IMAGES, classes)}, found {logits.shape}")
     if not np.isfinite(logits).all():
-        raise RuntimeError(f"{path}: expected finite logits, found infinity or NaN")
+        name = path.name.removeprefix(".").removesuffix(".part")
+        remedy = "its values exceed those of fp16; export fp32 or int8" if fp16 else "train the run again"
+        raise UserError(f"{path.with_name(name)}: expected finite logits, found infinity or NaN; {remedy}")
+
+
+def check_raw_input(config: RunConfig) -> None:
+    """Raises UserError if the raw front end would have to downscale images."""
+    height, width, _ = config.dataset.image_shape
+    if height > config.input.shape[1] or width > config.input.shape[2]:
+        raise UserError(
+            f"--raw: expected images of at most {config.input.shape[1]} × {config.input.shape[2]}, found {height} × "
+            f"{width}; downscaling needs antialiasing: omit --raw, and resize images before the model"
+        )
 
 
 def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
@@ -251,11 +274,7 @@ def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
         helper.make_node("Transpose", ["raw_normalized"], [transposed], name="raw_transpose", perm=[0, 3, 1, 2]),
     ]
     if resized:
-        if height > shape[1] or width > shape[2]:
-            raise UserError(
-                f"--raw: expected images of at most {shape[1]} × {shape[2]}, found {height} × {width}; "
-                "downscaling needs antialiasing: omit --raw, and resize images before the model"
-            )
+        check_raw_input(config)
         constants["raw_factors"] = np.array([1, 1, shape[1] / height, shape[2] / width], dtype=np.float32)
         inputs = ["raw_small", "", "raw_factors"]
         front_end.append(helper.make_node("Resize", inputs, [INPUT], name="raw_resize", mode="linear"))
@@ -311,6 +330,8 @@ def _find(run: Run, precision: Precision, raw: bool) -> OnnxFile | str:
     entry = run.read_exports().get(path.name)
     if entry is None or entry.sha256 != file.sha256:
         return "one that was changed after its export"
+    if has_external_data(path, file.sha256):
+        return "one with external data"
     return file if entry.weights == weights_sha256(run) else "one exported from other weights"
 
 
@@ -329,8 +350,7 @@ def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises exceptions from several modules
         raise UserError(f"{path}: expected an ONNX file: {first_line(error)}") from None
-    tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
-    if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors):
+    if _refers_to_files(proto):
         raise UserError(f"{path}: expected one file that holds its weights, found external data; save it as one")
     try:
         onnx.checker.check_model(proto)
@@ -342,6 +362,25 @@ def read(path: Path) -> tuple["ModelProto", OnnxMetadata]:
         return proto, msgspec.convert(metadata, OnnxMetadata)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise UserError(f"{path}: expected metadata of runner export: {error}; export it again") from None
+
+
+@functools.lru_cache(64)
+def has_external_data(path: Path, sha256: str) -> bool:
+    """Returns whether an ONNX file with this hash refers to external data, or is not an ONNX file.
+
+    Whoever made a run folder also wrote the hashes in it, so that these do not rule it out.
+    """
+    import onnx
+
+    try:
+        return _refers_to_files(onnx.load(path, load_external_data=False))
+    except Exception:  # protobuf raises exceptions from several modules
+        return True
+
+
+def _refers_to_files(proto: "ModelProto") -> bool:
+    tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
+    return any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

@@ -70,13 +70,6 @@ class Candidate:
     caveat: str | None = None
 
 
-def compare(
-    run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[ScoredBackend] = ()
-) -> ParityReport:
-    """Scores like `score`; returns the report alone."""
-    return score(run, files, data, device, backends)[0]
-
-
 def score(
     run: Run, files: list[OnnxFile], data: Path | None, device: str, backends: Sequence[ScoredBackend] = ()
 ) -> tuple[ParityReport, list[ParityRow]]:
@@ -180,6 +173,7 @@ def require_passed(run: Run, file: OnnxFile, provider: str, engine_sha256: str |
             raise UserError(f"{file.path}: failed the gate on {provider} ({row}), so it is not used")
     named = " --backend aotinductor" if file.path.suffix == package.SUFFIX else ""  # never scored by default
     named = " --backend onnxruntime-tensorrt" if provider == PROVIDERS["tensorrt"] else named
+    named += " --device cpu" if provider in (PROVIDERS["cpu"], package.provider_of("cpu")) else ""
     raise UserError(f"{file.path}: not scored on {provider} yet; first: runner parity {run.folder}{named}")
 
 
@@ -333,8 +327,8 @@ def find_culprit(run: Run, candidate: Candidate, images: torch.Tensor, device: s
         provider = candidate.provider
         return f"none: onnxruntime on {search_device} agrees with the fp32 file; the error is in {provider}", []
     quantized = precision.quantized_operators(suspect, file.precision)
-    proposed = [error.operator for error in errors if error.operator in quantized and error.added >= MIN_CULPRIT_ERROR]
-    return str(errors[0]), proposed[:PROPOSED]
+    worst = [error.operator for error in errors if error.added >= MIN_CULPRIT_ERROR]
+    return str(errors[0]), [name for name in dict.fromkeys(worst) if name in quantized][:PROPOSED]
 
 
 class _RawBatches:

@@ -53,7 +53,7 @@ def convert(
         kept: for int8, names of operators that stay in fp32.
 
     Raises:
-        UserError: the run has not been exported in fp32, or there is nothing of this name to quantize.
+        UserError: the run has no fp32 file, or `kept` names an operator that is not quantized.
     """
     proto, metadata = onnx.read(onnx.exported(run, "fp32").path)
     if precision == "fp16":

@@ -59,7 +59,7 @@ class SearchImages:
 
 @dataclass
 class Drops:
-    """The drop in accuracy by the operators that stay in fp32; each set is measured once."""
+    """Measures the drop in accuracy for sets of operators that stay in fp32, each set once."""
 
     measure: Callable[[tuple[str, ...]], float]
     limit: float
@@ -115,8 +115,9 @@ def search(
 
         few = images.stream.clean_images(images.samples[:SENSITIVITY_IMAGES]).numpy()
         errors = added_errors(onnx.read(source)[0], quantizer.quantize(()), few)
-        worst_first = [error.operator for error in errors if error.operator in quantizer.operators]
-        worst_first += [name for name in quantizer.operators if name not in worst_first]  # without a shared output
+        # An operator with several outputs has as many errors; those without an output in both graphs have none.
+        worst_first = list(dict.fromkeys(error.operator for error in errors if error.operator in quantizer.operators))
+        worst_first += [name for name in quantizer.operators if name not in worst_first]
         drops = Drops(measure, limit)
         kept = least_set(worst_first, drops)
         result = PrecisionSearch(
@@ -146,7 +147,7 @@ def least_set(worst_first: list[str], drops: Drops) -> list[str]:
         worst_first: all operators, in descending order of the error that they add.
         drops: measures a set. With all operators, the drop is within the limit.
     """
-    low, high = 0, len(worst_first)  # the limit holds for the first `high`; not for fewer than `low`
+    low, high = 0, len(worst_first)  # the first `high` operators suffice; fewer than `low` do not
     while low < high:
         middle = (low + high) // 2
         if drops.passes(worst_first[:middle]):

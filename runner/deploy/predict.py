@@ -24,6 +24,7 @@ from runner.deploy.session import PROVIDERS, OnnxSession
 from runner.run.folder import Run
 from runner.run.schema import EngineSidecar, FrontEnd, OnnxMetadata
 
+JPEG = (".jpg", ".jpeg")
 LARGEST_JPEG = 65_500  # maximum width and height of a JPEG file in pixels
 COLUMNS, TILE, CAPTION = 8, 128, 49  # contact sheet: images per row; side of a tile and height of a caption, in pixels
 Forward = Callable[[np.ndarray], np.ndarray]
@@ -65,6 +66,7 @@ def predict(
         _check_sheet(sheet)
     paths, unused = _image_files(inputs)
     if sheet is not None:
+        _check_sheet_images(sheet, paths)
         rows = -(-len(paths) // COLUMNS)
         needed = 2 * rows * COLUMNS * TILE * (TILE + CAPTION) * 3  # and its encoded copy
         images.require_memory(needed, f"--sheet {sheet}: {len(paths):,} images", "leave it out, or use fewer images")
@@ -90,7 +92,8 @@ def predict(
         if logits.shape != (len(batch_paths), len(metadata.classes)):
             raise UserError(f"{model}: has {len(metadata.classes)} classes, but returns logits {logits.shape}")
         if not np.isfinite(logits).all():
-            raise UserError(f"{model}: returned logits that are not finite for {batch_paths[0]} or an image after it")
+            first = int(np.isfinite(logits).all(1).argmin())
+            raise UserError(f"{model}: returned logits that are not finite for {batch_paths[first]}")
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
         for path, row in zip(batch_paths, probabilities, strict=True):
@@ -124,25 +127,38 @@ def _image_files(inputs: list[Path]) -> tuple[list[Path], list[str]]:
 
 def _check_sheet(path: Path) -> None:
     """Raises UserError if a contact sheet cannot be written to this path."""
-    from PIL import Image
-
-    known = Image.registered_extensions().get(path.suffix.lower()) in ("PNG", "JPEG")
+    known = path.suffix.lower() in (".png", *JPEG)
     if not known or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--sheet {path}: expected a name that ends in .png or .jpg, in a writable folder")
 
 
+def _check_sheet_images(sheet: Path, paths: list[Path]) -> None:
+    """Raises UserError if a contact sheet would replace one of the images, or is too high for a JPEG."""
+    if sheet.resolve() in {path.resolve() for path in paths}:
+        raise UserError(f"--sheet {sheet}: expected a new file, found one of the images")
+    height = -(-len(paths) // COLUMNS) * (TILE + CAPTION)
+    if sheet.suffix.lower() in JPEG and height > LARGEST_JPEG:
+        raise UserError(f"--sheet {sheet}: expected .png for {len(paths):,} images, too many for a JPEG")
+
+
 def _passed_file(run: Run, device: str) -> Path:
-    """Returns a run's most precise ONNX file with normalized input that passed the gate on the device."""
-    report, exported = run.read_parity(), {file.sha256: file for file in onnx.all_exported(run)}
-    passed = {row.precision: row.onnx_sha256 for row in (report.rows if report else [])
-              if row.passed and row.provider == PROVIDERS[device] and row.front_end == FrontEnd.NORMALIZED}  # fmt: skip
-    for precision in onnx.PRECISIONS:
-        if passed.get(precision) in exported:
-            return exported[passed[precision]].path
+    """Returns a run's most precise ONNX file with normalized input that passed the gate on this machine's device."""
+    from runner.deploy import parity  # imports torch
+
+    run.config()  # raises for a folder that is not a run
+    failures = []
+    for file in onnx.all_exported(run):
+        if not file.raw:
+            try:
+                parity.require_passed(run, file, PROVIDERS[device])
+            except UserError as error:
+                failures.append(error)
+            else:
+                return file.path
     raise UserError(
         f"{run.folder}: expected an ONNX file that passed the gate on {device}, found none; first: runner export "
-        f"{run.folder} && runner parity {run.folder}"
-    )
+        f"{run.folder} && runner parity {run.folder} --device {device}"
+    ) from (failures[0] if failures else None)
 
 
 def _normalize(pixels: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
@@ -186,7 +202,7 @@ def _load_engine(model: Path) -> tuple[Forward, OnnxMetadata]:
     sidecar_path = engine_run.sidecar_of(model)
     if not sidecar_path.is_file():
         raise UserError(f"{model}: expected its sidecar {sidecar_path.name} next to it, found none")
-    run, sidecar = Run(model.parent.parent), files.read_json(sidecar_path, EngineSidecar)
+    run, sidecar = Run(model.absolute().parent.parent), files.read_json(sidecar_path, EngineSidecar)
     engine_run.verify(run, sidecar)
     if (run.folder / sidecar.engine).resolve() != model.resolve():
         raise UserError(f"{model}: expected the sidecar of this engine, found that of {sidecar.engine}")
@@ -220,7 +236,5 @@ def draw(predictions: list[Prediction], target: Path) -> None:
                 text = text[:-1] if line == 0 else f"…{text[2:]}"
             pen.text((x + 6, y + TILE + 15 * line), text, fill=color, font=font)
     content = io.BytesIO()
-    if target.suffix.lower() != ".png" and sheet.height > LARGEST_JPEG:
-        raise UserError(f"--sheet {target}: expected .png for {len(predictions):,} images, too many for a JPEG")
     sheet.save(content, format=Image.registered_extensions()[target.suffix.lower()])
     files.write_atomically(target, content.getvalue())

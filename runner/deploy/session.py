@@ -83,7 +83,10 @@ class OnnxSession:
             raise ProviderError(
                 f"asked onnxruntime for {requested}, got {self.provider}{reason}; see what works here: runner doctor"
             )
-        model_input = self.session.get_inputs()[0]
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1:
+            raise UserError(f"{self.name}: expected a graph with one input, found {len(inputs)}")
+        (model_input,) = inputs
         self.input_name, self.input_shape, self.input_type = model_input.name, model_input.shape, model_input.type
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -124,7 +127,9 @@ class OnnxSession:
         try:
             yield
         except Exception as error:  # they have no common base class
-            if not type(error).__module__.startswith("onnxruntime"):
+            if not type(error).__module__.startswith("onnxruntime") and not isinstance(
+                error, ValueError | RuntimeError
+            ):
                 raise
             raise UserError(f"{self.name}: onnxruntime cannot run it: {str(error).strip()[:300]}") from None
 

@@ -7,6 +7,7 @@ REPO/NAME/1/model.onnx   or model.plan, an engine
 The model takes decoded pixels (batch, H, W, 3) uint8 and returns logits (batch, classes) float32.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -90,12 +91,13 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> tuple
         model, sha256, target = file.path, file.sha256, "model.onnx"
     if options.batch > metadata.largest_batch:
         raise UserError(f"--batch {options.batch}: expected at most {metadata.largest_batch}, the limit of {model}")
+    content = model.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{model}: changed since it passed the gate; export and score it again")
     staging = repository / f".{options.name}.writing-{os.getpid()}"
     try:
         staging.joinpath("1").mkdir(parents=True)
-        shutil.copyfile(model, staging / "1" / target)
-        if files.sha256_of(staging / "1" / target) != sha256:
-            raise UserError(f"{model}: changed since it passed the gate; export and score it again")
+        files.write_atomically(staging / "1" / target, content)
         labels = "".join(f"{' '.join(name.split())}\n" for name in metadata.classes)
         files.write_atomically(staging / "labels.txt", labels.encode())
         served = replace(metadata, largest_batch=options.batch)
@@ -111,19 +113,20 @@ def write_repository(run: Run, repository: Path, options: ServeOptions) -> tuple
 def _engine_of(run: Run, file: OnnxFile, batch: int) -> EngineSidecar:
     """Returns the engine of a file, if Triton can load it and it has passed the gate. Raises UserError."""
     sidecars = engine_run.verified_engines(run, file)
+    build = f"runner engine {run.folder} --precision {file.precision} --backend tensorrt --raw"
     for sidecar in sidecars:
         if sidecar.backend == "tensorrt":
             parity.require_passed(run, file, sidecar.provider, sidecar.sha256)
             if not sidecar.batch.min == 1 <= batch <= sidecar.batch.max:
                 raise UserError(
                     f"{sidecar.engine}: is for batches of {sidecar.batch.min} to {sidecar.batch.max}, expected 1 to "
-                    f"--batch {batch}; build it again with runner engine --batch 1 {batch} {batch}"
+                    f"--batch {batch}; build it again with {build} --batch 1 {batch} {batch}"
                 )
             return sidecar
     found = ", ".join(sidecar.backend for sidecar in sidecars) or "none"
     raise UserError(
-        f"{file.path}: expected an engine of TensorRT, found {found}; on the GPU of the server, first: runner engine "
-        f"{run.folder} --backend tensorrt --raw && runner parity {run.folder}"
+        f"{file.path}: expected an engine of TensorRT, found {found}; on the GPU of the server, first: {build} && "
+        f"runner parity {run.folder}"
     )
 
 

@@ -501,6 +501,12 @@ class LatencyRow(JsonStruct, frozen=True, kw_only=True):
         """Whether the latency was measured."""
         return self.p50_ms is not None
 
+    @property
+    def label(self) -> str:
+        """Backend and provider as shown in tables, such as `onnxruntime CPU`; the library alone for an engine."""
+        text = self.provider if self.engine_sha256 else f"{self.backend} {self.provider or ''}".strip()
+        return (text or self.backend).removesuffix("ExecutionProvider")
+
 
 class Method(JsonStruct, frozen=True, kw_only=True):
     """How latencies were measured: seconds of warmup, and the minimum duration and number of calls."""

@@ -27,7 +27,7 @@ from runner.benchmarks import program
 from runner.benchmarks.gpu.context import GRACE, Context
 from runner.benchmarks.gpu.ledger import Ledger, PartFile, path_of, was_measured
 from runner.common import files
-from runner.common.command_line import Flag
+from runner.common.command_line import Flag, NoneByDefault
 from runner.common.console import new_table, print_table
 from runner.common.errors import UserError
 from runner.system import environment, launcher
@@ -70,7 +70,7 @@ class GpuBenchmark:
     resumes there."""
     minutes: Annotated[float, Meta(gt=0, le=1e6)] = 30.0
     """Total time, which the parts share."""
-    only: tuple[PartName, ...] = ()
+    only: Annotated[tuple[PartName, ...], NoneByDefault] = ()
     """Run only these parts."""
     peer: Path | None = None
     """Python script of another project that trains on CIFAR-10 repeatedly, to compare the speed run with, such as
