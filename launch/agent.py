@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.plan import Resources, launcher_for, training_command
-from launch.train_arguments import reject_options, resolve_device
+from launch.train_arguments import SET_BY_AGENTS, reject_options, resolve_device
 from runner import cli
 from runner.config.train_config import Seed
 from runner.system import environment
@@ -30,7 +30,7 @@ class Agent:
         Raises:
             UserError: the options are invalid.
         """
-        reasons = {"--seeds": "an agent trains one seed; use --seed"}
+        reasons = {**SET_BY_AGENTS, "--seeds": "an agent trains one seed; use --seed"}
         name = []
         if "WANDB_RUN_ID" in environ:
             name = ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
@@ -41,5 +41,6 @@ class Agent:
         config = cli.parse_train(arguments)
         config.check()
         resources = Resources(0 if config.device == "cpu" else gpus, 1)
-        command = training_command(launcher_for(resources), environment.usable_cores())
+        threads = max(1, environment.usable_cores() // max(1, resources.gpus))
+        command = training_command(launcher_for(resources), threads)
         os.execve(sys.executable, [sys.executable, *command, *arguments], dict(environ))

@@ -87,10 +87,11 @@ class ListedTrials:
 
     def next(self) -> Job | None:
         """Returns the next job; None if there is none at present."""
-        if not self.waiting:
-            return None
-        trial = self.waiting.pop(0)
-        return Job(trial, tuple(trial.arguments))
+        while self.waiting:
+            trial = self.waiting.pop(0)
+            if trial.state() not in ("complete", "running"):  # by another call, meanwhile
+                return Job(trial, tuple(trial.arguments))
+        return None
 
     def is_empty(self) -> bool:
         """Returns whether all trials have started."""
@@ -172,8 +173,11 @@ class Pool:
         for running in self.running.values():
             if len(running.commands) < len(running.job.commands):
                 running.process.terminate()  # it is not training
-            else:
+                continue
+            try:
                 running.stop_file.touch()
+            except OSError:  # such as a full disk; the launcher ends its ranks, which then resume from a checkpoint
+                running.process.terminate()
 
     def kill(self) -> None:
         """Kills every trial; its ranks die with it."""
@@ -218,11 +222,13 @@ class Pool:
     def _collect(self, running: RunningJob) -> None:
         """Records and prints the outcome of a job that has ended."""
         running.log.close()
-        running.stop_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            running.stop_file.unlink()
         try:
             outcome = self.source.ended(running.job, _last_message(running))
         except (UserError, OSError) as error:  # the others continue
             outcome = f"failed: {error}"
+        self.outcomes.pop(running.job.trial.id, None)  # the newest is last
         self.outcomes[running.job.trial.id] = outcome
         _print_without_table(f"{running.job.trial.id}: {outcome}")
 
@@ -334,7 +340,7 @@ def _progress(trial: Trial) -> tuple[str, str, str]:
     """Returns the newest epoch, training loss and test accuracy of a trial."""
     try:
         rows = read_metrics(trial.run)
-    except UserError:  # damaged; the trial itself reports it
+    except (UserError, OSError):  # damaged, or unreadable now; the trial itself reports it
         return "unreadable", "", ""
     losses = [row.train_loss for row in rows if row.train_loss is not None]
     accuracies = [row.test_accuracy for row in rows if row.test_accuracy is not None]

@@ -24,6 +24,7 @@ from runner import experiments
 from runner.common.command_line import read_command
 from runner.common.console import run_command
 from runner.common.errors import UserError
+from runner.common.files import read_json, write_json
 from runner.config.recipe import Count
 from runner.run.folder import Run, find_runs
 from runner.system import environment
@@ -124,9 +125,10 @@ class Pipeline:
 
         The speeds are stored in `file`, so that a second call makes the same plan.
         """
-        speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
-        missing = [name for name in self.experiments if name not in speeds]
         precisions = "fp32,bf16" if self.resources.bf16 else "fp32"
+        speeds = read_json(file, dict[str, dict[str, float]]) if file.is_file() else {}
+        speeds = {name: values for name, values in speeds.items() if set(values) == set(precisions.split(","))}
+        missing = [name for name in self.experiments if name not in speeds]
         title = f"measure the training speed in {precisions.replace(',', ' and ')}"
         self.announce(title if missing else f"{title} (already done)")
         if missing:
@@ -138,7 +140,7 @@ class Pipeline:
             if done.returncode != 0:
                 raise SystemExit(done.returncode)
             speeds |= json.loads(done.stdout)
-            file.write_text(json.dumps(speeds))
+            write_json(file, speeds)
         for name in self.experiments:
             measured = ", ".join(f"{speed:,.0f} images/s in {p}" for p, speed in speeds[name].items())
             say(f"  {name}: {measured}")
@@ -151,7 +153,8 @@ class Pipeline:
         """
         run = Run(runs / name / plan.name)
         trained = run.summary.is_file() and run.config().dataset.fingerprint == manifest.fingerprint
-        train = [*training_command(plan.launcher, self.resources.cores), name, "--data", str(data)]
+        threads = max(1, self.resources.cores // max(1, self.resources.gpus))
+        train = [*training_command(plan.launcher, threads), name, "--data", str(data)]
         train += ["--runs", str(runs), "--name", plan.name, "--overwrite", *plan.options]
         self.run_stage(f"train {name}: {plan.description}", trained, train)
         folder = str(run.folder)
@@ -163,11 +166,12 @@ class Pipeline:
         else:
             self.run_stage(f"engine {name}", trained and _has_engine(run), ["-m", "runner", "engine", folder])
         gpu = self.resources.gpus > 0
-        passed = trained and ("engine" if gpu and not no_engine else "onnxruntime") in _scored(run)
+        backend = "engine" if gpu and not no_engine else "onnxruntime"
+        passed = trained and backend in _scored(run)
         device = () if gpu else ("--device", "cpu")
         self.run_stage(f"parity {name}", passed, ["-m", "runner", "parity", folder, *device])
         bench = ["-m", "runner", "bench", folder, "--batch", "1", "--seconds", "1"]
-        self.run_stage(f"bench {name}", trained and _has_latency(run), bench)
+        self.run_stage(f"bench {name}", trained and _has_latency(run, backend), bench)
 
     def run_stage(self, title: str, done: bool, argv: list[str]) -> None:
         """Runs one stage in its own process, unless it is done.
@@ -206,21 +210,23 @@ def _sha256_of_onnx(run: Run) -> str | None:
 
 
 def _scored(run: Run) -> set[str]:
-    """Returns the backends for which parity.json has scores of the current ONNX file."""
+    """Returns the backends with which the current ONNX file has passed the gate."""
     try:
         report, sha256 = run.read_parity(), _sha256_of_onnx(run)
     except UserError:
         return set()
-    return {row.backend for row in report.rows if row.onnx_sha256 == sha256} if report and sha256 else set()
+    rows = report.rows if report and sha256 else []
+    return {row.backend for row in rows if row.passed and row.onnx_sha256 == sha256}
 
 
-def _has_latency(run: Run) -> bool:
-    """Returns whether latency.json has measurements of the current ONNX file."""
+def _has_latency(run: Run, backend: str) -> bool:
+    """Returns whether latency.json has measurements of the current ONNX file with a backend."""
     try:
         report, sha256 = run.read_latency(), _sha256_of_onnx(run)
     except UserError:
         return False
-    return sha256 is not None and report is not None and any(row.onnx_sha256 == sha256 for row in report.rows)
+    rows = report.rows if report and sha256 else []
+    return any(row.measured and (row.backend, row.onnx_sha256) == (backend, sha256) for row in rows)
 
 
 def _why_no_engine() -> str | None:

@@ -54,6 +54,7 @@ DEFINED_BY = {  # the option of each field of a definition that has another name
 SEARCHABLE_PREFIXES = ("--recipe.", "--architecture.")  # options that may have a range
 SET_BY_SEARCHES = SET_BY_JOBS | {
     "--seeds": "a search trains each trial with one seed; use --seed",
+    "--pause-after": "a search pauses trials at its rungs; use --first-rung",
     "--max-steps": "a search trains whole epochs; use --recipe.epochs",
     "--overwrite": "a search continues its trials; choose another --name",
     "--resume-anyway": "a search continues its trials; choose another --name",
@@ -148,7 +149,12 @@ class Search:
 
     def check_own_options(self) -> None:
         """Raises UserError if options of the search are invalid or exclude each other, so that none is ignored."""
-        check_name(f"{self.search_name}-{self.trials:03d}-seed-{self.seed}")  # the longest name of a run
+        longest = f"{self.search_name}-{self.trials:03d}-seed-{self.seed}"  # name of a run
+        try:
+            check_name(longest)
+        except UserError:
+            expected = f"a name that is valid for a run when {longest[len(self.search_name) :]} is added"
+            raise UserError(f"--name {self.search_name!r}: expected {expected}; choose a --name") from None
         if self.on == "slurm":
             name_and_log(self.search_name, self.runs, "%A_%a")
         objectives = f"--objectives {' '.join(self.objectives)}"
@@ -159,6 +165,8 @@ class Search:
         if self.pruner not in (None, "none") and len(self.objectives) > 1:
             raise UserError(f"--pruner {self.pruner}: expected none with several objectives, which have no order")
         for option, value in (("--first-rung", self.first_rung), ("--reduction", self.reduction)):
+            if value and len(self.objectives) > 1:
+                raise UserError(f"{option} {value}: expected one objective; several have no rungs")
             if value and self.actual_pruner == "none":
                 raise UserError(f"{option} {value}: expected --pruner asha or hyperband, which have rungs")
         if "latency" in self.objectives and (self.slots or 1) > 1:
@@ -200,6 +208,9 @@ class Search:
         if not space:
             raise UserError("NAMES: expected several, or an option with a range: --recipe.optimizer.lr log:1e-3:1e-1")
         manifest = manifests.read(self.data)
+        device = trials[0].config.device
+        if device == "auto" and (self.on == "local" or self.slurm.gpus_per_node or self.slurm.gres):
+            device = "cuda"  # `resolve_device` has replaced it where there is no GPU
         definition = Definition(
             names=experiments,
             space={option: str(domain) for option, domain in space.items()},
@@ -213,6 +224,7 @@ class Search:
             train_seed=self.seed,
             ranks=self.ranks,
             dataset=manifest.fingerprint,
+            device="" if device == "auto" else device,
         )
         return Plan(definition, space, tuple(arguments), self.experiments_from, self.search_name, manifest)
 
@@ -312,7 +324,10 @@ class Search:
                 words += [f"{option}={one}" for one in (value if isinstance(value, tuple) else (value,))]
         space, line = split_ranges(options)
         ranges = [f"{option}={domain}" for option, domain in space.items()]
-        return [*words, *ranges, *absolute_paths(line.words()), "--", *self.names]
+        fixed = absolute_paths(line.words())
+        if (self.slurm.gpus_per_node or self.slurm.gres) and "--device" not in line.options:
+            fixed = [*fixed, "--device=cuda"]  # so that a node without a working GPU is an error
+        return [*words, *ranges, *fixed, "--", *self.names]
 
 
 def searchable_options() -> dict[str, Option]:
@@ -364,6 +379,11 @@ def check_same_search(existing: Definition | None, requested: Definition, folder
     """Raises UserError if a folder holds a search of something else."""
     for field in requested.__struct_fields__:
         found, expected = getattr(existing, field, None), getattr(requested, field)
+        if field == "device" and "" in (found, expected):
+            continue  # known only on the node, or a study of an earlier version
+        if field == "options":
+            found, expected = (tuple(word for word in words or () if not word.startswith("--device="))
+                               for words in (found, expected))  # fmt: skip
         if found != expected:
             what = DEFINED_BY.get(field, f"--{field}")
             raise UserError(

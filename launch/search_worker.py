@@ -10,6 +10,7 @@ from launch.local_pool import Job
 from launch.train_arguments import check_dataset, check_models
 from launch.trials import Trial, check_same_training, expand
 from runner.common.errors import UserError
+from runner.common.files import UnreadableError
 from runner.report import collect, compare
 from runner.run.lock import LockedError
 from runner.run.metrics import read_metrics
@@ -97,11 +98,7 @@ class StudySource:
         self.failed: set[int] = set()  # trials that failed since one succeeded
         self.look_again = 0.0
         self.closed = self.done = False
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether several trials in a row failed."""
-        return len(self.failed) >= MAX_FAILURES
+        self.gave_up = False  # set when several trials in a row have failed
 
     def next(self) -> Job | None:
         """Returns the next job; None if there is none at present.
@@ -150,15 +147,25 @@ class StudySource:
         return True
 
     def _start(self, stored: StudyTrial, target: int) -> Job | None:
-        """Claims a trial and returns its job; returns None if there is nothing to do for it any more."""
+        """Claims a trial and returns its job; returns None if there is nothing to do for it any more.
+
+        Raises:
+            UserError: its folder holds another training, or cannot be read now.
+        """
         if stored.target != target:
             self.study.set_target(stored.number, target)
         try:
             trial = self.plan.trial(stored.parameters, stored.number)
-            check_same_training(trial.run, trial.config.all_seeds[0], trial.config, self.plan.manifest.fingerprint)
+        except UserError as error:  # a combination that cannot be trained
+            self.study.fail(stored.number, str(error), final=True)
+            return None
+        check_same_training(trial.run, trial.config.all_seeds[0], trial.config, self.plan.manifest.fingerprint)
+        try:
             if self._record(stored.number, target, trial):
                 return None
-        except UserError as error:  # a combination that cannot be trained, or a damaged run
+        except UnreadableError:
+            raise
+        except UserError as error:  # a damaged run
             self.study.fail(stored.number, str(error), final=True)
             return None
         claim = contextlib.ExitStack()
@@ -176,7 +183,8 @@ class StudySource:
             return ()
         folder = str(trial.run.folder.absolute())
         modules = [f"--experiments-from={module}" for module in self.plan.experiments_from]
-        commands = (["export", "--precision", "fp32"], ["parity"], ["bench", "--batch", "1"])
+        device = ["--device", trial.config.device]
+        commands = (["export", "--precision", "fp32"], ["parity", *device], ["bench", "--batch", "1", *device])
         return tuple(("-m", "runner", command[0], folder, *command[1:], *modules) for command in commands)
 
     def ended(self, job: Job, failure: str) -> str:
@@ -205,6 +213,7 @@ class StudySource:
         if self.study.fail(number, reason, final=False) >= MAX_ATTEMPTS:
             self.study.give_up(number)
         self.failed.add(number)
+        self.gave_up = self.gave_up or len(self.failed) >= MAX_FAILURES
         self.closed = self.closed or self.gave_up
         return f"failed: {reason}"
 
@@ -252,7 +261,7 @@ class StudySource:
 
     def describe(self, done: int) -> str:
         """Returns how much is done, in a few words."""
-        return f"{done} of {self.limit} trials started"
+        return f"{done} trials trained by this worker; the search has up to {self.limit}"
 
 
 def _measured(trial: Trial, objective: Objective) -> float | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from runner import experiments
 from runner.common.console import run_command
 from runner.config.recipe import Experiment
+from runner.system import cpu
 from runner.training import optim
 from runner.training.model import build_for
 
@@ -58,6 +59,7 @@ def main(precisions: str, classes: str, height: str, width: str, *names: str) ->
     size = (int(height), int(width))
 
     def measure() -> dict[str, dict[str, float]]:
+        cpu.prepare()  # as training does
         return {
             name: {
                 precision: images_per_second(experiments.get(name), precision, int(classes), size)

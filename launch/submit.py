@@ -224,7 +224,7 @@ class Submit:
             print(shlex.join(command))
             return
         job_id = sbatch(command, self.runs, environ)
-        print(f"job {job_id}; log: {self.runs / 'slurm'}/runner-{self.experiment}-{job_id}.log")
+        print(f"job {job_id}; log: {self.runs / 'slurm' / job_name(self.experiment)}-{job_id}.log")
 
     def command(self, arguments: list[str]) -> list[str]:
         """Returns the sbatch command as a list of arguments, for use without a shell.
@@ -237,6 +237,11 @@ class Submit:
         """
         fixed = ["sbatch", "--parsable", *name_and_log(self.experiment, self.runs, "%j")]
         return [*fixed, *self.slurm.options(), "slurm/train.sbatch", *arguments]
+
+
+def job_name(name: str) -> str:
+    """Returns the job's name in SLURM for an experiment or sweep; its log begins with it."""
+    return "runner-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def name_and_log(name: str, runs: Path, job_id_pattern: str) -> list[str]:
@@ -253,8 +258,7 @@ def name_and_log(name: str, runs: Path, job_id_pattern: str) -> list[str]:
     folder = str(runs.absolute() / "slurm")
     if "\\" in folder or "\n" in folder:
         raise UserError(f"--runs {str(runs)!r}: expected no backslash and no line break, which sbatch would change")
-    job_name = "runner-" + re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    return [f"--job-name={job_name}", f"--output={folder.replace('%', '%%')}/%x-{job_id_pattern}.log"]
+    return [f"--job-name={job_name(name)}", f"--output={folder.replace('%', '%%')}/%x-{job_id_pattern}.log"]
 
 
 def check_mounts(allocation: Allocation, arguments: Iterable[str], runs: Path, environ: Mapping[str, str]) -> None:

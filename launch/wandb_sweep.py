@@ -24,8 +24,10 @@ def write(path: Path, definition: dict[str, Any], trials: int) -> None:
     if path.is_dir():
         raise UserError(f"--as-wandb-sweep {path}: expected a file, found a folder")
     try:
-        text = HEADER + yaml.safe_dump(definition, sort_keys=False)
-        write_atomically(path, text.encode())
+        content = (HEADER + yaml.safe_dump(definition, sort_keys=False)).encode()
+        if path.exists() and path.read_bytes() != content:  # users edit it
+            raise UserError(f"--as-wandb-sweep {path}: expected a new file, found one with other content; remove it")
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"--as-wandb-sweep {path}: cannot write there ({error.strerror})") from None
     print(f"{path}: {trials} trials; start with: wandb sweep {path}, and on each machine: wandb agent SWEEP")

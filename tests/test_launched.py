@@ -1,9 +1,12 @@
 """Reading the launcher's environment, and the choice of the device (runner.system.launcher)."""
 
+import ctypes
+from typing import Any
+
 import pytest
 
 from runner.common.errors import UserError
-from runner.system import launcher
+from runner.system import environment, launcher
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 RANKS = ACCELERATE | {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
@@ -46,3 +49,32 @@ def test_device(requested: str, environ: dict[str, str], gpus: int, expected: st
 def test_too_few_gpus_are_an_error(requested: str, environ: dict[str, str], gpus: int) -> None:
     with pytest.raises(UserError, match=f"found {gpus}"):
         launcher.select_device(requested, launcher.read(environ), gpus)
+
+
+def test_a_gpu_is_refused_with_a_launch_configuration_for_the_cpu() -> None:
+    """Else accelerate would put the model on the CPU."""
+    launch = launcher.read(ACCELERATE | {"ACCELERATE_USE_CPU": "True"})
+    with pytest.raises(UserError, match="--device cuda: expected a launch configuration for GPUs"):
+        launcher.select_device("cuda", launch, 8)
+
+
+@pytest.mark.parametrize(("error", "count"), [(0, 3), (100, 0), (34, 0), (803, None), (999, None)])
+def test_a_driver_that_fails_is_not_a_machine_without_gpus(
+    error: int, count: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Driver:
+        @staticmethod
+        def cuInit(flags: int) -> int:  # noqa: N802
+            return error
+
+        @staticmethod
+        def cuDeviceGetCount(pointer: Any) -> int:  # noqa: N802
+            pointer._obj.value = 3
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver)
+    if count is None:
+        with pytest.raises(UserError, match=f"the CUDA driver failed .error {error}.; check it with nvidia-smi"):
+            environment.count_gpus()
+    else:
+        assert environment.count_gpus() == count

@@ -1,6 +1,7 @@
 """`python -m launch search`: each trial is sampled, paused and continued once, whatever is killed meanwhile."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -21,7 +22,7 @@ from msgspec.structs import replace as changed
 from launch import local_pool, search_worker
 from launch import search as search_module
 from launch.local_pool import Job, ListedTrials
-from launch.search import Search, check_same_search
+from launch.search import DEFAULT_ALLOCATION, Search, check_same_search
 from launch.search_worker import Plan, StudySource
 from launch.trials import expand
 from runner.benchmarks import search as replays
@@ -29,6 +30,7 @@ from runner.benchmarks import tables
 from runner.common.command_line import read_command_and_rest
 from runner.common.errors import UserError
 from runner.common.files import read_json, write_json
+from runner.run import lock
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import Ending, MetricRow, Summary
@@ -585,6 +587,40 @@ def next_job(worker: StudySource) -> Job:
     return job
 
 
+def test_a_worker_that_gave_up_says_so_after_another_trial_succeeds(worker: StudySource, tmp_path: Path) -> None:
+    jobs = [next_job(worker) for _ in range(search_worker.MAX_FAILURES + 1)]
+    for job in jobs[:-1]:
+        assert worker.ended(job, "killed") == "failed: killed"
+    write_progress(jobs[-1].trial.run, worker.claims[jobs[-1].trial.id][1], random.Random(0), None)
+    assert "validation accuracy" in worker.ended(jobs[-1], "")
+    assert worker.is_empty()
+    assert worker.gave_up
+
+
+def test_cpus_and_gpus_do_not_share_a_study(plan: Plan, small_data: Path, tmp_path: Path) -> None:
+    assert plan.definition.device == "cpu"
+    anywhere = [word for word in RANGES if word != "--device=cpu"]
+    gpus = dataclasses.replace(DEFAULT_ALLOCATION, gpus_per_node="2")
+    submitted = command(small_data, tmp_path / "runs", on="slurm", slurm=gpus)
+    assert submitted.plan(anywhere).definition.device == "cuda"
+    assert "--device=cuda" in submitted.worker_args(anywhere)
+    with pytest.raises(UserError, match="holds another search: --device was cuda, now cpu"):
+        check_same_search(submitted.plan(anywhere).definition, plan.definition, tmp_path)
+    unknown = command(small_data, tmp_path / "runs", on="slurm").plan(anywhere).definition
+    check_same_search(unknown, plan.definition, tmp_path)  # the first worker chooses
+
+
+def test_trials_that_another_call_trains_meanwhile_are_not_started(small_data: Path, tmp_path: Path) -> None:
+    trials = expand(["tiny"], (0, 1, 2), None, [*TINY, "--data", str(small_data), "--runs", str(tmp_path)], (TINY[1],))
+    source = ListedTrials(trials)
+    first = source.next()
+    trials[1].run.folder.mkdir(parents=True)
+    with lock.locked(trials[1].run.lock, timeout=0):
+        second = source.next()
+    assert [first.trial.id, second.trial.id] == [trials[0].id, trials[2].id]
+    assert source.next() is None
+
+
 def test_a_trial_that_diverged_is_not_tried_again(worker: StudySource) -> None:
     for number in range(2 * search_worker.MAX_FAILURES):
         job = next_job(worker)
@@ -648,14 +684,14 @@ def test_a_damaged_run_is_a_failed_trial(worker: StudySource, plan: Plan) -> Non
     assert "metrics.jsonl: line 1: damaged" in trial.reason
 
 
-def test_a_folder_of_another_training_is_a_failed_trial(worker: StudySource, tmp_path: Path) -> None:
+def test_a_folder_of_another_training_stops_the_worker_and_fails_no_trial(worker: StudySource, tmp_path: Path) -> None:
+    """As after the study was removed, but not its runs: otherwise, each trial would fail for good."""
     run = Run(tmp_path / "runs" / "tiny" / "tiny-000-seed-0")
     run.folder.mkdir(parents=True)
     write_json(run.run_json, CONFIG)
-    assert next_job(worker).trial.id == "tiny/tiny-001-seed-0"
-    trial = worker.study.read()[1][0]
-    assert trial.state == "failed"
-    assert "holds a run with a different" in trial.reason
+    with pytest.raises(UserError, match="holds a run with a different"):
+        next_job(worker)
+    assert worker.study.read()[1][0].state != "failed"
 
 
 def test_a_combination_that_cannot_be_trained_is_a_failed_trial(small_data: Path, tmp_path: Path) -> None:
@@ -765,7 +801,7 @@ def test_each_slot_sees_the_gpus_of_its_ranks(tmp_path: Path) -> None:
         ([], "NAMES: expected several, or an option with a range"),
         ([LR, "log:1e-1:1e-3"], "expected a range from a lower to a higher number"),
         (["--batch-size", "log:16:64"], "--recipe.batch-size log:16:64: expected integers; use int:A:B or A|B|C"),
-        ([*SPACE, "--name", "n" * 95], "expected letters, digits"),
+        ([*SPACE, "--name", "n" * 95], "expected a name that is valid for a run when -004-seed-0 is added"),
         ([DECAY, "lin:-1:1"], "--recipe.optimizer.weight-decay -1.0: expected a number >= 0.0"),
         (["--recipe.epochs", "int:1:3"], "--recipe.epochs int:1:3: expected one value"),
         ([*SPACE, "--seeds", "1", "2"], "use --seed"),

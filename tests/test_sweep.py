@@ -461,6 +461,9 @@ def test_as_wandb_sweep_writes_a_definition_whose_command_trains(small_data: Pat
     words = ["tiny", "tiny-norm", *TINY, "--data", small_data, "--runs", tmp_path, "--seeds", 0, 1]
     done = sweep(*words, "--max-steps", 2, "--device", "cpu", "--as-wandb-sweep", file)
     assert done.returncode == 0, done.stderr
+    file.write_text(file.read_text() + "# edited\n")
+    refused = sweep(*words, "--max-steps", 2, "--device", "cpu", "--as-wandb-sweep", file)
+    assert (refused.returncode, "expected a new file, found one with other content" in refused.stderr) == (2, True)
     definition = yaml.safe_load(file.read_text())
     assert definition["parameters"] == {"experiment": {"values": ["tiny", "tiny-norm"]}, "seed": {"values": [0, 1]}}
     command = definition["command"]

@@ -51,6 +51,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
         train_seed: seed of every trial.
         ranks: processes that train a trial.
         dataset: fingerprint of the dataset.
+        device: "cpu" or "cuda", so that CPUs and GPUs, which train in other precisions, do not share a study; "" if the
+            first worker is to choose, and in studies of earlier versions.
     """
 
     names: tuple[str, ...]
@@ -65,6 +67,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     train_seed: int
     ranks: int
     dataset: str
+    device: str = ""
 
     @property
     def domains(self) -> dict[str, Domain]:

@@ -25,6 +25,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime-gpu",
 )
+NO_DEVICE = (34, 100)  # CUDA_ERROR_STUB_LIBRARY, CUDA_ERROR_NO_DEVICE
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-rtx")
 
 
@@ -114,14 +115,21 @@ def count_gpus() -> int:
     """Returns the number of CUDA devices that this process sees. The driver API that it uses is faster than torch.
 
     It initializes CUDA, so the process must not fork afterwards and use a GPU in the child process.
+
+    Raises:
+        UserError: there is a driver, but it does not work.
     """
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if error in NO_DEVICE:
         return 0
+    if error:
+        remedy = "check it with nvidia-smi; to do without GPUs, set CUDA_VISIBLE_DEVICES= (nothing)"
+        raise UserError(f"the CUDA driver failed (error {error}); {remedy}")
     return count.value
 
 

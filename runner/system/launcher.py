@@ -103,6 +103,11 @@ def select_device(requested: Device, launch: Launch, num_gpus: int) -> tuple[Lit
         return "cpu", f"device: cpu ({reason})"
     if requested == "auto" and not launch.by_accelerate and num_gpus == 0:
         return "cpu", "device: cpu (auto: this machine has no CUDA GPU)"
+    if requested == "cuda" and launch.cpu:
+        raise UserError(
+            "--device cuda: expected a launch configuration for GPUs, found one for the CPU; use --device cpu, "
+            "or launch/one_process.yaml or launch/one_node.yaml"
+        )
     required_by = "--device cuda" if requested == "cuda" else "this launch configuration"
     if num_gpus < launch.local_world_size:
         raise UserError(
