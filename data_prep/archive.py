@@ -1,6 +1,7 @@
 """Reads tar and zip archives through one interface; nothing is extracted to disk."""
 
 import functools
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -41,10 +42,10 @@ class Archive:
         raise UserError(f"{name}: expected in the archive, found none")
 
     def members(self) -> Iterator[Member]:
-        """Yields all members except folders, in the archive's order, so that gzip data is decompressed only once."""
+        """Yields all members except folders, in the archive's order, so that gzip data is not decompressed for each."""
         if self.zip:
             for info in self.zip.infolist():
-                if not info.is_dir():
+                if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
                     yield _normalize(info.filename), partial(_read, info.filename, info.file_size, self.zip.read, info)
             return
         members = self.tar.getmembers()

@@ -111,7 +111,10 @@ def _existing(out: Path, source: Source, overwrite: bool, jpeg_quality: int | No
     if overwrite:
         return None
     if same:
-        raise UserError(f"--out {out}: the images of the source have changed; replace the dataset with --overwrite")
+        encoder = manifest.versions.get("opencv-python")
+        changed = "the images of the source have changed"
+        changed += f", or not: they were compressed by opencv-python {encoder}" if encoder else ""
+        raise UserError(f"--out {out}: {changed}; replace the dataset with --overwrite")
     raise UserError(
         f"--out {out}: contains {manifest.name} from {manifest.source} in {manifest.record_kind}; expected a new "
         "folder, or the same source and records; choose another, or replace it with --overwrite"

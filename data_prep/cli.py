@@ -56,10 +56,12 @@ class Prepare:
 
     def __call__(self) -> None:
         from data_prep import beton, sources
-        from data_prep.dataset import renamed, with_jpeg_records
+        from data_prep.dataset import check_name, named_as_jpeg_records, renamed
 
         if self.records == "raw" and self.jpeg_quality is not None:
             raise UserError(f"--jpeg-quality {self.jpeg_quality}: expected with --records jpeg, found raw records")
+        if self.name is not None:
+            check_name(self.name)
         quality = None if self.records == "raw" else self.jpeg_quality or JPEG_QUALITY
         source = sources.load(
             self.source,
@@ -73,7 +75,7 @@ class Prepare:
         for note in source.notes:
             print(f"data_prep: {note}", file=sys.stderr)
         if quality is not None:
-            source = with_jpeg_records(source)
+            source = named_as_jpeg_records(source)
         if self.name is not None:
             source = renamed(source, self.name)
         manifest = beton.write(source, self.out, self.overwrite, quality)
@@ -105,14 +107,17 @@ class Verify:
             raise UserError(f"--sha256 {self.sha256}: expected with --source, the archive to compare with")
         if self.source is not None:
             manifests.check_files(self.folder, manifest := manifests.read(self.folder))
+            made = manifests.prepared_with(self.folder, manifest)
+            generated = self.source == "synthetic"
+            images = not generated and self.source not in sources.BY_SOURCE
             source = sources.load(
                 self.source,
                 sha256=self.sha256,
-                limit_per_class=manifest.source.get("limit_per_class"),
-                seed=manifest.source.get("seed"),
+                limit_per_class=made.limit_per_class,
+                seed=made.seed if generated else None,
                 downloads=self.downloads.expanduser(),
-                size=manifest.source.get("size"),
-                fit=manifest.source.get("fit"),
+                size=made.size if images else None,
+                fit=made.fit if images else None,
             )
         verified, done = verify(self.folder, source), "verified"
         if source is not None:

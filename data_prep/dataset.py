@@ -38,14 +38,19 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
+def check_name(name: str) -> None:
+    """Raises UserError if a name is empty, not printable, or surrounded by spaces."""
+    if not name or not name.isprintable() or name != name.strip():
+        raise UserError(f"--name {name!r}: expected printable characters, without spaces around them")
+
+
 def renamed(source: Source, name: str) -> Source:
     """Returns the dataset with another name.
 
     Raises:
         UserError: the name is reserved for another dataset, empty, not printable, or surrounded by spaces.
     """
-    if not name or not name.isprintable() or name != name.strip():
-        raise UserError(f"--name {name!r}: expected printable characters, without spaces around them")
+    check_name(name)
     is_own = name == source.name or name.startswith(f"{source.name} ")  # such as "CIFAR-10 (resized)"
     if name.upper().startswith(RESERVED_PREFIXES) and not is_own:
         raise UserError(f"--name {name}: expected another name for {source.name}; this name is reserved")
@@ -58,7 +63,7 @@ def unreserved(name: str) -> str:
     return f"images of {name}" if name.upper().startswith(RESERVED_PREFIXES) else name
 
 
-def with_jpeg_records(source: Source) -> Source:
+def named_as_jpeg_records(source: Source) -> Source:
     """Returns the dataset under a name for JPEG records: reserved names are those of the unchanged pixels."""
     reserved = source.name.upper().startswith(RESERVED_PREFIXES)
     return replace(source, name=f"JPEG records of {source.name}") if reserved else source

@@ -155,7 +155,7 @@ def _decode(path: Path, files: list[ImageFile], size: int | None, fit: images.Fi
         return image
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        return list(track(pool.map(pixels_of, files, chunksize=64), "decode images", len(files)))
+        return list(track(pool.map(pixels_of, files), "decode images", len(files)))
 
 
 def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
@@ -166,4 +166,5 @@ def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffi
         name = whole.name if whole.is_dir() else ARCHIVE_SUFFIX.sub("", whole.name)
         name = (whole.stem if name == whole.name and not whole.is_dir() else name).strip(". ") or "images"
         return unreserved(name)
-    return f"CIFAR-10 ({'PNG' if suffixes == {'.png'} else 'JPEG'} copy)"
+    lossy = suffixes & {".jpg", ".jpeg", ".webp"}
+    return f"CIFAR-10 ({'JPEG' if lossy else 'PNG' if suffixes == {'.png'} else 'lossless'} copy)"

@@ -33,6 +33,15 @@ class _Format(msgspec.Struct):
     format: Literal[1]
 
 
+class PreparedWith(msgspec.Struct):
+    """The options of `prepare` in `Manifest.source`."""
+
+    limit_per_class: Annotated[int, Meta(ge=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
+    size: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    fit: Literal["crop", "pad", "stretch"] | None = None
+
+
 @dataclass(frozen=True)
 class SplitFile:
     """One .beton file: its name, size in bytes, SHA-256, and images per class."""
@@ -117,6 +126,14 @@ def read(folder: Path) -> Manifest:
         return manifest
     except (ValueError, RecursionError) as error:  # of msgspec, or of text that is not UTF-8
         raise UserError(f"{path}: expected a manifest of format {FORMAT}, found {error}; {remedy}") from None
+
+
+def prepared_with(folder: Path, manifest: Manifest) -> PreparedWith:
+    """Returns the options of `prepare` that a dataset was made with. Raises UserError if one is damaged."""
+    try:
+        return msgspec.convert(manifest.source, PreparedWith)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{folder / FILE_NAME}: source: {error}; prepare the dataset again") from None
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -6,12 +6,15 @@ checked before they are parsed, and nothing is extracted to disk.
 
 import hashlib
 import lzma
+import os
+import ssl
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +111,7 @@ def download(path: Path, url: str) -> Path:
     if path.is_file() and sha256_of(path) == expected:
         return path
     remedy = f"download {path.name} elsewhere and pass its path as --source"
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may download it too
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +122,12 @@ def download(path: Path, url: str) -> Path:
                     file.write(block)
                     digest.update(block)
                     advance(len(block))
+            if size is not None and file.tell() < size:
+                raise ConnectionError(f"ended after {file.tell():,} of {size:,} bytes")
         if digest.hexdigest() != expected:
             raise UserError(f"{url}: expected SHA-256 {expected}, received {digest.hexdigest()}; {remedy}")
         temporary.replace(path)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise SourceUnreachableError(f"--source: cannot reach {url} ({reason}); {remedy}") from None
     except OSError as error:

@@ -40,7 +40,8 @@ def verify(folder: Path, source: Source | None = None) -> Manifest:
 def _compare(folder: Path, name: str, manifest: Manifest, decoded: Split, source: Split) -> None:
     """Raises UserError if a split differs from the source."""
     if decoded.images.shape != source.images.shape:
-        raise UserError(f"{folder}/{name}.beton: expected {len(source.labels)} images, found {len(decoded.labels)}")
+        expected, found = ("×".join(map(str, part.images.shape)) for part in (source, decoded))
+        raise UserError(f"{folder}/{name}.beton: expected images of shape {expected}, found {found}")
     split = manifest.splits[name]
     same = same_records(folder / split.file, manifest, split, decoded, source)
     if not same.all():

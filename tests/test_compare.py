@@ -112,6 +112,9 @@ def test_an_outcome_is_the_mean_over_seeds(record: RunRecord) -> None:
     assert (outcome.difference, outcome.incomplete, outcome.unchanged) == (0.0, False, True)
     assert outcome.folders == [str(second.run.folder), str(record.run.folder)]
     assert outcome.label == record.config.experiment
+    (outcome,) = compare.outcomes([second, record, again])  # a copy counts no more than the run
+    assert (outcome.seeds, outcome.runs, outcome.test_accuracy) == ([0, 7], 3, 0.5)
+    assert outcome.test_accuracy_std == pytest.approx(0.125 * 2**0.5)
     (outcome,) = compare.outcomes([record, again])
     assert (outcome.seeds, outcome.test_accuracy_std, outcome.reproduced_std) == ([0], None, None)
     assert (outcome.difference, outcome.seed_count) == (0.125, "2 runs of 1 seed (0)")

@@ -258,6 +258,16 @@ def test_only_a_row_of_the_same_precision_weights_and_machine_counts_for_torch(r
         parity.require_torch_passed(run, "fp16")
 
 
+def test_a_new_version_of_onnxruntime_replaces_the_results_of_the_earlier_one(run: Run) -> None:
+    file = exporter.exported(run)
+    report = parity.score(run, [file], None, "cpu")[0]
+    (row,) = report.rows
+    earlier = replace(row, passed=False, machine=replace(row.machine, onnxruntime="1.0"))
+    elsewhere = replace(earlier, machine=Machine(cpu="another"))
+    write_json(run.parity, replace(report, rows=[earlier, elsewhere]))
+    assert parity.score(run, [file], None, "cpu")[0].rows == [elsewhere, row]
+
+
 @pytest.fixture
 def without_bias(run: Run) -> Run:
     """A run whose last operator passes a relative error on as it is."""

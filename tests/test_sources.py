@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep import beton, cli, manifest, sources
-from data_prep.dataset import renamed, with_jpeg_records
+from data_prep.dataset import named_as_jpeg_records, renamed
 from data_prep.official import BY_SOURCE, CIFAR10, CIFAR100
 from data_prep.sources import CIFAR10_CLASSES, Source, SourceUnreachableError
 from runner.common.errors import UserError
@@ -334,11 +334,11 @@ def test_only_complete_official_data_has_an_official_name(tmp_path: Path, monkey
     assert sources.load(str(path), limit_per_class=1000).name == complete.name == "CIFAR-10"
     with pytest.raises(UserError, match=r"--name CIFAR-10: expected another name for CIFAR-10 \(1 per class\)"):
         renamed(part, "CIFAR-10")
-    compressed = with_jpeg_records(complete)
+    compressed = named_as_jpeg_records(complete)
     assert compressed.name == "JPEG records of CIFAR-10"
     with pytest.raises(UserError, match=r"--name CIFAR-10: expected another name for JPEG records of CIFAR-10"):
         renamed(compressed, "CIFAR-10")
-    assert with_jpeg_records(renamed(complete, "mine")).name == "mine"
+    assert named_as_jpeg_records(renamed(complete, "mine")).name == "mine"
     beton.write(part, tmp_path / "data")
     assert manifest.read(tmp_path / "data").name == "CIFAR-10 (1 per class)"
     others = archives.folder(tmp_path / "other" / "CIFAR-10", archives.image_files(1, classes=("cat", "dog")))

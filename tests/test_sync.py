@@ -19,7 +19,7 @@ from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
 from runner.run.schema import LatencyReport, LatencyRow, Method
-from runner.tracking import account, wandb_sync
+from runner.tracking import account, wandb_run, wandb_sync
 from runner.tracking.wandb_sync import best_run
 from tests.support.compare import MEASURED
 from tests.support.processes import ENDING, TINY, Running, command_lines, runner, start, wait_for_step, wait_until
@@ -99,12 +99,12 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
     run.deploy.mkdir()
     (run.deploy / "model.fp32.onnx").write_bytes(b"graph")
     (run.deploy / "model.fp32.tensorrt-rtx.engine").write_bytes(b"engine")
-    (run.deploy / "model.fp32.tensorrt-rtx.engine.json").write_text("{}")
     config = run.config()
     row = LatencyRow(backend="onnxruntime", provider="CPU", precision="fp32", batch=1, p50_ms=1.5)
+    gone = LatencyRow(backend="engine", precision="fp32", engine_sha256="gone", batch=1, p50_ms=0.5)
     report = LatencyReport(
-        run="", weights="", dataset="", device="cpu", hardware=config.hardware, versions={},
-        method=Method(warmup_seconds=1, seconds=3, repeats=100), rows=[row],
+        run="", weights=run.weights_sha256(), dataset="", device="cpu", hardware=config.hardware, versions={},
+        method=Method(warmup_seconds=1, seconds=3, repeats=100), rows=[row, gone],
     )  # fmt: skip
     write_json(run.latency, report)
     assert sync(server, run.folder).returncode == 0
@@ -124,7 +124,9 @@ def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
     (model,) = server.artifacts_of("model")
     assert model["aliases"] == ["best", "latest"]
     assert all(artifact["state"] == "COMMITTED" for artifact in server.artifacts.values())
-    assert server.runs[config.wandb_id]["summary"]["latency_p50_ms/onnxruntime_fp32_batch1"] == 1.5
+    summary = server.runs[config.wandb_id]["summary"]
+    latencies = {key: value for key, value in summary.items() if key.startswith("latency_p50_ms/")}
+    assert latencies == {"latency_p50_ms/onnxruntime_fp32_batch1": 1.5}
     count = len(server.artifacts)
     shutil.rmtree(run.folder / "wandb")
     assert sync(server, run.folder).returncode == 0
@@ -151,6 +153,21 @@ def test_the_best_run_is_that_of_all_runs_beside_it(run: Run) -> None:
     assert best_run(run) is None, "test and validation accuracy were compared"
 
 
+def test_the_best_weights_are_those_that_were_saved_not_those_of_the_best_epoch(run: Run) -> None:
+    held_out = {"validation_images": 10}
+    sibling(run, "peaked", 0.5, validation_accuracy=0.3, best_validation_accuracy=0.9, **held_out)
+    steady = sibling(run, "steady", 0.5, validation_accuracy=0.6, best_validation_accuracy=0.6, **held_out)
+    shutil.rmtree(run.folder)
+    assert best_run(steady) == steady.folder
+
+
+def test_a_dataset_may_have_a_name_that_is_too_long_for_wandb(run: Run) -> None:
+    config = run.config()
+    named = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, name="d" * 200))
+    assert max(map(len, wandb_run.tags(named))) <= 64
+    assert len(wandb_run._artifact_name(named.dataset.name)) <= 128
+
+
 def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) -> None:
     (damaged, training) = (sibling(run, name, 0.0) for name in ("damaged", "training"))
     damaged.run_json.write_text("[1]")
@@ -158,6 +175,7 @@ def test_a_run_that_cannot_be_uploaded_stops_no_other(server: Server, run: Run) 
     shutil.rmtree(sibling(run, "no-weights", 0.0).checkpoints)
     with sibling(run, "a-damaged-row", 0.0).metrics.open("ab") as metrics:
         metrics.write(b"{}\n{}\n")
+    sibling(run, "a-damaged-picture-list", 0.0).mistakes.write_text("{}")
     with training.lock.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = sync(server, run.folder.parent)

@@ -14,8 +14,8 @@ import tyro
 
 from runner.benchmarks import measure, program
 from runner.common.errors import UserError
-from runner.report.collect import current_parity
 from runner.run.folder import find_runs
+from runner.run.results import current_parity
 from runner.run.schema import ParityReport, PrecisionSearch, Summary
 
 

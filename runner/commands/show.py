@@ -8,9 +8,9 @@ import msgspec
 
 from runner.commands.options import Flag, RunFolder
 from runner.common.text import printable
-from runner.report.collect import current_latency, current_parity
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
+from runner.run.results import current_latency, current_parity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,7 @@ class RankInfo:
         loader: resident, streaming, or auto.
         workers: decoding threads of the streaming loader.
         dtype: float type of the images in a batch.
+        local_world_size: number of ranks on this node.
     """
 
     device: torch.device
@@ -84,6 +85,7 @@ class RankInfo:
     loader: LoaderChoice = "auto"
     workers: int = 1
     dtype: torch.dtype = torch.float32
+    local_world_size: int = 1
 
     def loader_for(self, manifest: Manifest, split: SplitFile) -> tuple[Literal["resident", "streaming"], str]:
         """Selects the loader of a split of a dataset; returns it with a message that gives the reason."""
@@ -92,10 +94,12 @@ class RankInfo:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         else:
-            memory = total_memory()
+            memory = total_memory() // self.local_world_size  # each rank has a copy
         share = manifest.image_bytes(split) / memory
         selected: Literal["resident", "streaming"] = "resident" if share < RESIDENT_SHARE else "streaming"
         limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"
+        if selected == "resident" and self.workers > 1:
+            limit += "; --workers is not used"
         decoded = ", decoded," if manifest.records == "jpeg" else ""
         return selected, f"loader: {selected} (auto: {split.file}{decoded} is {limit})"
 
@@ -111,6 +115,12 @@ def normalization(manifest: Manifest, recipe: Recipe) -> tuple[tuple[float, ...]
         return (127.5,) * 3, (127.5,) * 3
     if recipe.normalize == "imagenet":
         return IMAGENET
+    for channel, deviation in zip(("red", "green", "blue"), manifest.std, strict=True):
+        if not deviation:
+            raise UserError(
+                f"{manifest.name}: expected images of three channels, found one value for {channel} in all training "
+                "images; use --recipe.normalize half"
+            )
     return manifest.mean, manifest.std
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from runner.common.console import progress
 from runner.common.errors import UserError
@@ -141,15 +141,19 @@ def score(
 
 
 def _other_rows(run: Run, earlier: list[ParityRow], rows: list[ParityRow]) -> list[ParityRow]:
-    """Returns the earlier rows that `rows` do not replace and whose files are current."""
-    replaced = {(row.onnx, row.provider, row.machine) for row in rows}
+    """Returns the earlier rows that `rows` do not replace and whose files are current.
+
+    A row replaces those of the same machine with another version of onnxruntime.
+    """
+    replaced = {_scored_as(row) for row in rows}
     exported = [*onnx.all_exported(run), *package.all_compiled(run)]
     current = {str(file.path.relative_to(run.folder)): file.sha256 for file in exported}
-    return [
-        row
-        for row in earlier
-        if (row.onnx, row.provider, row.machine) not in replaced and current.get(row.onnx) == row.onnx_sha256
-    ]
+    return [row for row in earlier if _scored_as(row) not in replaced and current.get(row.onnx) == row.onnx_sha256]
+
+
+def _scored_as(row: ParityRow) -> tuple[str, str, str]:
+    hardware = replace(row.machine, onnxruntime=None) if row.machine else None
+    return row.onnx, row.provider, str(hardware)
 
 
 def this_machine() -> Machine:

@@ -1,7 +1,6 @@
 """Reads run folders for a report, and separates damaged ones."""
 
 import os
-from collections.abc import Callable
 
 import msgspec
 
@@ -11,7 +10,7 @@ from runner.report.compare import run_row
 from runner.report.run_record import RunRecord, Unreadable, disambiguate_names
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
-from runner.run.schema import LatencyReport, LatencyRow, ParityReport, ParityRow
+from runner.run.results import current_latency, current_parity
 
 
 def read_all(runs: list[Run]) -> tuple[list[RunRecord], list[Unreadable]]:
@@ -55,35 +54,6 @@ def read(run: Run) -> RunRecord:
         raise UserError(f"{run.folder}: damaged ({error}); restore or remove it") from None
     _check_classes(record)
     return record
-
-
-def current_parity(run: Run) -> ParityReport | None:
-    """Returns the gate's results for the files, engines and weights that the run has now; None if there are none."""
-    report, is_current = run.read_parity(), _currency(run)
-    if report is None:
-        return None
-    return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
-
-
-def current_latency(run: Run) -> LatencyReport | None:
-    """Returns the latencies of the files, engines and weights that the run has now; None if there are none."""
-    report, is_current = run.read_latency(), _currency(run)
-    if report is None or run.weights_sha256() not in (None, report.weights):
-        return None
-    return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
-
-
-def _currency(run: Run) -> Callable[[ParityRow | LatencyRow], bool]:
-    """Returns a function that says whether a row is of a file or engine that the run has now."""
-    exports, weights = run.read_exports(), run.weights_sha256()
-    files = {export.sha256 for export in exports.values() if weights in (None, export.weights)}
-    engines = {sidecar.sha256 for sidecar in run.read_engines()}
-
-    def is_current(row: ParityRow | LatencyRow) -> bool:
-        exported = not exports or row.onnx_sha256 is None or row.onnx_sha256 in files  # earlier versions: no exports
-        return exported and (row.engine_sha256 is None or row.engine_sha256 in engines)
-
-    return is_current
 
 
 def _check_classes(record: RunRecord) -> None:

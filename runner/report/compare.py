@@ -1,6 +1,7 @@
 """Compares runs: one row of results per run, and one outcome per group of runs that differ only in their seed."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class LatencyCell(msgspec.Struct, frozen=True):
     """One measured latency, with the gate's result for the file that it was measured on."""
 
     backend: str
+    provider: str | None
+    label: str
     precision: Precision
     batch: int
     p50_ms: float
@@ -206,8 +209,12 @@ def outcomes(records: list[RunRecord]) -> list[Outcome]:
     for (_, label), same_label in by_label.items():
         first_settings = same_label[0][1]
         differing = sorted({name for _, settings in same_label for name in differences(first_settings, settings)})
+        labels: Counter[str] = Counter()
         for outcome, settings in same_label:
             outcome.label = _with_changes(label, ((name, settings.get(name)) for name in differing))
+            labels[outcome.label] += 1
+            if labels[outcome.label] > 1:  # settings are abbreviated
+                outcome.label += f" #{labels[outcome.label]}"
     return all_outcomes
 
 
@@ -279,8 +286,8 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     rows = [run_row(record) for record in group]
     first = rows[0]
     summaries = [record.summary for record in group if record.summary]
-    test_accuracies = [summary.test_accuracy for summary in summaries]
-    reproductions = [row.reproduced for row in rows if row.reproduced is not None]
+    test_accuracies = _by_seed((row.seed, row.test_accuracy) for row in rows)
+    reproductions = _by_seed((row.seed, row.reproduced) for row in rows)
     mean = statistics.mean(reproductions) if reproductions else None
     incomplete = any(record.incomplete for record in group)
     comparable = first.unchanged and not incomplete
@@ -303,6 +310,15 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
         reproduced_std=_std(reproductions) if several else None,
         difference=difference,
     )
+
+
+def _by_seed(figures: Iterable[tuple[int, float | None]]) -> list[float]:
+    """Returns the mean figure of each seed, because copies of a run are not independent results."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, figure in figures:
+        if figure is not None:
+            by_seed.setdefault(seed, []).append(figure)
+    return [statistics.mean(values) for values in by_seed.values()]
 
 
 def _std(values: list[float]) -> float | None:
@@ -395,7 +411,8 @@ def latencies_by_machine(records: Sequence[RunRecord]) -> tuple[list[str], list[
             weights.setdefault(record.config.name, set()).add(record.latency.weights)
     for record in records:
         if record.latency:
-            threads = f", {record.latency.threads} threads" if record.latency.threads else ""
+            count = record.latency.threads
+            threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
             machine = f"{record.latency.hardware}{threads}, torch {record.latency.versions.get('torch', 'unknown')}"
             name = record.config.name if len(weights[record.config.name]) == 1 else record.name
             for row in record.latency.rows:

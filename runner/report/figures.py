@@ -39,7 +39,7 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
                         "mode": mode,
                         "x": x,
                         "y": y,
-                        "name": record.name if shown else f"{record.name} {split}",
+                        "name": html.escape(record.name if shown else f"{record.name} {split}"),
                         "legendgroup": record.name,
                         "showlegend": shown,
                         "run": index,
@@ -61,8 +61,8 @@ def reported(outcomes: Iterable[Outcome]) -> Chart | None:
     several_datasets = len({one.dataset for one in rows}) > 1
     labels = {}
     for one in rows:
-        lines = [str(one.label).replace(" (", "<br>(", 1) + f", {one.seed_count}"]
-        labels[id(one)] = "<br>".join([*lines, one.dataset] if several_datasets else lines)
+        lines = [html.escape(str(one.label)).replace(" (", "<br>(", 1) + f", {one.seed_count}"]
+        labels[id(one)] = "<br>".join([*lines, html.escape(one.dataset)] if several_datasets else lines)
     reported_trace = {
         "type": "scatter",
         "mode": "markers",
@@ -73,7 +73,7 @@ def reported(outcomes: Iterable[Outcome]) -> Chart | None:
         "hovertemplate": "%{y}<br>reported %{x:.2f} %<extra></extra>",
     }
     traces = [reported_trace]
-    for name, several in (("measured, 1 seed", False), ("measured, mean over seeds ± deviation", True)):
+    for name, several in (("reproduced", False), ("reproduced, mean over seeds ± deviation", True)):
         group = [one for one in rows if (one.reproduced_std is not None) == several]
         if group:
             traces.append(_measured(name, group, [labels[id(one)] for one in group]))
@@ -100,7 +100,7 @@ def _measured(name: str, outcomes: list[Outcome], labels: list[str]) -> Chart:
             "color": PALETTE[0],
             "symbol": ["circle" if one.difference is not None else "circle-open" for one in outcomes],
         },
-        "hovertemplate": "%{y}<br>measured %{x:.2f} %<extra></extra>",
+        "hovertemplate": "%{y}<br>reproduced %{x:.2f} %<extra></extra>",
     }
 
 

@@ -134,7 +134,7 @@ def latency_rows(record: RunRecord) -> Iterable[Sequence[str]]:
     for cell in compare.run_row(record).latency:
         yield (
             code(record.name),
-            plain(cell.backend),
+            plain(cell.label),
             cell.precision,
             str(cell.batch),
             *(f"{figure:.2f}" for figure in (cell.p50_ms, cell.p90_ms, cell.p99_ms)),

@@ -5,6 +5,9 @@ const table = $("table"), body = table.tBodies[0];
 
 const legend = {orientation: "h", yref: "container", yanchor: "bottom", y: 0};
 
+// Plotly reads texts as HTML.
+const escaped = text => String(text).replace(/[&<>"']/g, sign => `&#${sign.charCodeAt(0)};`);
+
 function withTheme(layout) {
   const text = dark.matches ? "#e8eaed" : "#1b1e23", line = dark.matches ? "#363b44" : "#d9dce1";
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line};
@@ -44,7 +47,8 @@ function sortBy(head, column) {
   head.setAttribute("aria-sort", rising ? "ascending" : "descending");
   rows().sort((a, b) => {
     const [x, y] = [value(a.cells[column]), value(b.cells[column])];
-    const order = typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "number" ? -1 : 1;
+    if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // a missing value comes last, in either direction
+    const order = x < y ? -1 : x > y ? 1 : 0;
     return rising ? order : -order;
   }).forEach(row => body.append(row));
 }
@@ -71,9 +75,9 @@ function scatter(points, name, symbol, labeled, best, [low, high]) {
   // At the edges of the chart, a name is written inward.
   const side = cost => { const share = (Math.log10(cost) - low) / (high - low); return share < 0.25 ? "right" : share > 0.75 ? "left" : "center"; };
   return {type: "scatter", mode: "markers+text", name, x: points.map(point => point.cost), y: points.map(point => point.accuracy),
-    text: points.map(point => labeled.has(point) ? point.run.name : ""), cliponaxis: false,
+    text: points.map(point => labeled.has(point) ? escaped(point.run.name) : ""), cliponaxis: false,
     textposition: points.map(point => `${best.indexOf(point) % 2 > 0 ? "bottom" : "top"} ${side(point.cost)}`),
-    customdata: points.map(point => [point.run.name, point.run.parameters ? point.run.parameters.toLocaleString("en") : "not counted"]),
+    customdata: points.map(point => [escaped(point.run.name), point.run.parameters ? point.run.parameters.toLocaleString("en") : "not counted"]),
     marker: {symbol, size: points.map(point => size(point.run)), color: points.map(point => palette[point.run.position % palette.length]), opacity: 0.85, line: {width: 2}},
     hovertemplate: "%{customdata[0]}<br>%{y:.2f} %, %{x:,}<br>%{customdata[1]} parameters<extra></extra>"};
 }
@@ -93,18 +97,23 @@ function drawTradeoff() {
     const points = runs.filter(run => run.dataset === dataset && inTable.has(run.position) && run[cost.value] > 0 && run.test_accuracy !== null)
       .map(run => ({run, cost: run[cost.value], accuracy: 100 * run.test_accuracy}));
     const complete = points.filter(point => !point.run.incomplete), incomplete = points.filter(point => point.run.incomplete);
-    const best = paretoFront(complete), labeled = new Set(withRoom([...best, ...(points.length > 12 ? [] : points)]));
+    // Latencies of different machines are not comparable: each machine has a front of its own.
+    const machines = [...new Set(complete.map(point => cost.value.endsWith("_ms") ? point.run.machine : ""))];
+    const fronts = machines.map(machine => paretoFront(complete.filter(point => !machine || point.run.machine === machine)));
+    const best = fronts.flat(), labeled = new Set(withRoom([...best, ...(points.length > 12 ? [] : points)]));
     const costs = points.map(point => Math.log10(point.cost)), range = [Math.min(...costs) - 0.3, Math.max(...costs) + 0.3];
-    const front = {type: "scatter", mode: "lines", name: "Pareto front", x: best.map(point => point.cost), y: best.map(point => point.accuracy),
-      line: {dash: "dot", width: 2, color: palette[9], shape: "hv"}, hoverinfo: "skip"};
+    const lines = fronts.map((front, index) => ({type: "scatter", mode: "lines",
+      name: machines.length > 1 ? `Pareto front on ${escaped(machines[index])}` : "Pareto front",
+      x: front.map(point => point.cost), y: front.map(point => point.accuracy),
+      line: {dash: "dot", width: 2, color: palette[(9 + index) % palette.length], shape: "hv"}, hoverinfo: "skip"}));
     if (!points.length) {
       draw({id: `tradeoff-${number}`, data: [], layout: {height: 120, xaxis: {visible: false}, yaxis: {visible: false},
         annotations: [{text: "None of these runs has both values.", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]}});
       continue;
     }
-    const traces = [...(complete.length ? [front, scatter(complete, "complete", "circle", labeled, best, range)] : []),
+    const traces = [...(complete.length ? [...lines, scatter(complete, "complete", "circle", labeled, best, range)] : []),
       ...(incomplete.length ? [scatter(incomplete, "incomplete", "circle-open", labeled, best, range)] : [])];
-    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: true, ...withLegend(1), height: 420,
+    draw({id: `tradeoff-${number}`, data: traces, layout: {showlegend: true, ...withLegend(machines.length), height: 396 + 24 * machines.length,
       xaxis: {title: {text: cost.selectedOptions[0].textContent + " (log)"}, type: "log", range, ...logTicks(...range)}, yaxis: {title: {text: "test accuracy, %"}}}});
   }
 }
@@ -128,7 +137,7 @@ function drawGrid(grid, number) {
     const count = accuracies.length;
     return count ? {mean: 100 * accuracies.reduce((a, b) => a + b) / count, count} : null;
   }));
-  draw({id: `grid-${number}`, data: [{type: "heatmap", x: grid.factors[x], y: grid.factors[y], showscale: false,
+  draw({id: `grid-${number}`, data: [{type: "heatmap", x: grid.factors[x].map(escaped), y: grid.factors[y].map(escaped), showscale: false,
     z: means.map(row => row.map(cell => cell && cell.mean)), text: means.map(row => row.map(cell => cell ? cell.mean.toFixed(2) : "")),
     customdata: means.map(row => row.map(cell => cell ? cell.count : 0)), texttemplate: "%{text}",
     hovertemplate: `${x} %{x}<br>${y} %{y}<br>%{z:.2f} %, mean of %{customdata} runs<extra></extra>`}],

@@ -87,6 +87,7 @@ class PageRun:
             "position": self.position,
             "name": self.row.name,
             "dataset": self.row.dataset,
+            "machine": str(self.record.latency.hardware) if self.record.latency else "",
             "incomplete": self.record.incomplete,
             "test_accuracy": self.row.test_accuracy,
             "eager_ms": compare.p50_ms(self.row, "eager"),
@@ -177,7 +178,8 @@ def _template() -> Any:
 def page_runs(records: list[RunRecord]) -> list[PageRun]:
     """Prepares all runs for the template; only the best one per architecture and dataset keeps its pictures."""
     best = compare.best_of_architectures(records)
-    overlaid = best[:MAX_OVERLAID] if len(records) > MAX_OVERLAID else range(len(records))
+    everything = range(len(records))
+    overlaid = (best or everything)[:MAX_OVERLAID] if len(records) > MAX_OVERLAID else everything
     return [
         PageRun(position, record, compare.run_row(record), position in best, position in overlaid)
         for position, record in enumerate(records)

@@ -61,7 +61,10 @@ class RunRecord:
     def incomplete(self) -> bool:
         """Whether the run finished after fewer epochs than its recipe has, unless by early stopping."""
         summary = self.summary
-        return summary is not None and not summary.stopped_early and summary.epochs < self.recipe_epochs - 1e-9
+        if summary is None:
+            return False
+        trained = self.config.recipe.epochs if summary.stopped_early else summary.epochs
+        return trained < self.recipe_epochs - 1e-9
 
     @property
     def gate(self) -> GateStatus:

@@ -33,9 +33,9 @@ METHOD = """\
   split, after the same epoch.
 - A difference from a paper is valid only for a complete, unchanged recipe on the official images; a name that ends in
   "(JPEG copy)" or begins with "synthetic" is another dataset.
-- Latency is the median (p50) at batch 1, without copies to and from the device, after a timed warm-up, over at least 3
-  seconds and 100 calls. Each row names onnxruntime's execution provider. A file is measured only after it has been
-  scored on all test images.
+- Latency is the median (p50) at batch 1, without copies to and from the device, after a timed warm-up; the minimum
+  duration and number of calls are in each run's latency.json. A file is measured only after it has been scored on all
+  test images.
 - The report is made from the run folders, which hold every value in it.
 """
 

@@ -1,5 +1,6 @@
 """Collects versions, the git commit and the hardware for `run.json`. Does not import torch by itself."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -107,8 +108,15 @@ def usable_cores() -> int:
 
 
 def total_memory() -> int:
-    """Returns the memory of the machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Returns the memory of the machine in bytes, or the limit of this process's cgroup, such as a SLURM job's."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, IndexError):
+        group = root / Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2]
+        for folder in (group, *group.parents):  # the limit of a job is often that of a parent
+            with contextlib.suppress(OSError, ValueError):  # no limit: the value is "max", or there is no such file
+                memory = min(memory, int((folder / "memory.max").read_text()))
+    return memory
 
 
 def count_gpus() -> int:

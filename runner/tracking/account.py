@@ -21,12 +21,12 @@ def choose_server(environ: MutableMapping[str, str]) -> None:
 
 def base_url(environ: Mapping[str, str]) -> str:
     """Returns the URL of the W&B server from WANDB_BASE_URL, from W&B's settings, or by default."""
-    folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     parser = configparser.ConfigParser(interpolation=None)
     try:
+        folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
         parser.read(folder / "settings")
         configured = parser.get("default", "base_url", fallback=DEFAULT_BASE_URL)
-    except (configparser.Error, OSError, UnicodeDecodeError):
+    except (configparser.Error, OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: the user has no home
         configured = DEFAULT_BASE_URL  # W&B itself reports damaged settings
     return environ.get("WANDB_BASE_URL") or configured
 
@@ -39,5 +39,5 @@ def has_key(environ: Mapping[str, str]) -> bool:
     try:
         logins = netrc.netrc(environ.get("NETRC") or None)
         return any(logins.authenticators(name) for name in (DEFAULT_HOSTS if host in DEFAULT_HOSTS else (host,)))
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError, RuntimeError):
         return False

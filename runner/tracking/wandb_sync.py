@@ -17,6 +17,7 @@ from runner.common.files import read_bytes, read_json, write_json
 from runner.common.text import first_line
 from runner.run.folder import WEIGHTS, Run
 from runner.run.metrics import read_metrics
+from runner.run.results import current_latency, current_parity
 from runner.run.schema import RunConfig
 from runner.tracking import account, wandb_run
 
@@ -64,12 +65,17 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
         best = best_run(run) == run.folder.resolve()
         if run.state() == "running":
             raise UserError("it is still training; sync it when it has finished")
-        if run.summary.is_file() and not any(
-            (run.step_folder(step) / WEIGHTS).is_file() for step in run.checkpoint_steps()
-        ):
+        steps = run.checkpoint_steps()
+        if run.summary.is_file() and not (steps and (run.step_folder(steps[-1]) / WEIGHTS).is_file()):
             raise UserError(f"{run.checkpoints}: expected the weights of a finished run, found none")
-        for read_records in (run.read_parity, run.read_latency, partial(read_metrics, run)):
-            read_records()  # raises UserError for a damaged file, which is better found before the upload starts
+        # Each raises UserError for a damaged file, which is better found before the upload starts.
+        for read_records in (
+            run.read_parity, run.read_latency, run.read_engines, run.read_summary, partial(read_metrics, run)
+        ):  # fmt: skip
+            read_records()
+        highest = max((max(mistake.label, mistake.predicted) for mistake in run.read_mistakes()), default=-1)
+        if highest >= (count := len(run.config().dataset.classes)):
+            raise UserError(f"{run.mistakes}: expected one of {count} classes, found {highest}; restore or remove it")
         digest, marker = _digest(run, best, environ), run.folder / MARKER
         if marker.is_file() and read_json(marker, SyncMarker).digest == digest:
             return Synced(str(run.folder), 0, new=False)
@@ -91,8 +97,9 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
 def best_run(run: Run) -> Path | None:
     """Returns the folder of the best finished run of an experiment, among `run` and the runs next to it.
 
-    The best run has the highest accuracy on the validation images if the recipe holds some out, or else on the test
-    images. Returns None if the runs cannot be compared, because their datasets or held-out images differ.
+    The best run is that whose weights, those of its last checkpoint, have the highest accuracy on the validation images
+    if the recipe holds some out, or else on the test images. Returns None if the runs cannot be compared, because their
+    datasets or held-out images differ.
 
     Raises:
         UserError: `run` is damaged. Damaged runs next to it are skipped.
@@ -109,7 +116,7 @@ def best_run(run: Run) -> Path | None:
                 raise
             continue
         if summary is not None:
-            validation = summary.best_validation_accuracy
+            validation = summary.validation_accuracy
             scores.append((summary.test_accuracy if validation is None else validation, folder))
             measured_on.add((sibling.config().dataset.fingerprint, summary.validation_images))
     return max(scores)[1] if len(measured_on) == 1 else None
@@ -151,7 +158,7 @@ def _upload_deployment(run: Run, config: RunConfig, weights: Any, environ: Mutab
     onnx = _deploy_artifact(run, config, "onnx", _onnx_files(run))
     with _online(run, config, environ, "export") as remote:
         remote.use_artifact(weights)
-        parity = run.read_parity()
+        parity = current_parity(run)
         for row in parity.rows if parity else []:
             for key in ("accuracy", "accuracy_change", "agreement", "largest_logit_difference"):
                 name = f"parity/{row.precision}_{row.front_end}_{row.provider}/{key}"
@@ -163,7 +170,7 @@ def _upload_deployment(run: Run, config: RunConfig, weights: Any, environ: Mutab
         with _online(run, config, environ, "engine") as remote:
             remote.use_artifact(onnx)
             remote.log_artifact(engine).wait()
-    if latency := run.read_latency():
+    if latency := current_latency(run):
         with _online(run, config, environ, "bench") as remote:
             remote.use_artifact(onnx)
             if engine:
@@ -186,4 +193,5 @@ def _online(run: Run, config: RunConfig, environ: MutableMapping[str, str], job:
         except BaseException:
             remote.finish(exit_code=1)
             raise
-        remote.finish()
+        # W&B shows a run with another exit code as failed.
+        remote.finish(exit_code=int(job == "train" and run.state() in ("failed", "crashed")))

@@ -159,7 +159,8 @@ def _run_training(
         world_size=launch.world_size,
         loader=config.loader,
         workers=config.workers,
-        dtype=DTYPES[precision_of(config, environ)],  # as autocast would round them at the first convolution
+        dtype=DTYPES[precision_of(config, environ)],  # rounded as autocast would at a first convolution
+        local_world_size=launch.local_world_size,
     )
     prepare_device(config, launch, rank_info.device, environ)
     manifest = open_manifest(config.data)

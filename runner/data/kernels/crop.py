@@ -72,7 +72,7 @@ class Output(NamedTuple):
     Attributes:
         reflect: mirror the image at its edges; otherwise pixels outside are 0 before normalization.
         scale, shift: (3,) float32; a pixel becomes pixel × scale + shift.
-        dtype: float32, or uint8 for unchanged pixels; on a GPU also a lower float precision.
+        dtype: uint8 for unchanged pixels, or a float type.
     """
 
     reflect: bool
