@@ -651,6 +651,7 @@ def test_make_on_a_gpu_matches_the_cpu(reflect: bool) -> None:
     assert torch.equal(batch.cpu(), crop.make_batch_numba(*random_crops(), Output(reflect, *IDENTITY)))
 
 
+@pytest.mark.every
 def test_the_gpu_kernels_in_tritons_interpreter_match_the_cpus() -> None:
     """In a new process, because triton selects the interpreter when it is imported."""
     program = """

@@ -129,6 +129,7 @@ def test_a_kill_in_any_part_loses_nothing(part: str, rehearsed: Path, images: Pa
     assert measured_in(out).keys() == measured_in(rehearsed).keys()
 
 
+@pytest.mark.every
 @pytest.mark.processes
 def test_every_part_in_miniature(rehearsed: Path) -> None:
     assert {part for part, _ in measured_in(rehearsed)} == set(PARTS)
@@ -138,6 +139,7 @@ def test_every_part_in_miniature(rehearsed: Path) -> None:
         assert content.ended
 
 
+@pytest.mark.every
 def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
     found = measured_in(rehearsed)
     (report,) = (finding for (part, _), finding in found.items() if part == "tests")
@@ -178,6 +180,7 @@ def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
     assert found["deployment", "soni-2/fp16/engine"]["layer_precisions"]["CONVOLUTION"].keys() == {"HALF"}
 
 
+@pytest.mark.every
 def test_a_folder_with_findings_of_another_dataset_is_rejected(rehearsed: Path, small_data: Path) -> None:
     words = ["--rehearse", "--out", rehearsed, "--only", "tests", "--data", small_data]
     done = module("runner.benchmarks.gpu", *words)
@@ -349,6 +352,7 @@ def test_airbenchs_row_is_read() -> None:
     assert (found["accuracy"], found["seconds"]) == ("0.9401", "2.5931")
 
 
+@pytest.mark.every
 def test_the_tables_take_no_rehearsal(rehearsed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for path in rehearsed.glob("*-rehearsal.json"):
@@ -357,6 +361,7 @@ def test_the_tables_take_no_rehearsal(rehearsed: Path, monkeypatch: pytest.Monke
         tables.architectures()
 
 
+@pytest.mark.every
 def test_the_tables_are_made_of_the_findings(rehearsed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The rehearsal's findings are relabeled as a GPU's."""
     shutil.copy(tables.RESULTS / "muon-gpu.json", tmp_path)

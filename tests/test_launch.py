@@ -720,7 +720,7 @@ HANDLES = "trap 'exit 75' TERM; kill -{signal} $PPID; while true; do sleep 0.05;
         (HANDLES.format(signal="USR1").replace("75", "1"), 1, None),  # it failed meanwhile
         # It does not stop in time: SLURM sends TERM at the time limit.
         (
-            "trap : TERM; kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; sleep 30", 75,
+            "trap : TERM; kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; sleep 3", 75,
             "the time limit came before all checkpoints; queued again",
         ),
         # A second USR1 must not reach the worker, which would kill its trials.

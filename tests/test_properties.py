@@ -281,7 +281,7 @@ ANY_RUNS = st.lists(
 
 
 @given(runs=ANY_RUNS)
-@settings(FEW, max_examples=40)
+@settings(FEW, max_examples=15)
 def test_a_report_of_any_runs_has_each_of_them_once(runs: list[AnyRun]) -> None:
     """On the page, in the Markdown and among the outcomes, which count runs and seeds."""
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"), mock.patch(PLOTLY, return_value=""):

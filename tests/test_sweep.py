@@ -404,6 +404,8 @@ def test_a_refusal_does_not_get_the_reason_of_the_attempt_before(
     assert "failed: train.beton: damaged (log: " in capsys.readouterr().out
 
 
+@pytest.mark.every
+@pytest.mark.processes
 def test_a_failed_trial_does_not_stop_the_others(small_data: Path, tmp_path: Path) -> None:
     words = ["tiny-diverging", "tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
     done = sweep(*words, "--max-steps", 4)
