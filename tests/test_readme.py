@@ -76,13 +76,13 @@ def test_the_example_of_data_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_example_of_larger_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """From a folder of JPEG files to an exported model, whose training ends after two steps."""
     monkeypatch.chdir(tmp_path)
-    exec(python_block("runner/README.md", ".resize((300 + 2 * k, 320)"), {})
+    exec(python_block("runner/data/README.md", ".resize((300 + 2 * k, 320)"), {})
     for words in ("prepare --source shapes --size 256 --records jpeg --out data/shapes",
                   "verify data/shapes --source shapes"):  # fmt: skip
         data_prep.main(words.split())
-        (expected,) = console("runner/README.md", f"python -m data_prep {words}")
+        (expected,) = console("runner/data/README.md", f"python -m data_prep {words}")
         assert capsys.readouterr().out.startswith(expected.removesuffix("…"))
-    block = (ROOT / "runner/README.md").read_text().replace("\\\n", "")
+    block = (ROOT / "runner/data/README.md").read_text().replace("\\\n", "")
     (words,) = re.findall(r"^\$ runner (train timm/resnet10t .*)$", block, re.M)
     run = tmp_path / "runs" / "timm" / "resnet10t" / "seed-0"
     words = words.replace("data/shapes", str(tmp_path / "data" / "shapes"))  # commands run in the checkout

@@ -915,7 +915,7 @@ def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_searches_of_the_documents_are_valid(small_data: Path) -> None:
-    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("launch/README.md", "slurm/README.md")]
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("launch/searches.md", "slurm/README.md")]
     pattern = re.compile(r"(?:launch search|search\.sbatch) (\w[^#]*--[^#]*)")
     commands = [found[1] for text in texts for line in text.splitlines() if (found := pattern.search(line))]
     assert len(commands) >= 3

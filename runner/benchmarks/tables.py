@@ -1,4 +1,4 @@
-"""Generates the tables of README.md, runner/benchmarks/README.md and launch/README.md from the committed results.
+"""Generates the tables of README.md, runner/benchmarks/README.md and launch/searches.md from the committed results.
 
 A cell without a result says so.
 
@@ -28,7 +28,7 @@ from runner.run.schema import Hardware, LatencyRow, ParityRow, PrecisionSearch
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
-LAUNCH_README = Path(__file__).parents[2] / "launch" / "README.md"
+SEARCHES = Path(__file__).parents[2] / "launch" / "searches.md"
 BENCHMARKS_README = Path(__file__).parent / "README.md"
 MISSING = "not measured"
 AUGMENTATIONS = {
@@ -45,7 +45,7 @@ class Tables:
     """Print all tables, or write them into their documents."""
 
     write: bool = False
-    """Write each between its markers in README.md, runner/benchmarks/README.md or launch/README.md, and draw the
+    """Write each between its markers in README.md, runner/benchmarks/README.md or launch/searches.md, and draw the
     picture of the results."""
 
     def __call__(self) -> None:
@@ -499,7 +499,7 @@ def int8() -> str:
 
 
 def search() -> str:
-    """The table of launch/README.md: the regret of searches over a grid, by epochs spent."""
+    """The table of launch/searches.md: the regret of searches over a grid, by epochs spent."""
     path = RESULTS / "search-cpu.json"
     if not path.is_file():
         return MISSING
@@ -535,7 +535,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "muon": muon,
         "deployment": deployment,
     },
-    LAUNCH_README: {"search": search},
+    SEARCHES: {"search": search},
 }
 
 
