@@ -244,7 +244,7 @@ def make_tools(home: Path) -> Path:
 def fetch(pin: str, requirement: str, python: Path, temporary: Path) -> Path:
     """Downloads or builds one wheel, with the libraries that it needs inside; returns its path.
 
-    What it is made from is compared with the hashes of the requirement.
+    What it is made from is compared with the hashes of the requirement, and so is what builds it.
     """
     with tempfile.TemporaryDirectory(dir=temporary) as name:
         raw, repaired, requirements = (Path(name) / part for part in ("raw", "repaired", "requirements.txt"))
@@ -252,7 +252,7 @@ def fetch(pin: str, requirement: str, python: Path, temporary: Path) -> Path:
         run(
             [
                 python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--require-hashes",
-                "--build-constraint", PINS[0], "--wheel-dir", raw, "-r", requirements,
+                "--build-constraint", PINS[0], "--build-constraint", TOOLS, "--wheel-dir", raw, "-r", requirements,
             ],
             pin,
         )  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_failed_write_is_reported_by_the_next_wait(
 def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     """A checkpoint of weights alone has no state to resume from; other files are left alone."""
     assert checkpoint.newest_intact(run) == (None, [])
-    checkpoint.keep_last(run, 1)  # before there are any
+    checkpoint.remove_old(run, 1)  # before there are any
     weights = Tiny(norm=True).state_dict()
     first, second = checkpoint.save(run, weights, 9, {"step": 9}), checkpoint.save(run, weights, 10)
     assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
@@ -131,7 +131,7 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     assert checkpoint.newest_intact(run)[0] == first
     (run.checkpoints / "step-9").rename(run.checkpoints / ".step-8.replaced")
     assert checkpoint.newest_intact(run)[0] == run.checkpoints / "step-8"
-    checkpoint.keep_last(run)
+    checkpoint.remove_old(run)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["notes", "step-10"]
     assert checkpoint.is_newest(run, second)
 
@@ -231,9 +231,21 @@ def test_a_checkpoint_that_cannot_be_removed_is_none(run: Run, monkeypatch: pyte
     checkpoint.save(run, Tiny(norm=True).state_dict(), 3)
     assert checkpoint.latest(run).name == "step-3"
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".step-1.removed", "step-2", "step-3"]
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 4)  # still busy: its name stays
+    names = [".step-1.removed", ".step-2.removed", "step-3", "step-4"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == names
     monkeypatch.undo()
-    checkpoint.save(run, Tiny(norm=True).state_dict(), 4)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-3", "step-4"]
+    checkpoint.save(run, Tiny(norm=True).state_dict(), 5)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-4", "step-5"]
+
+
+def test_a_mistake_in_the_program_is_no_failed_write(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("of the program")
+
+    monkeypatch.setattr(checkpoint, "_write_files", fail)
+    with pytest.raises(TypeError, match="of the program"), checkpoint.CheckpointWriter(run) as writer:
+        writer.save({}, 1)
 
 
 def test_weights_and_manifest_name_the_dataset(run: Run) -> None:
@@ -264,7 +276,7 @@ def test_older_checkpoints_are_removed(run: Run) -> None:
     checkpoint.save(run, Tiny(norm=True).state_dict(), 2)  # step-3 was damaged, and training resumed earlier
     assert names() == ["step-2"]
     checkpoint.save(run, Tiny(norm=True).state_dict(), 4)
-    checkpoint.keep_last(run)
+    checkpoint.remove_old(run)
     assert names() == ["step-4"]
 
 

@@ -20,7 +20,7 @@ from runner.run import lock
 from runner.run.folder import Run
 from runner.run.lock import Owner, is_locked, locked
 from tests.support.configs import CONFIG
-from tests.support.processes import ENDING, TINY, runner, start, wait_for_step
+from tests.support.processes import ENDING, TINY, runner, start, wait_for_step, wait_until
 
 ELSEWHERE = Owner(1, "another-node", "7")
 
@@ -57,7 +57,7 @@ def test_the_owner_is_named_and_then_forgotten(file: Path) -> None:
         assert is_locked(file)
         assert msgspec.json.decode(file.read_bytes(), type=Owner) == Owner(os.getpid(), socket.gethostname(), "7")
         with (
-            pytest.raises(UserError, match=f"process {os.getpid()} on .*, job 7, trains it"),
+            pytest.raises(UserError, match=f"process {os.getpid()} on .*, job 7, uses it"),
             locked(file, 0),
         ):
             pass
@@ -65,11 +65,25 @@ def test_the_owner_is_named_and_then_forgotten(file: Path) -> None:
     assert file.read_bytes() == b""
 
 
+def test_a_process_that_lost_its_lock_leaves_it_to_the_new_owner(
+    file: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after it was suspended for long, where file locks do not protect it."""
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    other = msgspec.json.encode(ELSEWHERE)
+    with locked(file, 0):
+        file.write_bytes(other)
+        os.utime(file, (0, 1000))
+        wait_until(lambda: "lock: taken by process 1 on another-node" in capsys.readouterr().err)
+        assert file.stat().st_mtime == 1000
+    assert file.read_bytes() == other
+
+
 def test_an_owner_on_another_node_is_alive_while_it_gives_signs(file: Path) -> None:
     """This node could lock the file, because file locks are not shared."""
     file.write_bytes(msgspec.json.encode(ELSEWHERE))
     assert is_locked(file)
-    with pytest.raises(UserError, match="process 1 on another-node, job 7, trains it"), locked(file, 0, "8"):
+    with pytest.raises(UserError, match="process 1 on another-node, job 7, uses it"), locked(file, 0, "8"):
         pass
     os.utime(file, (0, time.time() - lock.STALE - 1))
     assert not is_locked(file)
@@ -83,7 +97,7 @@ def test_only_an_earlier_start_of_the_same_job_is_dead(locks: str, file: Path, r
     if locks == "without-locks":
         request.getfixturevalue("no_locks")
     file.write_bytes(msgspec.json.encode(ELSEWHERE))
-    with pytest.raises(UserError, match="process 1 on another-node, job 7, trains it"), locked(file, 0, "7"):
+    with pytest.raises(UserError, match="process 1 on another-node, job 7, uses it"), locked(file, 0, "7"):
         pass
     with locked(file, 0, "7", start=1):
         assert msgspec.json.decode(file.read_bytes(), type=Owner).start == 1
@@ -181,7 +195,7 @@ def test_a_run_that_trains_on_another_node_is_running_and_refused(small_data: Pa
     for job in ("", "7"):  # another step of its allocation
         done = runner(*words, SLURM_JOB_ID=job)
         assert done.returncode == 2
-        assert "process 1 on another-node, job 7, trains it; wait for it" in done.stderr
+        assert "process 1 on another-node, job 7, uses it; wait for it" in done.stderr
         assert run.run_json.exists()
     done = runner(*words, "--max-steps", 1, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
@@ -196,7 +210,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small_data: Path, tmp_path: P
         assert run.state() == "running"
         second = runner(*words, "--overwrite")
         assert second.returncode == 2
-        assert f"process {first.pid} on {socket.gethostname()} trains it" in second.stderr
+        assert f"process {first.pid} on {socket.gethostname()} uses it" in second.stderr
         with start("runner", *words, "--resume", "auto", "--max-steps", 9) as third:
             first.kill()
             _, stderr = third.communicate(timeout=240)

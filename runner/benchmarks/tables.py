@@ -129,7 +129,7 @@ def results() -> str:
     known, rows, legend = experiments.load(), [], _Legend()
     for file in ("papers-cpu", "papers-gpu"):
         for name, outcome in read_unchanged_experiments(file).items():
-            if name in known and outcome.epochs >= outcome.recipe_epochs:
+            if name in known and not outcome.incomplete:
                 letter = legend.letter(outcome.hardware, outcome.versions)
                 rows.append([f"`{name}`", _reported(known[name]), _accuracy(outcome), letter])
     titles = ["experiment", "reported", "measured", "on"]
@@ -137,7 +137,7 @@ def results() -> str:
 
 
 def draw_results() -> bytes:
-    """Draws the experiments that were trained in full, as PNG: reported and measured accuracy, and accuracy over MACs.
+    """Draws the experiments that were trained in full, as PNG: reported and measured accuracy, and the cost in MACs.
 
     An experiment that was trained on several machines has a marker for each.
     """
@@ -150,36 +150,44 @@ def draw_results() -> bytes:
     reported_axes, cost_axes = figure.subplots(1, 2)
     names: list[str] = []
     datasets: set[str] = set()
+    accuracies, costs = [100.0], [100.0]  # the axes contain all of them
     for file, marker, label in (("papers-cpu", "o", "measured on a CPU"), ("papers-gpu", "s", "measured on a GPU")):
         reported_axes.plot([], [], marker, color="gray", label=label)
         for name, outcome in read_unchanged_experiments(file).items():
-            if name not in known or outcome.epochs < outcome.recipe_epochs:
+            if name not in known or outcome.incomplete:
                 continue
             names += [] if name in names else [name]
             datasets.add(outcome.dataset)
             accuracy = 100 * (outcome.test_accuracy if outcome.reproduced is None else outcome.reproduced)
-            color, macs = f"C{names.index(name)}", (known[name].macs or 0) / 1e6
+            color, macs = f"C{names.index(name)}", known[name].macs
             reported_axes.plot(accuracy, names.index(name), marker, color=color)
-            cost_axes.plot(macs, 100 * outcome.test_accuracy, marker, color=color)
+            accuracies += [accuracy, 100 * outcome.test_accuracy]
+            if macs is None:  # not counted
+                continue
+            millions = macs / 1_000_000
+            costs.append(millions)
+            cost_axes.plot(millions, 100 * outcome.test_accuracy, marker, color=color)
             if file == "papers-cpu":
                 cost_axes.annotate(
-                    name, (macs, 100 * outcome.test_accuracy), (0, -16), textcoords="offset points", fontsize=8,
+                    name, (millions, 100 * outcome.test_accuracy), (0, -16), textcoords="offset points", fontsize=8,
                     ha="center",
                 )  # fmt: skip
     reported_axes.plot([], [], "|", color="black", markersize=14, label="reported by the paper")
     for position, name in enumerate(names):
         if reported := known[name].reported:
             reported_axes.plot(100 * reported.accuracy, position, "|", color="black", markersize=18)
+            accuracies.append(100 * reported.accuracy)
+    lowest = 10 * (min(accuracies) // 10)
     reported_axes.legend(fontsize=8, loc="lower left")
-    reported_axes.set(xlabel="accuracy, %", xlim=(60, 100), ylim=(len(names) - 0.5, -0.5))
+    reported_axes.set(xlabel="accuracy, %", xlim=(lowest, 100), ylim=(len(names) - 0.5, -0.5))
     reported_axes.set_yticks(range(len(names)), names)
-    ticks = [50, 100, 200, 500, 1000]
+    ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000) if min(costs) / 2 < tick < 2 * max(costs)]
     cost_axes.set(
         xlabel="million multiply-accumulates per image",
         ylabel="test accuracy, %",
         xscale="log",
-        xlim=(40, 1000),
-        ylim=(60, 100),
+        xlim=(0.6 * min(costs), 1.8 * max(costs)),
+        ylim=(lowest, 100),
     )
     cost_axes.set_xticks(ticks, list(map(str, ticks)))
     cost_axes.minorticks_off()
@@ -383,17 +391,18 @@ class MuonFile(msgspec.Struct):
 
 def muon() -> str:
     """Returns the table of the optimizer's variants; each is compared with the one above it, seed by seed."""
+    titles = ["Muon", "accuracy", "seeds", "points over the row above, paired ± standard error"]
+    if not (RESULTS / "muon-gpu.json").is_file():
+        return table(titles, [_missing_row(titles)])
     found = read_json(RESULTS / "muon-gpu.json", MuonFile)
     rows = []
     previous: dict[str, float] = {}
     for name, accuracies in found.series.items():
         differences = [100 * (accuracies[seed] - previous[seed]) for seed in accuracies if seed in previous]
-        paired = (
-            f"{mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}" if differences else "–"
-        )
+        several = len(differences) > 1
+        paired = f"{mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}" if several else "–"
         rows.append([name, f"{mean(accuracies.values()):.2%}", str(len(accuracies)), paired])
         previous = accuracies
-    titles = ["Muon", "accuracy", "seeds", "points over the row above, paired ± standard error"]
     machine = f"{_machine(found.hardware, found.versions)}, driver {found.driver}, {found.dataset}"
     return f"{table(titles, rows)}\n\nMeasured on: {machine}."
 

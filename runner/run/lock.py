@@ -62,7 +62,7 @@ def locked(path: Path, timeout: float, job: str = "", start: int = 0) -> Iterato
     own = Owner(os.getpid(), socket.gethostname(), job, start)
     with _acquire(path, own, timeout) as file:
         ended = threading.Event()
-        heartbeat = threading.Thread(target=_beat, args=(path, ended), name="lock", daemon=True)
+        heartbeat = threading.Thread(target=_send_heartbeats, args=(path, own, ended), name="lock", daemon=True)
         heartbeat.start()
         try:
             yield
@@ -70,11 +70,12 @@ def locked(path: Path, timeout: float, job: str = "", start: int = 0) -> Iterato
             ended.set()
             heartbeat.join()
             with contextlib.suppress(OSError):
-                file.truncate(0)  # no owner
+                if _is_owner(own, path):
+                    file.truncate(0)  # no owner
 
 
 def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
-    """Opens and locks the file, and waits for the end of an owner that the file lock does not know."""
+    """Opens and locks the file. Waits while `flock` is held, or while the owner that the file names is alive."""
     deadline = time.monotonic() + timeout
     file = _open(path)
     while True:
@@ -111,7 +112,7 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
         if time.monotonic() > deadline:
             file.close()
             who = owner or "another process"
-            raise LockedError(f"{path.parent}: {who} trains it; wait for it, or choose another --name")
+            raise LockedError(f"{path.parent}: {who} uses it; wait for it, or choose another --name")
         time.sleep(0.5)
 
 
@@ -163,7 +164,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _is_lost(path: Path) -> bool:
-    """Returns whether the lock is held for a node that has given no sign of life for long."""
+    """Returns whether the owner is on another node, and its heartbeat is older than `LOST`."""
     owner = _read(path)
     try:
         return owner is not None and owner.host != socket.gethostname() and time.time() - path.stat().st_mtime > LOST
@@ -179,8 +180,8 @@ def _is_earlier_start(owner: Owner, own: Owner) -> bool:
 def _living_owner(path: Path, has_locks: bool) -> Owner | None:
     """Returns the owner that a lock file names, if it is alive although this process could lock the file.
 
-    On this node, file locks have the answer if the owner has one, or else the process number; of another node, the
-    heartbeat.
+    For an owner on this node, `flock` has the answer if both sides have it, or else the process ID; for one on another
+    node, the age of its heartbeat.
     """
     owner = _read(path)
     try:
@@ -199,7 +200,7 @@ def _living_owner(path: Path, has_locks: bool) -> Owner | None:
 
 
 def _read(path: Path) -> Owner | None:
-    """Returns the owner that a lock file names; None without one, or of an earlier version."""
+    """Returns the owner that a lock file names; None if the file is missing or cannot be decoded."""
     if not _is_regular(path):
         return None
     try:
@@ -208,8 +209,18 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
-    """Touches a lock file until `ended` is set."""
+def _is_owner(own: Owner, path: Path) -> bool:
+    """Returns whether a lock file names this process, or no other one."""
+    owner = _read(path)
+    return owner is None or (owner.pid, owner.host) == (own.pid, own.host)
+
+
+def _send_heartbeats(path: Path, own: Owner, ended: threading.Event) -> None:
+    """Touches a lock file until `ended` is set, or until another process has taken it for one of a dead process."""
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
+            if not _is_owner(own, path):
+                note = "this process gave no sign of life for long; stop one of them"
+                print(f"runner: {path}: taken by {_read(path)}, because {note}", file=sys.stderr, flush=True)
+                return
             os.utime(path)

@@ -1,4 +1,4 @@
-"""Exits a process that makes no progress, after printing the stacks of its threads, so that its peers exit too."""
+"""Exits a process that completes no step within a time limit, after printing the stacks of its threads."""
 
 import contextlib
 import faulthandler

@@ -82,7 +82,7 @@ class CheckpointWriter:
             return
         try:
             pending.result()
-        except Exception as error:
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
             full = isinstance(error, OSError) and error.errno in DISK_FULL
             reason = "no space left on the disk" if full else getattr(error, "strerror", None) or str(error)
             folders: list[Path] = []
@@ -108,7 +108,7 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
     """
     folder = run.step_folder(step)
     _write_folder(folder, run, weights, step, state)
-    keep_last(run, step)
+    remove_old(run, step)
     return folder
 
 
@@ -150,15 +150,15 @@ def _write_files(
     _sync(staging)
 
 
-def keep_last(run: Run, step: int | None = None) -> None:
-    """Removes all checkpoints except the last one; with `step`, except that of the step and the one before.
+def remove_old(run: Run, step: int | None = None) -> None:
+    """Removes all checkpoints but the latest; with `step`, all but that of this step and the one before it.
 
     What cannot be removed stays, because the new checkpoint is complete; the next save tries again.
     """
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = names_in(run.checkpoints)
-    # From the same listing, since another one may show other files.
+    # Reuse one listing, because a second one may differ on a network file system.
     steps = sorted(int(name[1]) for name in map(STEP_FOLDER.fullmatch, names) if name)
     keep = steps[-1:] if step is None else [step, *[other for other in steps if other < step][-1:]]
     for name in names:
@@ -166,9 +166,10 @@ def keep_last(run: Run, step: int | None = None) -> None:
         if not re.match(r"\.?step-", name) or name in [f"step-{kept}" for kept in keep]:
             continue
         # Rename first: on NFS, a file that another process has open is not removed, and would leave half a checkpoint.
-        removed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
+        is_renamed = name.endswith(".removed")
+        removed = folder if is_renamed else folder.with_name(f".{name.removeprefix('.')}.removed")
         with contextlib.suppress(OSError):
-            if folder != removed:
+            if not is_renamed:
                 folder.rename(removed)
             shutil.rmtree(removed)
 
@@ -180,7 +181,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
         Its folder, or None if there is no checkpoint or all are damaged; and a message about each damaged one.
 
     Raises:
-        UserError: a checkpoint cannot be read, which may be intact, and no other one is.
+        UserError: no checkpoint is intact, and at least one could not be read because of an error of the file server.
     """
     names = names_in(run.checkpoints)
     for name in map(REPLACED.fullmatch, names):  # a save was killed between its two renames

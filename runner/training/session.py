@@ -62,11 +62,11 @@ from runner.training.state import best_row
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
 STOP_FILE_INTERVAL = 0.25
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-FORWARDED_INTERRUPT_SECONDS = 1.0  # seconds within which a second SIGINT is the first one, forwarded by the launcher
+FORWARDED_INTERRUPT_SECONDS = 1.0  # a second SIGINT within this time is a copy that the launcher forwarded
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LOST_RANK = "another rank exited and reports why, unless it was killed; rerun with --resume auto"
 CHECKPOINT_VISIBLE_SECONDS = 60.0  # seconds for a checkpoint to become visible on the other nodes
-COLLECTIVE_MARGIN_SECONDS = 60  # that collectives have beyond --hang-timeout, so that our watchdog reports first
+COLLECTIVE_MARGIN_SECONDS = 60  # by which collectives wait longer than the watchdog, so that it reports first
 
 
 class RunTracker(Protocol):
@@ -343,7 +343,7 @@ class SeedRun:
             raise
 
     def make_profiler(self) -> StepProfiler | None:
-        """Returns the profiler of --profile-steps, for rank 0 and the first attempt that trains the steps."""
+        """Returns the profiler of --profile-steps on rank 0; None if an earlier attempt has trained the steps."""
         config = self.session.config
         if config.profiled_steps is None or not self.session.accelerator.is_main_process:
             return None
@@ -470,7 +470,7 @@ class SeedRun:
         session.tracking.draw(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
         write_json(run.summary, summary)
-        checkpoint.keep_last(run)
+        checkpoint.remove_old(run)
         self.tracker.log_results()
         self.tracker.finish()
         return summary
@@ -479,7 +479,7 @@ class SeedRun:
 def prepare_device(
     config: TrainConfig, launch: launcher.Launch, device: torch.device, environ: MutableMapping[str, str]
 ) -> None:
-    """Configures threads, kernels and memory. Raises UserError for fp16 on the CPU."""
+    """Configures threads, kernels and memory. Raises UserError if fp16 is requested on the CPU."""
     if device.type == "cpu":
         cpu.prepare(launch.local_world_size)
         check_precision(precision_of(config, environ), device.type)
@@ -543,6 +543,7 @@ def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str
     """
     # torch 2.15 renames broadcast_buffers; accelerate does not know the new name yet.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    collective_timeout = watchdog.STARTUP_FACTOR * config.hang_timeout + COLLECTIVE_MARGIN_SECONDS
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=None if config.precision == "launch" else record.MIXED_PRECISION[config.precision],
@@ -555,7 +556,7 @@ def create_accelerator(config: TrainConfig, launch: launcher.Launch, device: str
                 static_graph=config.recipe.accumulate == 1,
                 broadcast_buffers=False,
             ),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_timeout + COLLECTIVE_MARGIN_SECONDS)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout)),
         ],
     )
     if accelerator.num_processes != launch.world_size:
@@ -613,7 +614,7 @@ def is_lost_rank(error: Exception, world_size: int) -> bool:
 
     Reads the message, because NCCL raises the same error for other failures, such as two ranks on one GPU.
     """
-    if world_size == 1:
+    if world_size == 1 or not isinstance(error, RuntimeError):  # such as an OSError of another connection
         return False
     without_peer = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError)
     return without_peer or re.search("by peer|Connection refused|ncclRemoteError", str(error)) is not None
