@@ -159,7 +159,8 @@ def _decode(path: Path, files: list[ImageFile], size: int | None, fit: images.Fi
 
 
 def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
-    """Returns the name of the folder or archive, or "CIFAR-10 (PNG copy)" or "(JPEG copy)" for all of CIFAR-10."""
+    """Returns the name of the folder or archive, or "CIFAR-10 (PNG copy)" for all of CIFAR-10, or
+    "(JPEG copy)" or "(lossless copy)"."""
     complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)
     if not complete or train.images.shape[1:] != (32, 32, 3):
         whole = path.resolve()

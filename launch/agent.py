@@ -36,11 +36,10 @@ class Agent:
             name = ["--name", f"{environ.get('WANDB_SWEEP_ID', 'sweep')}-{environ['WANDB_RUN_ID']}"]
             reasons["--name"] = "runs of a W&B sweep are named after the ids of sweep and run; leave it out"
         reject_options(options, reasons)
-        gpus = environment.count_gpus()
-        arguments = [self.experiment, "--seeds", str(self.seed), *name, *resolve_device(options, gpus)]
+        arguments = [self.experiment, "--seeds", str(self.seed), *name, *resolve_device(options)]
         config = cli.parse_train(arguments)
         config.check()
-        resources = Resources(0 if config.device == "cpu" else gpus, 1)
+        resources = Resources(0 if config.device == "cpu" else environment.count_gpus(), 1)
         threads = max(1, environment.usable_cores() // max(1, resources.gpus))
         command = training_command(launcher_for(resources), threads)
         os.execve(sys.executable, [sys.executable, *command, *arguments], dict(environ))

@@ -89,8 +89,9 @@ class ListedTrials:
         """Returns the next job; None if there is none at present."""
         while self.waiting:
             trial = self.waiting.pop(0)
-            if trial.state() not in ("complete", "running"):  # by another call, meanwhile
+            if trial.state() not in ("complete", "running"):
                 return Job(trial, tuple(trial.arguments))
+            self.total -= 1  # another call trains it, or has trained it
         return None
 
     def is_empty(self) -> bool:

@@ -126,7 +126,9 @@ class Search:
         study = Study(self.folder)
         existing, trials = study.read()
         if trials:
-            check_same_search(existing, plan.definition, self.folder)
+            # The state may be shown on a machine without a GPU.
+            shown = replace(plan.definition, device="") if self.dry_run else plan.definition
+            check_same_search(existing, shown, self.folder)
         if self.dry_run:
             print_state(plan.definition, trials, study.held(trials), self.trials)
             return
@@ -137,8 +139,9 @@ class Search:
             plan.check_corners()
         with study.locked():
             existing, trials = study.read()
-            if trials:  # another worker may have started meanwhile
+            if trials and existing:  # another worker may have started meanwhile
                 check_same_search(existing, plan.definition, self.folder)
+                plan = dataclasses.replace(plan, definition=existing)
             elif existing != plan.definition:
                 study.define(plan.definition)
         environ = {**environ, "WANDB_RUN_GROUP": environ.get("WANDB_RUN_GROUP", self.search_name)}
@@ -199,7 +202,7 @@ class Search:
         modules = ["--experiments-from", *self.experiments_from] if self.experiments_from else []
         arguments = train_options(self.data, self.runs, [*modules, *fixed], resume=True)
         if self.on == "local":
-            arguments = resolve_device(arguments, environment.count_gpus())
+            arguments = resolve_device(arguments)
         first = [f"{option}={domain.samples[0]}" for option, domain in space.items()]
         trials = expand(self.names, (self.seed,), "check", [*arguments, *first], self.experiments_from)
         experiments = tuple(trial.config.experiment for trial in trials)
@@ -214,7 +217,7 @@ class Search:
         definition = Definition(
             names=experiments,
             space={option: str(domain) for option, domain in space.items()},
-            options=tuple(absolute_paths(fixed)),
+            options=tuple(word for word in absolute_paths(fixed) if not word.startswith("--device=")),
             objectives=self.objectives,
             sampler=self.sampler,
             seed=self.search_seed,
@@ -274,10 +277,10 @@ class Search:
 
     def slots_here(self, plan: Plan) -> local_pool.Slots:
         """Returns how this machine is divided among trials. Raises UserError if it has too few GPUs."""
-        gpus, cores = environment.count_gpus(), environment.usable_cores()
-        if plan.trial(plan.first_words).config.device == "cpu":
-            gpus = 0
-        elif self.ranks > gpus:
+        cores = environment.usable_cores()
+        on_gpus = plan.trial(plan.first_words).config.device != "cpu"
+        gpus = environment.count_gpus() if on_gpus else 0
+        if on_gpus and self.ranks > gpus:
             raise UserError(f"--ranks {self.ranks}: expected at most the {gpus} GPUs of this machine; lower it")
         count = self.slots or (1 if "latency" in self.objectives else max(1, gpus // self.ranks))
         on_cpu = ("--config_file", "launch/cpu.yaml", "--num_processes", str(self.ranks))

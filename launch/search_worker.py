@@ -10,7 +10,7 @@ from launch.local_pool import Job
 from launch.train_arguments import check_dataset, check_models
 from launch.trials import Trial, check_same_training, expand
 from runner.common.errors import UserError
-from runner.common.files import UnreadableError
+from runner.common.files import UnreadableError, is_file
 from runner.report import collect, compare
 from runner.run.lock import LockedError
 from runner.run.metrics import read_metrics
@@ -156,7 +156,11 @@ class StudySource:
             self.study.set_target(stored.number, target)
         try:
             trial = self.plan.trial(stored.parameters, stored.number)
-        except UserError as error:  # a combination that cannot be trained
+            if is_file(trial.run.run_json):
+                trial.run.config()
+        except UnreadableError:
+            raise
+        except UserError as error:  # a combination that cannot be trained, or a damaged run
             self.study.fail(stored.number, str(error), final=True)
             return None
         check_same_training(trial.run, trial.config.all_seeds[0], trial.config, self.plan.manifest.fingerprint)
@@ -165,7 +169,7 @@ class StudySource:
                 return None
         except UnreadableError:
             raise
-        except UserError as error:  # a damaged run
+        except UserError as error:  # a damaged summary, or one without an objective
             self.study.fail(stored.number, str(error), final=True)
             return None
         claim = contextlib.ExitStack()

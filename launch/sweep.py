@@ -163,7 +163,7 @@ class Sweep:
         resume = self.as_wandb_sweep is None
         arguments = train_options(self.data, self.runs, [*modules, *options], resume)
         if self.on == "local" and not self.as_wandb_sweep:
-            arguments = resolve_device(arguments, environment.count_gpus())
+            arguments = resolve_device(arguments)
         return expand(self.names, self.seeds, self.name, arguments, self.experiments_from)
 
     def check_data(self, trials: list[Trial], manifest: Manifest) -> None:
@@ -231,9 +231,8 @@ class Sweep:
         Raises:
             SystemExit: see `__call__`.
         """
-        gpus, cores = environment.count_gpus(), environment.usable_cores()
-        if missing[0].config.device == "cpu":
-            gpus = 0
+        cores = environment.usable_cores()
+        gpus = 0 if missing[0].config.device == "cpu" else environment.count_gpus()
         count = self.slots or gpus or 1
         launcher = launcher_for(Resources(min(gpus, 1), cores))
         slots = local_pool.Slots(count, gpus, max(1, cores // count), launcher)
@@ -246,7 +245,7 @@ class Sweep:
         print(count_states(states))
         if interrupted:
             raise SystemExit(75)
-        if any(states[trial.id] != "complete" for trial in missing):
+        if any(states[trial.id] not in ("complete", "running") for trial in missing):  # another call trains the latter
             raise SystemExit(1)
 
     def submit(self, missing: list[Trial], environ: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from runner.common.command_line import CommandLine, ParsedOption, options_of, pa
 from runner.common.errors import UserError
 from runner.config.train_config import TrainConfig
 from runner.run.folder import Run, finished_run
+from runner.system import environment
 
 SET_BY_JOBS = {
     "--resume": "jobs and sweeps set --resume auto, which continues an interrupted run; leave it out",
@@ -91,14 +92,17 @@ def absolute_paths(options: Sequence[str]) -> list[str]:
     return line.words()
 
 
-def resolve_device(options: Sequence[str], gpus: int) -> list[str]:
-    """Replaces `--device auto`, given or by default, with `--device cpu` if `gpus` is 0; else returns the options.
+def resolve_device(options: Sequence[str]) -> list[str]:
+    """Replaces `--device auto`, given or by default, with `--device cpu` on a machine without GPUs.
 
     Raises:
-        UserError: the options require a GPU, and there is none.
+        UserError: the options require a GPU, and there is none, or its driver does not work.
     """
     line = _parse(options)
     device = line.options.get("--device", ParsedOption("--device", ["auto"]))
+    if device.values == ["cpu"]:
+        return list(options)
+    gpus = environment.count_gpus()
     if device.values == ["cuda"] and not gpus:
         raise UserError("--device cuda: expected a GPU, found none on this machine; use --device cpu")
     if device.values != ["auto"] or gpus:

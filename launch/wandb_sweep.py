@@ -25,7 +25,7 @@ def write(path: Path, definition: dict[str, Any], trials: int) -> None:
         raise UserError(f"--as-wandb-sweep {path}: expected a file, found a folder")
     try:
         content = (HEADER + yaml.safe_dump(definition, sort_keys=False)).encode()
-        if path.exists() and path.read_bytes() != content:  # users edit it
+        if path.is_file() and path.read_bytes() != content:  # users edit it
             raise UserError(f"--as-wandb-sweep {path}: expected a new file, found one with other content; remove it")
         write_atomically(path, content)
     except OSError as error:

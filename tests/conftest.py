@@ -222,7 +222,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         kinds = [kind for kind in KINDS if item.get_closest_marker(kind)] or ["plain"]
         item.user_properties.append(("kinds", kinds))  # reports know a test's keywords, which its parameters are too
-        if item.get_closest_marker("gpu") and environment.count_gpus() == 0:
+        if item.get_closest_marker("gpu") and environment.first_gpu() is None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
 
 

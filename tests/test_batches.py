@@ -25,7 +25,7 @@ from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
 from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_split_of_run, split_indices
 from runner.data.stream import BatchStream
-from runner.system.environment import total_memory
+from runner.system.environment import memory_limit
 from tests.support.configs import CONFIG, config_of
 from tests.support.processes import python
 
@@ -232,7 +232,7 @@ def test_auto_selects_resident_for_small_splits_and_reports_it(small_data: Path)
     many = dataclasses.replace(split, images=10**11)
     assert RankInfo(CPU).loader_for(jpeg, many)[0] == "streaming"
     assert "train.beton, decoded, is " in RankInfo(CPU).loader_for(jpeg, many)[1]
-    tenth = dataclasses.replace(split, bytes=total_memory() // 10)
+    tenth = dataclasses.replace(split, bytes=memory_limit() // 10)
     choices = [RankInfo(CPU, workers=2, local_world_size=ranks).loader_for(prepared, tenth) for ranks in (1, 8)]
     assert [loader for loader, _ in choices] == ["resident", "streaming"]  # each rank has a copy
     assert ["--workers is not used" in message for _, message in choices] == [True, False]

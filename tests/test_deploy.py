@@ -30,7 +30,7 @@ from runner.run.folder import Run
 from runner.run.schema import BatchRange, Dataset, EngineSidecar, FrontEnd, LatencyReport, Machine, ParityReport
 from runner.training import checkpoint
 from tests.conftest import Once
-from tests.support.configs import CONFIG, config_of, trusted
+from tests.support.configs import config_of, trusted
 from tests.support.models import tiny
 from tests.support.models.tiny import Tiny
 from tests.support.processes import TINY, runner
@@ -485,13 +485,6 @@ def test_bench_keeps_the_rows_of_current_files(confident: Run) -> None:
     bench_on_one_thread(confident, "--batch", 2, "--backend", "eager")
     rows = [row for row in confident.read_latency().rows if row.batch != 2]
     assert rows == [row for row in report.rows if row.precision == "fp32"]
-
-
-def test_rows_of_different_hardware_are_not_mixed(deployed_run: Path) -> None:
-    report = Run(deployed_run).read_latency()
-    reports = [replace(report, hardware=replace(CONFIG.hardware, cpu=cpu)) for cpu in ("one", "another")]
-    with pytest.raises(UserError, match="expected one machine"):
-        latency.show(reports)
 
 
 @pytest.mark.images

@@ -43,8 +43,9 @@ def losses_and_weights(experiment: Experiment, compiled: str = "none") -> tuple[
     recipe = replace(experiment.recipe, batch_size=IMAGES, validation=0)
     pixels = np.random.default_rng(0).integers(0, 256, (STEPS * IMAGES, 32, 32, 3), np.uint8)
     options = StreamOptions(
-        (120.0,) * 3, (60.0,) * 3, IMAGES, device=GPU, training=True, augment=recipe.augment, resize=recipe.resize
-    )
+        (120.0,) * 3, (60.0,) * 3, IMAGES, device=GPU, training=True, augment=recipe.augment, resize=recipe.resize,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
     stream = ResidentBatches(pixels, np.arange(len(pixels)) % 10, options)
     torch.manual_seed(0)
     model = experiment.architecture.build().to(GPU).train()

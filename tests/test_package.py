@@ -35,7 +35,7 @@ def test_a_package_is_scored_and_measured_and_needs_no_project(own: Run, tmp_pat
     done = runner("export", own.folder, "--aot-inductor", "cpu", *TINY)
     assert done.returncode == 0, done.stderr
     assert f"{own.folder}/deploy/model.fp32.cpu.pt2: " in done.stdout
-    assert f"next, the gate: runner parity {own.folder} --backend onnxruntime aotinductor" in done.stdout
+    assert f"next, the gate: runner parity {own.folder} --device cpu --backend onnxruntime aotinductor" in done.stdout
     refused = runner("bench", own.folder, "--backend", "aotinductor", *QUICK)
     assert refused.returncode == 2
     assert "--backend aotinductor" in refused.stderr

@@ -610,6 +610,28 @@ def test_cpus_and_gpus_do_not_share_a_study(plan: Plan, small_data: Path, tmp_pa
     check_same_search(unknown, plan.definition, tmp_path)  # the first worker chooses
 
 
+def test_a_study_of_an_earlier_version_is_continued(
+    plan: Plan, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no device, or has one among its options."""
+    definition = changed(plan.definition, device="", options=("--device=cpu", *plan.definition.options))
+    earlier = dataclasses.replace(plan, definition=definition)
+    next_job(StudySource(earlier, study_of(earlier, tmp_path), 12))
+    started = []
+    monkeypatch.setattr(local_pool, "train_trials", lambda source, *_: started.append(next_job(source)) or True)
+    with pytest.raises(SystemExit, match="75"):
+        command(small_data, tmp_path / "runs", name=plan.name)(list(RANGES), dict(os.environ))
+    assert started[0].trial.id == "tiny/tiny-000-seed-0"  # whose first worker is gone
+
+
+def test_a_damaged_run_json_is_a_failed_trial(worker: StudySource, tmp_path: Path) -> None:
+    run = Run(tmp_path / "runs" / "tiny" / "tiny-000-seed-0")
+    run.folder.mkdir(parents=True)
+    run.run_json.write_text("{")
+    assert next_job(worker).trial.id == "tiny/tiny-001-seed-0"
+    assert worker.study.read()[1][0].state == "failed"
+
+
 def test_trials_that_another_call_trains_meanwhile_are_not_started(small_data: Path, tmp_path: Path) -> None:
     trials = expand(["tiny"], (0, 1, 2), None, [*TINY, "--data", str(small_data), "--runs", str(tmp_path)], (TINY[1],))
     source = ListedTrials(trials)
@@ -617,6 +639,7 @@ def test_trials_that_another_call_trains_meanwhile_are_not_started(small_data: P
     trials[1].run.folder.mkdir(parents=True)
     with lock.locked(trials[1].run.lock, timeout=0):
         second = source.next()
+    assert source.describe(0) == "0 of 2 done, 0 waiting"
     assert [first.trial.id, second.trial.id] == [trials[0].id, trials[2].id]
     assert source.next() is None
 

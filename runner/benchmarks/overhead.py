@@ -125,10 +125,14 @@ class OverheadBenchmark:
 
     def loop(self) -> list[float]:
         """Trains with the shortest loop; returns the time of each step."""
+        import torch
+
         from runner.data.open import RankInfo, open_manifest, open_split
 
         model, optimizer, device = self.prepare()
-        stream = open_split(self.data, open_manifest(self.data), "train", self.recipe(), RankInfo(device))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in `runner train`
+        rank_info = RankInfo(device, dtype=dtype)
+        stream = open_split(self.data, open_manifest(self.data), "train", self.recipe(), rank_info)
         batches = list(islice((batch for epoch in count() for batch in stream.epoch(epoch)), self.steps))
         return self.train(model, optimizer, batches)
 

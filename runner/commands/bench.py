@@ -32,7 +32,7 @@ class Bench:
     repeats: Count = 100
     """Minimum number of calls per measurement."""
     threads: Count | None = None
-    """Number of CPU threads; by default all usable cores."""
+    """On the CPU: number of threads; by default all usable cores."""
     device: Device = "auto"
     """Device to compute on; auto selects a GPU if there is one."""
     code: Code = TrustedCode()
@@ -62,11 +62,11 @@ class Bench:
                 reports.append(latency.bench(open_run(run, self.code), options, self.device, environ))
             except UserError as error:  # the other runs are measured nevertheless
                 failures.append(error)
-        if not reports and len(failures) == 1:
-            raise failures[0]
+        if not reports:
+            raise UserError("; ".join(map(str, failures)))
         if self.json:
             print(msgspec.json.encode(reports).decode())
-        elif reports:
+        else:
             latency.show(reports)
         refused = [row.not_measured for report in reports for row in report.rows if row.refused]
         if refused or failures:

@@ -19,8 +19,8 @@ class Predict:
     """Classify images with an exported model."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """ONNX file written by `runner export`; a run folder, to use its file that passed the gate; or, on a GPU, an engine
-    in the `deploy` folder of its run. With --server, the name of a model on it."""
+    """ONNX file written by `runner export`; a run folder, to use its file that passed the gate on this
+    machine; or, on a GPU, an engine in the `deploy` folder of its run. With --server, the name of a model on it."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Image files, or folders of them."""
     batch: Count = 32

@@ -17,7 +17,7 @@ from runner.data.order import epoch_order
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 from runner.run.schema import ModelInput, RunConfig, TrainPrecision
-from runner.system.environment import total_memory
+from runner.system.environment import memory_limit
 
 
 class Batches(Protocol):
@@ -94,7 +94,7 @@ class RankInfo:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         else:
-            memory = total_memory() // self.local_world_size  # each rank has a copy
+            memory = memory_limit() // self.local_world_size  # each rank has a copy
         share = manifest.image_bytes(split) / memory
         selected: Literal["resident", "streaming"] = "resident" if share < RESIDENT_SHARE else "streaming"
         limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"

@@ -173,11 +173,11 @@ def write(
     exports[path.name] = Export(sha256=written.sha256, weights=weights)
     outdated = path_of(run, precision, raw=True)
     changed = before is None or before.sha256 != written.sha256
-    if not raw and changed and outdated.name in exports:
-        del exports[outdated.name]
+    removed = exports.pop(outdated.name, None) if not raw and changed else None
+    files.write_json(run.exports, exports)
+    if removed is not None:
         outdated.unlink(missing_ok=True)
         print(f"runner: {outdated}: removed, because it was made from the earlier {path.name}", file=sys.stderr)
-    files.write_json(run.exports, exports)
     return written
 
 

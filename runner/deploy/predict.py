@@ -146,6 +146,7 @@ def _passed_file(run: Run, device: str) -> Path:
     from runner.deploy import parity  # imports torch
 
     run.config()  # raises for a folder that is not a run
+    run.read_parity()  # and for a damaged report
     failures = []
     for file in onnx.all_exported(run):
         if not file.raw:
@@ -155,10 +156,11 @@ def _passed_file(run: Run, device: str) -> Path:
                 failures.append(error)
             else:
                 return file.path
+    reason = f" ({failures[0]})" if failures else ""
     raise UserError(
-        f"{run.folder}: expected an ONNX file that passed the gate on {device}, found none; first: runner export "
-        f"{run.folder} && runner parity {run.folder} --device {device}"
-    ) from (failures[0] if failures else None)
+        f"{run.folder}: expected an ONNX file that passed the gate on {device} on this machine, found none{reason}; "
+        f"first: runner export {run.folder} && runner parity {run.folder} --device {device}"
+    )
 
 
 def _normalize(pixels: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:

@@ -164,7 +164,7 @@ def usable_providers() -> list[str]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    if environment.count_gpus():
+    if environment.first_gpu():
         load_cuda_libraries()
     usable = []
     for provider in onnxruntime.get_available_providers():

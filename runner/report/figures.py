@@ -39,7 +39,7 @@ def curves(records: list[RunRecord], metric: Literal["loss", "accuracy"]) -> Cha
                         "mode": mode,
                         "x": x,
                         "y": y,
-                        "name": html.escape(record.name if shown else f"{record.name} {split}"),
+                        "name": html.escape(record.name if shown else f"{record.name} {split}", quote=False),
                         "legendgroup": record.name,
                         "showlegend": shown,
                         "run": index,
@@ -61,8 +61,8 @@ def reported(outcomes: Iterable[Outcome]) -> Chart | None:
     several_datasets = len({one.dataset for one in rows}) > 1
     labels = {}
     for one in rows:
-        lines = [html.escape(str(one.label)).replace(" (", "<br>(", 1) + f", {one.seed_count}"]
-        labels[id(one)] = "<br>".join([*lines, html.escape(one.dataset)] if several_datasets else lines)
+        lines = [html.escape(str(one.label), quote=False).replace(" (", "<br>(", 1) + f", {one.seed_count}"]
+        labels[id(one)] = "<br>".join([*lines, html.escape(one.dataset, quote=False)] if several_datasets else lines)
     reported_trace = {
         "type": "scatter",
         "mode": "markers",

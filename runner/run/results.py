@@ -10,17 +10,19 @@ from runner.run.schema import LatencyReport, LatencyRow, ParityReport, ParityRow
 
 def current_parity(run: Run) -> ParityReport | None:
     """Returns the gate's results for the files, engines and weights that the run has now; None if there are none."""
-    report, is_current = run.read_parity(), _current_rows(run)
+    report = run.read_parity()
     if report is None:
         return None
+    is_current = _current_rows(run)
     return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
 
 
 def current_latency(run: Run) -> LatencyReport | None:
     """Returns the latencies of the files, engines and weights that the run has now; None if there are none."""
-    report, is_current = run.read_latency(), _current_rows(run)
+    report = run.read_latency()
     if report is None or run.weights_sha256() not in (None, report.weights):
         return None
+    is_current = _current_rows(run)
     return msgspec.structs.replace(report, rows=[row for row in report.rows if is_current(row)])
 
 

@@ -108,9 +108,13 @@ def usable_cores() -> int:
 
 
 def total_memory() -> int:
-    """Returns the memory of the machine in bytes, or the limit of this process's cgroup, such as a SLURM job's."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    root = Path("/sys/fs/cgroup")
+    """Returns the memory of the machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit() -> int:
+    """Returns the bytes that this process may use: the machine's memory, or the limit of its cgroup, as of a job."""
+    memory, root = total_memory(), Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, IndexError):
         group = root / Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2]
         for folder in (group, *group.parents):  # the limit of a job is often that of a parent
@@ -144,9 +148,12 @@ def count_gpus() -> int:
 def first_gpu() -> Gpu | None:
     """Returns the first CUDA device that this process sees, which builds and runs engines; None without one.
 
-    Uses the driver API, as `count_gpus` does.
+    Uses the driver API, as `count_gpus` does. None also where the driver does not work: some engines need no GPU.
     """
-    if count_gpus() == 0:
+    try:
+        if count_gpus() == 0:
+            return None
+    except UserError:
         return None
     driver = ctypes.CDLL("libcuda.so.1")
     device, name, major, minor = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()

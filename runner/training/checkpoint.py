@@ -82,7 +82,7 @@ class CheckpointWriter:
             return
         try:
             pending.result()
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        except (OSError, RuntimeError, UserError, MemoryError) as error:  # torch.save raises RuntimeError
             full = isinstance(error, OSError) and error.errno in DISK_FULL
             reason = "no space left on the disk" if full else getattr(error, "strerror", None) or str(error)
             folders: list[Path] = []

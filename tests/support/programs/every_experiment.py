@@ -19,7 +19,7 @@ from torchvision import models
 
 from runner import experiments
 from runner.common.files import write_json
-from runner.data.open import RankInfo, open_manifest, open_split
+from runner.data.open import DTYPES, RankInfo, open_manifest, open_split
 from runner.models import transfer
 from runner.run.folder import Run
 from runner.system import cpu
@@ -35,7 +35,8 @@ def main(data: str, out: str, precision: str, *names: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=MIXED_PRECISION[precision])
     cpu.prepare(accelerator.num_processes)
     folder, prepared, manifest = Path(out), Path(data), open_manifest(Path(data))
-    rank_info = RankInfo(torch.device("cpu"), accelerator.process_index, accelerator.num_processes)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank_info = RankInfo(torch.device("cpu"), rank, world_size, dtype=DTYPES[precision])
     transfer.weight_file = lambda name, given: random_weights(folder, name)
     if accelerator.is_main_process:
         for name in transfer.WEIGHTS:
