@@ -59,7 +59,7 @@ def load(
     Raises:
         UserError: there are no images, several datasets, images of several sizes, or a split that lacks a class.
     """
-    files, unused = _find(path, members)
+    files, unused = _collect_images(path, members)
     _check_root(path, files)
     found = {file.split for file in files}
     test_folder = "test" if "test" in found else "val"
@@ -89,10 +89,10 @@ def load(
     if size is not None:
         provenance = {**provenance, "size": size, "fit": fit or "crop"}
     suffixes = {PurePosixPath(file.path).suffix.lower() for file in files}
-    return Source(_name(path, classes, train, test, suffixes), classes, train, test, provenance, tuple(notes))
+    return Source(_dataset_name(path, classes, train, test, suffixes), classes, train, test, provenance, tuple(notes))
 
 
-def _find(path: Path, members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
+def _collect_images(path: Path, members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
     """Returns the images in the expected folders, and the paths of all other files."""
     files, unused, seen = list[ImageFile](), list[str](), set[str]()
     total, available = 0, images.available_memory()
@@ -158,7 +158,7 @@ def _decode(path: Path, files: list[ImageFile], size: int | None, fit: images.Fi
         return list(track(pool.map(pixels_of, files), "decode images", len(files)))
 
 
-def _name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
+def _dataset_name(path: Path, classes: tuple[str, ...], train: Split, test: Split, suffixes: set[str]) -> str:
     """Returns the name of the folder or archive, or "CIFAR-10 (PNG copy)" for all of CIFAR-10, or
     "(JPEG copy)" or "(lossless copy)"."""
     complete = classes == CIFAR10.classes and (len(train.labels), len(test.labels)) == (50_000, 10_000)

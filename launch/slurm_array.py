@@ -13,7 +13,7 @@ from launch.trials import Trial
 from runner.common.errors import UserError
 
 TIMEOUT_SECONDS = 60  # timeout for an answer from the controller
-NO_ANSWER_HINT = "jobs of this sweep may be queued; try again where SLURM's controller can be reached"
+MAY_BE_QUEUED_HINT = "jobs of this sweep may be queued; try again where SLURM's controller can be reached"
 
 
 class ArrayJob(msgspec.Struct):
@@ -99,7 +99,7 @@ def submit(
         command += [f"--array=0-{len(tasks) - 1}" + (f"%{at_once}" if at_once else "")]
         if at_once and previous:
             command += [f"--dependency=afterany:{previous}"]
-        file = _write_lines(folder, [" ".join(trial.argv) for trial in tasks])
+        file = _write_argument_file(folder, [" ".join(trial.argv) for trial in tasks])
         command += ["slurm/sweep.sbatch", str(file.absolute()), *tasks[0].options]
         array = ArrayJob("", [trial.id for trial in tasks], str(file.absolute()))
         yield array
@@ -107,7 +107,7 @@ def submit(
         yield msgspec.structs.replace(array, job=previous)
 
 
-def _write_lines(folder: Path, lines: Sequence[str]) -> Path:
+def _write_argument_file(folder: Path, lines: Sequence[str]) -> Path:
     """Writes lines to a new file, which is never changed, because a task that is requeued reads it again."""
     for number in count(len(list(folder.glob("trials-*")))):
         file = folder / f"trials-{number}"
@@ -131,10 +131,10 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except FileNotFoundError:
-        raise UserError(f"{command[0]}: not found; {NO_ANSWER_HINT}") from None
+        raise UserError(f"{command[0]}: not found; {MAY_BE_QUEUED_HINT}") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; {NO_ANSWER_HINT}") from None
+        raise UserError(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; {MAY_BE_QUEUED_HINT}") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{command[0]}: {reason}; {NO_ANSWER_HINT}")
+        raise UserError(f"{command[0]}: {reason}; {MAY_BE_QUEUED_HINT}")
     return done.stdout

@@ -29,14 +29,14 @@ def test_the_tables_are_made_from_the_results(document: Path) -> None:
 
 def test_a_cell_without_a_result_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    text = tables.papers()
+    text = tables.all_experiments()
     assert text.count(tables.MISSING) >= 2 * text.count("| `")
     assert "not measured" in tables.ratios()
-    assert "not measured" in tables.results()
+    assert "not measured" in tables.complete_experiments()
     document = tmp_path / "README.md"
     document.write_text("no markers")
     with pytest.raises(UserError, match="expected <!-- papers -->"):
-        tables.insert_tables(document, {"papers": tables.papers})
+        tables.insert_tables(document, {"papers": tables.all_experiments})
 
 
 def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_papers_collects_runs(tiny_run: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     registered = entry | {"experiment": "soni-2"}  # the table has no row for the tests' own experiment
     out.write_text(json.dumps({"experiments": [registered]}))
-    (line,) = [line for line in tables.papers().splitlines() if line.startswith("| `soni-2` |")]
+    (line,) = [line for line in tables.all_experiments().splitlines() if line.startswith("| `soni-2` |")]
     assert f"| {100 * summary['test_accuracy']:.2f}%, {summary['dataset']}, 2 of 2 epochs, seed 0, fp32 |" in line
     nothing = module("runner.benchmarks.papers", tmp_path)
     assert nothing.returncode == 2
@@ -71,13 +71,13 @@ def test_searches_for_precisions_are_collected(
     done = module("runner.benchmarks.parity", tmp_path / "tiny", "--json", out)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    row = tables.searches_for_precision().splitlines()[2]
+    row = tables.precision_searches().splitlines()[2]
     assert row == "| `tiny` | int8 | 0.1 | 0.25 | 1 of 8 | 0.05 | a 0.25 | 3.5 | 2.0 | 4 files |"
 
 
 def test_the_table_of_backends_marks_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.backends() == "Latency of every backend: not measured."
+    assert tables.cpu_latencies() == "Latency of every backend: not measured."
     trained = {"experiment": "a", "seed": 1, "epochs": 2.0, "dataset": "d", "precision": "fp32", "batch": 8}
     rows = [
         trained | {"backend": name, "fastest": fastest, "ratio": {"median": x, "min": x / 2, "max": 2 * x, "rounds": 7}}
@@ -86,7 +86,7 @@ def test_the_table_of_backends_marks_the_fastest(monkeypatch: pytest.MonkeyPatch
     rows.append(rows[0] | {"batch": 32})
     machine = {"hardware": {"cpu": "c", "cores": 2, "memory_gib": 1.0}, "versions": {"torch": "2"}}
     (tmp_path / "deploy-cpu.json").write_text(json.dumps(machine | {"backends": rows}))
-    assert tables.backends().splitlines()[2:4] == [
+    assert tables.cpu_latencies().splitlines()[2:4] == [
         "| `a` | 2.00 epochs, seed 1, d | 8 | 1.00 (0.50 to 2.00) | **0.50 (0.25 to 1.00)** |",
         "| `a` | 2.00 epochs, seed 1, d | 32 | 1.00 (0.50 to 2.00) | not measured |",
     ]

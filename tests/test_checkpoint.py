@@ -166,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_read_may_be_intact(name: str, run: Run, mon
 
 def test_another_rank_waits_until_it_sees_the_checkpoint(run: Run) -> None:
     folder = checkpoint.save(run, Tiny(norm=True).state_dict(), 3, {"step": 3})
-    chosen = checkpoint.check_resumable(folder)
+    chosen = checkpoint.verify_resumable(folder)
     hidden = folder.rename(run.checkpoints / ".hidden")
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(checkpoint.wait_for_state, folder, chosen, 100.0)
@@ -216,7 +216,7 @@ def test_a_manifest_lists_each_file(run: Run, listed: list[str]) -> None:
     with pytest.raises(
         UserError, match=r"damaged: expected (a SHA-256 of each file|SHA-256 0, found no such file); train"
     ):
-        (checkpoint.check_resumable(folder), checkpoint.load_model(run))
+        (checkpoint.verify_resumable(folder), checkpoint.load_model(run))
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,7 +358,7 @@ def test_the_tables_take_no_rehearsal(rehearsed: Path, monkeypatch: pytest.Monke
     for path in rehearsed.glob("*-rehearsal.json"):
         (tmp_path / path.name.replace("rehearsal", "gpu")).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="expected measurements of a GPU, found a rehearsal"):
-        tables.architectures()
+        tables.training_speeds()
 
 
 @pytest.mark.every

@@ -42,7 +42,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sweep_waits_for_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nodes share no file locks: otherwise, both would submit the same trials."""
-    monkeypatch.setattr(lock, "STALE", 2.0)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
     sweep = Sweep(("tiny",), data=tmp_path, runs=tmp_path)
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "submit.lock").write_bytes(msgspec.json.encode(ELSEWHERE))
@@ -69,7 +69,7 @@ def test_a_process_that_lost_its_lock_leaves_it_to_the_new_owner(
     file: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after it was suspended for long, where file locks do not protect it."""
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
     other = msgspec.json.encode(ELSEWHERE)
     with locked(file, 0):
         file.write_bytes(other)
@@ -85,7 +85,7 @@ def test_an_owner_on_another_node_is_alive_while_it_gives_signs(file: Path) -> N
     assert is_locked(file)
     with pytest.raises(UserError, match="process 1 on another-node, job 7, uses it"), locked(file, 0, "8"):
         pass
-    os.utime(file, (0, time.time() - lock.STALE - 1))
+    os.utime(file, (0, time.time() - lock.STALE_SECONDS - 1))
     assert not is_locked(file)
     with locked(file, 0, "8"):
         pass
@@ -110,9 +110,9 @@ def test_the_lock_of_a_lost_node_is_replaced(file: Path) -> None:
         fcntl.flock(kept, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="process 1 on another-node"), locked(file, 0):
             pass
-        os.utime(file, (0, time.time() - lock.STALE - 1))
+        os.utime(file, (0, time.time() - lock.STALE_SECONDS - 1))
         assert is_locked(file)
-        os.utime(file, (0, time.time() - lock.LOST - 1))
+        os.utime(file, (0, time.time() - lock.ABANDONED_SECONDS - 1))
         assert not is_locked(file)
         with locked(file, 0):
             assert is_locked(file)
@@ -146,7 +146,7 @@ def test_who_waited_for_a_replaced_file_does_not_hold_the_new_one(file: Path) ->
         waiter = threading.Thread(target=wait)
         waiter.start()
         time.sleep(0.3)
-        os.utime(file, (0, time.time() - lock.LOST - 1))
+        os.utime(file, (0, time.time() - lock.ABANDONED_SECONDS - 1))
         with locked(file, 5):
             fcntl.flock(kept, fcntl.LOCK_UN)
             waiter.join()
@@ -168,7 +168,7 @@ def test_without_file_locks_the_process_counts(file: Path, capsys: pytest.Captur
 
 
 def test_the_owner_gives_signs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
     with locked(file, 0):
         os.utime(file, (0, 0))
         end = time.monotonic() + 60

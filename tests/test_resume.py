@@ -159,7 +159,7 @@ SECOND_CTRL_C = """
 import signal
 from runner.training import session
 
-with session.stop_signals() as should_stop:
+with session.catch_stop_signals() as should_stop:
     assert not should_stop()
     for name in ("SIGTERM", "SIGINT", "SIGINT"):  # the launcher hands the first Ctrl-C on
         signal.raise_signal(getattr(signal, name))

@@ -124,11 +124,11 @@ def read_findings(name: str) -> dict[str, Finding]:
     return {key: finding for key, finding in part.findings.items() if was_measured(finding)} if part else {}
 
 
-def results() -> str:
+def complete_experiments() -> str:
     """Returns the table of experiments that were trained in full: reported and reproduced accuracy."""
     known, rows, legend = experiments.load(), [], _Legend()
     for file in ("papers-cpu", "papers-gpu"):
-        for name, outcome in read_unchanged_experiments(file).items():
+        for name, outcome in read_unchanged_outcomes(file).items():
             if name in known and not outcome.incomplete:
                 letter = legend.letter(outcome.hardware, outcome.versions)
                 rows.append([f"`{name}`", _reported(known[name]), _accuracy(outcome), letter])
@@ -153,7 +153,7 @@ def draw_results() -> bytes:
     accuracies, costs = [100.0], [100.0]  # the axes contain all of them
     for file, marker, label in (("papers-cpu", "o", "measured on a CPU"), ("papers-gpu", "s", "measured on a GPU")):
         reported_axes.plot([], [], marker, color="gray", label=label)
-        for name, outcome in read_unchanged_experiments(file).items():
+        for name, outcome in read_unchanged_outcomes(file).items():
             if name not in known or outcome.incomplete:
                 continue
             names += [] if name in names else [name]
@@ -198,9 +198,9 @@ def draw_results() -> bytes:
     return buffer.getvalue()
 
 
-def papers() -> str:
+def all_experiments() -> str:
     """Returns the table of all experiments: reported accuracy, and accuracy reproduced on the CPU and on a GPU."""
-    cpu, gpu = (read_unchanged_experiments(f"papers-{device}") for device in ("cpu", "gpu"))
+    cpu, gpu = (read_unchanged_outcomes(f"papers-{device}") for device in ("cpu", "gpu"))
     rows = []
     for name, experiment in experiments.load().items():
         rows.append(
@@ -218,7 +218,7 @@ def papers() -> str:
     return f"{table(titles, rows)}\n\nMeasured on: {'; '.join(machines) or MISSING}."
 
 
-def read_unchanged_experiments(name: str) -> dict[str, PaperOutcome]:
+def read_unchanged_outcomes(name: str) -> dict[str, PaperOutcome]:
     """Returns the outcomes in a file by experiment, except those that changed more than the number of epochs.
 
     Raises:
@@ -272,11 +272,11 @@ def ratios() -> str:
                     title = key.removeprefix("ratio_").replace("_to_", " ÷ ").replace("_", " ")
                     title += AUGMENTATIONS.get(name, "")
                     goal = finding.get("goals", {}).get(key, "–")
-                    rows.append([title, _spread(msgspec.convert(value, Spread)), goal, letter])
+                    rows.append([title, _ratio_text(msgspec.convert(value, Spread)), goal, letter])
     return f"{table(['ratio', 'median (spread)', 'goal', 'on'], rows)}\n\n{legend}"
 
 
-def backends() -> str:
+def cpu_latencies() -> str:
     """Returns the table of latencies relative to eager torch, with one column per backend and precision."""
     path = RESULTS / "deploy-cpu.json"
     result = read_json(path, DeployFile) if path.is_file() else None
@@ -297,7 +297,7 @@ def backends() -> str:
     return f"{table(titles, rows)}\n\nMeasured on: {_machine(result.hardware, result.versions)}."
 
 
-def _spread(ratio: Spread) -> str:
+def _ratio_text(ratio: Spread) -> str:
     text = f"{ratio.median:.3g}"
     return f"{text} ({ratio.min:.3g} to {ratio.max:.3g}, {ratio.rounds} rounds)" if ratio.rounds > 1 else text
 
@@ -325,24 +325,24 @@ def correctness() -> str:
     rows += [
         [
             "killed and resumed run compared with an uninterrupted one",
-            _identity(resume, "same_weights", "weights"),
+            _bit_identity(resume, "same_weights", "weights"),
         ],
-        ["one DDP process compared with no DDP", _identity(one_rank, "same_gradients", "gradients")],
+        ["one DDP process compared with no DDP", _bit_identity(one_rank, "same_gradients", "gradients")],
         [
             "relative difference of the training loss on all GPUs from one",
             f"{all_ranks['difference']['most']:.2e} max, {all_ranks['ranks']} ranks" if all_ranks else MISSING,
         ],
     ]
-    return _with_machine("correctness", table(["check", "result"], rows))
+    return _with_caption("correctness", table(["check", "result"], rows))
 
 
-def _identity(finding: Finding | None, key: str, what: str) -> str:
+def _bit_identity(finding: Finding | None, key: str, what: str) -> str:
     if finding is None:
         return MISSING
     return f"bit-identical {what}" if finding[key] else f"different {what}"
 
 
-def architectures() -> str:
+def training_speeds() -> str:
     """Returns the table of training speeds: images per second, share of the peak, and memory of each architecture."""
     findings = read_findings("speed")
     rows = []
@@ -354,7 +354,7 @@ def architectures() -> str:
         utilization = [f"{limit:,.0f}", f"{best['utilization']:.1%}"] if limit else ["–", "–"]
         rows.append([f"`{name}`", *rates, *utilization, f"{best['peak_memory_gib']:.1f}"])
     titles = ["img/s of", "eager", "compiled", "CUDA graphs", "limit of arithmetic", "best ÷ limit", "GiB"]
-    return _with_machine("speed", table(titles, rows or [_missing_row(titles)]))
+    return _with_caption("speed", table(titles, rows or [_missing_row(titles)]))
 
 
 def speedrun() -> str:
@@ -376,7 +376,7 @@ def speedrun() -> str:
             ]
         )
     titles = ["", "accuracy", "seconds", "÷ peer (goal ≤ 0.9)"]
-    return _with_machine("speedrun", table(titles, rows))
+    return _with_caption("speedrun", table(titles, rows))
 
 
 class MuonFile(msgspec.Struct):
@@ -415,7 +415,7 @@ def profile() -> str:
     return "\n\n".join([*texts, "![Shares of the device time of a step](results/profile.png)"])
 
 
-def deployment() -> str:
+def gpu_latencies() -> str:
     """Returns the table of GPU latencies by backend and precision, for files that passed the parity gate."""
     rows = []
     for name, finding in read_findings("deployment").items():
@@ -427,7 +427,7 @@ def deployment() -> str:
                 setup = [f"`{name.split('/')[0]}`", row.backend, row.precision, str(row.batch)]
                 rows.append([*setup, *percentiles, f"{row.images_per_second:,.0f}"])
     titles = ["experiment", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "img/s"]
-    return _with_machine("deployment", table(titles, rows or [_missing_row(titles)]))
+    return _with_caption("deployment", table(titles, rows or [_missing_row(titles)]))
 
 
 def parity() -> str:
@@ -467,7 +467,7 @@ def _parity_cells(report: ParityRun, row: ParityRow, trained: str, letter: str) 
     ]
 
 
-def searches_for_precision() -> str:
+def precision_searches() -> str:
     """Returns the table of searches for the operators that stay in fp32."""
     path = RESULTS / "parity-cpu.json"
     cpu = read_json(path, ParityFile) if path.is_file() else None
@@ -507,7 +507,7 @@ def int8() -> str:
     return f"{table(titles, rows)}\n\nMeasured on: {machine}."
 
 
-def search() -> str:
+def search_regret() -> str:
     """The table of launch/searches.md: the regret of searches over a grid, by epochs spent."""
     path = RESULTS / "search-cpu.json"
     if not path.is_file():
@@ -529,22 +529,22 @@ def search() -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"results": results},
+    README: {"results": complete_experiments},
     BENCHMARKS_README: {
-        "papers": papers,
+        "papers": all_experiments,
         "ratios": ratios,
-        "backends": backends,
+        "backends": cpu_latencies,
         "parity": parity,
-        "precisions": searches_for_precision,
+        "precisions": precision_searches,
         "int8": int8,
         "correctness": correctness,
-        "architectures": architectures,
+        "architectures": training_speeds,
         "profile": profile,
         "speedrun": speedrun,
         "muon": muon,
-        "deployment": deployment,
+        "deployment": gpu_latencies,
     },
-    SEARCHES: {"search": search},
+    SEARCHES: {"search": search_regret},
 }
 
 
@@ -563,7 +563,7 @@ class _Legend:
         return f"Measured on: {machines or MISSING}."
 
 
-def _with_machine(name: str, text: str) -> str:
+def _with_caption(name: str, text: str) -> str:
     """Returns a table followed by the GPU, driver and versions of a part of the GPU benchmark."""
     part = read_part(name)
     if part is None:

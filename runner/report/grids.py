@@ -35,18 +35,18 @@ def find_grids(records: list[RunRecord]) -> list[Grid]:
         if record.summary is not None:
             prefix, slash, _ = record.config.experiment.partition("/")
             groups.setdefault((prefix if slash else record.config.paper, record.dataset), []).append(record)
-    candidates = (_grid(name, dataset, group) for (name, dataset), group in groups.items())
+    candidates = (_build_grid(name, dataset, group) for (name, dataset), group in groups.items())
     return [grid for grid in candidates if len(grid.cells) >= MIN_GRID_RUNS and len(grid.factors) >= 2]
 
 
-def _grid(name: str, dataset: str, group: list[RunRecord]) -> Grid:
+def _build_grid(name: str, dataset: str, group: list[RunRecord]) -> Grid:
     """Builds the grid of a group of finished runs; its factors are the settings that differ among them."""
     settings = [flatten(to_json({"architecture": r.config.architecture, "recipe": r.config.recipe})) for r in group]
     keys = list(dict.fromkeys(key for run_settings in settings for key in run_settings))
     labels = {key: [setting_text(key, run_settings.get(key)) for run_settings in settings] for key in keys}
     accuracies = [record.summary.test_accuracy for record in group if record.summary]
     varying = [key for key in keys if len(set(labels[key])) > 1]
-    varying.sort(key=lambda key: -_effect(labels[key], accuracies))
+    varying.sort(key=lambda key: -_main_effect(labels[key], accuracies))
     return Grid(
         name,
         dataset,
@@ -66,7 +66,7 @@ def _numbers_first(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _effect(labels: list[str], accuracies: list[float]) -> float:
+def _main_effect(labels: list[str], accuracies: list[float]) -> float:
     """Returns the range of the mean accuracies over a factor's values."""
     means = [statistics.mean(a for v, a in zip(labels, accuracies, strict=True) if v == label) for label in set(labels)]
     return max(means) - min(means)

@@ -22,9 +22,9 @@ from msgspec.structs import replace
 
 from runner.common.errors import UserError
 
-HEARTBEAT = 10.0  # seconds between two signs of life
-STALE = 45.0  # seconds without one after which an owner on another node counts as dead
-LOST = 900.0  # the same, if the file lock is still held: longer, as its watchdog ends a process that hangs
+HEARTBEAT_SECONDS = 10.0  # seconds between two signs of life
+STALE_SECONDS = 45.0  # seconds without one after which an owner on another node counts as dead
+ABANDONED_SECONDS = 900.0  # the same, if the file lock is still held: longer, as its watchdog ends a process that hangs
 
 
 class LockedError(UserError):
@@ -90,8 +90,8 @@ def _acquire(path: Path, own: Owner, timeout: float) -> IO[str]:
             file.close()
             file = _open(path)
             continue
-        owner = _read(path) if blocked else _living_owner(path, has_locks=not problem)
-        if blocked and _is_lost(path):  # its server keeps the lock, which a new file does not have
+        owner = _read(path) if blocked else _live_owner(path, flock_works=not problem)
+        if blocked and _is_abandoned(path):  # its server keeps the lock, which a new file does not have
             file.close()
             path.unlink(missing_ok=True)
             file = _open(path)
@@ -148,26 +148,30 @@ def _is_regular(path: Path) -> bool:
 
 def is_locked(path: Path) -> bool:
     """Returns whether a process is currently training the run of a lock file."""
-    has_locks = True
+    flock_works = True
     if not _is_regular(path):
         return False
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return not _is_lost(path)
+        return not _is_abandoned(path)
     except FileNotFoundError:
         return False
     except OSError:
-        has_locks = False
-    return _living_owner(path, has_locks) is not None
+        flock_works = False
+    return _live_owner(path, flock_works) is not None
 
 
-def _is_lost(path: Path) -> bool:
-    """Returns whether the owner is on another node, and its heartbeat is older than `LOST`."""
+def _is_abandoned(path: Path) -> bool:
+    """Returns whether the owner is on another node, and its heartbeat is older than `ABANDONED_SECONDS`."""
     owner = _read(path)
     try:
-        return owner is not None and owner.host != socket.gethostname() and time.time() - path.stat().st_mtime > LOST
+        return (
+            owner is not None
+            and owner.host != socket.gethostname()
+            and time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+        )
     except OSError:
         return False
 
@@ -177,7 +181,7 @@ def _is_earlier_start(owner: Owner, own: Owner) -> bool:
     return own.job != "" and owner.job == own.job and owner.start < own.start and owner.host != own.host
 
 
-def _living_owner(path: Path, has_locks: bool) -> Owner | None:
+def _live_owner(path: Path, flock_works: bool) -> Owner | None:
     """Returns the owner that a lock file names, if it is alive although this process could lock the file.
 
     For an owner on this node, `flock` has the answer if both sides have it, or else the process ID; for one on another
@@ -188,8 +192,8 @@ def _living_owner(path: Path, has_locks: bool) -> Owner | None:
         if owner is None:
             return None
         if owner.host != socket.gethostname():
-            return owner if abs(time.time() - path.stat().st_mtime) < STALE else None
-        if (has_locks and owner.has_lock) or owner.pid == os.getpid():
+            return owner if abs(time.time() - path.stat().st_mtime) < STALE_SECONDS else None
+        if (flock_works and owner.has_lock) or owner.pid == os.getpid():
             return None
         os.kill(owner.pid, 0)
     except PermissionError:  # of another user
@@ -217,7 +221,7 @@ def _is_owner(own: Owner, path: Path) -> bool:
 
 def _send_heartbeats(path: Path, own: Owner, ended: threading.Event) -> None:
     """Touches a lock file until `ended` is set, or until another process has taken it for one of a dead process."""
-    while not ended.wait(HEARTBEAT):
+    while not ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             if not _is_owner(own, path):
                 note = "this process gave no sign of life for long; stop one of them"

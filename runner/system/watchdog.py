@@ -13,7 +13,7 @@ STARTUP_FACTOR = 3  # the limit before the first step is this many times longer,
 
 
 @contextlib.contextmanager
-def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
+def watch_progress(seconds: float, name: str) -> Iterator[Callable[[], None]]:
     """Watches this process until the block exits.
 
     A rank that hangs or is suspended blocks its peers in their next collective. The peers detect this and exit with
@@ -21,7 +21,7 @@ def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
 
     Args:
         seconds: time without progress after which the process exits.
-        who: name of this process in the message, such as "rank 1 of 4".
+        name: name of this process in the message, such as "rank 1 of 4".
 
     Yields:
         A function that resets the timer; call it at every step.
@@ -29,7 +29,7 @@ def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
     state = {"last": time.monotonic(), "limit": STARTUP_FACTOR * seconds}
     finished = threading.Event()
 
-    def alive() -> None:
+    def heartbeat() -> None:
         state["last"], state["limit"] = time.monotonic(), seconds
 
     def watch() -> None:
@@ -37,7 +37,7 @@ def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
             idle = time.monotonic() - state["last"]
             if idle > state["limit"]:
                 sys.stderr.write(
-                    f"runner: {who} completed no step for {idle:.0f} s (--hang-timeout {seconds:g}): it hangs, or "
+                    f"runner: {name} completed no step for {idle:.0f} s (--hang-timeout {seconds:g}): it hangs, or "
                     "waits for a rank that hangs; it exits after printing its stacks\n"
                 )
                 sys.stderr.flush()
@@ -47,7 +47,7 @@ def watching(seconds: float, who: str) -> Iterator[Callable[[], None]]:
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
     try:
-        yield alive
+        yield heartbeat
     finally:
         finished.set()
         thread.join()

@@ -36,7 +36,7 @@ from runner.run.folder import MANIFEST, STEP_FOLDER, WEIGHTS, Run
 from runner.run.schema import CheckpointManifest
 
 STATE = "state.pt"
-REPLACED = re.compile(r"\.(step-\d+)\.replaced")
+REPLACED_FOLDER = re.compile(r"\.(step-\d+)\.replaced")
 
 
 class CheckpointError(RuntimeError):
@@ -51,7 +51,7 @@ class CheckpointWriter:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Path] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
@@ -69,7 +69,7 @@ class CheckpointWriter:
             CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
-        self.pending = self.thread.submit(save, self.run, weights, step, state)
+        self.pending = self.executor.submit(save, self.run, weights, step, state)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk.
@@ -87,7 +87,7 @@ class CheckpointWriter:
             reason = "no space left on the disk" if full else getattr(error, "strerror", None) or str(error)
             folders: list[Path] = []
             with contextlib.suppress(OSError):
-                folders = _folders(self.run)
+                folders = _checkpoint_folders(self.run)
             previous = f"{folders[-1].name} stays" if folders else "there is no earlier one"
             remedy = "make room, then resume" if full else "resume"
             message = f"{self.run.checkpoints}: cannot write a checkpoint ({reason}); {previous}; {remedy}"
@@ -140,13 +140,13 @@ def _write_files(
     # safetensors does not store memory formats, so tensors must be contiguous.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     dataset = run.config().dataset.name  # also stored in the file, which may be copied elsewhere
-    hashes = {WEIGHTS: _write(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))}
+    hashes = {WEIGHTS: _write_synced(staging / WEIGHTS, serialize(weights, metadata={"dataset": dataset}))}
     if state is not None:
         buffer = io.BytesIO()  # when writing to a file, torch.save reports a full disk as an unexpected position
         torch.save(state | {"run_config": run.run_json.read_text()}, buffer)  # identifies the training that wrote it
-        hashes[STATE] = _write(staging / STATE, buffer.getbuffer())
+        hashes[STATE] = _write_synced(staging / STATE, buffer.getbuffer())
     manifest = CheckpointManifest(step=step, dataset=dataset, sha256=hashes)
-    _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    _write_synced(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     _sync(staging)
 
 
@@ -184,13 +184,13 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
         UserError: no checkpoint is intact, and at least one could not be read because of an error of the file server.
     """
     names = names_in(run.checkpoints)
-    for name in map(REPLACED.fullmatch, names):  # a save was killed between its two renames
+    for name in map(REPLACED_FOLDER.fullmatch, names):  # a save was killed between its two renames
         if name and name[1] not in names:
             (run.checkpoints / name[0]).rename(run.checkpoints / name[1])
     damaged: list[UserError] = []
-    for folder in reversed(_folders(run)):
+    for folder in reversed(_checkpoint_folders(run)):
         try:
-            check_resumable(folder)
+            verify_resumable(folder)
             return folder, [str(reason) for reason in damaged]
         except UserError as error:
             damaged.append(error)
@@ -201,11 +201,11 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
     return None, [str(reason) for reason in damaged]
 
 
-def check_resumable(folder: Path) -> str:
+def verify_resumable(folder: Path) -> str:
     """Checks all files of a checkpoint against its manifest; returns the SHA-256 of the manifest. Raises UserError."""
     if not is_file(folder / MANIFEST):
         raise UserError(f"{folder}: expected a checkpoint with {MANIFEST}, found none")
-    _check(folder)
+    _verify_hashes(folder)
     if not is_file(folder / STATE):
         raise UserError(f"{folder}: expected {STATE} to resume from, found only weights")
     return sha256_of(folder / MANIFEST)
@@ -225,7 +225,7 @@ def wait_for_state(folder: Path, manifest_sha256: str, seconds: float) -> dict[s
     end = time.monotonic() + seconds
     while True:
         try:
-            found = check_resumable(folder)
+            found = verify_resumable(folder)
             if found == manifest_sha256:
                 break
             problem = f"{folder / MANIFEST}: expected SHA-256 {manifest_sha256}, as on rank 0, found {found}"
@@ -243,7 +243,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is damaged or contains only weights.
     """
-    check_resumable(folder)
+    verify_resumable(folder)
     return _load_state(folder)
 
 
@@ -260,7 +260,7 @@ def latest(run: Run) -> Path:
     Raises:
         UserError: the run has no checkpoint.
     """
-    folders = _folders(run)
+    folders = _checkpoint_folders(run)
     if not folders:
         raise UserError(f"{run.folder}: expected a checkpoint, found none; has its training finished?")
     return folders[-1]
@@ -268,7 +268,7 @@ def latest(run: Run) -> Path:
 
 def is_newest(run: Run, folder: Path) -> bool:
     """Returns whether a folder is the checkpoint of a run with the highest step."""
-    return any(newest.resolve() == folder.resolve() for newest in _folders(run)[-1:])
+    return any(newest.resolve() == folder.resolve() for newest in _checkpoint_folders(run)[-1:])
 
 
 def load_model(run: Run) -> nn.Module:
@@ -278,7 +278,7 @@ def load_model(run: Run) -> nn.Module:
         UserError: the run has no checkpoint, the weights do not match the manifest, or the model is not trusted.
     """
     folder = latest(run)
-    _check(folder, (WEIGHTS,))
+    _verify_hashes(folder, (WEIGHTS,))
     config = run.config()
     experiments.check_trusted(config.architecture, run.trusted_code, run.run_json)
     _, height, width = config.input.shape
@@ -292,12 +292,12 @@ def load_model(run: Run) -> nn.Module:
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def _folders(run: Run) -> list[Path]:
+def _checkpoint_folders(run: Run) -> list[Path]:
     """The checkpoint folders of a run, ordered by step."""
     return [run.step_folder(step) for step in run.checkpoint_steps()]
 
 
-def _check(folder: Path, names: Iterable[str] = ()) -> None:
+def _verify_hashes(folder: Path, names: Iterable[str] = ()) -> None:
     """Raises UserError if a file, or one of `names` if given, does not match its hash in the manifest."""
     hashes = read_json(folder / MANIFEST, CheckpointManifest).sha256
     if not hashes or not set(names) <= hashes.keys():
@@ -309,7 +309,7 @@ def _check(folder: Path, names: Iterable[str] = ()) -> None:
             raise UserError(f"{folder / name}: damaged: expected SHA-256 {expected}, found {actual}; train again")
 
 
-def _write(path: Path, content: bytes | memoryview) -> str:
+def _write_synced(path: Path, content: bytes | memoryview) -> str:
     """Writes and syncs a file; returns the SHA-256 of its content."""
     with path.open("wb") as file:
         file.write(content)

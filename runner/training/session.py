@@ -97,12 +97,13 @@ class TrackingCallbacks:
     """Callbacks for logging and plotting, passed in by the command, so that training does not import them.
 
     Attributes:
-        tracker: creates the tracker of a run.
-        draw: draws the figures of a finished run, given its evaluation and a function that reads test images by index.
+        create_tracker: creates the tracker of a run.
+        draw_figures: draws the figures of a finished run from its evaluation, with a function that reads test images by
+            index.
     """
 
-    tracker: Callable[[Run, RunConfig, MutableMapping[str, str]], RunTracker]
-    draw: Callable[[Run, RunConfig, Evaluation, Callable[[np.ndarray], np.ndarray]], None]
+    create_tracker: Callable[[Run, RunConfig, MutableMapping[str, str]], RunTracker]
+    draw_figures: Callable[[Run, RunConfig, Evaluation, Callable[[np.ndarray], np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def run_training(
             or the checkpoint cannot be loaded (after the run folders are locked).
         SystemExit: with the exit code of a failed or stopped run.
     """
-    with stop_signals() as stopped:
+    with catch_stop_signals() as stopped:
         try:
             return _run_training(config, registered, environ, tracking, stopped)
         except UserError:
@@ -317,19 +318,19 @@ class SeedRun:
         """
         session, config, accelerator = self.session, self.session.config, self.session.accelerator
         if accelerator.is_main_process:
-            self.tracker = self.start_run()
+            self.tracker = self.prepare_run()
         if session.teacher is not None:
             session.teacher.to(accelerator.device)
         streams = session.streams
         train_stream = streams["train"].with_seed(self.seed)
         data = TrainingData(train_stream, streams["test"], streams.get("validation"), len(session.manifest.classes))
-        log = self.log_to(self.tracker) if self.tracker else lambda row: None
+        log = self.make_log_function(self.tracker) if self.tracker else lambda row: None
         name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
         try:
-            with watchdog.watching(config.hang_timeout, name) as alive:
+            with watchdog.watch_progress(config.hang_timeout, name) as heartbeat:
                 hooks = LoopHooks(
                     config.checkpoint_every, config.checkpoint_seconds, config.evaluate_every, self.state,
-                    self.should_stop, self.pause_step, alive,
+                    self.should_stop, self.pause_step, heartbeat,
                 )  # fmt: skip
                 if self.profiler is not None:
                     profiler = self.profiler
@@ -371,7 +372,7 @@ class SeedRun:
         self.next_stop_file_check = time.monotonic() + STOP_FILE_INTERVAL
         return any(os.path.exists(file) for file in self.stop_files)  # noqa: PTH110 - Path.exists raises some errors
 
-    def start_run(self) -> RunTracker:
+    def prepare_run(self) -> RunTracker:
         """Writes run.json, discards metrics logged after the last checkpoint, and returns the tracker.
 
         Raises:
@@ -391,9 +392,9 @@ class SeedRun:
             remove(self.run.summary)
         write_json(self.run.run_json, self.run_config)
         remove(self.run.ended)
-        return self.session.tracking.tracker(self.run, self.run_config, self.session.environ)
+        return self.session.tracking.create_tracker(self.run, self.run_config, self.session.environ)
 
-    def log_to(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
+    def make_log_function(self, tracker: RunTracker) -> Callable[[MetricRow], None]:
         """Prints the run folder and tracker status; returns a function that logs rows and prints those of epochs."""
         macs, peak = self.run_config.macs, self.session.config.peak_tflops
         ranks = self.session.accelerator.num_processes
@@ -467,7 +468,7 @@ class SeedRun:
         def read_images(samples: np.ndarray) -> np.ndarray:
             return beton_reader.read_images(session.config.data / test.file, test, session.manifest, samples)
 
-        session.tracking.draw(run, self.run_config, self.result.test, read_images)
+        session.tracking.draw_figures(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
         write_json(run.summary, summary)
         checkpoint.remove_old(run)
@@ -621,7 +622,7 @@ def is_lost_rank(error: Exception, world_size: int) -> bool:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def catch_stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that returns whether SIGUSR1, SIGTERM or Ctrl-C was received.
 
     A second Ctrl-C ends the process at once, without a checkpoint.
@@ -678,7 +679,7 @@ def resume_state(config: TrainConfig, run: Run, accelerator: Accelerator) -> dic
 def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
     """Returns the folder of the checkpoint to resume from and the SHA-256 of its manifest; None for a new run."""
     if path := config.resume_path:
-        return path, checkpoint.check_resumable(path)
+        return path, checkpoint.verify_resumable(path)
     folder, damaged = checkpoint.newest_intact(run)
     for line in damaged:
         print(f"runner: {line}", file=sys.stderr)
@@ -686,7 +687,7 @@ def choose_checkpoint(config: TrainConfig, run: Run) -> tuple[Path, str] | None:
         raise UserError(
             f"{run.folder}: expected an intact checkpoint, found none; start over with --overwrite and without --resume"
         )
-    return None if folder is None else (folder, checkpoint.check_resumable(folder))
+    return None if folder is None else (folder, checkpoint.verify_resumable(folder))
 
 
 def load_teacher(config: TrainConfig, manifest: Manifest) -> nn.Module:
