@@ -44,10 +44,11 @@ def definition(name: str, trials: list[Trial]) -> dict[str, Any]:
         raise UserError(f"{replaced[0]}: expected no ${{ in an option, because W&B's agent would replace it")
     experiments = list(dict.fromkeys(trial.config.experiment for trial in trials))
     seeds = sorted({trial.config.all_seeds[0] for trial in trials})
+    held_out = all(trial.config.recipe.validation for trial in trials)
     return {
         "name": name,
         "method": "grid",
-        "metric": {"name": "test/accuracy", "goal": "maximize"},
+        "metric": {"name": "validation/accuracy" if held_out else "test/accuracy", "goal": "maximize"},
         "parameters": {"experiment": {"values": experiments}, "seed": {"values": seeds}},
         "command": ["${env}", "python", "-m", "launch", "agent", "${args}", *options],
     }

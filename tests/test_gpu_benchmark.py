@@ -235,9 +235,13 @@ def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_pa
     for figure in (1, 1, 2):
         again.once("sum", lambda figure=figure: {"figure": figure}, remeasure=True)
     assert again.measured["sum"]["figure"] == 2
+    assert again.once("sum", fails, remeasure=True)["figure"] == 2  # an error replaces no measurement
+    again.once("broken", fails)
     late = ledger(small_data, tmp_path, -1)
     assert late.once("new", lambda: {"figure": 3}) is None
     assert late.file.findings["new"]["missing"] == "out of time"
+    assert late.once("broken", lambda: {"figure": 4}) is None
+    assert late.file.findings["broken"]["failed"] == "ZeroDivisionError: by"  # which says more
     assert late.once("sum", lambda: {"figure": 2}, remeasure=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.run_python("-c", "import time; time.sleep(60)")

@@ -144,6 +144,16 @@ def test_blocks_of_a_resnet_are_layers() -> None:
     assert rates["conv1.weight"] == rates["bn1.weight"] == 0.5**9
 
 
+def test_the_last_norm_of_a_vit_belongs_to_its_last_block() -> None:
+    """Its module also has the positions, which come first."""
+    model = torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=10)
+    rates = rates_of(model, 0.5)
+    last_block = rates["encoder.layers.encoder_layer_2.mlp.0.weight"]
+    assert (rates["heads.head.weight"], last_block) == (1, 0.5)
+    assert rates["encoder.ln.weight"] == rates["encoder.ln.bias"] == last_block
+    assert rates["encoder.pos_embedding"] < rates["encoder.layers.encoder_layer_0.ln_1.weight"]
+
+
 def test_layers_of_timm_are_those_that_it_names() -> None:
     rates = rates_of(timm.create_model("vit_tiny_patch16_224", num_classes=10), 0.5)
     assert rates["head.weight"] == 1

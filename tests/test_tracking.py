@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.tracking.account import DEFAULT_BASE_URL, DEFAULT_HOSTS, base_url, has_key
@@ -220,6 +221,30 @@ def test_a_tracker_that_raises_is_disabled(tracked) -> None:
     assert out.split()[-1] == "abandoned"  # W&B may take rows into a buffer before it sees that its process is gone
     assert stderr.count("runner sync") == stderr.count("W&B failed") == 1
     assert tracker.steps == [1, 2, 3, 4]
+
+
+def test_a_run_that_could_not_be_finished_does_not_get_the_rows_of_the_next(tiny_run: Path, tmp_path: Path) -> None:
+    """In a new process, because both are open in it at once."""
+    runs = []
+    for name in ("one", "two"):
+        run = Run(shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("wandb")))
+        write_json(run.run_json, msgspec.structs.replace(run.config(), wandb_id=f"id-{name}"))
+        runs.append(run)
+    program = f"""
+import os
+from pathlib import Path
+from runner.run.folder import Run
+from runner.tracking import wandb_run
+for folder in ({str(runs[0].folder)!r}, {str(runs[1].folder)!r}):
+    run = Run(Path(folder))
+    wandb_run.prepare_environ(run, os.environ)
+    remote = wandb_run.start(run, run.config(), os.environ, "offline")
+    print(remote.id)
+wandb_run.kill_service()
+os._exit(0)
+"""
+    done = python("-c", program)
+    assert done.stdout.split() == ["id-one", "id-two"], done.stderr
 
 
 def test_wandb_is_not_imported_by_the_package() -> None:

@@ -179,7 +179,7 @@ class Cosine(Choice, frozen=True):
     warmup: Fraction = 0.0
     """Fraction of all steps over which the learning rate rises linearly to its peak."""
     final: Fraction = 0.0
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that the schedule reaches after the last step, as a fraction of the peak."""
 
 
 class Linear(Choice, frozen=True):
@@ -188,7 +188,7 @@ class Linear(Choice, frozen=True):
     warmup: Fraction = 0.0
     """Fraction of all steps over which the learning rate rises linearly to its peak."""
     final: Fraction = 0.0
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that the schedule reaches after the last step, as a fraction of the peak."""
 
 
 class OneCycle(Choice, frozen=True):
@@ -202,7 +202,7 @@ class OneCycle(Choice, frozen=True):
     initial: Fraction = 0.04
     """Learning rate at the first step, as a fraction of the peak."""
     final: Fraction = 4e-6
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that the schedule reaches after the last step, as a fraction of the peak."""
 
 
 CompileMode = Literal["none", "default", "reduce-overhead", "max-autotune"]

@@ -82,8 +82,8 @@ class TrainConfig:
     defaults are those of the first run that was started. Ctrl-C, SIGUSR1, SIGTERM or a file `stop` in the run folder
     stops a run with a checkpoint and exit code 75."""
     resume_anyway: Flag = False
-    """Resume even if the data or most settings have changed, but not the architecture, the kind of optimizer, EMA or
-    pruning; the changes are recorded in run.json."""
+    """Resume even if the data or most settings have changed, but not the architecture, the kind of optimizer, which
+    weights decay, the decay over layers, EMA or pruning; the changes are recorded in run.json."""
     stop_file: Path | None = None
     """File that stops the run with a checkpoint when it is created, and that is then removed; by default `stop` in the
     run folder."""

@@ -299,7 +299,7 @@ def paths_below(folder: Path, name: str | None = None) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
     try:
@@ -371,8 +371,13 @@ def _refuse_foreign(run: Run) -> None:
 
 
 def _delete_contents(run: Run) -> None:
-    """Deletes everything in a run folder except its lock."""
-    for path in run.folder.iterdir():
+    """Deletes everything in a run folder except its lock.
+
+    First the summary, which would say that the run is complete; last run.json, without which it is not a run, so that
+    an interrupted deletion can be repeated.
+    """
+    order = {run.summary: 0, run.run_json: 2}
+    for path in sorted(run.folder.iterdir(), key=lambda path: order.get(path, 1)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path != run.lock:

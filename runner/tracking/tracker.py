@@ -36,6 +36,7 @@ class Tracker:
         self.mode = cast(wandb_run.Mode, environ.get("WANDB_MODE") or ("online" if has_key(environ) else "offline"))
         self.actions: SimpleQueue[Action | None] = SimpleQueue()  # None ends the thread
         self.thread = threading.Thread(target=self._run_actions, name="wandb", daemon=True)
+        self.upload_seconds = 0.0  # that finishing may take in addition
         self.abandoned = False
         """Whether W&B failed or missed the time limit; its exit handler would wait forever, so use `exit_at_once`."""
 
@@ -58,6 +59,9 @@ class Tracker:
 
     def log_results(self) -> None:
         """Logs the results of the finished run: figures, tables, summary, weights."""
+        if self.mode in ONLINE_MODES:
+            last = self.run.step_folder(max(self.run.checkpoint_steps())) / WEIGHTS
+            self.upload_seconds = last.stat().st_size / UPLOAD_RATE
         self._enqueue(lambda remote: wandb_run.log_results(remote, self.run, remote.settings.mode in ONLINE_MODES))
 
     def finish(self, failed: bool = False) -> None:
@@ -70,15 +74,14 @@ class Tracker:
             return
         self._enqueue(lambda remote: remote.finish(exit_code=int(failed)))
         self.actions.put(None)
-        weights = sum(path.stat().st_size for path in self.run.checkpoints.rglob(WEIGHTS))
-        self.thread.join(FINISH_TIMEOUT + (weights / UPLOAD_RATE if self.mode in ONLINE_MODES else 0))
+        self.thread.join(FINISH_TIMEOUT + self.upload_seconds)
         if self.thread.is_alive():
             self.abandoned = True
             _warn(f"did not finish uploading in time; {self._remedy}")
 
     @staticmethod
     def exit_at_once(code: int) -> NoReturn:
-        """Ends this process, without exit handlers, and W&B's own, which could upload forever and keep pipes open."""
+        """Kills W&B's service process, and exits without running exit handlers, which could wait for an upload."""
         sys.stdout.flush()
         sys.stderr.flush()
         wandb_run.kill_service()

@@ -50,11 +50,11 @@ def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, j
     """Starts or resumes the W&B run of a run folder; every `job` other than training has its own W&B run."""
     import wandb
 
-    training = job == "train"
+    training, wandb_id = job == "train", config.wandb_id if job == "train" else f"{config.wandb_id}-{job}"
     remote = wandb.init(
         project=environ.get("WANDB_PROJECT", PROJECT),
         entity=environ.get("WANDB_ENTITY"),
-        id=config.wandb_id if training else f"{config.wandb_id}-{job}",
+        id=wandb_id,
         name=environ.get("WANDB_NAME", config.name) if training else f"{config.name} {job}",
         group=environ.get("WANDB_RUN_GROUP", config.group or config.paper),
         job_type=environ.get("WANDB_JOB_TYPE", job) if training else job,
@@ -63,8 +63,11 @@ def start(run: Run, config: RunConfig, environ: Mapping[str, str], mode: Mode, j
         dir=run.folder,
         mode=mode,
         resume="allow",
+        reinit="create_new",  # by default, wandb returns a run that another seed could not finish
         settings=wandb.Settings(init_timeout=float(environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)), silent=True),
     )
+    if remote.id != wandb_id:
+        raise RuntimeError(f"expected W&B's run {wandb_id}, found {remote.id}")
     remote.define_metric(STEP)
     remote.define_metric("*", step_metric=STEP)
     return remote

@@ -66,8 +66,8 @@ def parameter_groups(
 def layer_numbers(model: nn.Module) -> dict[str, int]:
     """Returns the number of the layer of each parameter, by name, from 0 at the input.
 
-    Models of timm say which parameters form a layer. Elsewhere it is an element of a sequence, such as a block of a
-    ResNet, or else a module of the model itself; normalization layers belong to the filters before them.
+    Models of timm say which parameters form a layer. For other models, a layer is an element of a sequence, such as a
+    block of a ResNet, or a direct child of the model; normalization layers belong to the filters before them.
     """
     matcher: Any = getattr(model, "group_matcher", None)
     if matcher is not None:
@@ -76,13 +76,17 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
         return group_parameters(model, matcher(coarse=False), reverse=True)
     layer_of = {name: match[0] for name, _ in model.named_parameters() if (match := LAYER.match(name))}
     with_matrices = {layer_of[name] for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # of layers
+    found: dict[str, int] = {}
     number = 0
-    for layer in dict.fromkeys(layer_of.values()):
-        if numbers and layer in with_matrices:
-            number += 1
-        numbers[layer] = number
-    return {name: numbers[layer] for name, layer in layer_of.items()}
+    for name, parameter in model.named_parameters():
+        layer = layer_of[name]
+        if layer not in numbers:
+            number += bool(numbers) and layer in with_matrices
+            numbers[layer] = number
+        # A module may have parameters before and after a sequence, such as a ViT's positions and its last norm.
+        found[name] = numbers[layer] if parameter.ndim > 1 else number
+    return found
 
 
 def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":

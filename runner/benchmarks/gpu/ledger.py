@@ -118,8 +118,12 @@ class Ledger:
             finding = {"missing": str(error)}
         except Exception as error:
             finding = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-        if remeasure and previous is not None and all(previous.get(key) == value for key, value in finding.items()):
+        failed = not was_measured(finding)
+        unchanged = previous is not None and all(previous.get(key) == value for key, value in finding.items())
+        if previous is not None and (failed or unchanged):
             return previous
+        if failed and name in self.file.findings and self.context.seconds_left() <= 0:
+            return None  # the earlier reason says more than the lack of time
         finding.setdefault("took_seconds", round(time.monotonic() - start, 2))
         finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.file.findings[name] = finding
@@ -155,5 +159,6 @@ def driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    versions = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    versions = done.stdout.split() if done.returncode == 0 else []  # it prints its errors there as well
     return versions[0] if versions else None
