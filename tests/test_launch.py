@@ -476,8 +476,32 @@ def test_a_task_of_a_sweep_has_a_line(
         assert words[words.index("--seeds") + 1] == task
 
 
+@pytest.mark.parametrize("words", [[], ["no-such-file"], ["empty"]])
+def test_a_sweep_needs_a_file_of_trials(checkout: Path, tmp_path: Path, words: list[str]) -> None:
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    (copy / "empty").touch()
+    done = run_batch_script(copy, "sweep.sbatch", *words, SLURM_ARRAY_TASK_ID="0")
+    found = f"{words[0] if words else 'TRIALS'}: expected a file with the arguments of a trial in each line, found none"
+    assert (done.returncode, done.stderr) == (2, f"sweep.sbatch: {found}\n")
+
+
+def test_a_sweep_of_one_trial_trains_it_without_a_note(checkout: Path, tmp_path: Path) -> None:
+    """Also from another folder than that of the submission."""
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    (copy / "trials").write_text("tiny --seeds 5\n")
+    environ = {"PATH": f"{copy}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(copy), **JOB_ENVIRONMENT}
+    command = ["bash", copy / "slurm" / "sweep.sbatch", "trials", "--data", "x", "--resume", "auto"]
+    array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "0"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ | array, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sweep.sbatch" not in done.stderr
+    words = (copy / "words").read_bytes().decode().split("\0")
+    assert words[words.index("--seeds") + 1] == "5"
+
+
 def test_where_no_stop_file_can_be_written_it_is_in_another_folder(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    shutil.rmtree(copy / "runs", ignore_errors=True)  # of other tests
     (copy / "runs").write_text("a file")
     done = run_batch_script(copy, *JOB)
     assert done.returncode == 75, done.stderr
@@ -611,6 +635,25 @@ def test_each_node_starts_a_rank_for_each_gpu_that_its_task_gets(
         assert done.returncode == 2, done.stderr
         assert f"train.sbatch: n2: {expected}" in done.stderr
         assert not (copy / "words").exists()
+
+
+def test_the_first_node_records_that_the_step_has_started(checkout: Path, tmp_path: Path) -> None:
+    """Where it can be recorded: without it, a lost node would count as a step that never started."""
+    program = '[ -e "$STOP_FILE.started" ] && echo recorded || echo none'
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    for node, recorded in (("0", "recorded\n"), ("1", "none\n")):
+        assert run_batch_script(copy, *JOB, SLURM_NODEID=node).stdout == recorded
+    (copy / "srun").write_text('#!/bin/bash\nshift; rm -r runs/slurm; touch runs/slurm; exec "$@"\n')
+    done = run_batch_script(copy, *JOB)
+    assert (done.returncode, done.stdout) == (0, "none\n"), done.stderr
+
+
+def test_a_job_without_gpus_starts_one_rank_per_node(checkout: Path, tmp_path: Path) -> None:
+    """Which says itself that it needs --device cpu."""
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    done = run_batch_script(copy, *JOB, SLURM_GPUS_PER_NODE="")
+    assert done.returncode == 0, done.stderr
+    assert "node(s) with 0 GPU(s) each" in done.stderr
 
 
 def test_a_job_gives_its_cpus_to_its_tasks(checkout: Path, tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ MODULES = {
         script: [f"tests/test_launch.py -k '{selection}'"]
         for script, selection in {
             "slurm/train.sbatch": BATCH,
-            "slurm/sweep.sbatch": "task_of_a_sweep or pass_words_on",
+            "slurm/sweep.sbatch": "task_of_a_sweep or pass_words_on or sweep_needs or sweep_of_one",
             "slurm/search.sbatch": "worker_of_a_search",
             "slurm/requeue": f"{BATCH} or worker_of_a_search",
             "slurm/count_gpus": "gpus_are_counted",
-            "slurm/train_node": "each_node_starts or pass_words_on or gives_its_cpus",
+            "slurm/train_node": "each_node_starts or pass_words_on or gives_its_cpus or first_node or without_gpus",
         }.items()
     },
     "runner/common/command_line.py": [
