@@ -278,9 +278,10 @@ JOB_ENVIRONMENT = {
 
 
 def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """From another folder than that of the submission, in which a script of SLURM's spool may start."""
     environ = {"PATH": f"{checkout}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(checkout), **JOB_ENVIRONMENT, **more}
-    command = ["bash", f"slurm/{script}", *words]
-    return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=False)
+    command = ["bash", checkout / "slurm" / script, *words]
+    return subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -486,13 +487,10 @@ def test_a_sweep_needs_a_file_of_trials(checkout: Path, tmp_path: Path, words: l
 
 
 def test_a_sweep_of_one_trial_trains_it_without_a_note(checkout: Path, tmp_path: Path) -> None:
-    """Also from another folder than that of the submission."""
     copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
     (copy / "trials").write_text("tiny --seeds 5\n")
-    environ = {"PATH": f"{copy}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(copy), **JOB_ENVIRONMENT}
-    command = ["bash", copy / "slurm" / "sweep.sbatch", "trials", "--data", "x", "--resume", "auto"]
     array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "0"}
-    done = subprocess.run(command, cwd=tmp_path, env=environ | array, capture_output=True, text=True, check=False)
+    done = run_batch_script(copy, "sweep.sbatch", "trials", "--data", "x", "--resume", "auto", **array)
     assert done.returncode == 0, done.stderr
     assert "sweep.sbatch" not in done.stderr
     words = (copy / "words").read_bytes().decode().split("\0")
@@ -517,7 +515,7 @@ def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(checkout: Path,
     fix = "rm runs/slurm; " + STOPS.partition("; ")[2] if written else "exit 9"
     program = f"rm -r runs/slurm; touch runs/slurm; kill -USR1 $PPID; sleep 2; {fix}"
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
-    (copy / "runs" / "slurm").mkdir(parents=True)
+    (copy / "runs" / "slurm").mkdir(parents=True, exist_ok=True)
     (copy / "srun").write_text('#!/bin/bash\nshift; exec "$@" 2>/dev/null\n')
     done = run_batch_script(copy, *JOB)
     first, *others = done.stderr.splitlines()
@@ -722,8 +720,8 @@ def search_job(checkout: Path, folder: Path, program: str, **more: str) -> subpr
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"SLURM_NNODES": "2"}, "2 nodes: expected 1"),
-        ({"SLURM_NTASKS": "2"}, "2 tasks: expected 1"),
+        ({"SLURM_NNODES": "2"}, "2 nodes: expected 1; a trial uses one node"),
+        ({"SLURM_NTASKS": "2"}, "2 tasks: expected 1; leave out"),
         ({"RUNNER_CONTAINER_IMAGE": "x"}, "RUNNER_CONTAINER_IMAGE: expected none"),
         ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES='-1': expected an integer >= 0"),
     ],
@@ -760,6 +758,7 @@ HANDLES = "trap 'exit 75' TERM; kill -{signal} $PPID; while true; do sleep 0.05;
         ("kill -USR1 $PPID; while true; do sleep 0.05; done", 143, "stopped with checkpoints; queued again"),
         (HANDLES.format(signal="TERM"), 75, None),  # cancelled
         ("exit 75", 75, None),  # nobody asked
+        ("exit 0", 0, None),
         (HANDLES.format(signal="USR1").replace("75", "1"), 1, None),  # it failed meanwhile
         # It does not stop in time: SLURM sends TERM at the time limit.
         (
