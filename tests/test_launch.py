@@ -271,6 +271,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RUNS = shutil.ignore_patterns("runs")  # of other tests, in the checkout that they share
 JOB_ENVIRONMENT = {
     **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_GPUS_PER_NODE": "h100:8"},
     **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"},
@@ -306,7 +307,7 @@ def test_the_batch_scripts_pass_words_on_and_add_only_a_stop_file(
 
 def with_program(checkout: Path, folder: Path, name: str, text: str) -> Path:
     """A copy of the checkout with another program."""
-    copy = Path(shutil.copytree(checkout, folder, symlinks=True))
+    copy = Path(shutil.copytree(checkout, folder, symlinks=True, ignore=RUNS))
     (copy / name).write_text(f"#!/bin/bash\n{text}\n")
     return copy
 
@@ -387,7 +388,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(
 
 def test_one_of_very_many_nodes_is_the_first(checkout: Path, tmp_path: Path) -> None:
     """More names than a pipe holds."""
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     with_calls(copy, "scontrol", "[ \"$2\" = node ] || seq -f node-%.0f 100000\necho ' NodeAddr=127.0.0.1 '")
     done = run_batch_script(copy, *JOB)
     assert done.returncode == 0, done.stderr
@@ -447,7 +448,7 @@ def test_two_nodes_train_over_ipv6_alone(checkout: Path, small_data: Path, tmp_p
 def test_a_job_with_other_settings_is_refused(
     checkout: Path, tmp_path: Path, environ: dict[str, str], message: str
 ) -> None:
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     (copy / "words").unlink(missing_ok=True)
     done = run_batch_script(copy, *JOB, **environ)
     assert (done.returncode, done.stderr) == (2, f"train.sbatch: {message}\n")
@@ -466,7 +467,7 @@ def test_a_job_with_other_settings_is_refused(
 def test_a_task_of_a_sweep_has_a_line(
     checkout: Path, tmp_path: Path, task: str, last: str, code: int, message: str
 ) -> None:
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     (copy / "trials").write_text("tiny --seeds 0\ntiny --seeds 1")  # the last without a line break
     array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MAX": last}
     done = run_batch_script(copy, "sweep.sbatch", "trials", "--data", "x", "--resume", "auto", **array)
@@ -479,7 +480,7 @@ def test_a_task_of_a_sweep_has_a_line(
 
 @pytest.mark.parametrize("words", [[], ["no-such-file"], ["empty"]])
 def test_a_sweep_needs_a_file_of_trials(checkout: Path, tmp_path: Path, words: list[str]) -> None:
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     (copy / "empty").touch()
     done = run_batch_script(copy, "sweep.sbatch", *words, SLURM_ARRAY_TASK_ID="0")
     found = f"{words[0] if words else 'TRIALS'}: expected a file with the arguments of a trial in each line, found none"
@@ -487,7 +488,7 @@ def test_a_sweep_needs_a_file_of_trials(checkout: Path, tmp_path: Path, words: l
 
 
 def test_a_sweep_of_one_trial_trains_it_without_a_note(checkout: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     (copy / "trials").write_text("tiny --seeds 5\n")
     array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "0"}
     done = run_batch_script(copy, "sweep.sbatch", "trials", "--data", "x", "--resume", "auto", **array)
@@ -499,7 +500,6 @@ def test_a_sweep_of_one_trial_trains_it_without_a_note(checkout: Path, tmp_path:
 
 def test_where_no_stop_file_can_be_written_it_is_in_another_folder(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
-    shutil.rmtree(copy / "runs", ignore_errors=True)  # of other tests
     (copy / "runs").write_text("a file")
     done = run_batch_script(copy, *JOB)
     assert done.returncode == 75, done.stderr
@@ -525,7 +525,7 @@ def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(checkout: Path,
 
 
 def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     for port in range(30000, 31000):  # far from those of the real jobs of other tests
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             assert run_batch_script(copy, *JOB, SLURM_JOB_ID=str(port - 20000)).returncode == 0
@@ -648,7 +648,7 @@ def test_the_first_node_records_that_the_step_has_started(checkout: Path, tmp_pa
 
 def test_a_job_without_gpus_starts_one_rank_per_node(checkout: Path, tmp_path: Path) -> None:
     """Which says itself that it needs --device cpu."""
-    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True))
+    copy = Path(shutil.copytree(checkout, tmp_path / "copy", symlinks=True, ignore=RUNS))
     done = run_batch_script(copy, *JOB, SLURM_GPUS_PER_NODE="")
     assert done.returncode == 0, done.stderr
     assert "node(s) with 0 GPU(s) each" in done.stderr
