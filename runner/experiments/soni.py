@@ -13,6 +13,7 @@ Not specified, assumed here:
 - channels of the four blocks: 64, 64, 128, 128; dropout 0.5; one 2×2 max pooling after the last block;
 - normalization with mean and standard deviation 0.5, cross-entropy, no weight decay, the last partial batch dropped,
   torch's defaults for the other settings of RMSprop.
+Trained in full, Model 1 exceeds the table by 11 points (runner/benchmarks/README.md says what that may mean).
 The text also reports 52.45% at epoch 26 for Model 1; the table takes precedence.
 
 Reproduce: runner train soni-2 --data data/cifar10, likewise soni-4. Time on one GPU: not measured.
