@@ -547,11 +547,14 @@ def test_predict_of_a_run_takes_a_file_that_passed_and_no_other(own: Run, tmp_pa
     picture = tmp_path / "picture.png"
     assert runner("predict", own.folder, picture).returncode == 0
     report = own.read_parity()
-    for rows in ([replace(row, passed=False) for row in report.rows], []):
+    failed = [replace(row, passed=False) for row in report.rows]
+    elsewhere = [replace(row, machine=Machine(cpu="another")) for row in report.rows]
+    for rows, reason in ((failed, "failed the gate"), (elsewhere, "not scored"), ([], "not scored")):
         write_json(own.parity, replace(report, rows=rows))
         done = runner("predict", own.folder, picture)
         assert done.returncode == 2
-        assert "expected an ONNX file that passed the gate on cpu, found none" in done.stderr
+        assert "expected an ONNX file that passed the gate on cpu on this machine, found none" in done.stderr
+        assert reason in done.stderr
 
 
 def test_what_predict_refuses(own: Run, tmp_path: Path) -> None:
