@@ -639,6 +639,7 @@ def test_the_first_node_records_that_the_step_has_started(checkout: Path, tmp_pa
     """Where it can be recorded: without it, a lost node would count as a step that never started."""
     program = '[ -e "$STOP_FILE.started" ] && echo recorded || echo none'
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    (copy / "runs" / "slurm").mkdir(parents=True)
     for node, recorded in (("0", "recorded\n"), ("1", "none\n")):
         assert run_batch_script(copy, *JOB, SLURM_NODEID=node).stdout == recorded
     (copy / "srun").write_text('#!/bin/bash\nshift; rm -r runs/slurm; touch runs/slurm; exec "$@"\n')
