@@ -268,7 +268,7 @@ def tensorrt() -> Iterator[Finding]:
             yield Finding(backend, "warning", str(error), "see runner/deploy/README.md")
         except Exception as error:  # of the library as well: the other one is tried nevertheless
             yield Finding(
-                backend, "fault", first_line(error)[:300], "check the driver, or install another version of the library"
+                backend, "fault", first_line(error), "check the driver, or install another version of the library"
             )
         else:
             if trial.gpu:

@@ -37,7 +37,7 @@ class Tracker:
         self.actions: SimpleQueue[Action | None] = SimpleQueue()  # None ends the thread
         self.thread = threading.Thread(target=self._run_actions, name="wandb", daemon=True)
         self.upload_seconds = 0.0  # that finishing may take in addition
-        self.remedy_said = False
+        self.hint_given = False
         self.abandoned = False
         """Whether W&B failed or missed the time limit; its exit handler would wait forever, so use `exit_at_once`."""
 
@@ -48,9 +48,9 @@ class Tracker:
             return f"W&B: offline; upload with: runner sync {self.run.folder}"
         return f"W&B: {self.mode}"
 
-    def _remedy(self) -> str:
+    def _sync_hint(self) -> str:
         """Returns what to do after the run, once: of several failures, only the first says it."""
-        said, self.remedy_said = self.remedy_said, True
+        said, self.hint_given = self.hint_given, True
         return "" if said else f"; upload what is missing after the run with: runner sync {self.run.folder}"
 
     def log(self, row: MetricRow) -> None:
@@ -79,7 +79,7 @@ class Tracker:
         self.thread.join(FINISH_TIMEOUT + self.upload_seconds)
         if self.thread.is_alive():
             self.abandoned = True
-            _warn(f"did not finish uploading in time{self._remedy()}")
+            _warn(f"did not finish uploading in time{self._sync_hint()}")
 
     @staticmethod
     def exit_at_once(code: int) -> NoReturn:
@@ -111,7 +111,7 @@ class Tracker:
                 action(remote)
             except Exception as error:  # no failure of W&B may stop training
                 self.abandoned = True
-                _warn(f"failed ({type(error).__name__}: {first_line(error)}){self._remedy()}")
+                _warn(f"failed ({type(error).__name__}: {first_line(error)}){self._sync_hint()}")
                 return
 
     def _start(self) -> Any:
@@ -121,7 +121,7 @@ class Tracker:
             return wandb_run.start(self.run, self.config, self.environ, self.mode)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            _warn(f"cannot start {self.mode} ({reason}); continuing offline{self._remedy()}")
+            _warn(f"cannot start {self.mode} ({reason}); continuing offline{self._sync_hint()}")
         try:
             wandb_run.stop_service()  # in which the failed attempt still uses the id
             return wandb_run.start(self.run, self.config, self.environ, "offline")
