@@ -10,7 +10,7 @@ from launch.local_pool import Job
 from launch.train_arguments import check_dataset, check_models
 from launch.trials import Trial, check_same_training, expand
 from runner.common.errors import UserError
-from runner.common.files import UnreadableError, is_file
+from runner.common.files import TransientReadError, is_file
 from runner.report import collect, compare
 from runner.run.lock import LockedError
 from runner.run.metrics import read_metrics
@@ -158,7 +158,7 @@ class StudySource:
             trial = self.plan.trial(stored.parameters, stored.number)
             if is_file(trial.run.run_json):
                 trial.run.config()
-        except UnreadableError:
+        except TransientReadError:
             raise
         except UserError as error:  # a combination that cannot be trained, or a damaged run
             self.study.fail(stored.number, str(error), final=True)
@@ -167,7 +167,7 @@ class StudySource:
         try:
             if self._record(stored.number, target, trial):
                 return None
-        except UnreadableError:
+        except TransientReadError:
             raise
         except UserError as error:  # a damaged summary, or one without an objective
             self.study.fail(stored.number, str(error), final=True)

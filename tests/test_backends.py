@@ -103,16 +103,21 @@ RTX = "7.5, 8.6, 8.9, 12.0, 12.1"
         ),
         (
             "9.0", BOTH, "auto", ("SM89",),
-            "--target SM89: expected to include SM90 for H100 (compute capability 9.0); to build for other GPUs only, "
-            "add --backend tensorrt-rtx",
+            "--target SM89: no engine for H100 (compute capability 9.0); to build for other GPUs only, add --backend "
+            "tensorrt-rtx",
+        ),
+        (
+            "8.9", BOTH, "auto", ("SM120",),
+            "--target SM120: expected to include SM89 for RTX 4090 (compute capability 8.9); to build for other GPUs "
+            "only, add --backend tensorrt-rtx",
         ),
         (
             None, BOTH, "auto", ("SM86", "SM80"),
-            "--target SM80: expected one that tensorrt-rtx builds for (SM75, SM86, SM89, SM120, SM121)",
+            "--target SM80: expected one of tensorrt-rtx's targets (SM75, SM86, SM89, SM120, SM121)",
         ),
         (
             "9.0", BOTH, "tensorrt", ("SM89",),
-            "--target SM89: expected one that tensorrt builds for (none: it builds for this machine's GPU)",
+            "--target SM89: expected one of tensorrt's targets (none, because it builds for the GPU of this machine)",
         ),
     ],
 )  # fmt: skip

@@ -67,12 +67,12 @@ def collect_outcomes(runs: list[Run]) -> list[PaperOutcome]:
     Raises:
         UserError: runs of one experiment have the same seed, or were trained on different machines or versions.
     """
-    records = [as_registered(collect.read(run)) for run in runs]
+    records = [compared_with_registered(collect.read(run)) for run in runs]
     return [paper_outcome(group) for group in compare.group_by_training(records)]
 
 
-def as_registered(record: RunRecord) -> RunRecord:
-    """Returns the record with the reported accuracy, and the overrides, of the experiment as it is registered now."""
+def compared_with_registered(record: RunRecord) -> RunRecord:
+    """Returns the record with the reported accuracy of the experiment as it is registered now, and how it differs."""
     config = record.config
     registered = experiments.load().get(config.experiment)
     if registered is None:
@@ -95,7 +95,7 @@ def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
                 f"{previous.run.folder} and {record.run.folder}: expected runs of one machine and its versions"
             )
     return PaperOutcome(
-        **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},
+        **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},  # of the machine that trained
         epochs_test_accuracy={
             record.config.seed: [row.test_accuracy for row in record.metrics if row.test_accuracy is not None]
             for record in group
@@ -111,7 +111,10 @@ def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
 
 
 def training_seconds(record: RunRecord) -> float:
-    """Returns the duration of all training steps, without evaluations, from the speeds in metrics.jsonl."""
+    """Returns the duration of the training steps, without evaluations, from the speeds in metrics.jsonl.
+
+    Steps before a row without a speed have the speed of the next row that has one.
+    """
     seconds, step = 0.0, 0
     for row in record.metrics:
         if row.images_per_second:

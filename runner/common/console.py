@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
+from runner.common.errors import DISK_FULL, TRANSIENT_ERRNOS, UserError
 from runner.common.text import printable
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
         if error.errno in DISK_FULL:
             _exit(prog, UserError(f"{path}: no space left; free some and repeat the command"), report_after)
         reason = (error.strerror or "").lower()
-        if error.errno in FILE_SERVER:
+        if error.errno in TRANSIENT_ERRNOS:
             _exit(prog, UserError(f"{path}: cannot be read or written ({reason}); repeat the command"), report_after)
         if error.errno in CANNOT_WRITE and error.filename:
             _exit(prog, UserError(f"{path}: cannot be used ({reason}); change it, or choose another"), report_after)

@@ -3,7 +3,7 @@
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-FILE_SERVER = (errno.EIO, errno.ESTALE)  # often over in a moment
+TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE)  # often over in a moment
 
 
 class UserError(ValueError):

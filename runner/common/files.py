@@ -1,4 +1,4 @@
-"""File I/O: reads, hashes, JSON and atomic writes, repeated after errors of a file server that may pass."""
+"""File I/O: reads, hashes, JSON and atomic writes, retried after transient errors of a network file system."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from runner.common.errors import FILE_SERVER, UserError
+from runner.common.errors import TRANSIENT_ERRNOS, UserError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -23,9 +23,9 @@ RETRY_PAUSES = (0.1, 1.0)  # seconds
 
 
 def retried(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
-    """Repeats a function of a path after errors that may pass. The function must be idempotent.
+    """Retries a function of a path after transient errors. The function must be idempotent.
 
-    A function must not consist of `fsync` alone: after it has failed, a second one can succeed although data is lost.
+    It must not retry `fsync` without writing again: the second call can succeed although data is lost.
     """
 
     @functools.wraps(function)
@@ -35,7 +35,7 @@ def retried(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate
                 return function(path, *args, **kwargs)
             except OSError as error:
                 error.filename = error.filename or str(path)  # reads and writes do not name their file
-                if error.errno not in FILE_SERVER or pause is None:
+                if error.errno not in TRANSIENT_ERRNOS or pause is None:
                     raise
                 print(f"{error.filename}: {error.strerror}; trying again", file=sys.stderr)
                 time.sleep(pause)
@@ -55,7 +55,7 @@ def is_file(path: Path) -> bool:
 
 @retried
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Returns the content of a file. Raises UserError for more than `limit` bytes, and for pipes, without waiting."""
+    """Returns the content of a file. Raises UserError, without blocking, for more than `limit` bytes, and for pipes."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -114,8 +114,8 @@ def _files_below(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterato
         remedy = "; grant permission" if error.errno == errno.EACCES else ""
         raise UserError(f"{folder}: cannot be read ({error.strerror}){remedy}") from None
     for entry in entries:
-        # `entry.is_dir` raises OSError for a link to itself.
-        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and (folder / entry.name).is_dir()):
+        # The other ways to ask raise for a link to itself, or into a folder without permission.
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(folder / entry.name)):  # noqa: PTH112
             yield from _files_below(folder / entry.name, ancestors | {own})
         else:
             yield folder / entry.name
@@ -125,7 +125,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     """Reads a JSON file into a struct or dataclass.
 
     Raises:
-        UserError: the file is damaged or does not match the type; the message names the key.
+        UserError: the file is missing, damaged or does not match the type; the message names the key.
     """
     try:
         return msgspec.json.decode(read_bytes(path), type=kind, dec_hook=decode_text)
@@ -133,16 +133,18 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise unreadable(path, error) from None
 
 
-class UnreadableError(UserError):
-    """A file cannot be read now, but may be intact."""
+class TransientReadError(UserError):
+    """A file could not be read because of a transient error, and may be intact."""
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """Returns the error for a file that cannot be read or decoded."""
-    if isinstance(error, OSError) and error.errno in FILE_SERVER:
-        return UnreadableError(f"{path}: cannot be read ({error.strerror}); repeat the command")
+    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+        return TransientReadError(f"{path}: cannot be read ({error.strerror}); repeat the command")
     if isinstance(error, PermissionError):
         return UserError(f"{path}: cannot be read ({error.strerror}); grant permission")
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: expected a file, found none")
     return UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it")
 
 

@@ -65,7 +65,7 @@ class StreamingBatches(BatchStream):
         self.loader: Any = None  # compiled at the first read
 
     def read(self, samples: np.ndarray, sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the images (n, H, W, 3) uint8 of each batch and arange(n), both on the device."""
+        """Yields the images (n, H, W, 3) uint8 of each batch and their indices in it, all of them, on the device."""
         if len(samples) == 0:  # FFCV cannot read an empty epoch
             empty = torch.empty((0, *self.options.image_size, 3), dtype=torch.uint8, device=self.device)
             yield from ((empty, torch.arange(0, device=self.device)) for _ in sizes)
@@ -74,7 +74,9 @@ class StreamingBatches(BatchStream):
             loader = self._ffcv_loader()
             order = samples if self.indices is None else self.indices[samples]
             loader.traversal_order.samples = order
-            loader.first_traversal_order = order  # FFCV ends after as many batches, although mixing reads more images
+            loader.first_traversal_order = (
+                order  # its length ends the epoch; mixing reads more images than the file has
+            )
             chunks = _iterate_with_timeout(iter(loader), self.path)
         for images in upload(self._batches(chunks, sizes), self.device):
             yield images, torch.arange(len(images), device=self.device)
@@ -101,7 +103,7 @@ class StreamingBatches(BatchStream):
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.traversal_order.base import TraversalOrder
 
-        class FixedOrder(TraversalOrder):
+        class PrecomputedOrder(TraversalOrder):
             """Reads `samples`, which is set before each epoch."""
 
             def __init__(self, loader: Any) -> None:
@@ -112,13 +114,13 @@ class StreamingBatches(BatchStream):
                 return self.samples
 
         # FFCV 1.0.2 is meant to accept such a class, but its check rejects any that is missing from this table.
-        ffcv_loader.ORDER_MAP[FixedOrder] = FixedOrder
+        ffcv_loader.ORDER_MAP[PrecomputedOrder] = PrecomputedOrder
         self.loader = ffcv_loader.Loader(
             str(self.path),
             batch_size=max(1, self.options.batch_size // self.options.world_size),
             num_workers=self.workers,
             os_cache=True,
-            order=FixedOrder,
+            order=PrecomputedOrder,
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
         )
@@ -126,7 +128,7 @@ class StreamingBatches(BatchStream):
 
 
 def upload(batches: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Yields batches on a device. To a GPU, each is copied while the one before it is computed on."""
+    """Yields batches on a device. A batch is copied to a GPU on a side stream, while the one before it is used."""
     if device.type != "cuda":
         yield from batches
         return

@@ -129,7 +129,7 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
     engine = run.deploy / f"model.{file.name}.{backend}.engine"
     write_atomically(engine, plan.content)
     smallest, optimal, largest = options.batch
-    default_target = f"{'portable' if LIBRARIES[backend].portable else 'this GPU'} ({', '.join(plan.capabilities)})"
+    built_for = "portable" if LIBRARIES[backend].portable_capabilities else "this GPU"
     sidecar = EngineSidecar(
         engine=str(engine.relative_to(run.folder)),
         sha256=sha256_of(engine),
@@ -143,7 +143,7 @@ def build(run: Run, file: OnnxFile, options: EngineOptions) -> EngineSidecar:
         version=trt.__version__,
         version_compatible=options.version_compatible,
         build_route=options.build_route,
-        target=", ".join(plan.targets) or default_target,
+        target=", ".join(plan.targets) or f"{built_for} ({', '.join(plan.capabilities)})",
         compute_capabilities=list(plan.capabilities),
         outside_matrix=outside_matrix(backend, plan.precisions),
         batch=BatchRange(min=smallest, opt=optimal, max=largest),

@@ -22,7 +22,7 @@ class Library:
         package: name of the package that installs it.
         capabilities: compute capabilities that it covers.
         and_later: whether it covers all later ones as well.
-        portable: compute capabilities of the GPUs that run an engine built for no GPU in particular; empty if it builds
+        portable_capabilities: those of the GPUs that run an engine built for no GPU in particular; empty if it builds
             engines only for the GPU of this machine.
     """
 
@@ -30,7 +30,7 @@ class Library:
     package: str
     capabilities: tuple[str, ...]
     and_later: bool = False
-    portable: tuple[str, ...] = ()
+    portable_capabilities: tuple[str, ...] = ()
 
     def covers(self, capability: str) -> bool:
         """Returns whether it covers a compute capability, such as "9.0"."""
@@ -40,7 +40,7 @@ class Library:
     @property
     def targets(self) -> tuple[str, ...]:
         """Names that `--target` accepts, such as "SM89"; none if it builds only for the GPU of this machine."""
-        return tuple(map(target_of, self.capabilities)) if self.portable else ()
+        return tuple(map(target_of, self.capabilities)) if self.portable_capabilities else ()
 
     def __str__(self) -> str:
         return ", ".join(self.capabilities) + (" and later" if self.and_later else "")
@@ -49,7 +49,10 @@ class Library:
 LIBRARIES = {  # in the order in which `--backend auto` tries them
     "tensorrt": Library("tensorrt", "tensorrt-cu13", ("7.5",), and_later=True),
     "tensorrt-rtx": Library(
-        "tensorrt_rtx", "tensorrt-rtx", ("7.5", "8.6", "8.9", "12.0", "12.1"), portable=("8.6", "8.9", "12.0")
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        ("7.5", "8.6", "8.9", "12.0", "12.1"),
+        portable_capabilities=("8.6", "8.9", "12.0"),
     ),
 }
 
@@ -57,12 +60,13 @@ LIBRARIES = {  # in the order in which `--backend auto` tries them
 def select_library(backend: str, targets: tuple[str, ...] = ()) -> tuple[str, ModuleType]:
     """Selects the library to build with, and imports it.
 
-    "auto" selects the first one that loads and whose engine runs on this machine's GPU; without a GPU, TensorRT for
+    "auto" selects the first one that loads and supports this machine's GPU; without a GPU or with targets, TensorRT for
     RTX.
 
     Args:
         backend: "tensorrt", "tensorrt-rtx" or "auto".
-        targets: compute capabilities to build for, such as "SM89"; if empty, this machine's GPU or a portable engine.
+        targets: names of compute capabilities to build for, such as "SM89"; if empty, this machine's GPU or a portable
+            engine.
 
     Returns:
         The backend's name, with "auto" resolved, and its module.
@@ -74,15 +78,18 @@ def select_library(backend: str, targets: tuple[str, ...] = ()) -> tuple[str, Mo
     if backend != "auto":
         _check_targets(backend, targets)
         if problem := _unsupported_reason(backend, targets, gpu):
-            remedy = "--backend tensorrt, or other GPUs by --target" if LIBRARIES[backend].portable else "another GPU"
+            crosses = LIBRARIES[backend].portable_capabilities
+            remedy = "--backend tensorrt, or other GPUs by --target" if crosses else "another GPU"
             found, remedy = (gpu, remedy) if gpu else ("none", "--backend tensorrt-rtx")
             raise UserError(f"--backend {backend}: {problem}, found {found}; use {remedy}")
         return backend, import_library(backend)
     _check_targets("tensorrt-rtx", targets)
     if gpu and targets and target_of(gpu.capability) not in targets:
+        own = target_of(gpu.capability)
+        possible = own in LIBRARIES["tensorrt-rtx"].targets
+        expected = f"expected to include {own} for {gpu}; to" if possible else f"no engine for {gpu}; to"
         raise UserError(
-            f"--target {' '.join(targets)}: expected to include {target_of(gpu.capability)} for {gpu}; to build for "
-            "other GPUs only, add --backend tensorrt-rtx"
+            f"--target {' '.join(targets)}: {expected} build for other GPUs only, add --backend tensorrt-rtx"
         )
     problems: list[str] = []
     packages: list[str] = []
@@ -120,7 +127,9 @@ def _import(backend: str) -> ModuleType:
 def _unsupported_reason(backend: str, targets: tuple[str, ...], gpu: Gpu | None) -> str | None:
     """Returns why a library cannot build for this GPU, or for the targets if there are any; None if it can."""
     library = LIBRARIES[backend]
-    if not library.portable and (targets or gpu is None):
+    if targets and not library.portable_capabilities:
+        return "takes no --target"
+    if gpu is None and not library.portable_capabilities:
         return "builds only for the GPU of this machine"
     if gpu and not targets and not library.covers(gpu.capability):
         return f"covers only compute capability {library}"
@@ -143,19 +152,20 @@ def _check_targets(backend: str, targets: tuple[str, ...]) -> None:
         raise UserError(f"--target {' '.join(targets)}: expected each target once")
     for target in targets:
         if target not in known:
-            names = ", ".join(known) or "none: it builds for this machine's GPU"
-            raise UserError(f"--target {target}: expected one that {backend} builds for ({names})")
+            names = ", ".join(known) or "none, because it builds for the GPU of this machine"
+            raise UserError(f"--target {target}: expected one of {backend}'s targets ({names})")
 
 
 def resolve_targets(backend: str, targets: tuple[str, ...], gpu: Gpu | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the targets to set in the builder, and the compute capabilities of the GPUs that will run the engine."""
     library = LIBRARIES[backend]
-    if not library.portable:
+    portable = library.portable_capabilities
+    if not portable:
         return (), (gpu.capability,) if gpu else ()
-    if gpu and not targets and gpu.capability not in library.portable:
+    if gpu and not targets and gpu.capability not in portable:
         targets = (target_of(gpu.capability),)
     if not targets:
-        return (), library.portable
+        return (), portable
     return targets, tuple(capability for capability in library.capabilities if target_of(capability) in targets)
 
 
@@ -175,7 +185,7 @@ def create_network(trt: ModuleType, builder: Any) -> Any:
 
 
 def create_runtime(trt: ModuleType, log: "Log", version_compatible: bool = False) -> Any:
-    """Creates a runtime; engines that later versions can run contain host code, which it must be allowed to load."""
+    """Creates a runtime. Version-compatible engines contain code for the host; only then may it load such code."""
     runtime = trt.Runtime(log.logger)
     if version_compatible:
         runtime.engine_host_code_allowed = True
@@ -183,7 +193,7 @@ def create_runtime(trt: ModuleType, log: "Log", version_compatible: bool = False
 
 
 class Log:
-    """Collects TensorRT's log messages, for the sidecar and for errors."""
+    """Collects TensorRT's log messages, for the engine's JSON file and for errors."""
 
     def __init__(self, trt: Any) -> None:
         self.lines: list[str] = []
@@ -228,7 +238,7 @@ def smoke_test(backend: str) -> SmokeTest:
         UserError: as in `select_library`.
         RuntimeError: the engine is not built, does not load or run, or its output is wrong.
     """
-    _, trt = select_library(backend)
+    backend, trt = select_library(backend)
     gpu = environment.first_gpu()
     targets, capabilities = resolve_targets(backend, (), gpu)
     log = Log(trt)

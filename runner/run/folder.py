@@ -26,7 +26,7 @@ from typing import Literal, TypeVar, get_args
 from msgspec.structs import replace
 
 from runner.common.console import list_some
-from runner.common.errors import FILE_SERVER, UserError
+from runner.common.errors import TRANSIENT_ERRNOS, UserError
 from runner.common.files import is_file, names_in, read_bytes, unreadable
 from runner.config.train_config import check_name
 from runner.config.trust import TrustedCode
@@ -348,7 +348,7 @@ def locked_runs(
                 if overwrite:
                     _delete_contents(run)
         except OSError as error:
-            if error.errno in FILE_SERVER:
+            if error.errno in TRANSIENT_ERRNOS:
                 raise
             raise UserError(f"--runs {runs}: cannot write there ({error.strerror}); choose another folder") from None
         yield claimed

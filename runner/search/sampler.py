@@ -10,19 +10,19 @@ from msgspec.structs import replace
 from runner.search.space import MAX_COMBINATIONS, Space, combinations, size
 from runner.search.study import Definition, StudyTrial, direction
 
-TRIES = 20  # to sample parameters that no other trial has
+TRIES = 20  # to sample parameters that no other trial has, by the study's sampler; then as many at random
 
 
 def sample(definition: Definition, space: Space, trials: Sequence[StudyTrial]) -> dict[str, Any] | None:
-    """Samples parameters that no trial of the study has; returns None if there are none left.
+    """Samples parameters that no trial of the study has; returns None if there are none left, or none were found.
 
     The result depends on the study alone: its definition, seed and trials, not on the worker.
 
     Args:
         definition: the definition of the study.
         space: its parsed ranges.
-        trials: its trials. Paused and failed ones count as pruned: those that reached a later rung are better, and
-            failed ones are the worst.
+        trials: its trials. Those that are neither complete nor in their first rung count as pruned: with one objective,
+            a later rung is better, and failed ones are the worst.
     """
     taken = {tuple(trial.values[option] for option in space) for trial in trials}
     for attempt in range(2 * TRIES):
@@ -48,23 +48,24 @@ def _ask(definition: Definition, space: Space, trials: Sequence[StudyTrial], see
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: BaseSampler = RandomSampler(seed) if definition.sampler == "random" else TPESampler(seed=seed)
         study = optuna.create_study(directions=list(map(direction, definition.objectives)), sampler=sampler)
-        study.add_trials([_seen(trial, distributions, len(definition.objectives) == 1) for trial in trials])
+        study.add_trials([_to_optuna_trial(trial, distributions, len(definition.objectives) == 1) for trial in trials])
         asked = study.ask(distributions)
     return {option: domain.rounded(asked.params[option]) for option, domain in space.items()}
 
 
-def _seen(trial: StudyTrial, distributions: dict[str, Any], has_rungs: bool) -> Any:
-    """Returns a trial as the sampler is to see it."""
+def _to_optuna_trial(trial: StudyTrial, distributions: dict[str, Any], single_objective: bool) -> Any:
+    """Returns Optuna's FrozenTrial of a trial."""
     from optuna.trial import TrialState, create_trial
 
-    is_training = trial.state == "open" and not trial.accuracy
-    state = {"complete": TrialState.COMPLETE}.get(trial.state, TrialState.RUNNING if is_training else TrialState.PRUNED)
+    in_first_rung = trial.state == "open" and not trial.accuracy
+    other = TrialState.RUNNING if in_first_rung else TrialState.PRUNED
+    state = TrialState.COMPLETE if trial.state == "complete" else other
     return create_trial(
         state=state,
         params=trial.values,
         distributions=distributions,
         values=list(trial.objectives) or None,
-        intermediate_values=trial.accuracy if has_rungs and trial.state != "failed" else {},
+        intermediate_values=trial.accuracy if single_objective and trial.state != "failed" else {},
     )
 
 
@@ -87,4 +88,4 @@ def importance(definition: Definition, space: Space, trials: Sequence[StudyTrial
     for trial in reached:
         value = trial.accuracy[epochs[-1]]
         study.add_trial(create_trial(params=trial.values, distributions=distributions, value=value))
-    return optuna.importance.get_param_importances(study)
+    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())

@@ -23,7 +23,7 @@ from torch import nn
 from runner import experiments
 from runner.common.errors import DISK_FULL, UserError
 from runner.common.files import (
-    UnreadableError,
+    TransientReadError,
     is_file,
     names_in,
     read_bytes,
@@ -196,7 +196,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
             damaged.append(error)
         except OSError as error:
             damaged.append(unreadable(Path(error.filename), error))
-    if unreadable_now := [reason for reason in damaged if isinstance(reason, UnreadableError)]:
+    if unreadable_now := [reason for reason in damaged if isinstance(reason, TransientReadError)]:
         raise unreadable_now[0]
     return None, [str(reason) for reason in damaged]
 

@@ -29,7 +29,7 @@ from torch import nn
 from data_prep import beton_reader
 from data_prep.manifest import Manifest
 from runner.common.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from runner.common.errors import DISK_FULL, FILE_SERVER, UserError
+from runner.common.errors import DISK_FULL, TRANSIENT_ERRNOS, UserError
 from runner.common.files import is_file, remove, write_atomically, write_json
 from runner.common.text import first_line
 from runner.config.recipe import Experiment, Recipe
@@ -591,7 +591,7 @@ def diagnose_failure(error: Exception, recipe: Recipe, world_size: int) -> Failu
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         file = error.filename or "metrics.jsonl"
         return Failure(1, f"no space left on the disk for {file}; free some space and resume with --resume auto")
-    if isinstance(error, OSError) and error.errno in FILE_SERVER:
+    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
         file = error.filename or "metrics.jsonl"
         return Failure(1, f"{file}: cannot be read or written ({error.strerror}); resume with --resume auto")
     if is_lost_rank(error, world_size):

@@ -2,9 +2,9 @@
 
     python -m runner.benchmarks.gpu --data data/cifar10 --out gpu --minutes 30
 
-Each part runs in its own process with a share of the time, and writes a JSON file that is complete after each of its
-findings, so that a crash loses no results. The same command resumes: findings are kept, and those that failed or
-were missing are measured again. Optional packages may be missing; the summary lists what could not be measured.
+Each part runs in its own process with a share of the time, and writes its JSON file after each of its findings, so that
+a crash loses no results. The same command resumes: findings are kept, and those that failed or were missing are
+measured again. Optional packages may be missing; the summary lists what could not be measured.
 `--rehearse` runs every part in miniature on the CPU.
 """
 
@@ -44,7 +44,7 @@ SHARES: dict[str, float] = {
     "deployment": 1.0,
 }
 MIN_SECONDS = 200  # for each part, as far as there is time: one finding of the tests takes two minutes on an H200
-ROLES = {
+DESCRIPTIONS = {
     "tests": "the tests that need a GPU",
     "correctness": "batches, precisions, a killed and resumed run, ranks",
     "speed": "loaders, steps of every architecture, overhead, ranks",
@@ -66,8 +66,8 @@ class GpuBenchmark:
     data: Path
     """Dataset folder written by `python -m data_prep prepare`."""
     out: Path
-    """Folder for the results, NAME-gpu.json for each part, and for the runs that are trained; a second call
-    resumes there."""
+    """Folder for the results, one NAME-gpu.json for each part, and for the trained runs; a second call resumes
+    there."""
     minutes: Annotated[float, Meta(gt=0, le=1e6)] = 30.0
     """Total time, which the parts share."""
     only: Annotated[tuple[PartName, ...], NoneByDefault] = ()
@@ -103,12 +103,11 @@ class GpuBenchmark:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         names = [name for name in get_args(PartName) if name in (self.only or get_args(PartName))]
-        # A folder of other findings, also of parts that do not run now, is refused at once.
+        # Opens the ledgers of all parts, because each refuses results of another machine before anything runs.
         known = [name for name in get_args(PartName) if name in names or path_of(context, name).is_file()]
         ledgers = {name: Ledger(context, name) for name in known}
-        codes = {
-            name: 0 if ledgers[name].complete else self.run(name, context, last=name == names[-1]) for name in names
-        }
+        missing = [name for name in names if not ledgers[name].complete]
+        codes = dict.fromkeys(names, 0) | {name: self.run(name, context, name == missing[-1]) for name in missing}
         if not show(context, codes):
             raise SystemExit(1)
 
@@ -130,9 +129,12 @@ class GpuBenchmark:
             raise UserError("found no CUDA GPU, expected one; --rehearse runs every part in miniature on the CPU")
 
     def run(self, name: str, context: Context, last: bool) -> int:
-        """Runs one part in its own process, stops it when its time is up, and returns its exit code."""
+        """Runs one part in its own process, stops it when its time is up, and returns its exit code.
+
+        Without time left, the part only records what it has not measured.
+        """
         seconds = time_for(name, max(0.0, context.seconds_left()), last)
-        print(f"{name}: {ROLES[name]}, at most {seconds / 60:.1f} minutes", flush=True)
+        print(f"{name}: {DESCRIPTIONS[name]}, at most {seconds / 60:.1f} minutes", flush=True)
         argv = ["--data", context.data, "--out", context.out, "--minutes", max(seconds, 1) / 60, "--part", name]
         argv += ["--peer", context.peer.absolute()] if context.peer else []
         argv += ["--peer-row", self.peer_row] if self.peer_row else []
