@@ -283,7 +283,7 @@ def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> s
     """From another folder than that of the submission, in which a script of SLURM's spool may start."""
     environ = {"PATH": f"{checkout}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(checkout), **JOB_ENVIRONMENT, **more}
     command = ["bash", checkout / "slurm" / script, *words]
-    return subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False, timeout=120)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -375,6 +375,8 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     with_calls(copy, "scontrol", f"{answer}\necho ' NodeAddr=127.0.0.1 '")
     done = run_batch_script(copy, *JOB)
     asked = [call for call in calls_of(copy, "scontrol") if call.startswith(command)]
+    pauses = [seconds for seconds in calls_of(copy, "sleep") if float(seconds) > 1]
+    assert pauses == ["5", "10", "20", "40", "60"][: len(asked) - 1]
     last = done.stderr.splitlines()[-1]
     if tries == 3:
         assert (done.returncode, len(asked)) == (75, 3), done.stderr

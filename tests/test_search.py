@@ -95,6 +95,33 @@ def test_what_is_no_range_is_refused(word: str) -> None:
         parse_domain(LR, word)
 
 
+def test_a_range_has_a_lower_and_a_higher_number_of_at_most_15_digits() -> None:
+    nines = 10**15 - 1
+    assert parse_domain(LR, f"int:{-nines}:{nines}") == Range("int", -nines, nines)
+    for word in (f"int:0:{nines + 1}", f"int:{-nines - 1}:0"):
+        with pytest.raises(UserError, match="expected integers of at most 15 digits"):
+            parse_domain(LR, word)
+    with pytest.raises(UserError, match="expected a range from a lower to a higher number"):
+        parse_domain(LR, "int:3:3")
+
+
+def test_a_range_is_the_same_for_optuna() -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    assert Range("int", 2, 5).distribution() == IntDistribution(2, 5)
+    assert Range("log", 0.1, 1.0).distribution() == FloatDistribution(0.1, 1.0, log=True)
+    assert Range("lin", 0.1, 1.0).distribution() == FloatDistribution(0.1, 1.0)
+    assert Choices(("a", "b")).distribution() == CategoricalDistribution(("a", "b"))
+
+
+def test_a_finite_space_has_each_combination_once() -> None:
+    space = {LR: Choices(("0.1", "0.2")), "--recipe.epochs": Range("int", 2, 4)}
+    listed = [tuple(values.values()) for values in spaces.combinations(space)]
+    assert listed == [("0.1", 2), ("0.1", 3), ("0.1", 4), ("0.2", 2), ("0.2", 3), ("0.2", 4)]
+    assert spaces.size(space) == 6
+    assert spaces.size(space | {DECAY: Range("lin", 0.0, 1.0)}) == math.inf
+
+
 @given(st.sampled_from(["log", "lin"]), st.integers(1, 9999), st.integers(1, 9999), st.floats(0, 1))
 def test_sampled_numbers_are_those_of_the_command_line(scale: str, one: int, other: int, share: float) -> None:
     """The sampler gets the number that was trained, which is within the range."""
@@ -198,6 +225,18 @@ def test_only_the_best_are_continued() -> None:
     trials[1].accuracy, trials[1].target, trials[1].finished = {1: 0.5, 3: 0.6, 9: 0.8}, 9, True
     assert next_step(trials, frozenset(), rungs, 6) == "done"
     assert next_step(trials, frozenset(), rungs, 7) == "new"
+
+
+def test_of_equals_the_first_is_continued() -> None:
+    trials = [Simulated(n, 1, {}, {1: accuracy}) for n, accuracy in enumerate([0.4, 0.5, 0.5, 0.5])]
+    assert next_step(trials, frozenset(), Rungs((1, 9), 4), 4) == Train(1, 9)
+    assert next_step(trials[1:], frozenset(), Rungs((1, 9), 4), 3) == Train(1, 9), "the best of too few"
+
+
+def test_trials_of_a_study_have_the_brackets_of_earlier_versions() -> None:
+    for epochs, expected in ((27, "0010012001300012001001230010001200130012"), (3, "01001010010100")):
+        rungs = Rungs.of("hyperband", epochs, 1, 3)
+        assert "".join(str(rungs.bracket(number)) for number in range(len(expected))) == expected
 
 
 def test_brackets_spend_about_the_same() -> None:

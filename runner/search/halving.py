@@ -46,7 +46,7 @@ class Rungs:
     """
 
     epochs: tuple[int, ...]
-    reduction: int = 3
+    reduction: int
     brackets: int = 1
 
     @classmethod
@@ -61,7 +61,7 @@ class Rungs:
 
     def bracket(self, number: int) -> int:
         """Returns the bracket of a trial; all brackets spend about the same number of epochs."""
-        return 0 if self.brackets == 1 else _brackets(self.brackets, self.reduction, 1 << number.bit_length())[number]
+        return _brackets(self.brackets, self.reduction, 1 << number.bit_length())[number]
 
     def of_trial(self, number: int) -> tuple[int, ...]:
         """Returns the rungs of a trial."""

@@ -13,7 +13,7 @@ SCALES: dict[str, Scale] = {"log": "log", "lin": "lin", "int": "int"}
 EXPERIMENT = "NAME"  # the parameter that chooses among several experiments
 EXPECTED = "expected log:A:B, lin:A:B, int:A:B or A|B|C"
 MAX_COMBINATIONS = 100_000
-MAX_INTEGER = 10**15  # which a float holds exactly
+MAX_INTEGER = 10**15  # below it, a float holds every integer exactly
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _parse_range(option: str, word: str, scale: Scale, rest: str) -> Range:
         low, high = map(number, rest.split(":"))
     except ValueError:
         raise UserError(f"{option} {word}: {EXPECTED}") from None
-    if scale == "int" and max(abs(low), abs(high)) > MAX_INTEGER:
+    if scale == "int" and max(abs(low), abs(high)) >= MAX_INTEGER:
         raise UserError(f"{option} {word}: expected integers of at most 15 digits")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{option} {word}: expected a range from a lower to a higher number")

@@ -95,10 +95,10 @@ MODULES = {
         "tests/test_watch.py -k 'compare_shows or without_a_difference'",
     ],
     "runner/search/halving.py": [
-        "tests/test_search.py -k 'whatever_the_order or rungs_end or only_the_best or brackets'"
+        "tests/test_search.py -k 'whatever_the_order or rungs_end or only_the_best or of_equals or brackets'"
     ],
     "runner/search/space.py": [
-        "tests/test_search.py -k 'may_be_a_range or no_range or sampled_numbers or finite_space'"
+        "tests/test_search.py -k 'may_be_a_range or no_range or a_range or sampled_numbers or finite_space'"
     ],
     "runner/training/checkpoint.py": [
         "tests/test_checkpoint.py -k 'not kill_at_any'",
