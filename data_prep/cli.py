@@ -84,7 +84,7 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Decode every record of a prepared dataset, and compare it with the source."""
+    """Decode every record of a prepared dataset; with --source, compare it with the source."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder made by `prepare`."""
@@ -104,20 +104,20 @@ class Verify:
 
         source = None
         if self.source is None and self.sha256 is not None:
-            raise UserError(f"--sha256 {self.sha256}: expected with --source, the archive to compare with")
+            raise UserError(f"--sha256 {self.sha256}: expected together with --source, which names the archive")
         if self.source is not None:
             manifests.check_files(self.folder, manifest := manifests.read(self.folder))
             made = manifests.prepared_with(self.folder, manifest)
             generated = self.source == "synthetic"
-            images = not generated and self.source not in sources.BY_SOURCE
+            is_path = not generated and self.source not in sources.BY_SOURCE
             source = sources.load(
                 self.source,
                 sha256=self.sha256,
                 limit_per_class=made.limit_per_class,
                 seed=made.seed if generated else None,
                 downloads=self.downloads.expanduser(),
-                size=made.size if images else None,
-                fit=made.fit if images else None,
+                size=made.size if is_path else None,
+                fit=made.fit if is_path else None,
             )
         verified, done = verify(self.folder, source), "verified"
         if source is not None:

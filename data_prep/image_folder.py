@@ -13,6 +13,7 @@ from data_prep import images
 from data_prep.archive import Member
 from data_prep.dataset import Source, Split, unreserved
 from data_prep.official import CIFAR10
+from runner.common import memory
 from runner.common.console import list_some, track
 from runner.common.errors import UserError
 
@@ -95,7 +96,7 @@ def load(
 def _collect_images(path: Path, members: Iterable[Member]) -> tuple[list[ImageFile], list[str]]:
     """Returns the images in the expected folders, and the paths of all other files."""
     files, unused, seen = list[ImageFile](), list[str](), set[str]()
-    total, available = 0, images.available_memory()
+    total, available = 0, memory.available()
     for name, read in members:
         parts = PurePosixPath(name).parts
         if not parts:  # the folder itself

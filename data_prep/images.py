@@ -1,11 +1,11 @@
 """Decodes image files to RGB and resizes them, in the same way for `data_prep prepare` and `runner predict`."""
 
-import contextlib
 import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from runner.common import memory
 from runner.common.errors import UserError
 
 if TYPE_CHECKING:  # imported late, because option parsers import this module
@@ -34,27 +34,9 @@ def read(path: Path) -> bytes:
 
 def require_memory(needed: int, what: str, remedy: str) -> None:
     """Raises UserError if `what` needs more bytes than are available, before the system would kill the process."""
-    available = available_memory()
+    available = memory.available()
     if needed > available:
         raise UserError(f"{what} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB free; {remedy}")
-
-
-def available_memory() -> int:
-    """Returns how many bytes this process can still allocate: of the machine, or within the limit of its cgroup."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, IndexError):
-        group = root / Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2]
-        for folder in (group, *group.parents):  # the limit of a job is often that of a parent
-            if not folder.is_relative_to(root):
-                break
-            with contextlib.suppress(OSError, ValueError):  # no limit: the value is "max", or there is no such file
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-                usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                cache = int(usage["inactive_file"]) + int(usage["active_file"])  # freed when it is needed
-                available = min(available, limit - used + cache)
-    return available
 
 
 def decode(name: str, content: bytes) -> "Image.Image":

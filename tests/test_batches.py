@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from data_prep import beton_reader, manifest
 from data_prep.sources import Source
+from runner.common import memory
 from runner.common.errors import UserError
 from runner.config.recipe import SGD, Augment, Recipe
 from runner.data import augment, color, mixing, order, streaming
@@ -25,7 +26,6 @@ from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
 from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_split_of_run, split_indices
 from runner.data.stream import BatchStream
-from runner.system.environment import memory_limit
 from tests.support.configs import CONFIG, config_of
 from tests.support.processes import python
 
@@ -232,7 +232,7 @@ def test_auto_selects_resident_for_small_splits_and_reports_it(small_data: Path)
     many = dataclasses.replace(split, images=10**11)
     assert RankInfo(CPU).loader_for(jpeg, many)[0] == "streaming"
     assert "train.beton, decoded, is " in RankInfo(CPU).loader_for(jpeg, many)[1]
-    tenth = dataclasses.replace(split, bytes=memory_limit() // 10)
+    tenth = dataclasses.replace(split, bytes=memory.limit() // 10)
     choices = [RankInfo(CPU, workers=2, local_world_size=ranks).loader_for(prepared, tenth) for ranks in (1, 8)]
     assert [loader for loader, _ in choices] == ["resident", "streaming"]  # each rank has a copy
     assert ["--workers is not used" in message for _, message in choices] == [True, False]

@@ -96,7 +96,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert measure.ratio([10, 20, 30], [1, 2, 6]) == measure.Spread(10, 5, 10, 3)
     order = []
     candidates = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    measure.in_turn(candidates, 3, "test")
+    measure.interleaved(candidates, 3, "test")
     assert "".join(order) == "abcbcacab"
 
 

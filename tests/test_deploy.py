@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from data_prep import beton, manifest, sources
 from data_prep.sources import Source
 from runner import experiments
+from runner.common import memory
 from runner.common.errors import UserError
 from runner.common.files import read_json, sha256_of, write_json
 from runner.config.recipe import Experiment
@@ -609,7 +610,7 @@ def test_predict_reads_no_pipe_and_no_more_than_fits(own: Run, tmp_path: Path, m
     model = exporter.path_of(own, "fp32")
     (only,) = predict.predict(model, [pictures], 1, "cpu", None)
     assert only.image == str(pictures / "picture.png")
-    monkeypatch.setattr(predict.images, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(memory, "available", lambda: 2**10)
     with pytest.raises(UserError, match=r"--sheet .*: 1 images need .* GiB of memory, 0\.0 GiB free; leave it out"):
         predict.predict(model, [pictures], 1, "cpu", tmp_path / "sheet.png")
     with (pictures / "large.png").open("wb") as file:

@@ -22,7 +22,7 @@ from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 from runner.run.folder import Run
 from runner.training import checkpoint, state
-from runner.training.loop import LoopHooks, TrainingData, train
+from runner.training.loop import LoopOptions, TrainingData, train
 from runner.training.meter import Meter
 from tests.support.models.tiny import Tiny
 
@@ -183,8 +183,8 @@ def test_a_run_waits_only_where_allowed(tmp_path: Path, monkeypatch: pytest.Monk
         for stop in (1, None):
             model = fake_cuda.on_fake_cuda(Tiny(norm=True))
             watch.on = True
-            hooks = LoopHooks(1, resume=saved[-1][1] if saved else None)
-            result = train(model, recipe, data, accelerator, Run(tmp_path), 0, stop, hooks=hooks)
+            options = LoopOptions(1, resume=saved[-1][1] if saved else None)
+            result = train(model, recipe, data, accelerator, Run(tmp_path), 0, stop, options=options)
             watch.on = False
     assert result.steps == 6
     assert [step for step, _ in saved] == [1, 2, 3, 4, 5, 6]

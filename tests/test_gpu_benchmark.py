@@ -23,7 +23,7 @@ from runner.benchmarks import tables
 from runner.benchmarks.gpu import correctness, papers, speed, speedrun, tests
 from runner.benchmarks.gpu.__main__ import MIN_SECONDS, SHARES, PartName, time_for
 from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
-from runner.benchmarks.gpu.ledger import Ledger, PartFile, was_measured
+from runner.benchmarks.gpu.ledger import Ledger, PartResults, was_measured
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
 from runner.common.errors import UserError
 from runner.common.files import read_json
@@ -63,7 +63,7 @@ def measured_in(out: Path) -> dict[tuple[str, str], dict]:
     """What has been measured so far, by part and name. Every file is complete whenever it is read."""
     return {
         (content.part, name): finding
-        for content in (read_json(path, PartFile) for path in out.glob("*-rehearsal.json"))
+        for content in (read_json(path, PartResults) for path in out.glob("*-rehearsal.json"))
         for name, finding in content.findings.items()
         if was_measured(finding)
     }
@@ -134,7 +134,7 @@ def test_a_kill_in_any_part_loses_nothing(part: str, rehearsed: Path, images: Pa
 def test_every_part_in_miniature(rehearsed: Path) -> None:
     assert {part for part, _ in measured_in(rehearsed)} == set(PARTS)
     for path in rehearsed.glob("*-rehearsal.json"):
-        content = read_json(path, PartFile)
+        content = read_json(path, PartResults)
         assert not {name: finding for name, finding in content.findings.items() if not was_measured(finding)}
         assert content.ended
 
@@ -170,7 +170,7 @@ def test_the_findings_of_the_rehearsal(rehearsed: Path) -> None:
         assert written["images"].dtype == torch.uint8
         assert written["labels"].shape == (count,)
         assert len(written["classes"]) == 10
-    (outcome,) = read_json(rehearsed / "papers-rehearsal.json", PartFile).experiments
+    (outcome,) = read_json(rehearsed / "papers-rehearsal.json", PartResults).experiments
     assert outcome["experiment"] == "soni-2"
     parity = found["deployment", "soni-2/fp16/parity/onnxruntime"]
     assert parity["images"] == IMAGES["test"]
@@ -215,7 +215,9 @@ def ledger(small_data: Path, tmp_path: Path, seconds: float) -> Ledger:
     return Ledger(context, "speed")
 
 
-def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_path: Path) -> None:
+def test_a_ledger_measures_once_and_retries_what_failed(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails() -> dict:
         raise ZeroDivisionError("by\nzero")
 
@@ -236,12 +238,29 @@ def test_a_ledger_measures_once_and_retries_what_failed(small_data: Path, tmp_pa
         again.once("sum", lambda figure=figure: {"figure": figure}, remeasure=True)
     assert again.measured["sum"]["figure"] == 2
     assert again.once("sum", fails, remeasure=True)["figure"] == 2  # an error replaces no measurement
+    assert "sum: ZeroDivisionError: by" in capsys.readouterr().out
+    again.once("parts", lambda: {"a": 1, "b": 2}, remeasure=True)
+    assert "b" not in again.once("parts", lambda: {"a": 1}, remeasure=True)
+
+    def breaks_the_gpu() -> dict:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(SystemExit, match="can no longer use the GPU"):
+        again.once("sum", breaks_the_gpu, remeasure=True)
     again.once("broken", fails)
     late = ledger(small_data, tmp_path, -1)
     assert late.once("new", lambda: {"figure": 3}) is None
     assert late.file.findings["new"]["missing"] == "out of time"
     assert late.once("broken", lambda: {"figure": 4}) is None
     assert late.file.findings["broken"]["failed"] == "ZeroDivisionError: by"  # which says more
+
+    def fails_late() -> dict:
+        time.sleep(0.2)
+        raise MemoryError("of another kind")
+
+    overrun = ledger(small_data, tmp_path, 0.1)
+    assert overrun.once("broken", fails_late) is None
+    assert overrun.file.findings["broken"]["failed"] == "MemoryError: of another kind"
     assert late.once("sum", lambda: {"figure": 2}, remeasure=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.run_python("-c", "import time; time.sleep(60)")
@@ -258,11 +277,11 @@ def test_findings_of_another_gpu_or_commit_are_refused(
 
     opened("one").once("figure", lambda: {"figure": 1})
     assert opened("one").measured["figure"]["figure"] == 1
-    with pytest.raises(UserError, match="expected findings of commit two, found one; choose another --out"):
+    with pytest.raises(UserError, match="expected results with commit two, found one; choose another --out"):
         opened("two")
     hardware = msgspec.structs.replace(environment.describe_hardware(), gpus=["NVIDIA B200"])
     monkeypatch.setattr(environment, "describe_hardware", lambda: hardware)
-    with pytest.raises(UserError, match=r"expected findings of hardware .*B200"):
+    with pytest.raises(UserError, match=r"expected results with hardware .*B200"):
         opened("one")
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_prep import image_folder, images, sources
 from runner import experiments
+from runner.common import memory
 from runner.common.errors import UserError
 from runner.common.files import files_below
 from runner.config.recipe import Architecture
@@ -190,7 +191,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_refused(
 ) -> None:
     """Before it is decoded: each image is small enough, but not all of them together."""
     path = folder_of(tmp_path)
-    monkeypatch.setattr(images, "available_memory", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free)
     monkeypatch.setattr(image_folder, "track", lambda *_: pytest.fail("images were decoded"))
     with pytest.raises(UserError) as refused:
         load(path, **options)
@@ -198,7 +199,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_refused(
 
 
 def test_the_memory_that_is_free_is_that_of_the_cgroup_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < images.available_memory() < 2**50
+    assert 2**20 < memory.available() < 2**50
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n", "/proc/self/cgroup": "0::/job\n"}
     files |= {"/sys/fs/cgroup/job/memory.max": "max\n", "/sys/fs/cgroup/job/memory.current": "1000\n"}
 
@@ -209,12 +210,12 @@ def test_the_memory_that_is_free_is_that_of_the_cgroup_too(tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "read_text", read_text)
     files["/sys/fs/cgroup/job/memory.stat"] = "anon 1\ninactive_file 100\nactive_file 50\n"
-    assert images.available_memory() == 8192
+    assert memory.available() == 8192
     files["/sys/fs/cgroup/job/memory.max"] = "5000\n"
-    assert images.available_memory() == 4150  # the cache of files is freed when it is needed
+    assert memory.available() == 4150  # the cache of files is freed when it is needed
     files["/proc/self/cgroup"] = "0::/job/step/task\n"  # whose own limit is that of the job
     files["/sys/fs/cgroup/job/step/memory.max"] = "max\n"
-    assert images.available_memory() == 4150
+    assert memory.available() == 4150
 
 
 def test_a_file_that_is_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:

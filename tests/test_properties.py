@@ -36,7 +36,7 @@ from runner.report.run_record import RunRecord
 from runner.run.folder import Run, find_runs
 from runner.run.schema import GateResult
 from runner.training import checkpoint
-from runner.training.loop import LoopHooks, StoppedError, TrainingData, train
+from runner.training.loop import LoopOptions, StoppedError, TrainingData, train
 from runner.training.model import build_model
 from runner.training.optim import lr_factor
 from tests.support import many_runs
@@ -152,7 +152,7 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
     accelerator = Accelerator(cpu=True)
     number = 0
 
-    def weights(stops: list[int], **hooks: Any) -> dict[str, torch.Tensor]:
+    def weights(stops: list[int], **options: Any) -> dict[str, torch.Tensor]:
         """Trains, stopping after each of the given steps, and returns what is kept."""
         nonlocal number
         number += 1
@@ -169,8 +169,8 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
 
             model = build_model(architecture, recipe, 0, splits["train"].first_images, None)
             try:
-                train(model, recipe, data, accelerator, run, 0, hooks=LoopHooks(
-                    resume=state, should_stop=should_stop, **hooks))  # fmt: skip
+                train(model, recipe, data, accelerator, run, 0, options=LoopOptions(
+                    resume=state, should_stop=should_stop, **options))  # fmt: skip
             except StoppedError:
                 state = checkpoint.read_state(checkpoint.latest(run))
             else:
@@ -188,9 +188,9 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(small_data: Path, tmp
         checkpoint_seconds=st.sampled_from([0.0, 3600.0]),
     )  # fmt: skip
     @settings(max_examples=12, deadline=None, derandomize=True)
-    def check(stops: list[int], **hooks: Any) -> None:
-        found = weights(stops, **hooks)
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), (stops, hooks)
+    def check(stops: list[int], **options: Any) -> None:
+        found = weights(stops, **options)
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), (stops, options)
 
     check()
 

@@ -32,7 +32,7 @@ from runner.run.schema import MetricRow
 from runner.system import cpu
 from runner.training import checkpoint
 from runner.training.evaluate import Evaluation, augmented_views
-from runner.training.loop import LoopHooks, TrainingData, TrainResult, micro_batches, train
+from runner.training.loop import LoopOptions, TrainingData, TrainResult, micro_batches, train
 from runner.training.loss import make_loss
 from runner.training.meter import gradient_norm
 from runner.training.model import build_model, prunable
@@ -68,7 +68,7 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         teacher: nn.Module | None = None,
         start: Run | None = None,
         max_steps: int | None = None,
-        hooks: LoopHooks | None = None,
+        options: LoopOptions | None = None,
         **changes: Any,
     ) -> Trained:
         recipe = dataclasses.replace(RECIPE, **changes)
@@ -80,7 +80,9 @@ def trained(small_data: Path, tmp_path: Path) -> Iterator[Any]:
         rows: list[MetricRow] = []
         data = TrainingData(splits["train"], splits["test"], splits["validation"] if recipe.validation else None, 10)
         accelerator = Accelerator(cpu=True)
-        outcome = train(model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, hooks or LoopHooks())
+        outcome = train(
+            model, recipe, data, accelerator, run, 0, max_steps, teacher, rows.append, options or LoopOptions()
+        )
         return Trained(outcome, model, checkpoint.load_model(run), rows, run)
 
     yield run_it
@@ -153,9 +155,9 @@ def test_early_stopping_keeps_the_best_epoch(changes: dict[str, Any], trained) -
 def test_early_stopping_never_ends_without_an_evaluation(trained) -> None:
     """Also not where the best epoch is one that only the end of a shorter training evaluated."""
     recipe = {"epochs": 9, "validation": 80, "patience": 2, "schedule": Step((1 / 9,), 0.0)}
-    shorter = trained(**recipe, max_steps=7, hooks=LoopHooks(evaluate_every=2))
+    shorter = trained(**recipe, max_steps=7, options=LoopOptions(evaluate_every=2))
     state = checkpoint.read_state(checkpoint.latest(shorter.run))
-    kept = trained(**recipe, hooks=LoopHooks(evaluate_every=2, resume=state))
+    kept = trained(**recipe, options=LoopOptions(evaluate_every=2, resume=state))
     assert kept.outcome.stopped_early
     ended = [row for row in kept.rows if row.train_epoch_loss is not None][-1]
     assert (ended.epoch, ended.validation_accuracy is None) == (kept.outcome.epochs, False)
@@ -283,7 +285,7 @@ def test_checkpoints_of_short_epochs_have_a_pause(trained, tmp_path: Path, secon
     def look() -> None:
         found.update(folder.name for folder in tmp_path.glob("run-*/checkpoints/step-*"))
 
-    trained(epochs=4, hooks=LoopHooks(checkpoint_seconds=seconds, heartbeat=look))
+    trained(epochs=4, options=LoopOptions(checkpoint_seconds=seconds, heartbeat=look))
     look()
     assert found == {f"step-{step}" for step in saved}
 

@@ -205,6 +205,7 @@ def test_a_sparkline_is_aligned_with_the_steps() -> None:
     assert sparkline([(1, 0.0), (2, 2.0), (3, 0.0), (4, 4.0)], 4, 2) == "▁█"  # means
     assert sparkline([(1, 5.0), (2, 5.0)], 2, 2) == "▅▅"
     assert len(sparkline([(step, 1.0 / step) for step in range(1, 1001)], 1000, 30)) == 30
+    assert sparkline([(1, 0.0), (2, 1.0)], 2, 6) == "▁▁▁███"  # fewer steps than columns
 
 
 def test_compare_shows_only_what_differs(tmp_path: Path) -> None:

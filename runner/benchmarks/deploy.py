@@ -95,7 +95,7 @@ class DeployBenchmark:
                     ratios[f"ratio_onnxruntime_to_eager_{name}"] = measure.ratio(fp32, eager)
                     ratios[f"ratio_int8_to_fp32_{name}"] = measure.ratio(int8, fp32)
             with tempfile.TemporaryDirectory() as scratch:
-                exports = measure.in_turn(_exporters(run, Path(scratch)), self.rounds, f"export {folder}")
+                exports = measure.interleaved(_exporters(run, Path(scratch)), self.rounds, f"export {folder}")
             ratios[f"ratio_export_to_bare_{name}"] = measure.ratio(exports["export"], exports["bare"])
             goals[f"ratio_onnxruntime_to_eager_{name}"] = "≤ 0.6"
             goals[f"ratio_export_to_bare_{name}"] = "≤ 1.2"
@@ -138,7 +138,7 @@ class DeployBenchmark:
             timers: dict[tuple[Backend, Precision], Callable[[], float]] = {
                 key: partial(p50_ms, steps) for key, steps in calls.items()
             }
-            return measure.in_turn(timers, self.rounds, f"{run.folder}, batch {batch}")
+            return measure.interleaved(timers, self.rounds, f"{run.folder}, batch {batch}")
 
 
 def backend_rows(run: Run, batch: int, times: dict[tuple[Backend, Precision], list[float]]) -> list[BackendRow]:

@@ -28,7 +28,7 @@ from runner.config.recipe import Recipe
 from runner.data.kernels import color_gpu, gpu
 from runner.data.stream import BatchStream
 from runner.run.folder import Run
-from runner.training.loop import LoopHooks, TrainingData, train
+from runner.training.loop import LoopOptions, TrainingData, train
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = Path(__file__).parents[1]
@@ -246,7 +246,14 @@ def watch_step(
             on_fake_cuda(teacher)
         try:
             train(
-                model, recipe, data, accelerator, Run(Path()), 0, teacher=teacher, hooks=LoopHooks(heartbeat=heartbeat)
+                model,
+                recipe,
+                data,
+                accelerator,
+                Run(Path()),
+                0,
+                teacher=teacher,
+                options=LoopOptions(heartbeat=heartbeat),
             )
         except _StepsDoneError:
             pass

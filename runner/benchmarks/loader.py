@@ -73,7 +73,7 @@ class LoaderBenchmark:
         manifest = open_manifest(self.data)
         epoch_fns = loaders(self, manifest, torch.device("cpu"))
         seconds = {name: _seconds_to_first_batch(epoch) for name, epoch in epoch_fns.items()}
-        measured = measure.in_turn(rate_measurements(self, manifest, epoch_fns), self.rounds, "measure loaders")
+        measured = measure.interleaved(rate_measurements(self, manifest, epoch_fns), self.rounds, "measure loaders")
         first_batch = {
             f"ratio_first_batch_{name}_to_ffcv": measure.spread([seconds[name] / seconds["ffcv"]])
             for name in ("resident", "streaming", "torchvision")

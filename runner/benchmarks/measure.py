@@ -33,8 +33,8 @@ class Spread:
     rounds: int
 
 
-def in_turn(candidates: Mapping[K, Callable[[], float]], rounds: int, description: str) -> dict[K, list[float]]:
-    """Measures each candidate once in every round; the order rotates by one from round to round.
+def interleaved(candidates: Mapping[K, Callable[[], float]], rounds: int, description: str) -> dict[K, list[float]]:
+    """Measures the candidates in turn, each once in every round; the order rotates by one from round to round.
 
     Args:
         candidates: functions that do the work once and return the measurement (a rate, or seconds).
@@ -65,8 +65,8 @@ def spread(values: list[float]) -> Spread:
     return Spread(median(values), min(values), max(values), len(values))
 
 
-def accelerate_launch(processes: int, precision: str) -> list[str]:
-    """Returns the arguments of Python that start ranks on this node; the caller appends `-m MODULE ARGUMENTS`."""
+def accelerate_launch_args(processes: int, precision: str) -> list[str]:
+    """Returns the arguments with which Python starts `accelerate launch` on this node; append `-m MODULE ARGUMENTS`."""
     argv = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
     argv += ["--main_process_port", "0", "--mixed_precision", precision, "--dynamo_backend", "no"]
     return [*argv, *(["--multi_gpu"] if processes > 1 else [])]
@@ -74,10 +74,10 @@ def accelerate_launch(processes: int, precision: str) -> list[str]:
 
 def synchronize(device: str) -> None:
     """Waits until a GPU has finished its work; does nothing on the CPU."""
-    if device == "cuda":
+    if device != "cpu":
         import torch
 
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def make_step(model: Any, optimizer: Any, device: str, backward: Callable[[Any], None] | None = None) -> Callable:
@@ -129,7 +129,7 @@ def report_ratios(
     goals: dict[str, str],
     more: dict[str, Any],
     out: Path | None,
-    shown_only: dict[str, Spread] | None = None,
+    table_only: dict[str, Spread] | None = None,
 ) -> None:
     """Prints the ratios as a table with the goals, and writes them as JSON with hardware and versions.
 
@@ -138,12 +138,12 @@ def report_ratios(
         ratios: ratios by name, e.g. "ratio_resident_to_ffcv".
         goals: goals for some of the ratios, as text.
         more: other content of the JSON file, e.g. the settings.
-        out: the JSON file to write, or None.
-        shown_only: figures for the table only, such as seconds, which are not comparable across machines.
+        out: the JSON file to write; None to write none.
+        table_only: figures for the table only, such as seconds, which are not comparable across machines.
     """
     hardware = environment.describe_hardware()
     table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {hardware}")
-    for name, row in (ratios | (shown_only or {})).items():
+    for name, row in (ratios | (table_only or {})).items():
         cells = [f"{value:.3g}" for value in (row.median, row.min, row.max)]
         table.add_row(name, *cells, str(row.rounds), goals.get(name, "–"))
     print_table(table)

@@ -70,7 +70,7 @@ class OverheadBenchmark:
             return
         clocks: dict[str, list[list[float]]] = {program: [] for program in get_args(Program)}
         candidates = {program: partial(self.timed, program, clocks[program]) for program in clocks}
-        measure.in_turn(candidates, self.rounds, "measure overhead")
+        measure.interleaved(candidates, self.rounds, "measure overhead")
         trained = [program for program in clocks if program != "imports"]
         walls = {program: [clock[-1] - clock[1] for clock in clocks[program]] for program in trained}
         first = {program: [clock[0] for clock in clocks[program]] for program in ("runner", "imports")}

@@ -65,7 +65,7 @@ class ScalingBenchmark:
             # Each GPU keeps the same number of images, and should take as long; CPU ranks share the same work.
             global_batch = batch * ranks if gpus else batch
             candidates = {"one": lambda: self.launched(1, batch), "ranks": lambda: self.launched(ranks, global_batch)}
-            walls = measure.in_turn(candidates, self.rounds, "measure ranks")
+            walls = measure.interleaved(candidates, self.rounds, "measure ranks")
             ratios["ratio_ranks_to_one_process"] = measure.ratio(walls["ranks"], walls["one"])
         walls = ddp_of_one(self.experiment, self.data, self.rounds, "cuda" if gpus else "cpu")
         ratios["ratio_ddp_of_one_to_none"] = measure.ratio(walls["ddp"], walls["none"])
@@ -89,7 +89,7 @@ class ScalingBenchmark:
         gpus = environment.count_gpus()
         # Without a limit, OpenMP threads that spin while they wait take cores from the other rank.
         variables = ["WANDB_MODE=disabled", *([] if gpus else ["ACCELERATE_USE_CPU=true", "GOMP_SPINCOUNT=1000"])]
-        launch = measure.accelerate_launch(processes, "bf16" if gpus else "no")
+        launch = measure.accelerate_launch_args(processes, "bf16" if gpus else "no")
         argv = ["--data", self.data, "--experiment", self.experiment, "--steps", self.steps, "--batch", batch]
         command = ["env", *variables, sys.executable, *launch, "-m", "runner.benchmarks.scaling", *map(str, argv)]
         result = subprocess.run(
@@ -163,7 +163,7 @@ def ddp_of_one(name: str, data: Path, rounds: int, device: str) -> dict[str, lis
                 model, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
             )
         candidates[kind] = _timed(measure.make_step(model, optimizer, device), batch, device)
-    walls = measure.in_turn(candidates, rounds, "measure DDP")
+    walls = measure.interleaved(candidates, rounds, "measure DDP")
     torch.distributed.destroy_process_group()
     return walls
 

@@ -17,7 +17,7 @@ from runner import experiments
 from runner.benchmarks import program, quantizers
 from runner.benchmarks import search as searches
 from runner.benchmarks.deploy import BackendRow
-from runner.benchmarks.gpu.ledger import Finding, PartFile, was_measured
+from runner.benchmarks.gpu.ledger import Finding, PartResults, was_measured
 from runner.benchmarks.measure import Spread
 from runner.benchmarks.papers import PaperOutcome
 from runner.common.errors import UserError
@@ -103,7 +103,7 @@ class DeployFile(msgspec.Struct):
     backends: list[BackendRow] = []
 
 
-def read_part(name: str) -> PartFile | None:
+def read_part(name: str) -> PartResults | None:
     """Returns the results of a part of the GPU benchmark; None if it has not run.
 
     Raises:
@@ -112,7 +112,7 @@ def read_part(name: str) -> PartFile | None:
     path = RESULTS / f"{name}-gpu.json"
     if not path.is_file():
         return None
-    part = read_json(path, PartFile)
+    part = read_json(path, PartResults)
     if part.rehearsal or not part.hardware.gpus:
         raise UserError(f"results/{path.name}: expected measurements of a GPU, found a rehearsal")
     return part

@@ -81,7 +81,8 @@ class Progress(msgspec.Struct, kw_only=True):
     Attributes:
         trained_on: hardware and precision.
         last_step: the step at which training ends; None before the first row of metrics.
-        seconds_left: estimate from the time that the latest attempt took for its steps; None if it is not running.
+        seconds_left: estimate from the speed since training was started or resumed; None if it is not running, or no
+            step has been logged since.
         metrics: the latest value of each metric.
     """
 
@@ -163,9 +164,10 @@ def _bar(progress: Progress) -> "Table":
 
 
 def sparkline(points: Sequence[tuple[int, float]], last_step: int, width: int) -> str:
-    """Draws values over steps in one line; every column shows the mean of its values, or else what the next one shows.
+    """Draws values over steps in one line. Every column shows the mean of its values.
 
-    A value of a row is mostly a mean over the steps before it. Columns after the last value are empty.
+    A column without values shows what the next one shows, because most logged values are means over the steps before
+    them. Columns after the last value are empty.
 
     Args:
         points: steps, counted from 1, and values.
@@ -174,7 +176,7 @@ def sparkline(points: Sequence[tuple[int, float]], last_step: int, width: int) -
     """
     columns: list[list[float]] = [[] for _ in range(width)]
     for step, value in points:
-        columns[(step - 1) * width // last_step].append(value)
+        columns[(step * width - 1) // last_step].append(value)
     means = [sum(values) / len(values) if values else None for values in columns]
     present = [mean for mean in means if mean is not None]
     low, high = min(present), max(present)

@@ -11,13 +11,13 @@ import torch
 from data_prep import beton_reader
 from data_prep import manifest as manifests
 from data_prep.manifest import Manifest, SplitFile
+from runner.common import memory
 from runner.common.errors import UserError
 from runner.config.recipe import Recipe
 from runner.data.order import epoch_order
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
 from runner.run.schema import ModelInput, RunConfig, TrainPrecision
-from runner.system.environment import memory_limit
 
 
 class Batches(Protocol):
@@ -92,10 +92,10 @@ class RankInfo:
         if self.loader != "auto":
             return self.loader, f"loader: {self.loader} (--loader {self.loader})"
         if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
+            usable = torch.cuda.get_device_properties(self.device).total_memory
         else:
-            memory = memory_limit() // self.local_world_size  # each rank has a copy
-        share = manifest.image_bytes(split) / memory
+            usable = memory.limit() // self.local_world_size  # each rank has a copy
+        share = manifest.image_bytes(split) / usable
         selected: Literal["resident", "streaming"] = "resident" if share < RESIDENT_SHARE else "streaming"
         limit = f"{share:.1%} of the device's memory, resident below {RESIDENT_SHARE:.0%}"
         if selected == "resident" and self.workers > 1:

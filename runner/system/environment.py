@@ -1,6 +1,5 @@
 """Collects versions, the git commit and the hardware for `run.json`. Does not import torch by itself."""
 
-import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common import memory
 from runner.common.errors import UserError
 from runner.run.schema import Git, Hardware
 
@@ -96,7 +96,7 @@ def describe_hardware() -> Hardware:
     return Hardware(
         cpu=_cpu_name(),
         cores=usable_cores(),
-        memory_gib=round(total_memory() / 2**30, 1),
+        memory_gib=round(memory.total() / 2**30, 1),
         gpus=gpus,
         cuda=cuda,
     )
@@ -105,22 +105,6 @@ def describe_hardware() -> Hardware:
 def usable_cores() -> int:
     """Returns the number of cores that this process may run on, regardless of any CPU quota of its cgroup."""
     return len(os.sched_getaffinity(0))
-
-
-def total_memory() -> int:
-    """Returns the memory of the machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def memory_limit() -> int:
-    """Returns the bytes that this process may use: the machine's memory, or the limit of its cgroup, as of a job."""
-    memory, root = total_memory(), Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, IndexError):
-        group = root / Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":/")[2]
-        for folder in (group, *group.parents):  # the limit of a job is often that of a parent
-            with contextlib.suppress(OSError, ValueError):  # no limit: the value is "max", or there is no such file
-                memory = min(memory, int((folder / "memory.max").read_text()))
-    return memory
 
 
 def count_gpus() -> int:

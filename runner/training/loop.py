@@ -77,8 +77,8 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class LoopHooks:
-    """How a run is checkpointed, stopped and resumed.
+class LoopOptions:
+    """How a run is checkpointed, evaluated, stopped and resumed, and what is called meanwhile.
 
     Attributes:
         checkpoint_every: optimizer steps between checkpoints.
@@ -114,8 +114,8 @@ class CheckpointManager:
     Used as a context manager; on exit, waits until the last checkpoint is written.
     """
 
-    def __init__(self, run: Run, hooks: LoopHooks, accelerator: Accelerator) -> None:
-        self.hooks, self.accelerator = hooks, accelerator
+    def __init__(self, run: Run, options: LoopOptions, accelerator: Accelerator) -> None:
+        self.options, self.accelerator = options, accelerator
         self.writer = checkpoint.CheckpointWriter(run)
         self.next_save_time = -math.inf  # by the clock of this rank
 
@@ -136,14 +136,14 @@ class CheckpointManager:
         Raises:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
-        hooks = self.hooks
-        paused = state.step == hooks.stop_after_step
-        stopping = not ended and (paused or any_rank_should_stop(hooks.should_stop, state.step, self.accelerator))
+        options = self.options
+        paused = state.step == options.stop_after_step
+        stopping = not ended and (paused or any_rank_should_stop(options.should_stop, state.step, self.accelerator))
         if stopping:
             self.save_and_stop(state, evaluated)
-        if ended or hooks.checkpoint_due(state.step) or (evaluated and self.interval_elapsed()):
+        if ended or options.checkpoint_due(state.step) or (evaluated and self.interval_elapsed()):
             save(state, self.writer, evaluated)
-            self.next_save_time = time.monotonic() + hooks.checkpoint_seconds
+            self.next_save_time = time.monotonic() + options.checkpoint_seconds
 
     def stop_if_requested(self, state: TrainState, batch: int, evaluated: bool) -> None:
         """Called before each batch of an evaluation, which can take long; all ranks must call it.
@@ -151,12 +151,13 @@ class CheckpointManager:
         Args:
             state: the state that is evaluated.
             batch: number of the batch.
-            evaluated: False if the metrics of this evaluation will be logged: a run that resumes evaluates again first.
+            evaluated: whether the metrics of this step are already logged. If not, a run that resumes repeats this
+                evaluation first.
 
         Raises:
             StoppedError: training was asked to stop; the checkpoint is on disk.
         """
-        if any_rank_should_stop(self.hooks.should_stop, batch, self.accelerator):
+        if any_rank_should_stop(self.options.should_stop, batch, self.accelerator):
             self.save_and_stop(state, evaluated, evaluating=not evaluated)
 
     def save_and_stop(self, state: TrainState, evaluated: bool, evaluating: bool = False) -> NoReturn:
@@ -206,9 +207,9 @@ def train(
     max_steps: int | None = None,
     teacher: nn.Module | None = None,
     log: Callable[[MetricRow], None] = lambda row: None,
-    hooks: LoopHooks = LoopHooks(),
+    options: LoopOptions = LoopOptions(),
 ) -> TrainResult:
-    """Trains a model, evaluates it every `hooks.evaluate_every` epochs, and saves a checkpoint after the last one.
+    """Trains a model, evaluates it every `options.evaluate_every` epochs, and saves a checkpoint after the last one.
 
     Args:
         model: model with its initial weights (see runner.training.model), the same on every rank.
@@ -220,7 +221,7 @@ def train(
         max_steps: stop after this many optimizer steps; the learning rate is scheduled for the whole recipe.
         teacher: model on the device for knowledge distillation, in addition to the labels; None to train without one.
         log: called with each row of metrics, on every rank.
-        hooks: how the run is checkpointed, stopped and resumed.
+        options: how the run is checkpointed, stopped and resumed.
 
     Raises:
         DivergedError: a loss or a weight is not finite.
@@ -231,63 +232,63 @@ def train(
     loss_fn = make_loss(recipe, teacher, accelerator.autocast)
     torch.manual_seed(rank_seed(seed, accelerator.process_index))  # dropout differs between ranks
     steps = Steps.of(recipe, data.train, max_steps)
-    if hooks.resume is not None:
+    if options.resume is not None:
         rebuild_ddp_buckets(state, loss_fn, data.train, recipe)
-        state.load_state_dict(hooks.resume)
+        state.load_state_dict(options.resume)
         state.require_same_on_ranks()
 
     evaluations: dict[str, Evaluation] = {}
     with (
-        CheckpointManager(run, hooks, accelerator) as checkpoints,
+        CheckpointManager(run, options, accelerator) as checkpoints,
         progress("train", steps.last, shown=accelerator.is_main_process) as advance,
     ):
-        epoch_end = EpochEndHandler(state, data, steps, recipe.patience, log, hooks, checkpoints)
+        evaluator = Evaluator(state, data, steps, recipe.patience, log, options, checkpoints)
         advance(state.step)
-        if hooks.resume and hooks.resume.get("evaluating"):  # stopped during the evaluation of this step
-            evaluations = epoch_end.run(evaluate_now=True, averaged=True)
-        while not epoch_end.training_ended:
+        if options.resume and options.resume.get("evaluating"):  # stopped during the evaluation of this step
+            evaluations = evaluator.end_epoch(evaluate_now=True, buffers_averaged=True)
+        while not evaluator.training_ended:
             epoch, start = divmod(state.step, steps.per_epoch)
             if start == 0:
                 state.meter = Meter(accelerator)
             state.ddp.train()
-            for batch in state.meter.timed(data.train.epoch(epoch, start), state.step + 1, hooks.before_step):
+            for batch in state.meter.timed(data.train.epoch(epoch, start), state.step + 1, options.before_step):
                 optim.set_lr(state.optimizer, recipe.schedule, state.step, steps.total)
                 size, logged = data.train.size_of(state.step % steps.per_epoch), steps.is_logged(state.step + 1)
-                train_step(state, *batch, size, loss_fn, recipe, logged or hooks.checkpoint_due(state.step + 1))
+                train_step(state, *batch, size, loss_fn, recipe, logged or options.checkpoint_due(state.step + 1))
                 advance(1)
-                hooks.heartbeat()
-                hooks.after_step(state.step)
+                options.heartbeat()
+                options.after_step(state.step)
                 if logged:
-                    epoch_end.log_window()
+                    evaluator.log_window()
                 if steps.is_epoch_end(state.step):
                     break
                 checkpoints.save_or_stop(state)
-            evaluations = epoch_end.run(epoch_end.training_ended or (epoch + 1) % hooks.evaluate_every == 0)
+            evaluations = evaluator.end_epoch(evaluator.training_ended or (epoch + 1) % options.evaluate_every == 0)
         if not evaluations:
-            assert hooks.resume is not None, "an epoch was trained, and the last one is evaluated"
-            evaluations = epoch_end.evaluate_resumed(hooks.resume)
-        # Before the end of the block, which waits for the last checkpoint.
+            assert options.resume is not None, "an epoch was trained, and the last one is evaluated"
+            evaluations = evaluator.evaluate_without_training(options.resume)
+        # In this block, at whose end training waits for the last checkpoint.
         best_is_last = state.best is not None and state.best.global_step == state.step
         if state.saved_model is not state.eval_model and not best_is_last:
-            evaluations = epoch_end.evaluate(state.saved_model, data.eval_splits, logged=True)
+            evaluations = evaluator.evaluate(state.saved_model, data.eval_splits, already_logged=True)
         augmented = {}
         if (views := recipe.test_augmentation) != "none":
-            augmented = epoch_end.evaluate(state.saved_model, {"test": data.test}, logged=True, views=views)
+            augmented = evaluator.evaluate(state.saved_model, {"test": data.test}, already_logged=True, views=views)
     assert state.best is not None, "the last epoch is always evaluated"
     return TrainResult(evaluations["test"], augmented.get("test"), evaluations.get("validation"), state.step,
                        state.step / steps.per_epoch, state.step < steps.last, state.best)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class EpochEndHandler:
-    """Evaluates, logs and saves at the end of an epoch."""
+class Evaluator:
+    """Evaluates and logs, during and after training, and saves at the end of an epoch."""
 
     state: TrainState
     data: TrainingData
     steps: Steps
     patience: int
     log: Callable[[MetricRow], None]
-    hooks: LoopHooks
+    options: LoopOptions
     checkpoints: CheckpointManager
 
     @property
@@ -300,13 +301,14 @@ class EpochEndHandler:
         rates, window = optim.learning_rates(self.state.optimizer), self.state.meter.window(self.state.step)
         self.log(replace(row_at(self.state, self.steps.per_epoch), **rates, **window))
 
-    def run(self, evaluate_now: bool, averaged: bool = False) -> dict[str, Evaluation]:
+    def end_epoch(self, evaluate_now: bool, buffers_averaged: bool = False) -> dict[str, Evaluation]:
         """Ends an epoch; returns the evaluations of all splits by name, or {} if they are not evaluated now.
 
-        `averaged` says whether the buffers are already averaged over ranks: twice could change the last bit.
+        `buffers_averaged` says whether batch-norm statistics are already averaged over ranks; averaging them again
+        could change the last bit.
         """
         state = self.state
-        if not averaged:
+        if not buffers_averaged:
             average_buffers(state.eval_model, state.accelerator)
         evaluations = self.evaluate(state.eval_model, self.data.eval_splits) if evaluate_now else {}
         for split, evaluation in evaluations.items():
@@ -318,7 +320,7 @@ class EpochEndHandler:
         self.checkpoints.save_or_stop(state, evaluate_now, self.training_ended)
         return evaluations
 
-    def evaluate_resumed(self, resumed: dict[str, Any]) -> dict[str, Evaluation]:
+    def evaluate_without_training(self, resumed: dict[str, Any]) -> dict[str, Evaluation]:
         """Evaluates a run that was resumed at its last step, so that no training is left.
 
         This step may lie within an epoch, if `max_steps` was larger before.
@@ -326,24 +328,24 @@ class EpochEndHandler:
         if not resumed.get("evaluated", True):
             if self.state.meter.pending():
                 self.log_window()
-            return self.run(evaluate_now=True)
-        evaluations = self.evaluate(self.state.eval_model, self.data.eval_splits, logged=True)
+            return self.end_epoch(evaluate_now=True)
+        evaluations = self.evaluate(self.state.eval_model, self.data.eval_splits, already_logged=True)
         if self.state.best is None:
             self.state.add_evaluation(replace(row_at(self.state, self.steps.per_epoch), **metrics_of(evaluations)))
-        if (resumed.get("best_model") is None) != (self.state.best_model is None):  # other weights are to be kept now
+        if (resumed.get("best_model") is None) != (self.state.best_model is None):  # early stopping was set or unset
             self.checkpoints.save_or_stop(self.state, evaluated=True, ended=True)
         return evaluations
 
     def evaluate(
-        self, model: nn.Module, splits: dict[str, Batches], logged: bool = False, views: Views = "none"
+        self, model: nn.Module, splits: dict[str, Batches], already_logged: bool = False, views: Views = "none"
     ) -> dict[str, Evaluation]:
         """Evaluates a model on splits, on all ranks together, in the precision of training.
 
-        Calls the model without DDP, whose forward would wait for ranks that have no images left. `logged` says whether
-        the metrics of this step are already logged.
+        Calls the model without DDP, whose forward would wait for ranks that have no images left. `already_logged` says
+        whether the metrics of this step are logged.
         """
         accelerator = self.state.accelerator
-        before_batch = partial(self.checkpoints.stop_if_requested, self.state, evaluated=logged)
+        before_batch = partial(self.checkpoints.stop_if_requested, self.state, evaluated=already_logged)
         evaluations = {}
         for name, split in splits.items():
             images = split.num_images / accelerator.num_processes
@@ -351,7 +353,7 @@ class EpochEndHandler:
 
                 def after_batch(count: float, advance: Callable[[float], None] = advance) -> None:
                     advance(count)
-                    self.hooks.heartbeat()
+                    self.options.heartbeat()
 
                 evaluations[name] = evaluate(
                     model, split, self.data.classes, partial(accelerator.reduce, reduction="sum"), after_batch, views,
@@ -389,8 +391,8 @@ def train_step(
         global_batch_size: number of images of all ranks.
         loss_fn: the loss.
         recipe: how to train.
-        record_grad_norm: whether the meter needs the norm of the gradient, for a row of metrics or for a checkpoint, at
-            which a resumed run may end.
+        record_grad_norm: whether the meter needs the norm of the gradient, for a row of metrics, or for a checkpoint
+            from which a resumed run may log it.
     """
     accelerator = state.accelerator
     world_size = accelerator.num_processes
@@ -429,7 +431,8 @@ def save(state: TrainState, writer: checkpoint.CheckpointWriter, evaluated: bool
         state: the state to save.
         writer: the writer of the run.
         evaluated: whether the metrics of this step's evaluation are logged.
-        evaluating: whether they are still to be computed, from the buffers that are already averaged over ranks.
+        evaluating: whether training stops during that evaluation, for which batch-norm statistics are already averaged
+            over ranks.
 
     Raises:
         DivergedError: a loss or a weight is not finite; nothing was written.

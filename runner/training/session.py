@@ -44,7 +44,7 @@ from runner.system import cpu, cuda, launcher, watchdog
 from runner.training import checkpoint, record
 from runner.training.evaluate import Evaluation
 from runner.training.loop import (
-    LoopHooks,
+    LoopOptions,
     Steps,
     StoppedError,
     TrainingData,
@@ -328,16 +328,16 @@ class SeedRun:
         name = f"rank {accelerator.process_index} of {accelerator.num_processes}"
         try:
             with watchdog.watch_progress(config.hang_timeout, name) as heartbeat:
-                hooks = LoopHooks(
+                options = LoopOptions(
                     config.checkpoint_every, config.checkpoint_seconds, config.evaluate_every, self.state,
                     self.should_stop, self.pause_step, heartbeat,
                 )  # fmt: skip
                 if self.profiler is not None:
                     profiler = self.profiler
-                    hooks = replace(hooks, before_step=profiler.before_step, after_step=profiler.after_step)
+                    options = replace(options, before_step=profiler.before_step, after_step=profiler.after_step)
                 self.result = train(
                     model, config.recipe, data, accelerator, self.run, self.seed, config.max_steps, session.teacher,
-                    log, hooks,
+                    log, options,
                 )  # fmt: skip
         except Exception as error:
             self.handle_failure(error)

@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from runner.benchmarks import program
 from runner.benchmarks.gpu.context import GRACE, Context
-from runner.benchmarks.gpu.ledger import Ledger, PartFile, path_of, was_measured
+from runner.benchmarks.gpu.ledger import Ledger, PartResults, path_of, was_measured
 from runner.common import files
 from runner.common.command_line import Flag, NoneByDefault
 from runner.common.console import new_table, print_table
@@ -178,7 +178,7 @@ def show(context: Context, codes: dict[str, int]) -> bool:
     failed = any(codes.values())
     for name, code in codes.items():
         path = path_of(context, name)
-        findings = files.read_json(path, PartFile).findings if path.is_file() else {}
+        findings = files.read_json(path, PartResults).findings if path.is_file() else {}
         messages = []
         for key, finding in findings.items():
             if not was_measured(finding):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.manifest import Manifest
-from runner.benchmarks.measure import accelerate_launch
+from runner.benchmarks.measure import accelerate_launch_args
 from runner.common.console import EXIT_BAD_INPUT
 from runner.config.recipe import Experiment
 from runner.run.folder import Run
@@ -208,7 +208,7 @@ class Context:
         argv = ["-m", "runner", "train", name, "--data", self.data, "--runs", runs, "--name", run]
         argv += ["--resume", "auto", "--device", self.device, *options]
         if processes > 1:
-            argv = [*accelerate_launch(processes, "no"), *argv]
+            argv = [*accelerate_launch_args(processes, "no"), *argv]
         return Run(runs / name / run), argv
 
     def train(self, name: str, run: str, *options: object, processes: int = 1) -> Run:

@@ -23,12 +23,13 @@ from runner.system import environment
 Finding = dict[str, Any]  # a measurement; or {"missing": reason} or {"failed": reason}
 
 
-class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
+class PartResults(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
     """The content of NAME-gpu.json: hardware, versions and dataset of a part, and its findings by name.
 
     Attributes:
+        rehearsal: whether it was measured on the CPU, in miniature, by `--rehearse`.
         ended: True once the part has run to its end.
-        experiments: outcomes of the experiments; only the part `papers` has them.
+        experiments: in the part `papers`, the outcome of each experiment (`runner.benchmarks.papers`).
     """
 
     part: str
@@ -45,7 +46,7 @@ class PartFile(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
 
 
 # Fields that must be the same for all findings of a file.
-SAME = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")
+MUST_MATCH = ("rehearsal", "hardware", "driver", "versions", "commit", "dataset", "fingerprint")
 
 
 class Ledger:
@@ -62,7 +63,7 @@ class Ledger:
     def __init__(self, context: Context, name: str) -> None:
         self.context = context
         self.path = path_of(context, name)
-        self.file = PartFile(
+        self.file = PartResults(
             part=name,
             rehearsal=context.rehearse,
             hardware=environment.describe_hardware(),
@@ -74,11 +75,11 @@ class Ledger:
         )
         if not self.path.is_file():
             return
-        previous = files.read_json(self.path, PartFile)
-        for key in SAME:
+        previous = files.read_json(self.path, PartResults)
+        for key in MUST_MATCH:
             old, new = (_comparable(getattr(file, key)) for file in (previous, self.file))
             if old != new:
-                raise UserError(f"{self.path}: expected findings of {key} {new}, found {old}; choose another --out")
+                raise UserError(f"{self.path}: expected results with {key} {new}, found {old}; choose another --out")
         self.file.findings, self.file.ended = previous.findings, previous.ended
         self.file.experiments = previous.experiments
 
@@ -100,8 +101,9 @@ class Ledger:
         Args:
             name: name of the finding.
             measure: measures it.
-            remeasure: whether `measure` is called even if there is a finding or the time is up, because it is computed
-                from others or was measured beside them; an unchanged finding stays as it was.
+            remeasure: whether `measure` is called even if there is a finding or the time is up; for findings that are
+                computed from others, or measured together with them. An earlier one stays if the new one is equal or
+                fails.
 
         Returns:
             The finding; None if it is missing or failed.
@@ -109,29 +111,30 @@ class Ledger:
         previous = self.measured.get(name)
         if previous is not None and not remeasure:
             return previous
-        start = time.monotonic()
+        start, out_of_time = time.monotonic(), False
         try:
             if self.context.seconds_left() <= 0 and not remeasure:
                 raise OutOfTimeError
             finding = to_json(measure())
         except (MissingError, ModuleNotFoundError) as error:
+            out_of_time = isinstance(error, OutOfTimeError)
             finding = {"missing": str(error)}
         except Exception as error:
             finding = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-        failed = not was_measured(finding)
-        unchanged = previous is not None and all(previous.get(key) == value for key, value in finding.items())
-        if previous is not None and (failed or unchanged):
-            return previous
-        if failed and name in self.file.findings and self.context.seconds_left() <= 0:
-            return None  # the earlier reason says more than the lack of time
-        finding.setdefault("took_seconds", round(time.monotonic() - start, 2))
-        finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self.file.findings[name] = finding
-        self.write()
-        print(f"  {name}: {finding.get('missing') or finding.get('failed') or 'done'}", flush=True)
+        reason = finding.get("missing") or finding.get("failed")
+        if previous is not None and not reason:
+            added = {"took_seconds", "at"} - finding.keys()  # below
+            if finding == {key: value for key, value in previous.items() if key not in added}:
+                return previous
+        if not (reason and previous) and not (out_of_time and name in self.file.findings):
+            finding.setdefault("took_seconds", round(time.monotonic() - start, 2))
+            finding["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self.file.findings[name] = finding
+            self.write()
+        print(f"  {name}: {reason or 'done'}", flush=True)
         if "CUDA error" in finding.get("failed", ""):
             raise SystemExit(f"  {name}: this process can no longer use the GPU; rerun the same command to continue")
-        return finding if was_measured(finding) else None
+        return self.measured.get(name)
 
     def write(self) -> None:
         """Writes the file."""
@@ -149,7 +152,7 @@ def was_measured(finding: Finding) -> bool:
 
 
 def path_of(context: Context, name: str) -> Path:
-    """Returns the path of a part's file; the README's tables read only those of a GPU."""
+    """Returns the path of a part's file. The tables of the README are made from NAME-gpu.json only."""
     return context.out / f"{name}-{'rehearsal' if context.rehearse else 'gpu'}.json"
 
 

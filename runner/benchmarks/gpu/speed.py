@@ -12,7 +12,7 @@ from runner import experiments
 from runner.benchmarks import loader as loaders
 from runner.benchmarks.gpu.context import Context
 from runner.benchmarks.gpu.ledger import Ledger
-from runner.benchmarks.measure import in_turn, make_step, ratio, spread, synchronize
+from runner.benchmarks.measure import interleaved, make_step, ratio, spread, synchronize
 from runner.common.files import read_json
 from runner.config.recipe import Experiment
 from runner.system.environment import usable_cores
@@ -99,7 +99,7 @@ def measure_loaders(context: Context) -> dict[str, Any]:
     benchmark = loaders.LoaderBenchmark(context.data, size, workers, scale.rounds)
     epochs = loaders.loaders(benchmark, context.manifest, torch.device(context.device))
     candidates = loaders.rate_measurements(benchmark, context.manifest, epochs)
-    rates = in_turn(candidates, scale.rounds, "measure loaders")
+    rates = interleaved(candidates, scale.rounds, "measure loaders")
     return {
         "batch_size": size,
         "workers": workers,
@@ -163,7 +163,7 @@ def step_with_loader(context: Context, name: str) -> dict[str, Any]:
     def seconds_of(kind: str) -> float:
         return timed(calls[kind], scale.steps, 1, context.device)[0]
 
-    seconds = in_turn({kind: partial(seconds_of, kind) for kind in calls}, scale.rounds, "measure steps")
+    seconds = interleaved({kind: partial(seconds_of, kind) for kind in calls}, scale.rounds, "measure steps")
     return {
         "experiment": name,
         "ratio_loader_to_fixed": ratio(seconds["loader"], seconds["fixed"]),

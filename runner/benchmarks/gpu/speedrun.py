@@ -82,16 +82,16 @@ class SpeedRun:
 
     def __call__(self, seed: int) -> tuple[float, float]:
         """Trains one seed; returns the seconds and the accuracy."""
-        from runner.training.loop import LoopHooks, train
+        from runner.training.loop import LoopOptions, train
         from runner.training.model import build_model
 
         train_split = self.train_split.with_seed(seed)
-        hooks = LoopHooks(evaluate_every=self.recipe.epochs)
+        options = LoopOptions(evaluate_every=self.recipe.epochs)
         synchronize(self.context.device)
         start = time.perf_counter()
         model = build_model(self.experiment.architecture, self.recipe, seed, train_split.first_images, None)
         result = train(
-            model, self.recipe, replace(self.data, train=train_split), self.accelerator, self.run, seed, hooks=hooks
+            model, self.recipe, replace(self.data, train=train_split), self.accelerator, self.run, seed, options=options
         )
         seconds = time.perf_counter() - start  # without synchronizing, as the scores are on the host
         # Not free_memory, which returns the GPU's memory, so that the next training would have to allocate it again.

@@ -26,7 +26,7 @@ from runner.data.stream import BatchStream
 from runner.models import norm
 from runner.training import checkpoint
 from runner.training.evaluate import evaluate
-from runner.training.loop import LoopHooks, StoppedError, TrainingData, train
+from runner.training.loop import LoopOptions, StoppedError, TrainingData, train
 from tests.support.configs import config_of, trusted
 from tests.support.models.tiny import Tiny
 
@@ -106,9 +106,18 @@ def train_and_stop(accelerator: Accelerator, data: Path, folder: Path, stops: bo
         if stops and not stop:
             state = checkpoint.read_state(checkpoint.latest(run))
         torch.manual_seed(0)
-        hooks = LoopHooks(resume=state, should_stop=lambda stop=stop: stop and accelerator.is_last_process)
+        options = LoopOptions(resume=state, should_stop=lambda stop=stop: stop and accelerator.is_last_process)
         try:
-            train(architecture.build(10, (32, 32)), RECIPE, batches, accelerator, run, seed=3, max_steps=3, hooks=hooks)
+            train(
+                architecture.build(10, (32, 32)),
+                RECIPE,
+                batches,
+                accelerator,
+                run,
+                seed=3,
+                max_steps=3,
+                options=options,
+            )
         except StoppedError:
             assert stop
         accelerator.free_memory()
