@@ -39,7 +39,7 @@ OLD_STATES = {"whole": "complete", "broken off": "crashed"}  # names that earlie
 
 
 class SweepManifest(msgspec.Struct):
-    """The content of sweep.json: what the sweep trains, the state of each trial, and the submitted SLURM jobs."""
+    """The content of sweep.json: names and seeds of the last call, the state of each trial, and SLURM jobs."""
 
     names: list[str] = []
     seeds: list[int] = []

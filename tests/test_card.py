@@ -53,7 +53,7 @@ def test_a_file_that_was_exported_again_has_not_passed(run: Run, capsys: pytest.
     card = card_of(run.folder, capsys)
     assert "None has been compared with the model" in card
     assert "onnxruntime |" not in card.split("## Use")[0], "latencies of files that are gone"
-    assert "Export a file first" in card
+    assert "No file for onnxruntime has passed" in card
 
 
 def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,12 +65,12 @@ def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFix
 
 
 def test_the_epoch_of_the_accuracy_is_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "After the last epoch, computed in " in card_of(run.folder, capsys)
+    assert "The accuracy after the last epoch, computed in " in card_of(run.folder, capsys)
     config = run.config()
     recipe = dataclasses.replace(config.recipe, validation=50, patience=2)
     write_json(run.run_json, msgspec.structs.replace(config, recipe=recipe))
     write_json(run.summary, msgspec.structs.replace(run.read_summary(), best_epoch=3.0))
-    assert "After epoch 3, the best on validation images, computed in " in card_of(run.folder, capsys)
+    assert "after epoch 3, the best on validation images, computed in " in card_of(run.folder, capsys)
 
 
 def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +80,7 @@ def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[st
         report.rows[0], backend="aotinductor", onnx="deploy/model.fp32.cpu.pt2", provider="torch cpu", passed=True
     )
     write_json(run.parity, msgspec.structs.replace(report, rows=[package]))
-    assert "## Use\n\nExport a file first" in card_of(run.folder, capsys)
+    assert "## Use\n\nNo file for onnxruntime has passed" in card_of(run.folder, capsys)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given
@@ -117,6 +118,34 @@ def test_output_to_a_full_disk_is_one_line() -> None:
     assert done.returncode == 2
 
 
+FAILS = "def command():\n    print('x')\n    raise UserError('names: expected two')\n"
+
+
+def test_an_error_is_reported_though_the_output_cannot_be_written() -> None:
+    program = f"from runner.common.console import *\n{FAILS}run_command(lambda: command, 'prog')"
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -E -c "$0" > /dev/full', program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (2, "prog: names: expected two\n")
+
+
+@pytest.mark.parametrize(("code", "prefix"), [(0, ""), (2, "prog: ")])
+def test_what_is_printed_while_options_are_parsed_is_shown(
+    code: int, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse() -> Callable[[], None]:
+        print("a module of the user warns", file=sys.stderr)
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        run_command(parse, "prog")
+    assert capsys.readouterr().err == f"{prefix}a module of the user warns\n"
+
+
 def test_a_terminal_without_a_character_shows_its_number() -> None:
     done = python("-c", "from runner.common.console import run_command; run_command(lambda: lambda: print('–'), 'p')",
                   PYTHONIOENCODING="ascii")  # fmt: skip
@@ -138,14 +167,17 @@ def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress("work", 10) as advance:
+    with progress("[work]", 10) as advance:
+        print("a result")
         advance(10)
-    assert "work" in terminal.getvalue()
+    assert "[work]" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
+    assert "a result" not in terminal.getvalue()  # standard output is not a terminal
+    assert capsys.readouterr().out == "a result\n"
 
 
 def test_bars_nest_and_other_ranks_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

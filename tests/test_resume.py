@@ -211,7 +211,10 @@ def test_rows_that_are_lost_although_the_checkpoint_is_there_are_reported(small_
         run.metrics.write_bytes(damaged)
         done = resumed(small_data, tmp_path)
         assert done.returncode == 2
-        assert f"{run.metrics}: expected the {len(rows)} bytes of rows up to step 5" in done.stderr.splitlines()[-1]
+        assert (
+            f"{run.metrics}: expected to begin with the {len(rows)} bytes of rows up to step 5"
+            in done.stderr.splitlines()[-1]
+        )
         assert run.metrics.read_bytes() == damaged
         assert run.summary.is_file()
     run.metrics.write_bytes(rows + b'{"global_step":6,"epo')  # written after the checkpoint

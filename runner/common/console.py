@@ -46,9 +46,16 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
                 stream.reconfigure(errors="backslashreplace")  # for terminals that cannot display a character
     try:
         try:
-            return call_parser(parse)()
-        finally:  # also after --help, which exits
+            result = call_parser(parse)()
+        except Exception:
+            with contextlib.suppress(OSError):  # the command's own error says more
+                _flush()
+            raise
+        except SystemExit:  # of --help
             _flush()
+            raise
+        _flush()
+        return result
     except UserError as error:
         _exit(prog, error, report_after)
     except BrokenPipeError:  # for example from `runner list | head -1`
@@ -98,16 +105,18 @@ def call_parser(parse: Callable[[], Any]) -> Any:
     Raises:
         UserError: the parser rejects the command line.
     """
-    panel = io.StringIO()
+    captured, panel = io.StringIO(), ""
     try:
-        with contextlib.redirect_stderr(panel):
-            result = parse()
-        sys.stderr.write(panel.getvalue())  # of modules of the user
-        return result
+        with contextlib.redirect_stderr(captured):
+            return parse()
     except SystemExit as stop:
         if stop.code != EXIT_BAD_INPUT:
             raise  # --help
-        raise UserError(re.sub(r"[─━╭╮╰╯│┃]+|-{5,}", " ", panel.getvalue())) from None
+        panel = captured.getvalue()
+        raise UserError(re.sub(r"[─━╭╮╰╯│┃]+|-{5,}", " ", panel)) from None
+    finally:
+        if not panel:
+            sys.stderr.write(captured.getvalue())  # what modules of the user print
 
 
 def _exit(prog: str, error: UserError, report_after: float | None, code: int = EXIT_BAD_INPUT) -> NoReturn:
@@ -145,12 +154,13 @@ def progress(description: str, total: float | None, shown: bool = True) -> Itera
     with contextlib.ExitStack() as stack:
         if _display is None:
             columns = (
-                bars.TextColumn("{task.description}"),
+                bars.TextColumn("{task.description}", markup=False),
                 bars.BarColumn(),
                 bars.TaskProgressColumn(),
                 bars.TimeRemainingColumn(),
             )
-            _display = stack.enter_context(bars.Progress(*columns, console=Console(stderr=True)))
+            bar = bars.Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
+            _display = stack.enter_context(bar)
             stack.callback(_forget_display)
             task = _display.add_task(description, total=total)
         else:

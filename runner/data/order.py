@@ -25,8 +25,8 @@ def repeated_slots(samples: int, repeats: int, batch_size: int) -> np.ndarray:
 
     Slot s is copy s % repeats of the sample at position s // repeats of `epoch_order`, so that an epoch shows the first
     samples / repeats of them (E. Hoffer et al., CVPR 2020; M. Berman et al., arXiv:1902.05509). The copies of a sample
-    are in the same batch, or where its size is not a multiple of `repeats`, in consecutive ones. Within the batch they
-    are far apart, so that mixup and CutMix, which mix neighbors, mix different samples.
+    are in the same batch, or where its size is not a multiple of `repeats`, in consecutive ones. Within a batch of many
+    samples they are far apart, so that mixup and CutMix, which mix neighbors, mix different samples.
     """
     slots = np.arange(samples)
     return np.lexsort((slots % repeats, slots // batch_size))
@@ -50,7 +50,7 @@ def copy_keys(samples: np.ndarray, copies: np.ndarray) -> np.ndarray:
 def random_bits(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
     """Returns 64 random bits for each sample, (N,) uint64: a hash of (seed, epoch, stream, sample).
 
-    The hash applies the finalizer of splitmix64 (Steele, Lea, Flood 2014) once per input.
+    The hash mixes in one input after another, by the finalizer of splitmix64 (Steele, Lea, Flood 2014).
     """
     with np.errstate(over="ignore"):
         state: Any = np.uint64(0)

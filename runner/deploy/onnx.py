@@ -1,7 +1,7 @@
 """Exports a run to ONNX, with one file per precision and front end.
 
 model.<precision>.onnx       normalized images (batch, 3, H, W) float32 to logits (batch, classes) float32
-model.<precision>.raw.onnx   decoded pixels (batch, H, W, 3) uint8 to the same logits; the graph normalizes them
+model.<precision>.raw.onnx   decoded pixels (batch, H, W, 3) uint8 to the same logits; the graph normalizes and resizes
 
 The precision is the one that the graph computes in; see precision.py.
 """
@@ -29,6 +29,7 @@ from runner.run.folder import MANIFEST, WEIGHTS, Run
 from runner.run.schema import CheckpointManifest, Export, FrontEnd, OnnxMetadata, Precision, RunConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnx import ModelProto
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -104,7 +105,10 @@ def export(run: Run) -> OnnxFile:
             raise UserError(f"{run.folder}: its weights give logits that are not finite; train it again")
         difference = (torch.from_numpy(OnnxSession(path)(images.numpy())) - expected).abs().max()
         if not difference <= MAX_LOGIT_ERROR * expected.abs().max():
-            raise RuntimeError(f"{path}: logits differ from the model's by {difference:.3g} on {CHECK_IMAGES} images")
+            raise RuntimeError(
+                f"{path_of(run, 'fp32')}: its logits would differ from the model's by {difference:.3g} on "
+                f"{CHECK_IMAGES} images"
+            )
 
     return write(run, to_proto(model, shape), "fp32", raw=False, weights=weights, check=check)
 
@@ -113,7 +117,7 @@ def to_proto(model: Any, shape: list[int]) -> "ModelProto":
     """Traces a model with torch's exporter, for images of one shape (3, H, W) and any batch size."""
     import torch
 
-    with hidden_warnings():
+    with silenced_exporter():
         program = torch.onnx.export(
             model,
             (torch.zeros(2, *shape),),
@@ -275,7 +279,8 @@ def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
     ]
     if resized:
         check_raw_input(config)
-        constants["raw_factors"] = np.array([1, 1, shape[1] / height, shape[2] / width], dtype=np.float32)
+        factors = (resize_factor(height, shape[1]), resize_factor(width, shape[2]))
+        constants["raw_factors"] = np.array([1, 1, *factors], dtype=np.float32)
         inputs = ["raw_small", "", "raw_factors"]
         front_end.append(helper.make_node("Resize", inputs, [INPUT], name="raw_resize", mode="linear"))
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
@@ -288,11 +293,19 @@ def with_raw_input(proto: "ModelProto", config: RunConfig) -> "ModelProto":
     return raw
 
 
+def resize_factor(size: int, target: int) -> "np.float32":
+    """Returns the float32 factor by which ONNX resizes from `size` to `target` pixels, of which it takes the floor."""
+    import numpy as np
+
+    factor = np.float32(target / size)
+    return factor if np.float32(size) * factor >= target else np.nextafter(factor, np.float32(np.inf))
+
+
 def exported(run: Run, precision: Precision = "fp32", raw: bool = False) -> OnnxFile:
     """Returns a run's ONNX file for a precision and front end.
 
     Raises:
-        UserError: it is missing, was changed after export, or was exported from other weights.
+        UserError: it is missing, was changed after export, has external data, or was exported from other weights.
     """
     run.config()
     file = _find(run, precision, raw)
@@ -328,7 +341,9 @@ def _find(run: Run, precision: Precision, raw: bool) -> OnnxFile | str:
         return "none"
     file = OnnxFile(path, precision, raw, sha256_of(path))
     entry = run.read_exports().get(path.name)
-    if entry is None or entry.sha256 != file.sha256:
+    if entry is None:
+        return f"one that {run.exports.name} does not list"
+    if entry.sha256 != file.sha256:
         return "one that was changed after its export"
     if has_external_data(path, file.sha256):
         return "one with external data"
@@ -380,6 +395,7 @@ def has_external_data(path: Path, sha256: str) -> bool:
 
 def _refers_to_files(proto: "ModelProto") -> bool:
     tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
+    tensors += [attribute.t for function in proto.functions for attribute in function.attribute_proto]
     return any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors)
 
 
@@ -400,12 +416,14 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def hidden_warnings() -> Iterator[None]:
-    """Silences torch's exporter, which prints its progress to standard output."""
+def silenced_exporter() -> Iterator[None]:
+    """Hides what torch's exporter logs and prints to standard output."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -18,7 +18,7 @@ from runner.common import files
 from runner.common.errors import UserError
 from runner.common.files import sha256_of
 from runner.common.text import first_line
-from runner.deploy.onnx import CHECK_IMAGES, LARGEST_BATCH, MAX_LOGIT_ERROR, OnnxFile, hidden_warnings, weights_sha256
+from runner.deploy.onnx import CHECK_IMAGES, LARGEST_BATCH, MAX_LOGIT_ERROR, OnnxFile, silenced_exporter, weights_sha256
 from runner.run.folder import Run
 from runner.run.schema import Export
 from runner.training import checkpoint
@@ -60,7 +60,7 @@ def compile_package(run: Run, device: DeviceType) -> OnnxFile:
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     images = torch.randn(CHECK_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        with torch.no_grad(), hidden_warnings():
+        with torch.no_grad(), silenced_exporter():
             program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
             try:
                 # The code asks for the number of threads when it runs; by default, it contains that of this process.

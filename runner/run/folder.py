@@ -222,8 +222,12 @@ class Run:
         return _read(self.ended, Ending) if is_file(self.ended) else None
 
     def read_mistakes(self) -> list[Mistake]:
-        """Reads mistakes.json; returns an empty list if it does not exist."""
-        return _read(self.mistakes, Mistakes).mistakes if is_file(self.mistakes) else []
+        """Reads mistakes.json; returns an empty list if it does not exist. Raises UserError for an unknown class."""
+        mistakes = _read(self.mistakes, Mistakes).mistakes if is_file(self.mistakes) else []
+        highest = max((max(mistake.label, mistake.predicted) for mistake in mistakes), default=-1)
+        if highest >= 0 and highest >= (count := len(self.config().dataset.classes)):
+            raise UserError(f"{self.mistakes}: expected one of {count} classes, found {highest}; restore or remove it")
+        return mistakes
 
     def precision_search(self, precision: Precision) -> Path:
         """Path of the result of a search for the operators that stay in fp32."""

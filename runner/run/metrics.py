@@ -81,8 +81,8 @@ def truncate_metrics(run: Run, step: int, checksum: MetricsChecksum | None, allo
         content = content[: checksum["bytes"]]
     elif checksum is not None and not allow_missing:
         raise UserError(
-            f"{run.metrics}: expected the {checksum['bytes']} bytes of rows up to step {step}, found {len(content)} or "
-            "different ones; restore the file, or continue without them with --resume-anyway"
+            f"{run.metrics}: expected to begin with the {checksum['bytes']} bytes of rows up to step {step}, found "
+            "others; restore the file, or continue with --resume-anyway without the rows that are missing"
         )
     else:
         is_complete = checksum is None

@@ -121,7 +121,7 @@ def next_step(trials: Sequence[TrialProgress], held: frozenset[int], rungs: Rung
         return "wait"
     whole = rungs.epochs[-1]
     if free and not any(whole in trial.accuracy for trial in trials):
-        best = max(free, key=lambda trial: (trial.target, trial.accuracy[trial.target], -trial.number))
+        best = max(free, key=lambda trial: (trial.target, trial.accuracy[trial.target]))  # of equals the first
         return Train(best.number, _next_rung(rungs, best))
     return "done"
 

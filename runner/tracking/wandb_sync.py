@@ -70,12 +70,10 @@ def _sync_one(run: Run, environ: MutableMapping[str, str]) -> Synced:
             raise UserError(f"{run.checkpoints}: expected the weights of a finished run, found none")
         # Each raises UserError for a damaged file, which is better found before the upload starts.
         for read_records in (
-            run.read_parity, run.read_latency, run.read_engines, run.read_summary, partial(read_metrics, run)
+            run.read_parity, run.read_latency, run.read_engines, run.read_summary, run.read_mistakes,
+            partial(read_metrics, run),
         ):  # fmt: skip
             read_records()
-        highest = max((max(mistake.label, mistake.predicted) for mistake in run.read_mistakes()), default=-1)
-        if highest >= (count := len(run.config().dataset.classes)):
-            raise UserError(f"{run.mistakes}: expected one of {count} classes, found {highest}; restore or remove it")
         digest, marker = _digest(run, best, environ), run.folder / MARKER
         if marker.is_file() and read_json(marker, SyncMarker).digest == digest:
             return Synced(str(run.folder), 0, new=False)

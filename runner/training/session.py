@@ -152,6 +152,7 @@ def _run_training(
     tracking: TrackingCallbacks,
     stopped: Callable[[], bool],
 ) -> TrainingOutcome:
+    """Prepares device and data, checks the options that depend on them, and trains each seed; see `run_training`."""
     launch = launcher.read(environ)
     device, message = launcher.select_device(config.device, launch, torch.cuda.device_count())
     rank_info = RankInfo(
