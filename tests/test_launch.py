@@ -330,6 +330,9 @@ STOPS = 'kill -USR1 $PPID; while [ ! -e "$STOP_FILE" ]; do sleep 0.1; done; rm "
 
 def test_a_job_is_queued_again_until_the_limit_which_lost_nodes_do_not_use_up(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    (copy / "runs" / "slurm").mkdir(parents=True, exist_ok=True)
+    (copy / "runs" / "slurm" / ".requeues-7").write_text("limit\n" * 5)  # of an earlier job with this number
+    (copy / "runs" / "slurm" / ".stop-7-4").touch()
     # SLURM has started it twice more after losing nodes; SLURM_RESTART_COUNT counts those too.
     for restarts, message in (("0", "queued again"), ("3", "queued again"), ("4", "not queued again, because MAX_REQ")):
         done = run_batch_script(copy, *JOB, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="2")
@@ -504,12 +507,19 @@ def test_a_sweep_of_one_trial_trains_it_without_a_note(checkout: Path, tmp_path:
 def test_where_no_stop_file_can_be_written_it_is_in_another_folder(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
     (copy / "runs").write_text("a file")
-    done = run_batch_script(copy, *JOB)
-    assert done.returncode == 75, done.stderr
-    first, *_, last = done.stderr.splitlines()
-    (folder,) = re.findall(r"runs/slurm; the stop file is in (/tmp/\S+), and requeues for lost nodes count", first)
-    assert last == "train.sbatch: stopped with a checkpoint; queued again"
-    assert not Path(folder).exists()
+    for restarts, message in (("0", "queued again"), ("1", "not queued again, because MAX_REQUEUES is 1")):
+        done = run_batch_script(copy, *JOB, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="1")
+        assert done.returncode == 75, done.stderr
+        first, *_, last = done.stderr.splitlines()
+        (folder,) = re.findall(r"runs/slurm; the stop file is in (/tmp/\S+), and requeues for lost nodes count", first)
+        assert last.startswith(f"train.sbatch: stopped with a checkpoint; {message}")
+        assert not Path(folder).exists()
+
+
+def test_a_job_gives_up_before_slurm_kills_it() -> None:
+    """KillWait is 30 seconds by default; a test on a cluster waits for the time limit."""
+    (seconds,) = re.findall(r"^PATIENCE=(\d+)", (ROOT / "slurm" / "train.sbatch").read_text(), re.M)
+    assert 15 <= int(seconds) <= 25
 
 
 @pytest.mark.parametrize("written", [True, False])
