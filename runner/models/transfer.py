@@ -38,7 +38,8 @@ class Pretrained(nn.Module):
         frozen: freeze the features, including batch norm statistics, and train only the last layer.
         classes: number of classes.
 
-    Maps images (N, 3, H, W), normalized with ImageNet's mean and standard deviation, to logits (N, classes).
+    Its weights are random until `initialize` loads the pretrained ones. Maps images (N, 3, H, W), normalized with
+    ImageNet's mean and standard deviation, to logits (N, classes).
     """
 
     def __init__(

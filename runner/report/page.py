@@ -19,7 +19,7 @@ from runner.report.run_record import RunRecord, Unreadable, format_counts
 from runner.report.searches import SearchRecord
 from runner.run.schema import Dataset
 
-MAX_OVERLAID = 10  # most runs whose curves are drawn initially
+MAX_OVERLAID = 10  # limit on runs whose curves are drawn initially
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PageRun:
 
     @property
     def status(self) -> str:
-        """`failed` or `unfinished` without a summary; else whether it is incomplete, and the gate's result.
+        """`failed` or `unfinished` without a summary; else whether it is incomplete or predicts one class, and the gate.
 
         The gate compares exported files with the model in torch on the whole test set (see runner.deploy.parity).
         """

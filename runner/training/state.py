@@ -58,7 +58,7 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and exported: with averaged weights if there are any."""
+        """The model that is evaluated after an epoch: with averaged weights if there are any."""
         return self.ema.module if self.ema else self.model
 
     @property
@@ -99,8 +99,8 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state; generators last, because the other steps may draw from them.
 
-        With a different number of ranks than before, each rank takes the generators of one of the saved ranks, and
-        dropout differs.
+        With a different number of ranks than before, each rank takes generators and batch-norm statistics of one of the
+        saved ranks, and dropout differs.
         """
         self.step = state["step"]
         self.best = best_row(state, keeps_model=self.best_model is not None)
@@ -110,7 +110,8 @@ class TrainState:
         self._load_optimizer(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["average"])
-            # Unless the buffers were averaged over ranks for an evaluation, they are those of rank 0.
+            # If this step was evaluated, its buffers are the average over ranks; otherwise those of rank 0, which the
+            # next evaluation replaces by this rank's.
             self.ema.buffers_current = state.get("evaluated", True) or state.get("evaluating", False)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -188,7 +189,7 @@ def rebuild_ddp_buckets(state: TrainState, loss_fn: Loss, batches: Batches, reci
 
 
 def trained_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Returns the buffers that training changes, such as batch-norm statistics, but not the masks of a pruned model."""
+    """Returns the buffers of a model, such as batch-norm statistics, without the masks of a pruned one."""
     masks = {f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters() if name.endswith("_orig")}
     return [(name, buffer) for name, buffer in model.named_buffers() if name not in masks]
 
