@@ -1,5 +1,6 @@
 """Decodes image files to RGB and resizes them, in the same way for `data_prep prepare` and `runner predict`."""
 
+import errno
 import io
 import warnings
 from pathlib import Path
@@ -24,7 +25,8 @@ def read(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); grant permission") from None
+        remedy = "; grant permission" if error.errno == errno.EACCES else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror}){remedy}") from None
     if len(content) > LARGEST_FILE:
         raise UserError(
             f"{path}: expected an image file of at most {LARGEST_FILE} bytes, found a larger one; remove it"
@@ -42,8 +44,8 @@ def require_memory(needed: int, what: str, remedy: str) -> None:
 def decode(name: str, content: bytes) -> "Image.Image":
     """Decodes an image file to 8-bit RGB, rotated upright according to its EXIF orientation.
 
-    Palettes, gray and CMYK are converted, 16-bit gray is scaled to 8 bits, and an alpha channel is dropped, as
-    torchvision's ImageFolder does.
+    Palettes, gray and CMYK are converted, and an alpha channel is dropped, as torchvision's ImageFolder does. 16-bit
+    gray is scaled to 8 bits.
 
     Args:
         name: name of the file, for error messages.
@@ -101,7 +103,7 @@ def fit(image: "Image.Image", width: int, height: int, how: Fit) -> "Image.Image
     if how == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     if how == "pad":
-        scale = min(width / image.width, height / image.height)  # ImageOps.pad fails on an image of one pixel's width
+        scale = min(width / image.width, height / image.height)  # ImageOps.pad fails if a side would round to 0
         inner = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
         )

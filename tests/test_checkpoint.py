@@ -106,7 +106,7 @@ def test_a_failed_write_is_reported_by_the_next_wait(
 def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     """A checkpoint of weights alone has no state to resume from; other files are left alone."""
     assert checkpoint.newest_intact(run) == (None, [])
-    checkpoint.remove_old(run, 1)  # before there are any
+    checkpoint.remove_others(run, 1)  # before there are any
     weights = Tiny(norm=True).state_dict()
     first, second = checkpoint.save(run, weights, 9, {"step": 9}), checkpoint.save(run, weights, 10)
     assert [path.name for path in sorted(first.iterdir())] == ["manifest.json", "model.safetensors", "state.pt"]
@@ -131,7 +131,7 @@ def test_only_whole_checkpoints_of_a_step_count(run: Run) -> None:
     assert checkpoint.newest_intact(run)[0] == first
     (run.checkpoints / "step-9").rename(run.checkpoints / ".step-8.replaced")
     assert checkpoint.newest_intact(run)[0] == run.checkpoints / "step-8"
-    checkpoint.remove_old(run)
+    checkpoint.remove_others(run)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["notes", "step-10"]
     assert checkpoint.is_newest(run, second)
 
@@ -276,7 +276,7 @@ def test_older_checkpoints_are_removed(run: Run) -> None:
     checkpoint.save(run, Tiny(norm=True).state_dict(), 2)  # step-3 was damaged, and training resumed earlier
     assert names() == ["step-2"]
     checkpoint.save(run, Tiny(norm=True).state_dict(), 4)
-    checkpoint.remove_old(run)
+    checkpoint.remove_others(run)
     assert names() == ["step-4"]
 
 

@@ -189,6 +189,13 @@ def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
     assert any(p is model[5].weight for p in others["params"])
 
 
+def test_a_scale_per_channel_is_no_matrix_for_muon() -> None:
+    model = nn.Module()
+    model.filters, model.scale = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Parameter(torch.ones(4, 1, 1))
+    muon = optim.build_optimizer(Muon(0.1), model)
+    assert [[p.shape for p in group["params"]] for group in muon.param_groups] == [[(4, 3, 1, 1)], [(4, 1, 1)]]
+
+
 def test_settings_of_muon_reach_its_groups() -> None:
     recipe = Muon(
         0.1, 0.7, 0.01, unit_rows=True, iterations=3, other_lr=0.2, other_momentum=0.8, other_weight_decay=0.02

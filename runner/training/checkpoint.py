@@ -108,7 +108,7 @@ def save(run: Run, weights: dict[str, torch.Tensor], step: int, state: dict[str,
     """
     folder = run.step_folder(step)
     _write_folder(folder, run, weights, step, state)
-    remove_old(run, step)
+    remove_others(run, step)
     return folder
 
 
@@ -150,7 +150,7 @@ def _write_files(
     _sync(staging)
 
 
-def remove_old(run: Run, step: int | None = None) -> None:
+def remove_others(run: Run, step: int | None = None) -> None:
     """Removes all checkpoints but the latest; with `step`, all but that of this step and the one before it.
 
     What cannot be removed stays, because the new checkpoint is complete; the next save tries again.

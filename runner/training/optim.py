@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from runner.config import recipe as recipes
 from runner.config.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
 
-LAYER = re.compile(r".*?(?:\.|_)\d+(?=\.)|[^.]*")  # of a parameter's name: up to its first index, or first part
+LAYER = re.compile(r".*?(?:\.|_)\d+(?=\.)|[^.]*")  # of a name: up to its first inner index, or first part
 
 
 def build_optimizer(recipe: recipes.Optimizer, model: nn.Module, layer_decay: float = 1.0) -> torch.optim.Optimizer:
@@ -94,7 +94,8 @@ def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     excluded = {id(parameter) for module in last for parameter in module.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1 and id(p) not in excluded]
+    # A scale per channel, such as (C, 1, 1) of a ConvNeXt, is a vector.
+    matrices = [p for p in trained if p.squeeze().ndim > 1 and id(p) not in excluded]
     matrix_ids = {id(p) for p in matrices}
     muon_group = {
         "params": matrices,

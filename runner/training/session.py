@@ -472,7 +472,7 @@ class SeedRun:
         session.tracking.draw_figures(run, self.run_config, self.result.test, read_images)
         summary = record.summary(session.config, session.manifest, run, self.seed, self.result)
         write_json(run.summary, summary)
-        checkpoint.remove_old(run)
+        checkpoint.remove_others(run)
         self.tracker.log_results()
         self.tracker.finish()
         return summary
