@@ -18,7 +18,7 @@ from runner.common.errors import UserError
 from runner.common.files import write_json
 from runner.run.folder import Run
 from runner.run.metrics import encode_row, read_metrics
-from runner.run.schema import LatencyReport, LatencyRow, Method
+from runner.run.schema import Ending, LatencyReport, LatencyRow, Method
 from runner.tracking import account, wandb_run, wandb_sync
 from runner.tracking.wandb_sync import best_run
 from tests.support.compare import MEASURED
@@ -81,14 +81,18 @@ def test_a_run_folder_is_sent_once(server: Server, run: Run) -> None:
     assert remote["summary"]["best_test_accuracy"] == summary.best_test_accuracy
     assert remote["summary"]["parameters"] == config.parameters
     assert remote["summary"]["images_per_second"] > 0
+    assert remote["exit_code"] == 0
     before, requests = json.dumps(server.runs, sort_keys=True), len(server.requests)
     again = sync(server, run.folder)
     assert json.loads(again.stdout)[0]["new"] is False
     assert len(server.requests) == requests
     shutil.rmtree(run.folder / "wandb")  # without the marker, W&B itself reports what it has
+    run.summary.unlink()
+    write_json(run.ended, Ending(stopped=False, reason="out of memory"))
     third = sync(server, run.folder)
     assert json.loads(third.stdout)[0]["rows"] == 0, third.stderr
     assert shown_rows(server, run) == rows
+    assert server.runs[config.wandb_id]["exit_code"] == 1  # so that W&B shows it as failed
     after = json.loads(json.dumps(server.runs))
     for name, remote in json.loads(before).items():
         assert after[name]["history"] == remote["history"]

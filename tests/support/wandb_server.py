@@ -119,6 +119,8 @@ class Server:
                     self.after_rows(len(stored["history"]))
             elif name == "wandb-summary.json":
                 stored["summary"] = json.loads(lines[-1])
+        if sent.get("complete"):
+            stored["exit_code"] = sent["exitcode"]
         return {"limits": {}}
 
     def project(self, variables: dict[str, Any]) -> dict[str, Any]:
