@@ -245,6 +245,19 @@ def test_requests_are_those_of_nvidias_client(monkeypatch: pytest.MonkeyPatch) -
     assert ours[our_length:] == theirs[their_length:] == pixels.tobytes()
 
 
+def test_onnxruntime_on_a_gpu_computes_as_in_the_gate(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gate turns TF32 off, and Triton cannot."""
+    run = Run(Path(shutil.copytree(scored, tmp_path / "tiny" / "seed-0")))
+    report = run.read_parity()
+    on_gpu = [msgspec.structs.replace(row, provider="CUDAExecutionProvider") for row in report.rows]
+    for device, flags in (("cuda", "--gpus all -e NVIDIA_TF32_OVERRIDE=0 -p"), ("cpu", "-p")):
+        write_json(run.parity, msgspec.structs.replace(report, rows=[*report.rows, *on_gpu]))
+        cli.parse(["serve-repo", str(run.folder), "--out", str(tmp_path / device), "--device", device])({})
+        assert f"serve: docker run --rm {flags} 8000:8000 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("compatible", [False, True])
 def test_an_engine_that_passed_is_served(
     scored: Path, tmp_path: Path, compatible: bool, capsys: pytest.CaptureFixture[str]
