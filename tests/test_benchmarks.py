@@ -96,8 +96,8 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert measure.ratio([10, 20, 30], [1, 2, 6]) == measure.Spread(10, 5, 10, 3)
     order = []
     candidates = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    measure.interleaved(candidates, 3, "test")
-    assert "".join(order) == "abcbcacab"
+    measure.interleaved(candidates, 3, "test", lambda: order.append("|"))
+    assert "".join(order) == "abc|bca|cab|"
 
 
 FILES = Path(tables.__file__).parent.glob("*.py")
@@ -159,6 +159,24 @@ def test_the_overhead_benchmark_runs_its_parts(small_data: Path, part: str, step
     clock = json.loads(done.stdout.splitlines()[-1])
     assert clock == sorted(clock)
     assert len(clock) == steps
+
+
+def test_each_round_of_the_overhead_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU that is borrowed for a time keeps the rounds before the one that was interrupted."""
+    out, programs = tmp_path / "overhead.json", []
+
+    def timed(self: OverheadBenchmark, program: str, clocks: list[list[float]]) -> float:
+        programs.append(program)
+        if len(programs) == 7:
+            raise KeyboardInterrupt
+        clocks.append([1.0, 2.0, 4.0])
+        return 4.0
+
+    monkeypatch.setattr(OverheadBenchmark, "timed", timed)
+    with pytest.raises(KeyboardInterrupt):
+        OverheadBenchmark(tmp_path, json=out)()
+    written = json.loads(out.read_text())
+    assert written["ratio_runner_to_shortest_loop"] == {"median": 1.0, "min": 1.0, "max": 1.0, "rounds": 1}
 
 
 def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) -> None:

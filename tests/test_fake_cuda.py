@@ -150,7 +150,7 @@ def test_the_streaming_loader_copies_one_batch_a_step(small_data: Path, monkeypa
     prepared = manifest.read(small_data)
     rank_info = RankInfo(DEVICE, loader="streaming")
     watch = watch_step(Tiny(), RECIPE, lambda _: open_split(small_data, prepared, "train", RECIPE, rank_info))
-    assert watch.waits == {"copy aten._to_copy in data/streaming.py:upload": 1}
+    assert watch.waits == {"non-blocking copy aten._to_copy in data/streaming.py:upload": 1}
 
 
 # Where a run may wait for the GPU outside its steps.
@@ -159,7 +159,7 @@ ALLOWED = {
     "copy aten._to_copy in training/meter.py:window",
     "wait aten._local_scalar_dense in training/meter.py:check",  # before a checkpoint
     "copy aten._to_copy in training/meter.py:state_dict",
-    "copy aten._to_copy in training/state.py:_copied",  # a checkpoint
+    "non-blocking copy aten._to_copy in training/state.py:_copied",  # a checkpoint
     "copy aten._to_copy in training/state.py:_load_optimizer",
     "copy aten.copy_ in training/state.py:load_state_dict",
     "copy aten._to_copy in training/meter.py:__init__",

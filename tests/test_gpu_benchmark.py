@@ -26,7 +26,7 @@ from runner.benchmarks.gpu.context import Context, MissingError, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger, PartResults, was_measured
 from runner.benchmarks.gpu.speedrun import AIRBENCH_ROW
 from runner.common.errors import UserError
-from runner.common.files import read_json
+from runner.common.files import read_json, write_json
 from runner.system import environment
 from runner.training.profile import kind_of
 from tests.conftest import Once
@@ -264,6 +264,23 @@ def test_a_ledger_measures_once_and_retries_what_failed(
     assert late.once("sum", lambda: {"figure": 2}, remeasure=True)["figure"] == 2
     with pytest.raises(OutOfTimeError):
         late.context.run_python("-c", "import time; time.sleep(60)")
+
+
+def test_ratios_measured_before_the_time_was_up_are_kept(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, rounds = ledger(small_data, tmp_path, 60).context, []
+
+    def run_python(self: Context, *argv: object) -> str:
+        if rounds:
+            write_json(Path(argv[argv.index("--json") + 1]), {"ratio": rounds.pop(), "hardware": {}})
+        raise OutOfTimeError
+
+    monkeypatch.setattr(Context, "run_python", run_python)
+    rounds.append({"median": 1.0, "rounds": 1})
+    assert speed.run_benchmark(context, "overhead") == {"ratio": {"median": 1.0, "rounds": 1}}
+    with pytest.raises(OutOfTimeError):  # not the ratios of the first call
+        speed.run_benchmark(context, "overhead")
 
 
 def test_findings_of_another_gpu_or_commit_are_refused(

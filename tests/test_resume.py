@@ -20,7 +20,7 @@ from runner.run.folder import MANIFEST, Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Resumed
 from runner.system import environment
-from runner.training import checkpoint
+from runner.training import checkpoint, session
 from tests.support import wandb_file
 from tests.support.compare import assert_same_run, weights
 from tests.support.processes import (
@@ -153,6 +153,26 @@ def test_a_stop_file_and_a_signal_to_one_process(small_data: Path, tmp_path: Pat
     assert interrupted.returncode == 75
     assert "stopping with a checkpoint; press Ctrl-C again to exit at once" in interrupted.stderr
     assert "stopped at step 6" in interrupted.stderr
+
+
+def test_a_stop_file_is_looked_up_four_times_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every step, because a lookup may be a request to a file server."""
+    now, looked = [0.0], []
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(session.os.path, "exists", lambda path: looked.append(path) or now[0] > 1)
+    accelerator = SimpleNamespace(is_local_main_process=True)
+    training = object.__new__(session.SeedRun)
+    training.session = SimpleNamespace(stopped=lambda: False, accelerator=accelerator)
+    training.stop_files, training.next_stop_file_check = [tmp_path / "stop"], 0.0
+    for step in range(100):
+        now[0] = step / 100
+        assert not training.should_stop()
+    assert len(looked) == 4
+    now[0] = 1.25
+    assert training.should_stop()
+    accelerator.is_local_main_process = False  # the first rank of the node asks for all
+    now[0] = 2.0
+    assert not training.should_stop()
 
 
 SECOND_CTRL_C = """

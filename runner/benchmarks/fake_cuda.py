@@ -50,9 +50,10 @@ class Watch(TorchDispatchMode):
         on: whether operators are counted.
         operators: counts by name. Views and allocations do not count; the launch of a Triton kernel counts as one.
         waits: counts by kind, operator and the calling function of this package. The kinds are "wait": the host needs
-            a value; "copy": a copy between host and device, for which the host waits unless its memory is pinned; and
-            "mixed": tensors on several devices, which raises an error on a GPU; and "fused": a Triton kernel that
-            may contract a product and a sum, so that its result differs from the CPU's.
+            a value; "copy": a copy between host and device, for which the host waits; "non-blocking copy": one for
+            which it waits only if its memory is not pinned; "mixed": tensors on several devices, which raises an error
+            on a GPU; and "fused": a Triton kernel that may contract a product and a sum, so that its result differs
+            from the CPU's.
         error: the exception by which an operator of the kinds "wait" or "mixed" ended the step; None if none did.
     """
 
@@ -86,7 +87,7 @@ class Watch(TorchDispatchMode):
         if waits:
             self.note("wait", name)
         elif name in COPIES and len(devices | _devices(out, scalars=True)) > 1:
-            self.note("copy", name)
+            self.note("non-blocking copy" if kwargs.get("non_blocking") else "copy", name)
         elif len(devices) > 1:
             self.note("mixed", name)
         if self.on and name.startswith("aten.") and not name.startswith("aten.empty") and not func.is_view:

@@ -33,13 +33,19 @@ class Spread:
     rounds: int
 
 
-def interleaved(candidates: Mapping[K, Callable[[], float]], rounds: int, description: str) -> dict[K, list[float]]:
+def interleaved(
+    candidates: Mapping[K, Callable[[], float]],
+    rounds: int,
+    description: str,
+    after_round: Callable[[], None] = lambda: None,
+) -> dict[K, list[float]]:
     """Measures the candidates in turn, each once in every round; the order rotates by one from round to round.
 
     Args:
         candidates: functions that do the work once and return the measurement (a rate, or seconds).
         rounds: number of rounds.
         description: title of the progress bar.
+        after_round: called after each round, to write what was measured so far.
 
     Returns:
         The measurements of each candidate, one per round.
@@ -52,6 +58,7 @@ def interleaved(candidates: Mapping[K, Callable[[], float]], rounds: int, descri
             for name in names[shift:] + names[:shift]:
                 measured[name].append(candidates[name]())
                 advance(1)
+            after_round()
     return measured
 
 
@@ -141,18 +148,23 @@ def report_ratios(
         out: the JSON file to write; None to write none.
         table_only: figures for the table only, such as seconds, which are not comparable across machines.
     """
-    hardware = environment.describe_hardware()
-    table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=f"{title}, {hardware}")
+    title = f"{title}, {environment.describe_hardware()}"
+    table = new_table("ratio", "median", "min", "max", "rounds", "goal", title=title)
     for name, row in (ratios | (table_only or {})).items():
         cells = [f"{value:.3g}" for value in (row.median, row.min, row.max)]
         table.add_row(name, *cells, str(row.rounds), goals.get(name, "–"))
     print_table(table)
+    write_ratios(ratios, goals, more, out)
+
+
+def write_ratios(ratios: dict[str, Spread], goals: dict[str, str], more: dict[str, Any], out: Path | None) -> None:
+    """Writes the JSON file of `report_ratios`, if there is to be one."""
     if out is not None:
         result = {
             **ratios,
             "goals": {name: goal for name, goal in goals.items() if name in ratios},
             **more,
-            "hardware": hardware,
+            "hardware": environment.describe_hardware(),
             "versions": environment.package_versions(),
         }
         write(result, out)

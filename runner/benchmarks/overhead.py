@@ -40,6 +40,17 @@ GOALS = {
 Program = Literal["runner", "loop", "accelerate", "imports"]
 
 
+def ratios_of(clocks: dict[str, list[list[float]]]) -> dict[str, measure.Spread]:
+    """Returns the ratios of programs, from the times of each program's steps in each round."""
+    walls = {program: [clock[-1] - clock[1] for clock in clocks[program]] for program in clocks if program != "imports"}
+    first = {program: [clock[0] for clock in clocks[program]] for program in ("runner", "imports")}
+    return {
+        "ratio_runner_to_shortest_loop": measure.ratio(walls["runner"], walls["loop"]),
+        "ratio_accelerate_loop_to_runner": measure.ratio(walls["accelerate"], walls["runner"]),
+        "ratio_first_step_to_imports": measure.ratio(first["runner"], first["imports"]),
+    }
+
+
 @dataclass(frozen=True)
 class OverheadBenchmark:
     """Compare `runner train` with the shortest loop, in turn, and print the ratio of their wall times."""
@@ -70,20 +81,18 @@ class OverheadBenchmark:
             return
         clocks: dict[str, list[list[float]]] = {program: [] for program in get_args(Program)}
         candidates = {program: partial(self.timed, program, clocks[program]) for program in clocks}
-        measure.interleaved(candidates, self.rounds, "measure overhead")
-        trained = [program for program in clocks if program != "imports"]
-        walls = {program: [clock[-1] - clock[1] for clock in clocks[program]] for program in trained}
-        first = {program: [clock[0] for clock in clocks[program]] for program in ("runner", "imports")}
-        ratios = {
-            "ratio_runner_to_shortest_loop": measure.ratio(walls["runner"], walls["loop"]),
-            "ratio_accelerate_loop_to_runner": measure.ratio(walls["accelerate"], walls["runner"]),
-            "ratio_first_step_to_imports": measure.ratio(first["runner"], first["imports"]),
-        }
-        beyond_imports = [runner - imports for runner, imports in zip(first["runner"], first["imports"], strict=True)]
-        seconds = {"seconds_to_first_step_beyond_imports": measure.spread(beyond_imports)}
         settings = {"experiment": self.experiment, "steps": self.steps, "cores": usable_cores()}
         settings |= {"batch": self.recipe().batch_size, "device": self.device}
-        measure.report_ratios("overhead of the runner", ratios, GOALS, {"settings": settings}, self.json, seconds)
+        more = {"settings": settings}
+        # Written after each round, so that one that is interrupted loses no others.
+        measure.interleaved(
+            candidates, self.rounds, "measure overhead",
+            lambda: measure.write_ratios(ratios_of(clocks), GOALS, more, self.json),
+        )  # fmt: skip
+        first = zip(clocks["runner"], clocks["imports"], strict=True)
+        beyond_imports = [runner[0] - imports[0] for runner, imports in first]
+        seconds = {"seconds_to_first_step_beyond_imports": measure.spread(beyond_imports)}
+        measure.report_ratios("overhead of the runner", ratios_of(clocks), GOALS, more, self.json, seconds)
 
     def timed(self, program: str, clocks: list[list[float]]) -> float:
         """Runs a program in a fresh process, appends the times of its steps to `clocks`, and returns the last.

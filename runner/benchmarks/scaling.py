@@ -60,15 +60,6 @@ class ScalingBenchmark:
         open_manifest(self.data)  # reports a missing or damaged dataset before any rank starts
         gpus = environment.count_gpus()
         ranks = max(gpus, 2)
-        ratios = {}
-        if gpus != 1:
-            # Each GPU keeps the same number of images, and should take as long; CPU ranks share the same work.
-            global_batch = batch * ranks if gpus else batch
-            candidates = {"one": lambda: self.launched(1, batch), "ranks": lambda: self.launched(ranks, global_batch)}
-            walls = measure.interleaved(candidates, self.rounds, "measure ranks")
-            ratios["ratio_ranks_to_one_process"] = measure.ratio(walls["ranks"], walls["one"])
-        walls = ddp_of_one(self.experiment, self.data, self.rounds, "cuda" if gpus else "cpu")
-        ratios["ratio_ddp_of_one_to_none"] = measure.ratio(walls["ddp"], walls["none"])
         settings = {
             "experiment": self.experiment,
             "steps": self.steps,
@@ -77,7 +68,17 @@ class ScalingBenchmark:
             "images": "as many for each rank" if gpus else "the same global batch",
             "cores": environment.usable_cores(),
         }
-        measure.report_ratios("cost of ranks", ratios, GOALS, {"settings": settings}, self.json)
+        ratios, more = {}, {"settings": settings}
+        if gpus != 1:
+            # Each GPU keeps the same number of images, and should take as long; CPU ranks share the same work.
+            global_batch = batch * ranks if gpus else batch
+            candidates = {"one": lambda: self.launched(1, batch), "ranks": lambda: self.launched(ranks, global_batch)}
+            walls = measure.interleaved(candidates, self.rounds, "measure ranks")
+            ratios["ratio_ranks_to_one_process"] = measure.ratio(walls["ranks"], walls["one"])
+            measure.write_ratios(ratios, GOALS, more, self.json)
+        walls = ddp_of_one(self.experiment, self.data, self.rounds, "cuda" if gpus else "cpu")
+        ratios["ratio_ddp_of_one_to_none"] = measure.ratio(walls["ddp"], walls["none"])
+        measure.report_ratios("cost of ranks", ratios, GOALS, more, self.json)
 
     def launched(self, processes: int, batch: int) -> float:
         """Trains with several processes; returns the seconds from the second step to the last.

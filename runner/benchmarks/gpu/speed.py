@@ -10,7 +10,7 @@ from typing import Any
 
 from runner import experiments
 from runner.benchmarks import loader as loaders
-from runner.benchmarks.gpu.context import Context
+from runner.benchmarks.gpu.context import Context, OutOfTimeError
 from runner.benchmarks.gpu.ledger import Ledger
 from runner.benchmarks.measure import interleaved, make_step, ratio, spread, synchronize
 from runner.common.files import read_json
@@ -206,12 +206,21 @@ def measure_architecture(context: Context, name: str, mode: str, peak: dict[str,
 
 
 def run_benchmark(context: Context, name: str) -> dict[str, Any]:
-    """Runs another benchmark, which starts its own processes; returns its ratios and goals."""
+    """Runs another benchmark, which starts its own processes; returns its ratios and goals, as far as there was time.
+
+    Raises:
+        OutOfTimeError: there was no time for a ratio.
+    """
     out = context.scratch / f"{name}.json"
+    out.unlink(missing_ok=True)
     argv = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":
         argv += ["--device", "cuda", "--experiment", GOAL_EXPERIMENT, "--batch", context.scale.batch, "--steps", 200]
-    context.run_python(*argv)
+    try:
+        context.run_python(*argv)
+    except OutOfTimeError:
+        if not out.is_file():
+            raise
     return {
         key: value for key, value in read_json(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"
     }
