@@ -516,6 +516,15 @@ def test_where_no_stop_file_can_be_written_it_is_in_another_folder(checkout: Pat
         assert not Path(folder).exists()
 
 
+def test_requeues_that_cannot_be_counted_end_no_job(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS)
+    (copy / "runs" / "slurm" / ".requeues-7").mkdir(parents=True)
+    for restarts, message in (("0", "queued again"), ("20", "not queued again, because MAX_REQUEUES is 20")):
+        done = run_batch_script(copy, *JOB, SLURM_RESTART_COUNT=restarts)
+        assert done.returncode == 75, done.stderr
+        assert f"train.sbatch: stopped with a checkpoint; {message}" in done.stderr
+
+
 def test_a_job_gives_up_before_slurm_kills_it() -> None:
     """KillWait is 30 seconds by default; a test on a cluster waits for the time limit."""
     (seconds,) = re.findall(r"^PATIENCE=(\d+)", (ROOT / "slurm" / "train.sbatch").read_text(), re.M)
