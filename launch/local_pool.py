@@ -210,8 +210,19 @@ class Pool:
             stdout=log,
             stderr=log,
             start_new_session=True,  # only this process receives Ctrl-C
-            preexec_fn=partial(launcher.die_with_parent, os.getpid()),
+            preexec_fn=partial(_before_exec, os.getpid(), self._cores_of(slot)),
         )
+
+    def _cores_of(self, slot: int) -> set[int]:
+        """Returns the cores of a slot: on the CPU its share, because threads of several trials would slow each other.
+
+        More slots than cores share each core.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        count = self.slots.count
+        if self.slots.gpus:
+            return set(cores)
+        return set(cores[slot * len(cores) // count : (slot + 1) * len(cores) // count]) or {cores[slot % len(cores)]}
 
     def _visible_gpu(self, slot: int) -> dict[str, str]:
         if not self.slots.gpus:
@@ -232,6 +243,12 @@ class Pool:
         self.outcomes.pop(running.job.trial.id, None)  # the newest is last
         self.outcomes[running.job.trial.id] = outcome
         _print_without_table(f"{running.job.trial.id}: {outcome}")
+
+
+def _before_exec(parent: int, cores: set[int]) -> None:
+    """Called in a new process: it dies with its parent, and runs on these cores."""
+    launcher.die_with_parent(parent)
+    os.sched_setaffinity(0, cores)
 
 
 def train_trials(source: Source, slots: Slots, logs: Path, environ: Mapping[str, str]) -> bool:

@@ -74,7 +74,8 @@ class Sweep:
     """Prefix of the run names, and name of the W&B group or sweep. By default, the group is named after NAMES, and runs
     are named seed-N, preceded by a digest of the changes to their recipe, if any."""
     slots: Count | None = None
-    """Number of concurrent trials on this machine; by default one per GPU, or one on the CPU. They share the cores."""
+    """Number of concurrent trials on this machine; by default one per GPU, or one on the CPU. On the CPU, each has its
+    share of the cores."""
     at_once: Count | None = None
     """Maximum number of concurrent tasks of the SLURM array; by default no limit."""
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = DEFAULT_ALLOCATION

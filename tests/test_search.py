@@ -853,6 +853,35 @@ def test_each_slot_sees_the_gpus_of_its_ranks(tmp_path: Path) -> None:
     assert visible({"CUDA_VISIBLE_DEVICES": "9,8,7,6,5,4"}, 1) == "7,6"
 
 
+@pytest.mark.parametrize(
+    ("cores", "count", "gpus", "expected"),
+    [
+        (8, 2, 0, [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        (5, 2, 0, [{0, 1}, {2, 3, 4}]),
+        (2, 3, 0, [{0}, {0}, {1}]),
+        (4, 1, 0, [{0, 1, 2, 3}]),
+        (4, 2, 2, [{0, 1, 2, 3}] * 2),
+    ],
+)
+def test_trials_on_the_cpu_divide_the_cores(
+    cores: int, count: int, gpus: int, expected: list[set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_pool.os, "sched_getaffinity", lambda process: set(range(cores)))
+    pool = local_pool.Pool(ListedTrials([]), local_pool.Slots(count, gpus, 1, ()), tmp_path, {})
+    assert [pool._cores_of(slot) for slot in range(count)] == expected
+
+
+def test_a_trial_runs_on_the_cores_of_its_slot(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    program = "import os; from runner.system import environment as e; print(e.usable_cores(), os.sched_getaffinity(0))"
+    pool = local_pool.Pool(ListedTrials([]), local_pool.Slots(len(cores), 0, 1, ()), tmp_path, os.environ)
+    for slot, core in enumerate(cores):
+        with (tmp_path / "log").open("wb") as log:
+            process = pool._run(slot, ("-c", program), log)
+        assert process.wait(60) == 0
+        assert (tmp_path / "log").read_text() == f"1 {{{core}}}\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
