@@ -216,13 +216,14 @@ class Pool:
     def _cores_of(self, slot: int) -> set[int]:
         """Returns the cores of a slot: on the CPU its share, because threads of several trials would slow each other.
 
-        More slots than cores share each core.
+        All slots have the same number, because a run that is resumed in another slot is bit-identical only with as many
+        threads. More slots than cores share them.
         """
         cores = sorted(os.sched_getaffinity(0))
-        count = self.slots.count
+        share = max(1, len(cores) // self.slots.count)
         if self.slots.gpus:
             return set(cores)
-        return set(cores[slot * len(cores) // count : (slot + 1) * len(cores) // count]) or {cores[slot % len(cores)]}
+        return {cores[(slot * share + index) % len(cores)] for index in range(share)}
 
     def _visible_gpu(self, slot: int) -> dict[str, str]:
         if not self.slots.gpus:

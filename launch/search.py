@@ -105,7 +105,7 @@ class Search:
     """Number of processes that train a trial: GPUs of one node, or processes on the CPU."""
     slots: Count | None = None
     """Number of concurrent trials per worker; by default as many as the GPUs allow; one on the CPU and with
-    latency."""
+    latency. On the CPU, each has its share of the cores."""
     tasks: Count | None = None
     """Number of tasks of the SLURM array, each of which is a worker; by default 1."""
     slurm: Annotated[Allocation, tyro.conf.arg(name="")] = DEFAULT_ALLOCATION

@@ -103,8 +103,8 @@ RTX = "7.5, 8.6, 8.9, 12.0, 12.1"
         ),
         (
             "9.0", BOTH, "auto", ("SM89",),
-            "--target SM89: no engine for H100 (compute capability 9.0); to build for other GPUs only, add --backend "
-            "tensorrt-rtx",
+            "--target SM89: expected none on H100 (compute capability 9.0), which has no target; to build for other "
+            "GPUs only, add --backend tensorrt-rtx",
         ),
         (
             "8.9", BOTH, "auto", ("SM120",),

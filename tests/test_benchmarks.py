@@ -136,6 +136,20 @@ def test_ddp_with_one_process_is_measured_against_no_ddp(small_data: Path, monke
     assert all(wall > 0 for rounds in walls.values() for wall in rounds)
 
 
+def test_the_ratio_of_ranks_is_written_before_ddp_is_measured(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "ddp_of_one", interrupted)
+    monkeypatch.setattr(scaling.ScalingBenchmark, "launched", lambda self, processes, batch: float(processes))
+    monkeypatch.setattr(scaling.environment, "count_gpus", lambda: 0)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.ScalingBenchmark(small_data, json=tmp_path / "scaling.json")()
+    assert json.loads((tmp_path / "scaling.json").read_text())["ratio_ranks_to_one_process"]["median"] == 2.0
+
+
 @pytest.mark.processes
 def test_the_scaling_benchmark_launches_ranks(small_data: Path) -> None:
     assert scaling.ScalingBenchmark(small_data, "soni-2", steps=3).launched(2, 20) > 0

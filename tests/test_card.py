@@ -53,7 +53,14 @@ def test_a_file_that_was_exported_again_has_not_passed(run: Run, capsys: pytest.
     card = card_of(run.folder, capsys)
     assert "None has been compared with the model" in card
     assert "onnxruntime |" not in card.split("## Use")[0], "latencies of files that are gone"
-    assert "No file for onnxruntime has passed" in card
+    assert "Export a file first" in card
+
+
+def test_a_failed_gate_is_not_an_export_that_is_missing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run.read_parity()
+    failed = [msgspec.structs.replace(row, passed=False) for row in report.rows]
+    write_json(run.parity, msgspec.structs.replace(report, rows=failed))
+    assert "## Use\n\nNo file for onnxruntime has passed the gate." in card_of(run.folder, capsys)
 
 
 def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +72,7 @@ def test_the_code_of_the_card_runs(deployed_run: Path, capsys: pytest.CaptureFix
 
 
 def test_the_epoch_of_the_accuracy_is_stated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "The accuracy after the last epoch, computed in " in card_of(run.folder, capsys)
+    assert "The accuracy is that after the last epoch, computed in " in card_of(run.folder, capsys)
     config = run.config()
     recipe = dataclasses.replace(config.recipe, validation=50, patience=2)
     write_json(run.run_json, msgspec.structs.replace(config, recipe=recipe))
@@ -80,7 +87,7 @@ def test_the_code_is_for_an_onnx_file(run: Run, capsys: pytest.CaptureFixture[st
         report.rows[0], backend="aotinductor", onnx="deploy/model.fp32.cpu.pt2", provider="torch cpu", passed=True
     )
     write_json(run.parity, msgspec.structs.replace(report, rows=[package]))
-    assert "## Use\n\nNo file for onnxruntime has passed" in card_of(run.folder, capsys)
+    assert "## Use\n\nExport a file first" in card_of(run.folder, capsys)
 
 
 @pytest.fixture

@@ -118,11 +118,20 @@ def test_output_to_a_full_disk_is_one_line() -> None:
     assert done.returncode == 2
 
 
-FAILS = "def command():\n    print('x')\n    raise UserError('names: expected two')\n"
-
-
-def test_an_error_is_reported_though_the_output_cannot_be_written() -> None:
-    program = f"from runner.common.console import *\n{FAILS}run_command(lambda: command, 'prog')"
+@pytest.mark.parametrize(
+    ("fails", "code", "message"),
+    [
+        ("raise UserError('names: expected two')", 2, "prog: names: expected two\n"),
+        ("raise KeyboardInterrupt", 130, "prog: interrupted\n"),
+        ("raise SystemExit(75)", 75, ""),  # stopped, and to be continued
+        ("raise SystemExit(0)", 2, "prog: the disk: no space left; free some and repeat the command\n"),
+    ],
+)
+def test_what_ends_a_command_is_reported_though_its_output_cannot_be_written(
+    fails: str, code: int, message: str
+) -> None:
+    command = f"def command():\n    print('x')\n    {fails}\n"
+    program = f"from runner.common.console import *\n{command}run_command(lambda: command, 'prog')"
     done = subprocess.run(
         ["bash", "-c", f'{sys.executable} -E -c "$0" > /dev/full', program],
         capture_output=True,
@@ -130,7 +139,7 @@ def test_an_error_is_reported_though_the_output_cannot_be_written() -> None:
         check=False,
         cwd=ROOT,
     )
-    assert (done.returncode, done.stderr) == (2, "prog: names: expected two\n")
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 @pytest.mark.parametrize(("code", "prefix"), [(0, ""), (2, "prog: ")])

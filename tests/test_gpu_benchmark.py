@@ -278,9 +278,22 @@ def test_ratios_measured_before_the_time_was_up_are_kept(
 
     monkeypatch.setattr(Context, "run_python", run_python)
     rounds.append({"median": 1.0, "rounds": 1})
-    assert speed.run_benchmark(context, "overhead") == {"ratio": {"median": 1.0, "rounds": 1}}
+    assert speed.run_benchmark(context, "overhead") == {"ratio": {"median": 1.0, "rounds": 1}, "partial": True}
     with pytest.raises(OutOfTimeError):  # not the ratios of the first call
         speed.run_benchmark(context, "overhead")
+
+
+def test_what_was_measured_in_part_is_measured_again_when_there_is_time(small_data: Path, tmp_path: Path) -> None:
+    first = ledger(small_data, tmp_path, 60)
+    first.once("overhead", lambda: {"rounds": 1, "partial": True})
+    first.file.ended = True
+    first.write()
+    assert not first.complete
+    late = ledger(small_data, tmp_path, -1)
+    assert late.once("overhead", lambda: {"rounds": 7})["rounds"] == 1
+    again = ledger(small_data, tmp_path, 60)
+    assert again.once("overhead", lambda: {"rounds": 7})["rounds"] == 7
+    assert again.complete
 
 
 def test_findings_of_another_gpu_or_commit_are_refused(

@@ -189,11 +189,13 @@ def test_muon_takes_filters_and_matrices_but_not_the_last_layer() -> None:
     assert any(p is model[5].weight for p in others["params"])
 
 
-def test_a_scale_per_channel_is_no_matrix_for_muon() -> None:
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 1, 6), (1, 5, 6), (1, 6)])
+def test_what_is_a_vector_when_flattened_is_no_matrix_for_muon(shape: tuple[int, ...]) -> None:
+    """The scale per channel of a ConvNeXt, the class token and the positions of a ViT, a single output."""
     model = nn.Module()
-    model.filters, model.scale = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Parameter(torch.ones(4, 1, 1))
+    model.filters, model.other = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Parameter(torch.ones(shape))
     muon = optim.build_optimizer(Muon(0.1), model)
-    assert [[p.shape for p in group["params"]] for group in muon.param_groups] == [[(4, 3, 1, 1)], [(4, 1, 1)]]
+    assert [[p.shape for p in group["params"]] for group in muon.param_groups] == [[(4, 3, 1, 1)], [shape]]
 
 
 def test_settings_of_muon_reach_its_groups() -> None:

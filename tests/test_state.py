@@ -147,6 +147,14 @@ def test_a_restored_state_keeps_the_settings_of_this_run(accelerator: Accelerato
     assert len(group["params"]) == len(list(restored.model.parameters()))
 
 
+def test_an_optimizer_of_other_groups_is_refused_in_one_line(accelerator: Accelerator) -> None:
+    """As after a version that moved parameters from one group to another."""
+    saved = stored(trained(accelerator, 1))
+    saved["optimizer"]["param_groups"][0]["params"].pop()
+    with pytest.raises(UserError, match=r"the checkpoint's optimizer does not match .*; train from scratch, or resume"):
+        trained(accelerator, 0).load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("evaluated", "current"), [({}, True), ({"evaluated": True}, True), ({"evaluated": False}, False)]
 )

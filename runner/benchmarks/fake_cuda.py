@@ -87,7 +87,8 @@ class Watch(TorchDispatchMode):
         if waits:
             self.note("wait", name)
         elif name in COPIES and len(devices | _devices(out, scalars=True)) > 1:
-            self.note("non-blocking copy" if kwargs.get("non_blocking") else "copy", name)
+            positional = name != "aten._to_copy" and True in args[2:]
+            self.note("non-blocking copy" if positional or kwargs.get("non_blocking") else "copy", name)
         elif len(devices) > 1:
             self.note("mixed", name)
         if self.on and name.startswith("aten.") and not name.startswith("aten.empty") and not func.is_view:

@@ -84,7 +84,7 @@ class OverheadBenchmark:
         settings = {"experiment": self.experiment, "steps": self.steps, "cores": usable_cores()}
         settings |= {"batch": self.recipe().batch_size, "device": self.device}
         more = {"settings": settings}
-        # Written after each round, so that one that is interrupted loses no others.
+        # Written after each round, so that an interruption loses only that round.
         measure.interleaved(
             candidates, self.rounds, "measure overhead",
             lambda: measure.write_ratios(ratios_of(clocks), GOALS, more, self.json),

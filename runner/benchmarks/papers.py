@@ -95,7 +95,7 @@ def paper_outcome(group: list[RunRecord]) -> PaperOutcome:
                 f"{previous.run.folder} and {record.run.folder}: expected runs of one machine and its versions"
             )
     return PaperOutcome(
-        **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},  # of the machine that trained
+        **msgspec.structs.asdict(compare.outcome_of(group)) | {"folders": UNSET},  # paths of the machine that trained
         epochs_test_accuracy={
             record.config.seed: [row.test_accuracy for row in record.metrics if row.test_accuracy is not None]
             for record in group

@@ -47,12 +47,11 @@ def run_command(parse: Callable[[], Callable[[], Any]], prog: str, report_after:
     try:
         try:
             result = call_parser(parse)()
-        except Exception:
-            with contextlib.suppress(OSError):  # the command's own error says more
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            # The command's own error says more, and its exit code has a meaning; --help exits with 0.
+            failed = not isinstance(error, SystemExit) or error.code not in (None, 0)
+            with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
                 _flush()
-            raise
-        except SystemExit:  # of --help
-            _flush()
             raise
         _flush()
         return result

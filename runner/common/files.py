@@ -114,7 +114,7 @@ def _files_below(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterato
         remedy = "; grant permission" if error.errno == errno.EACCES else ""
         raise UserError(f"{folder}: cannot be read ({error.strerror}){remedy}") from None
     for entry in entries:
-        # The other ways to ask raise for a link to itself, or into a folder without permission.
+        # `entry.is_dir` and `Path.is_dir` raise OSError for a link to itself, or into a folder without permission.
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(folder / entry.name)):  # noqa: PTH112
             yield from _files_below(folder / entry.name, ancestors | {own})
         else:
@@ -144,7 +144,7 @@ def unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, PermissionError):
         return UserError(f"{path}: cannot be read ({error.strerror}); grant permission")
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: expected a file, found none")
+        return UserError(f"{path}: expected a file, found none; restore it")
     return UserError(f"{path}: damaged, or written by another version ({error}); restore or remove it")
 
 

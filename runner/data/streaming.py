@@ -74,9 +74,8 @@ class StreamingBatches(BatchStream):
             loader = self._ffcv_loader()
             order = samples if self.indices is None else self.indices[samples]
             loader.traversal_order.samples = order
-            loader.first_traversal_order = (
-                order  # its length ends the epoch; mixing reads more images than the file has
-            )
+            # Its length ends the epoch; mixing reads more images than the file has.
+            loader.first_traversal_order = order
             chunks = _iterate_with_timeout(iter(loader), self.path)
         for images in upload(self._batches(chunks, sizes), self.device):
             yield images, torch.arange(len(images), device=self.device)

@@ -78,8 +78,8 @@ def select_library(backend: str, targets: tuple[str, ...] = ()) -> tuple[str, Mo
     if backend != "auto":
         _check_targets(backend, targets)
         if problem := _unsupported_reason(backend, targets, gpu):
-            crosses = LIBRARIES[backend].portable_capabilities
-            remedy = "--backend tensorrt, or other GPUs by --target" if crosses else "another GPU"
+            portable = LIBRARIES[backend].portable_capabilities
+            remedy = "--backend tensorrt, or other GPUs by --target" if portable else "another GPU"
             found, remedy = (gpu, remedy) if gpu else ("none", "--backend tensorrt-rtx")
             raise UserError(f"--backend {backend}: {problem}, found {found}; use {remedy}")
         return backend, import_library(backend)
@@ -87,9 +87,11 @@ def select_library(backend: str, targets: tuple[str, ...] = ()) -> tuple[str, Mo
     if gpu and targets and target_of(gpu.capability) not in targets:
         own = target_of(gpu.capability)
         possible = own in LIBRARIES["tensorrt-rtx"].targets
-        expected = f"expected to include {own} for {gpu}; to" if possible else f"no engine for {gpu}; to"
+        expected = (
+            f"expected to include {own} for {gpu}" if possible else f"expected none on {gpu}, which has no target"
+        )
         raise UserError(
-            f"--target {' '.join(targets)}: {expected} build for other GPUs only, add --backend tensorrt-rtx"
+            f"--target {' '.join(targets)}: {expected}; to build for other GPUs only, add --backend tensorrt-rtx"
         )
     problems: list[str] = []
     packages: list[str] = []
@@ -238,7 +240,7 @@ def smoke_test(backend: str) -> SmokeTest:
         UserError: as in `select_library`.
         RuntimeError: the engine is not built, does not load or run, or its output is wrong.
     """
-    backend, trt = select_library(backend)
+    backend, trt = select_library(backend)  # "auto" is resolved
     gpu = environment.first_gpu()
     targets, capabilities = resolve_targets(backend, (), gpu)
     log = Log(trt)

@@ -395,7 +395,7 @@ def has_external_data(path: Path, sha256: str) -> bool:
 
 def _refers_to_files(proto: "ModelProto") -> bool:
     tensors = [tensor for graph in (proto.graph, *proto.functions) for tensor in _tensors(graph)]
-    tensors += [attribute.t for function in proto.functions for attribute in function.attribute_proto]
+    tensors += [tensor for function in proto.functions for tensor in _attribute_tensors(function.attribute_proto)]
     return any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in tensors)
 
 
@@ -405,14 +405,19 @@ def _tensors(graph: Any) -> Iterator[Any]:
     for sparse in getattr(graph, "sparse_initializer", ()):
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+        yield from _attribute_tensors(node.attribute)
+
+
+def _attribute_tensors(attributes: Any) -> Iterator[Any]:
+    """Yields every constant in attributes of a node or function."""
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 @contextlib.contextmanager

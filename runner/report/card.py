@@ -134,7 +134,7 @@ def accuracy(record: RunRecord, summary: Summary) -> str:
         epoch = f"epoch {summary.best_epoch:g}, the best on validation images"
     how = f"computed in {record.config.precision}, as in training"
     note = "Exported files are scored below. No weights were selected on test images."
-    return f"The accuracy after {epoch}, {how}. {note}\n\n" + facts(rows)
+    return f"The accuracy is that after {epoch}, {how}. {note}\n\n" + facts(rows)
 
 
 def classes(record: RunRecord, summary: Summary) -> str:
@@ -223,7 +223,9 @@ def use(record: RunRecord) -> str:
     rows = record.parity.rows if record.parity else []
     passed = [row for row in rows if row.passed and row.backend == "onnxruntime" and row.front_end == "normalized"]
     if not passed:
-        return "No file for onnxruntime has passed the gate yet: `runner export RUN`, then `runner parity RUN`."
+        if any(row.backend == "onnxruntime" and not row.passed for row in rows):
+            return "No file for onnxruntime has passed the gate."
+        return "Export a file first: `runner export RUN`, then `runner parity RUN`."
     path, (channels, height, width) = repr(str(record.run.folder / passed[0].onnx)), record.config.input.shape
     return f"""```python
 import numpy as np

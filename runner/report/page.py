@@ -46,7 +46,7 @@ class PageRun:
 
     @property
     def status(self) -> str:
-        """`failed` or `unfinished` without a summary; else `incomplete`, the gate's result and `one class`, if so.
+        """`failed` or `unfinished` without a summary; else the gate's result, and `incomplete` or `one class` if so.
 
         The gate compares exported files with the model in torch on the whole test set (see runner.deploy.parity).
         """

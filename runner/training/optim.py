@@ -94,8 +94,8 @@ def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     excluded = {id(parameter) for module in last for parameter in module.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A scale per channel, such as (C, 1, 1) of a ConvNeXt, is a vector.
-    matrices = [p for p in trained if p.squeeze().ndim > 1 and id(p) not in excluded]
+    # As orthogonalized: a scale per channel (C, 1, 1) of a ConvNeXt, or a ViT's positions (1, N, D), is a vector.
+    matrices = [p for p in trained if p.ndim > 1 and min(p.flatten(1).shape) > 1 and id(p) not in excluded]
     matrix_ids = {id(p) for p in matrices}
     muon_group = {
         "params": matrices,

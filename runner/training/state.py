@@ -149,7 +149,13 @@ class TrainState:
         """Restores the optimizer, but keeps this run's settings, which may have changed with --resume-anyway."""
         groups = self.optimizer.param_groups
         current = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self.optimizer.load_state_dict(state)
+        try:
+            self.optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint's optimizer does not match this version's ({error}); train from scratch, or resume "
+                "with the version that wrote it"
+            ) from None
         for group, settings in zip(self.optimizer.param_groups, current, strict=True):
             group.update(settings | {"lr": group["lr"], "peak_lr": settings["lr"]})
 

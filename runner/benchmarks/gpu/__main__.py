@@ -183,6 +183,8 @@ def show(context: Context, codes: dict[str, int]) -> bool:
         for key, finding in findings.items():
             if not was_measured(finding):
                 messages.append(f"{key}: {finding.get('missing') or finding['failed']}")
+            elif "partial" in finding:
+                messages.append(f"{key}: measured in part; rerun the same command to measure it again")
             elif finding.get("failed_tests"):
                 messages.append(f"{key}: {len(finding['failed_tests'])} tests failed")
             failed |= "failed" in finding or bool(finding.get("failed_tests"))

@@ -20,7 +20,8 @@ from runner.config.recipe import to_json
 from runner.run.schema import Hardware
 from runner.system import environment
 
-Finding = dict[str, Any]  # a measurement; or {"missing": reason} or {"failed": reason}
+# A measurement, with "partial" if the time was up before its end; or {"missing": reason} or {"failed": reason}.
+Finding = dict[str, Any]
 
 
 class PartResults(msgspec.Struct, kw_only=True, rename={"findings": "found"}):
@@ -86,7 +87,8 @@ class Ledger:
     @property
     def complete(self) -> bool:
         """Whether the part has run to its end and everything was measured."""
-        return self.file.ended is True and len(self.measured) == len(self.file.findings)
+        partial = any("partial" in finding for finding in self.file.findings.values())
+        return self.file.ended is True and len(self.measured) == len(self.file.findings) and not partial
 
     @property
     def measured(self) -> dict[str, Finding]:
@@ -109,7 +111,8 @@ class Ledger:
             The finding; None if it is missing or failed.
         """
         previous = self.measured.get(name)
-        if previous is not None and not remeasure:
+        extended = previous is not None and "partial" in previous and self.context.seconds_left() > 0
+        if previous is not None and not remeasure and not extended:
             return previous
         start, out_of_time = time.monotonic(), False
         try:
@@ -123,7 +126,7 @@ class Ledger:
             finding = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         reason = finding.get("missing") or finding.get("failed")
         if previous is not None and not reason:
-            added = {"took_seconds", "at"} - finding.keys()  # below
+            added = {"took_seconds", "at"} - finding.keys()  # when it is recorded
             if finding == {key: value for key, value in previous.items() if key not in added}:
                 return previous
         if not (reason and previous) and not (out_of_time and name in self.file.findings):

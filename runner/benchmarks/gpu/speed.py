@@ -206,21 +206,24 @@ def measure_architecture(context: Context, name: str, mode: str, peak: dict[str,
 
 
 def run_benchmark(context: Context, name: str) -> dict[str, Any]:
-    """Runs another benchmark, which starts its own processes; returns its ratios and goals, as far as there was time.
+    """Runs another benchmark, which starts its own processes; returns its ratios and goals.
+
+    If the time was up before its end, returns what it had written, and `partial`.
 
     Raises:
-        OutOfTimeError: there was no time for a ratio.
+        OutOfTimeError: it had written nothing.
     """
     out = context.scratch / f"{name}.json"
     out.unlink(missing_ok=True)
     argv = ["-m", f"runner.benchmarks.{name}", "--data", context.data, "--json", out]
     if name == "overhead":
         argv += ["--device", "cuda", "--experiment", GOAL_EXPERIMENT, "--batch", context.scale.batch, "--steps", 200]
+    finding: dict[str, Any] = {}
     try:
         context.run_python(*argv)
     except OutOfTimeError:
         if not out.is_file():
             raise
-    return {
-        key: value for key, value in read_json(out, dict[str, Any]).items() if key.startswith("ratio") or key == "goals"
-    }
+        finding["partial"] = True
+    written = read_json(out, dict[str, Any])
+    return {key: written[key] for key in written if key.startswith("ratio") or key == "goals"} | finding
