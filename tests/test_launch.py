@@ -341,6 +341,40 @@ def test_a_job_is_queued_again_until_the_limit_which_lost_nodes_do_not_use_up(ch
     assert not list(copy.glob("runs/slurm/.*"))
 
 
+def with_patience(copy: Path, seconds: int) -> None:
+    """Replaces the link to the scripts by a copy that waits for so long."""
+    (copy / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", copy / "slurm")
+    script = (copy / "slurm" / "train.sbatch").read_text()
+    (copy / "slurm" / "train.sbatch").write_text(re.sub(r"^PATIENCE=\d+", f"PATIENCE={seconds}", script, flags=re.M))
+
+
+def test_a_job_whose_ranks_do_not_stop_is_queued_again_at_the_time_limit(checkout: Path, tmp_path: Path) -> None:
+    program = "kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; exec sleep 20 >/dev/null 2>&1"
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    with_patience(copy, 2)
+    done = run_batch_script(copy, *JOB)
+    assert done.stderr.splitlines()[-1] == "train.sbatch: the time limit came before a checkpoint; queued again"
+    assert done.returncode == 75
+
+
+def test_ranks_that_stop_shortly_after_the_time_limit_have_a_checkpoint(checkout: Path, tmp_path: Path) -> None:
+    program = STOPS.replace("exit 75", "kill -TERM $PPID; sleep 1; exit 75")
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    done = run_batch_script(copy, *JOB)
+    assert done.stderr.splitlines()[-1] == "train.sbatch: stopped with a checkpoint; queued again"
+    assert done.returncode == 75
+
+
+def test_a_cancelled_job_asks_for_a_checkpoint_and_is_not_queued_again(checkout: Path, tmp_path: Path) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", STOPS.replace("USR1", "TERM"))
+    with_patience(copy, 1)  # it waits for the ranks all the same
+    with_calls(copy, "scontrol", "echo ' NodeAddr=127.0.0.1 '")
+    done = run_batch_script(copy, *JOB)
+    assert (done.returncode, "queued" in done.stderr) == (75, False)
+    assert not [call for call in calls_of(copy, "scontrol") if call.startswith("requeue")]
+
+
 def test_a_second_signal_does_not_undo_the_first(checkout: Path, tmp_path: Path) -> None:
     """It comes when the ranks have written the checkpoint, and removed the stop file."""
     program = STOPS.replace("exit 75", "kill -USR1 $PPID; sleep 0.5; exit 75")
@@ -403,8 +437,10 @@ def test_one_of_very_many_nodes_is_the_first(checkout: Path, tmp_path: Path) -> 
 
 def test_one_node_does_not_ask_the_controller(checkout: Path, tmp_path: Path) -> None:
     copy = with_program(checkout, tmp_path / "copy", "scontrol", "exit 1")
+    with_calls(copy, "srun", 'shift; exec "$@"')
     done = run_batch_script(copy, *JOB, SLURM_NNODES="1")
     assert done.returncode == 0, done.stderr
+    assert calls_of(copy, "srun")[0].startswith("--kill-on-bad-exit=1 bash slurm/train_node ")
 
 
 @pytest.mark.parametrize("address", ["fd00::5", "[fd00::5]"])
