@@ -76,17 +76,17 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
         return group_parameters(model, matcher(coarse=False), reverse=True)
     layer_of = {name: match[0] for name, _ in model.named_parameters() if (match := LAYER.match(name))}
     with_matrices = {layer_of[name] for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    numbers: dict[str, int] = {}  # of layers
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    seen: set[str] = set()
     number = 0
-    for name, parameter in model.named_parameters():
-        layer = layer_of[name]
-        if layer not in numbers:
-            number += bool(numbers) and layer in with_matrices
-            numbers[layer] = number
-        # A module may have parameters before and after a sequence, such as a ViT's positions and its last norm.
-        found[name] = numbers[layer] if parameter.ndim > 1 else number
-    return found
+    for name, layer in layer_of.items():
+        if layer not in seen:
+            number += bool(seen) and layer in with_matrices
+            seen.add(layer)
+        # Also of a module that was seen: it may have parameters before and after a sequence, such as a ViT's positions
+        # and its last norm.
+        numbers[name] = number
+    return numbers
 
 
 def build_muon(recipe: recipes.Muon, model: nn.Module) -> "Muon":
