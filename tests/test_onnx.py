@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -282,6 +283,8 @@ def test_every_size_can_be_resized_to_every_larger_one() -> None:
             factor = exporter.resize_factor(size, target)
             assert int(np.float32(size) * factor) == target
             assert factor == pytest.approx(target / size, rel=1e-6)
+            if int(np.float32(size) * np.float32(target / size)) == target:
+                assert factor == np.float32(target / size), "the nearest one where it suffices"
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (8, 5), (16, 5)])
@@ -324,6 +327,34 @@ def test_logits_of_another_shape_are_refused(tmp_path: Path) -> None:
     exporter.check_finite(path, (2,), 10, raw=False, fp16=False)
     with pytest.raises(RuntimeError, match=r"expected logits of shape \(64, 9\), found \(64, 10\)"):
         exporter.check_finite(path, (2,), 9, raw=False, fp16=False)
+
+
+@pytest.mark.parametrize(
+    ("fp16", "remedy"), [(True, "exceed those of fp16; export fp32 or int8"), (False, "train the")]
+)
+def test_logits_that_are_not_finite_have_a_remedy(fp16: bool, remedy: str, tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    nodes = [helper.make_node("MatMul", ["images", "weights"], ["logits"])]
+    onnx.save(small_graph(nodes, (2,), weights=np.full((2, 10), np.inf, np.float32)), path)
+    with pytest.raises(UserError, match=f"expected finite logits, found infinity or NaN; .*{remedy}"):
+        exporter.check_finite(path, (2,), 10, raw=False, fp16=fp16)
+
+
+def test_a_listed_file_with_external_data_is_not_current(run: Run) -> None:
+    """Whoever made a run folder also wrote the hashes in it."""
+    file = add(run)
+    for what in ("external data", "no graph"):
+        model = onnx.load(file.path)
+        tensor = onnx.TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="w.bin")
+        (run.deploy / "w.bin").write_bytes(b"\0" * 4)
+        model.graph.initializer.append(tensor)
+        file.path.write_bytes(model.SerializeToString() if what == "external data" else b"\xff")
+        entry = msgspec.structs.replace(run.read_exports()[file.path.name], sha256=sha256_of(file.path))
+        write_json(run.exports, {file.path.name: entry})
+        with pytest.raises(UserError, match="found one with external data"):
+            exporter.exported(run)
+        file = add(run)
 
 
 # Where a graph may hold a constant: name, and a function that puts it there.
@@ -426,6 +457,9 @@ def test_a_raw_file_is_removed_when_the_file_changes_that_it_was_made_from(
     graph = graph_of(checkpoint.load_model(run))
     exporter.write(run, graph, "int8", False, exporter.weights_sha256(run), kept=["node_conv2d"])
     assert [file.name for file in exporter.all_exported(run)] == ["fp32", "int8", "fp32.raw"]
+    exporter.path_of(run, "fp32", raw=True).unlink()  # listed, and gone
+    exporter.write(run, graph, "fp32", False, exporter.weights_sha256(run), kept=["node_conv2d"])
+    assert "model.fp32.raw.onnx" not in run.read_exports()
     assert not exporter.path_of(run, "int8", raw=True).exists()
     assert (
         "model.int8.raw.onnx: removed, because it was made from the earlier model.int8.onnx" in capsys.readouterr().err
