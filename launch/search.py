@@ -136,7 +136,7 @@ class Search:
             require_sbatch(environ)
         slots = self.slots_here(plan) if self.on == "local" else None
         if not trials:
-            plan.check_corners()
+            plan.check_values()
         with study.locked():
             existing, trials = study.read()
             if trials and existing:  # another worker may have started meanwhile

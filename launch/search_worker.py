@@ -65,7 +65,7 @@ class Plan:
         """Returns the name of a trial's run, without the seed."""
         return f"{self.name}-{number:03d}"
 
-    def check_corners(self) -> None:
+    def check_values(self) -> None:
         """Checks the ends of each range and all choices, one at a time, for each experiment.
 
         Raises:
@@ -222,7 +222,7 @@ class StudySource:
         return f"failed: {reason}"
 
     def _record(self, number: int, target: int, trial: Trial) -> str:
-        """Stores the accuracies of a trial that has reached its target; returns "" for one that has not.
+        """Stores the accuracies of a trial that has reached its target; returns "" for one that is not done.
 
         Raises:
             UserError: a file of the run is damaged, or does not have an objective.
@@ -237,6 +237,8 @@ class StudySource:
             self.study.report(number, accuracy)
             self.study.complete(number, objectives)
             return f"{summary.validation_accuracy:.2%} validation accuracy"
+        if target == self.definition.rungs[-1]:  # ended after its last checkpoint: its results are still to be written
+            return ""
         steps = [row.global_step for row in rows if row.epoch == target]
         if not steps or max(trial.run.checkpoint_steps(), default=-1) < steps[0] or state == "running":
             return ""

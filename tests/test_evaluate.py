@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from runner.config.recipe import SGD, Recipe
 from runner.data.open import EVALUATION_BATCH, RankInfo, open_manifest, open_split
@@ -75,6 +76,14 @@ def test_the_mode_is_restored_after_an_error(small_data: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         evaluate(model, batches(small_data), 10, advance=lambda amount: 1 / 0)
     assert model.training
+
+
+def test_the_mode_of_each_module_is_restored(small_data: Path) -> None:
+    model = Tiny(norm=True)
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    evaluate(model, batches(small_data), 10)
+    assert (model.training, frozen.training) == (True, False)
 
 
 @pytest.mark.parametrize("times", [0, 2])

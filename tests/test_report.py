@@ -217,7 +217,7 @@ def test_a_run_that_stopped_early_is_complete(runs: Path) -> None:
         replace(record, summary=msgspec.structs.replace(record.summary, epochs=epochs, stopped_early=early))
         for epochs, early in ((1.0, False), (1.0, True), (1.5, True))
     ]
-    assert [one.incomplete for one in ended] == [True, False, False]
+    assert [one.shortened for one in ended] == [True, False, False]
     (outcome,) = compare.outcomes(ended[1:])
     assert outcome.epochs == 1.25
     assert not outcome.incomplete

@@ -88,7 +88,8 @@ def test_a_value_may_be_a_range(word: str, parsed: spaces.Domain | None) -> None
 @pytest.mark.parametrize(
     "word",
     ["log:0:1", "log:-1:1", "log:1:1e-3", "lin:1", "lin:1:2:3", "int:1.5:3", "lin:a:b", "lin:nan:1", "log:1:inf", "a|",
-     "a|a", "0.1|1e-1", "int:3:3", f"int:1:1{'0' * 400}", "log:1.00001:1.00002", "lin:0.123456:1"],
+     "a|a", "0.1|1e-1", "int:3:3", f"int:1:1{'0' * 400}", "log:1.00001:1.00002", "lin:0.123456:1", "lin:0:0.99999",
+     "log:0.12344:0.9"],
 )  # fmt: skip
 def test_what_is_no_range_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="expected"):
@@ -728,6 +729,17 @@ def test_a_stopped_trial_is_continued_first(worker: StudySource, plan: Plan) -> 
     assert next_job(StudySource(plan, worker.study, 12)).trial.id == job.trial.id
 
 
+def test_a_trial_that_was_killed_before_its_results_were_written_is_finished(small_data: Path, tmp_path: Path) -> None:
+    """After its last checkpoint: it has the accuracies of all epochs, but is not complete."""
+    plan = command(small_data, tmp_path / "runs", pruner="none").plan(RANGES)
+    worker = StudySource(plan, study_of(plan, tmp_path), 1)
+    job = next_job(worker)
+    write_progress(job.trial.run, 9, random.Random(0), None)
+    assert worker.ended(job, "killed by signal 9") == "failed: killed by signal 9"
+    again = next_job(worker)
+    assert (again.trial.id, again.arguments) == (job.trial.id, job.arguments)
+
+
 def test_two_slots_have_different_trials_also_without_file_locks(
     worker: StudySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,7 +772,7 @@ def test_a_combination_that_cannot_be_trained_is_a_failed_trial(small_data: Path
     """Each value is valid by itself, so that it is found out only when the combination is sampled."""
     options = [*RANGES[:3], "--recipe.ema=0|0.9", "--recipe.prune=0|0.5"]
     plan = command(small_data, tmp_path / "runs").plan(options)
-    plan.check_corners()
+    plan.check_values()
     worker = StudySource(plan, study_of(plan, tmp_path), 12)
     jobs = [next_job(worker) for _ in range(3)]
     assert worker.next() is None

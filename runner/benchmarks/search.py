@@ -61,9 +61,13 @@ class Budget(msgspec.Struct):
 
 
 class Method(msgspec.Struct):
-    """A method: its regret by budget, and the median fraction of the epochs after which its regret stays below GOAL.
+    """A method: its regret by budget.
 
-    `spent` is the median fraction of the grid's epochs that a whole search spends.
+    Attributes:
+        budgets: regrets by budget.
+        to_goal: fraction of the grid's epochs after which the median regret stays at or below GOAL; None if it never
+            does.
+        spent: median fraction of the grid's epochs that a whole search spends.
     """
 
     budgets: list[Budget]
@@ -111,7 +115,7 @@ class Replay:
             raise UserError(f"{self.study}: expected the folder of a search, found none")
         curves = read_curves(self.study, definition, trials)
         replays = self.replay_all(definition, curves)
-        config = Run(self.study.parent.parent / trials[0].run).config()
+        config = Run(self.study.resolve().parent.parent / trials[0].run).config()
         result = Result(
             dataset=config.dataset.name,
             experiments=list(definition.names),
@@ -157,7 +161,7 @@ def read_curves(folder: Path, definition: Definition, trials: Sequence[StudyTria
     epochs = definition.rungs[-1]
     curves = {}
     for trial in trials:
-        rows = read_metrics(Run(folder.parent.parent / trial.run))
+        rows = read_metrics(Run(folder.resolve().parent.parent / trial.run))
         curve = [row.validation_accuracy for row in rows if row.validation_accuracy is not None]
         if len(curve) != epochs:
             raise UserError(f"{trial.run}: expected the accuracy after each of {epochs} epochs, found {len(curve)}")

@@ -199,7 +199,7 @@ def limits(record: RunRecord, summary: Summary) -> Iterator[str]:
     dataset = record.config.dataset
     yield f"Accuracy was measured on {plain(dataset.name)} alone; on images from elsewhere it is not known."
     yield "Every image is assigned to one of the classes, whatever it shows."
-    if record.incomplete:
+    if record.shortened:
         epochs = f"{summary.epochs:g} epoch{'' if summary.epochs == 1 else 's'}"
         yield f"It was trained for {epochs}; its registered recipe has {record.recipe_epochs}."
     yield "It is one seed; the deviation over seeds is not part of this card."

@@ -289,7 +289,7 @@ def outcome_of(group: list[RunRecord]) -> Outcome:
     test_accuracies = _by_seed((row.seed, row.test_accuracy) for row in rows)
     reproductions = _by_seed((row.seed, row.reproduced) for row in rows)
     mean = statistics.mean(reproductions) if reproductions else None
-    incomplete = any(record.incomplete for record in group)
+    incomplete = any(record.shortened for record in group)
     comparable = first.unchanged and not incomplete
     difference = None
     if comparable and first.reported and mean is not None:
@@ -349,7 +349,7 @@ def summarize_runs(records: Sequence[RunRecord]) -> Overview:
         (-record.summary.test_accuracy, position) for position, record in enumerate(records) if record.summary
     )
     positions = [position for _, position in finished]
-    positions.sort(key=lambda position: records[position].incomplete)  # keeps the order by accuracy
+    positions.sort(key=lambda position: records[position].shortened)  # keeps the order by accuracy
     best: dict[str, int] = {}
     gate: dict[GateStatus, list[int]] = {}
     for position in positions:
@@ -358,7 +358,7 @@ def summarize_runs(records: Sequence[RunRecord]) -> Overview:
     return Overview(
         best=dict(sorted(best.items())),
         gate=gate,
-        incomplete=[position for position in positions if records[position].incomplete],
+        incomplete=[position for position in positions if records[position].shortened],
         unfinished=[position for position, record in enumerate(records) if record.summary is None],
         one_class=[position for position in positions if records[position].predicts_one_class],
     )

@@ -41,7 +41,7 @@ def overview(records: list[RunRecord]) -> str:
         accuracy = percent(record.summary.test_accuracy if record.summary else None, None)
         lines.append(
             f"Best on {plain(dataset)}: {named([position])}, **{accuracy}**"
-            + (", incomplete: no run on this dataset ran all epochs" if record.incomplete else "")
+            + (", incomplete: no run on this dataset ran all epochs" if record.shortened else "")
         )
     if found.gate:
         counts = ", ".join(f"{len(positions)} {result}" for result, positions in sorted(found.gate.items()))

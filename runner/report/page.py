@@ -56,13 +56,13 @@ class PageRun:
         gate = "not scored" if record.gate == "not scored" else f"gate {record.gate}"
         if record.gate == "failed":
             gate += f": {', '.join(record.failed_precisions)}"
-        parts = ["incomplete" if record.incomplete else "", gate, "one class" if record.predicts_one_class else ""]
+        parts = ["incomplete" if record.shortened else "", gate, "one class" if record.predicts_one_class else ""]
         return ", ".join(filter(None, parts))
 
     @property
     def comparable(self) -> bool:
         """Whether its accuracy may be compared with the paper's."""
-        return self.row.unchanged and not self.record.incomplete and self.record.config.dataset.is_cifar10
+        return self.row.unchanged and not self.record.shortened and self.record.config.dataset.is_cifar10
 
     @property
     def confusion(self) -> figures.Chart | None:
@@ -88,7 +88,7 @@ class PageRun:
             "name": self.row.name,
             "dataset": self.row.dataset,
             "machine": str(self.record.latency.hardware) if self.record.latency else "",
-            "incomplete": self.record.incomplete,
+            "incomplete": self.record.shortened,
             "test_accuracy": self.row.test_accuracy,
             "eager_ms": compare.p50_ms(self.row, "eager"),
             "onnx_ms": compare.p50_ms(self.row, "onnxruntime"),

@@ -17,7 +17,7 @@ GateStatus = Literal["passed", "failed", "not scored"]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The contents of a run folder; None for a file that does not exist."""
+    """The contents of a run folder; None, or an empty list, for a file that does not exist."""
 
     run: Run
     config: RunConfig
@@ -58,7 +58,7 @@ class RunRecord:
         return msgspec.convert(registered, int)
 
     @property
-    def incomplete(self) -> bool:
+    def shortened(self) -> bool:
         """Whether the run finished after fewer epochs than its recipe has, unless by early stopping."""
         summary = self.summary
         if summary is None:

@@ -108,8 +108,8 @@ def _report(
     ]
     for dataset in datasets:
         on_dataset = [record for record in records if record.dataset == dataset]
-        complete = [record for record in on_dataset if record.summary and not record.incomplete]
-        incomplete = [record for record in on_dataset if record.incomplete]
+        complete = [record for record in on_dataset if record.summary and not record.shortened]
+        incomplete = [record for record in on_dataset if record.shortened]
         named = {"complete": complete, "incomplete": incomplete}
         run_sets = [_run_set(f"{name}, {dataset}", runs) for name, runs in named.items() if runs]
         if run_sets:

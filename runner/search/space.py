@@ -96,7 +96,7 @@ def parse_domain(option: str, word: str) -> Domain | None:
     """Parses the value of an option as a range; returns None if it is a plain value.
 
     Raises:
-        UserError: it begins as a range does, but is none.
+        UserError: it begins as a range does but is none, or a choice is empty or there twice.
     """
     scale, colon, rest = word.partition(":")
     if colon and scale in SCALES:
@@ -130,7 +130,7 @@ def _parse_range(option: str, word: str, scale: Scale, rest: str) -> Range:
     if scale == "log" and low <= 0:
         raise UserError(f"{option} {word}: expected a range above 0 on a logarithmic scale")
     found = Range(scale, low, high)
-    if (low, high) != (found.rounded(low), found.rounded(high)) or found.word(low) == found.word(high):
+    if [low, high] != [float(found.word(end)) for end in (low, high)]:
         raise UserError(f"{option} {word}: expected bounds of at most four digits")
     return found
 

@@ -132,7 +132,7 @@ def evaluate(
         batches: this rank's slices of the split, in file order.
         num_classes: number of classes.
         sum_over_ranks: the all-reduce; the identity for one rank.
-        advance: called after each batch with the number of images that this rank evaluated.
+        advance: called after each batch of which this rank has images, with their number.
         views: average the logits over several views of each image (test-time augmentation).
         before_batch: called with the number of each batch before it is evaluated, on all ranks, also those that have no
             image of it; an exception that it raises ends the evaluation.
@@ -159,24 +159,25 @@ def evaluate(
 
 @contextlib.contextmanager
 def _evaluation_mode(forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Puts a module into evaluation mode, and restores its mode on exit; does nothing for a function."""
+    """Puts a module into evaluation mode, and restores that of each submodule on exit; does nothing for a function."""
     if not isinstance(forward, nn.Module):
         yield
         return
-    was_training = forward.training
+    modes = [(module, module.training) for module in forward.modules()]
     forward.eval()
     try:
         yield
     finally:
-        forward.train(was_training)
+        for module, training in modes:  # such as a batch norm that is frozen
+            module.training = training
 
 
 def augmented_views(images: torch.Tensor, kind: Views) -> list[tuple[float, torch.Tensor]]:
     """Returns the views of images (n, 3, H, W) for test-time augmentation, each with its weight; weights sum to 1.
 
-    "none" returns only the image. "flip" adds its mirror image. "flip-shift" also adds both shifted by one pixel up and
-    left, and by one pixel down and right, with reflected edges; the unshifted views together have half of the weight,
-    as in airbench's `infer_mirror_translate`.
+    "none" returns only the image. "flip" adds its mirror image. "flip-shift" also adds the image shifted by one pixel
+    up and left, and by one pixel down and right, with reflected edges, and the mirror images of both; the unshifted
+    views together have half of the weight, as in airbench's `infer_mirror_translate`.
     """
     if kind == "none":
         return [(1.0, images)]
