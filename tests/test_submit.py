@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.submit import Allocation, Submit, name_and_log
+from launch.submit import Allocation, Submit, check_mounts, name_and_log
 from launch.submit import sbatch as submitted
 from runner.common.command_line import options_of, read_command_and_rest
 from runner.common.errors import UserError
@@ -280,6 +280,19 @@ def test_a_path_that_a_container_cannot_mount_is_refused_before_the_queue(
     ]
     assert not (tmp_path / "job").exists()
     assert module("launch", *words, "--dry-run").returncode == 0
+
+
+def test_only_what_a_container_mounts_must_have_no_comma(tmp_path: Path) -> None:
+    """The folder of runs is created by the job, and mounted too."""
+    allocation, environ = Allocation(container_image="team/runner"), dict(os.environ)
+    for name in ("my,runs", "my:runs"):
+        with pytest.raises(UserError, match=f"/{name}: expected no comma and no colon"):
+            check_mounts(allocation, [], tmp_path / name, environ)
+    check_mounts(allocation, ["--name=/no,where", "--data", "a,b"], tmp_path / "runs", environ)
+    (tmp_path / "a,b").mkdir()
+    with pytest.raises(UserError, match="/a,b: expected no comma"):
+        check_mounts(allocation, [f"--data={tmp_path}/a,b"], tmp_path / "runs", environ)
+    check_mounts(Allocation(), [f"--data={tmp_path}/a,b"], tmp_path / "my,runs", environ)
 
 
 def test_a_missing_dataset_is_rejected(tmp_path: Path) -> None:

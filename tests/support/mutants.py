@@ -48,7 +48,7 @@ MODULES = {
     "launch/submit.py": [
         "tests/test_submit.py -k 'sbatch_takes or sbatch_reads or one_node or each_gpu or plain_name or the_answer'",
         "tests/test_submit.py -k inherit",
-        "tests/test_submit.py -k 'dry_run or exits_2 or missing or before_the_queue'",
+        "tests/test_submit.py -k 'dry_run or exits_2 or missing or before_the_queue or only_what'",
     ],
     **{
         script: [f"tests/test_launch.py -k '{selection}'"]
