@@ -204,3 +204,68 @@ def test_the_best_latency_is_of_single_images_and_of_files_that_passed(record: R
     assert compare.p50_ms(row, "eager", 2) == 2.0
     assert compare.p50_ms(row, "eager", 1, "fp16") == 6.0
     assert compare.p50_ms(row, "engine") is None
+
+
+def test_an_outcome_of_an_earlier_version_is_incomplete_by_its_epochs(record: RunRecord) -> None:
+    (outcome,) = compare.outcomes([record])
+    for epochs, incomplete in ((1.999, True), (2 - 1e-12, False), (2.0, False), (3.0, False)):
+        assert changed(outcome, epochs=epochs, incomplete=None).incomplete is incomplete
+        assert changed(outcome, epochs=epochs, incomplete=True).incomplete is True  # such as by early stopping
+
+
+def test_equal_labels_are_numbered(record: RunRecord) -> None:
+    """Settings in labels are abbreviated, here to the same text."""
+    architecture = record.config.architecture
+    arguments = [{"a": "x" * 24 + end} for end in "abc"]
+    runs = [with_config(record, architecture=replace(architecture, arguments=one)) for one in arguments]
+    first, second, third = (outcome.label for outcome in compare.outcomes(runs))
+    assert (second, third) == (f"{first} #2", f"{first} #3")
+
+
+def test_the_summary_of_runs(record: RunRecord) -> None:
+    """A run that completed its recipe comes before one that did not, whatever their accuracies."""
+    dataset = changed(record.config.dataset, name="own")
+    runs = [
+        with_summary(record, test_accuracy=0.2), replace(record, summary=None), with_summary(record, test_accuracy=0.3),
+        with_summary(record, test_accuracy=0.9, epochs=1.0), with_config(record, dataset=dataset),
+    ]  # fmt: skip
+    overview = compare.summarize_runs(runs)
+    assert overview.best == {record.dataset: 2, "own": 4}
+    assert (overview.incomplete, overview.unfinished, overview.one_class) == ([3], [1], [])
+    assert overview.gate == {"passed": [4, 2, 0, 3]}
+    assert compare.summarize_runs(runs[3:4]).best == {record.dataset: 0}
+
+
+def test_latencies_of_several_machines(record: RunRecord) -> None:
+    """Copies of a run share rows; a run of the same name with other weights has its own, by its distinct name."""
+
+    def measured(cpu: str, threads: int | None, weights: str, *rows: dict[str, Any], root: str = "") -> RunRecord:
+        first = record.latency.rows[0]
+        hardware = changed(record.latency.hardware, cpu=cpu)
+        plain = {"backend": "eager", "precision": "fp32", "batch": 1, "provider": None, "p50_ms": 1.0}
+        report = changed(
+            record.latency, hardware=hardware, threads=threads, weights=weights, versions={"torch": "2.15"},
+            rows=[changed(first, **(plain | row)) for row in rows],
+        )  # fmt: skip
+        return replace(record, latency=report, root=root)
+
+    engine = {"backend": "engine", "provider": "tensorrt 11.4 fp32"}
+    one = measured("A", 1, "w", {"p50_ms": 3.0}, {"p50_ms": 2.0}, engine | {"p50_ms": 4.0}, {"p50_ms": None})
+    two = measured("B", 2, "w", {"p50_ms": 5.0}, engine | {"provider": "tensorrt 12.0 fp32"}, {"batch": None})
+    machines, rows = compare.latencies_by_machine([one, two, replace(record, latency=None)])
+    assert [machine.partition(" of ")[2] for machine in machines] == [
+        "A, 1 thread, torch 2.15",
+        "B, 2 threads, torch 2.15",
+    ]
+    name = record.config.name
+    assert [(row.run, row.backend, row.precision, row.batch, row.p50_ms) for row in rows] == [
+        (name, "eager", "fp32", 1, [2.0, 5.0]), (name, "tensorrt", "fp32", 1, [4.0, 1.0]),
+    ]  # fmt: skip
+    other = measured("B", None, "v", {}, root="elsewhere")
+    machines, rows = compare.latencies_by_machine([replace(one, root="here"), other])
+    assert machines[1].endswith("B, torch 2.15")
+    assert [(row.run, row.p50_ms) for row in rows if row.backend == "eager"] == [
+        (f"{name} (here)", [2.0, None]), (f"{name} (elsewhere)", [None, 1.0]),
+    ]  # fmt: skip
+    assert compare.latencies_by_machine([one])[1] == []
+    assert compare.latencies_by_machine([]) == ([], [])
