@@ -5,6 +5,7 @@ A cell without a result says so.
 python -m runner.benchmarks.tables --write
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ def complete_experiments() -> str:
     """Returns the table of experiments that were trained in full: reported and reproduced accuracy."""
     known, rows, legend = experiments.load(), [], _Legend()
     for file in ("papers-cpu", "papers-gpu"):
-        for name, outcome in read_unchanged_outcomes(file).items():
+        for outcome in read_unchanged_outcomes(file):
+            name = outcome.experiment
             if name in known and not outcome.incomplete:
                 letter = legend.letter(outcome.hardware, outcome.versions)
                 rows.append([f"`{name}`", _reported(known[name]), _accuracy(outcome), letter])
@@ -153,10 +155,12 @@ def draw_results() -> bytes:
     accuracies, costs = [100.0], [100.0]  # the axes contain all of them
     for file, marker, label in (("papers-cpu", "o", "measured on a CPU"), ("papers-gpu", "s", "measured on a GPU")):
         reported_axes.plot([], [], marker, color="gray", label=label)
-        for name, outcome in read_unchanged_outcomes(file).items():
+        for outcome in read_unchanged_outcomes(file):
+            name = outcome.experiment
             if name not in known or outcome.incomplete:
                 continue
-            names += [] if name in names else [name]
+            is_first = name not in names
+            names += [name] if is_first else []
             datasets.add(outcome.dataset)
             accuracy = 100 * (outcome.test_accuracy if outcome.reproduced is None else outcome.reproduced)
             color, macs = f"C{names.index(name)}", known[name].macs
@@ -167,7 +171,7 @@ def draw_results() -> bytes:
             millions = macs / 1_000_000
             costs.append(millions)
             cost_axes.plot(millions, 100 * outcome.test_accuracy, marker, color=color)
-            if file == "papers-cpu":
+            if is_first:
                 cost_axes.annotate(
                     name, (millions, 100 * outcome.test_accuracy), (0, -16), textcoords="offset points", fontsize=8,
                     ha="center",
@@ -200,7 +204,7 @@ def draw_results() -> bytes:
 
 def all_experiments() -> str:
     """Returns the table of all experiments: reported accuracy, and accuracy reproduced on the CPU and on a GPU."""
-    cpu, gpu = (read_unchanged_outcomes(f"papers-{device}") for device in ("cpu", "gpu"))
+    measured = [read_unchanged_outcomes(f"papers-{device}") for device in ("cpu", "gpu")]
     rows = []
     for name, experiment in experiments.load().items():
         rows.append(
@@ -209,29 +213,33 @@ def all_experiments() -> str:
                 f"{experiment.parameters:,}",
                 f"{(experiment.macs or 0) / 1e6:,.0f}",
                 _reported(experiment),
-                _accuracy(cpu.get(name)),
-                _accuracy(gpu.get(name)),
+                *(
+                    "; ".join(_accuracy(one) for one in outcomes if one.experiment == name) or MISSING
+                    for outcomes in measured
+                ),
             ]
         )
     titles = ["experiment", "parameters", "M MACs", "reported", "measured, CPU", "measured, GPU"]
-    machines = dict.fromkeys(_machine(outcome.hardware, outcome.versions) for outcome in [*cpu.values(), *gpu.values()])
+    machines = dict.fromkeys(_machine(outcome.hardware, outcome.versions) for outcome in itertools.chain(*measured))
     return f"{table(titles, rows)}\n\nMeasured on: {'; '.join(machines) or MISSING}."
 
 
-def read_unchanged_outcomes(name: str) -> dict[str, PaperOutcome]:
-    """Returns the outcomes in a file by experiment, except those that changed more than the number of epochs.
+def read_unchanged_outcomes(name: str) -> list[PaperOutcome]:
+    """Returns the outcomes in a file, except those that changed more than the number of epochs.
 
     Raises:
-        UserError: an experiment has two outcomes.
+        UserError: an experiment has two outcomes of one precision on one machine.
     """
     path = RESULTS / f"{name}.json"
     entries = read_json(path, dict[str, Any]).get("experiments", []) if path.is_file() else []
     outcomes = msgspec.convert(entries, list[PaperOutcome], strict=False)
     unchanged = [one for one in outcomes if not one.overrides.keys() - {"recipe.epochs"} and not one.teacher]
-    names = [outcome.experiment for outcome in unchanged]
-    if len(set(names)) < len(names):
-        raise UserError(f"results/{name}.json: expected one entry for each experiment, found {sorted(names)}")
-    return dict(zip(names, unchanged, strict=True))
+    keys = [f"{one.experiment} in {one.precision} on {_machine(one.hardware, one.versions)}" for one in unchanged]
+    if len(set(keys)) < len(keys):
+        raise UserError(
+            f"results/{name}.json: expected one entry for each experiment on a machine, found {sorted(keys)}"
+        )
+    return unchanged
 
 
 def _reported(experiment: Experiment) -> str:
@@ -240,10 +248,13 @@ def _reported(experiment: Experiment) -> str:
     return f"{reported.accuracy:.2%} ({reported.on}, {reported.epoch})" if reported else "–"
 
 
-def _accuracy(outcome: PaperOutcome | None) -> str:
+def _accuracies(outcomes: list[PaperOutcome], name: str) -> str:
+    """Returns the accuracies of an experiment as text."""
+    return "; ".join(_accuracy(one) for one in outcomes if one.experiment == name) or MISSING
+
+
+def _accuracy(outcome: PaperOutcome) -> str:
     """Returns an accuracy as text, with its dataset, epochs and seeds."""
-    if outcome is None:
-        return MISSING
     if outcome.reproduced is None:
         text = percent(outcome.test_accuracy, outcome.test_accuracy_std)
     else:
