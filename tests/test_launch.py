@@ -375,6 +375,38 @@ def test_a_cancelled_job_asks_for_a_checkpoint_and_is_not_queued_again(checkout:
     assert not [call for call in calls_of(copy, "scontrol") if call.startswith("requeue")]
 
 
+@pytest.mark.parametrize(
+    "program",
+    ['sleep 1.5; [ ! -e "$STOP_FILE" ] || exit 3', STOPS.replace("exit 75", "exit 0")],
+    ids=["undisturbed", "complete at the signal"],
+)
+def test_a_complete_run_is_not_queued_again(checkout: Path, tmp_path: Path, program: str) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    done = run_batch_script(copy, *JOB)
+    assert (done.returncode, "queued" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("srun", "message"),
+    [
+        ('[ "$1" != --overlap ] || exit 1; shift; exec "$@"', "a node does not answer; queued again"),
+        ('[ "$1" != --overlap ] || exit 0; shift; exec "$@"', ""),
+        ("exit 1", ""),  # a step that never started never will
+    ],
+    ids=["lost", "failed", "never started"],
+)
+def test_a_failed_step_is_queued_again_only_if_a_node_was_lost(
+    checkout: Path, tmp_path: Path, srun: str, message: str
+) -> None:
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", "exit 1")
+    (copy / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (copy / "runs" / "slurm").mkdir(parents=True, exist_ok=True)
+    done = run_batch_script(copy, *JOB)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert ("queued" in done.stderr) == bool(message)
+
+
 def test_a_second_signal_does_not_undo_the_first(checkout: Path, tmp_path: Path) -> None:
     """It comes when the ranks have written the checkpoint, and removed the stop file."""
     program = STOPS.replace("exit 75", "kill -USR1 $PPID; sleep 0.5; exit 75")
@@ -590,17 +622,45 @@ def test_a_job_takes_a_port_that_is_free(checkout: Path, tmp_path: Path) -> None
             break
     words = (copy / "words").read_bytes().decode().split("\0")
     assert port < int(words[words.index("--main_process_port") + 1]) < port + 10
+    assert run_batch_script(copy, *JOB, SLURM_JOB_ID="95000").returncode == 0
+    words = (copy / "words").read_bytes().decode().split("\0")
+    assert 31_000 <= int(words[words.index("--main_process_port") + 1]) < 31_010  # below the ephemeral ports
+
+
+LISTEN = (
+    "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1]))); "
+    "print('ready', flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "starts", "code"),
+    [("exit 0", 1, 0), (STOPS, 1, 75), (STOPS.replace("USR1", "TERM"), 1, 75), ("exit 1", 5, 1)],
+    ids=["complete", "stopped", "cancelled", "failed"],
+)
+def test_only_a_failed_start_gets_another_port_and_at_most_five(
+    checkout: Path, tmp_path: Path, end: str, starts: int, code: int
+) -> None:
+    """Though another program listens on the port of each."""
+    program = (
+        f'setsid {sys.executable} -c "{LISTEN}" "$RENDEZVOUS_PORT" >taken 2>/dev/null & echo $! >>listeners\n'
+        f"until [ -s taken ]; do sleep 0.05; done; rm taken\n{end}"
+    )
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    try:
+        done = run_batch_script(copy, *JOB, SLURM_JOB_ID="11900")
+    finally:
+        listeners = (copy / "listeners").read_text().split()
+        for process in listeners:
+            os.kill(int(process), signal.SIGKILL)
+    assert (done.returncode, len(listeners)) == (code, starts), done.stderr
 
 
 def test_a_job_whose_port_is_taken_at_the_last_moment_gets_another(checkout: Path, tmp_path: Path) -> None:
     """The first start of the ranks fails, because another program listens by then."""
-    listen = (
-        "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1]))); "
-        "print('ready', flush=True); time.sleep(600)"
-    )
     program = (
         f'[ ! -e taken ] || {{ printf "%s\\0" "$@" >words; exit 0; }}\n'
-        f'setsid {sys.executable} -c "{listen}" "$RENDEZVOUS_PORT" >taken 2>/dev/null & echo $! >listener\n'
+        f'setsid {sys.executable} -c "{LISTEN}" "$RENDEZVOUS_PORT" >taken 2>/dev/null & echo $! >listener\n'
         "until [ -s taken ]; do sleep 0.1; done; exit 1"
     )
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)

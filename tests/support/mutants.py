@@ -39,7 +39,7 @@ LEDGERS = ROOT / "tests" / "mutants"
 BATCH = (
     "pass_words_on or a_job or second_signal or controller_that or many_nodes or one_node or ipv6_address or stop_file "
     "or batch_script_without or container_gets or gives_up_before or requeues_that "
-    "or ranks_do_not or ranks_that_stop or cancelled_job"
+    "or ranks_do_not or ranks_that_stop or cancelled_job or only_a_failed or complete_run or failed_step"
 )
 STREAM = "earlier_versions or seed_and_epoch or offsets or alternating"
 # The modules, and for each the selections of tests, as arguments of pytest: as few tests as hold what the module
