@@ -251,7 +251,9 @@ def test_latencies_of_several_machines(record: RunRecord) -> None:
 
     engine = {"backend": "engine", "provider": "tensorrt 11.4 fp32"}
     one = measured("A", 1, "w", {"p50_ms": 3.0}, {"p50_ms": 2.0}, engine | {"p50_ms": 4.0}, {"p50_ms": None})
-    two = measured("B", 2, "w", {"p50_ms": 5.0}, engine | {"provider": "tensorrt 12.0 fp32"}, {"batch": None})
+    two = measured(
+        "B", 2, "w", {"p50_ms": 5.0}, engine | {"provider": "tensorrt 12.0 fp32"}, {"batch": None}, root="copy"
+    )
     machines, rows = compare.latencies_by_machine([one, two, replace(record, latency=None)])
     assert [machine.partition(" of ")[2] for machine in machines] == [
         "A, 1 thread, torch 2.15",
