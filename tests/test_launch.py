@@ -350,7 +350,7 @@ def with_patience(copy: Path, seconds: int) -> None:
 
 
 def test_a_job_whose_ranks_do_not_stop_is_queued_again_at_the_time_limit(checkout: Path, tmp_path: Path) -> None:
-    program = "kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; exec sleep 20 >/dev/null 2>&1"
+    program = "kill -USR1 $PPID; sleep 0.5; kill -TERM $PPID; exec >/dev/null 2>&1; sleep 20; exit 9"
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
     with_patience(copy, 2)
     done = run_batch_script(copy, *JOB)
@@ -377,11 +377,12 @@ def test_a_cancelled_job_asks_for_a_checkpoint_and_is_not_queued_again(checkout:
 
 @pytest.mark.parametrize(
     "program",
-    ['sleep 1.5; [ ! -e "$STOP_FILE" ] || exit 3', STOPS.replace("exit 75", "exit 0")],
+    ['sleep 2.5; [ ! -e "$STOP_FILE" ] || exit 3', STOPS.replace("exit 75", "exit 0")],
     ids=["undisturbed", "complete at the signal"],
 )
 def test_a_complete_run_is_not_queued_again(checkout: Path, tmp_path: Path, program: str) -> None:
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    with_patience(copy, 1)  # which begins at the time limit
     done = run_batch_script(copy, *JOB)
     assert (done.returncode, "queued" in done.stderr) == (0, False), done.stderr
 
@@ -654,6 +655,7 @@ def test_only_a_failed_start_gets_another_port_and_at_most_five(
         for process in listeners:
             os.kill(int(process), signal.SIGKILL)
     assert (done.returncode, len(listeners)) == (code, starts), done.stderr
+    assert done.stderr.count("starting again with another port") == starts - 1
 
 
 def test_a_job_whose_port_is_taken_at_the_last_moment_gets_another(checkout: Path, tmp_path: Path) -> None:
