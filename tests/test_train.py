@@ -74,11 +74,13 @@ def test_two_ranks_train_what_one_trains(experiment: str, options: list[str], da
         rows[ranks], accuracy[ranks] = read_metrics(trained.run), summary["test_accuracy"]
     losses = [row.train_loss for row in rows[1] if row.train_loss is not None]
     assert losses[1] < losses[0]  # means of 20 steps each
-    figures = {n: [(row.train_loss, row.train_accuracy, row.test_loss) for row in rows[n]] for n in (1, 2)}
-    figures = {n: [value for row in figures[n] for value in row if value is not None] for n in (1, 2)}
     # Batch norm that is not synchronized sees half of a batch on each rank: near, and not the same.
     same = experiment == "tiny" or bool(options)
-    np.testing.assert_allclose(figures[2], figures[1], rtol=1e-4 if same else 0.1)
+    for names, tolerance in ((("train_loss", "test_loss"), {"rtol": 1e-4}), (("train_accuracy",), {"atol": 5e-3})):
+        figures = {n: [getattr(row, name) for row in rows[n] for name in names] for n in (1, 2)}
+        figures = {n: [value for value in figures[n] if value is not None] for n in (1, 2)}
+        # Rounding may move an image that is near two classes, of about a thousand.
+        np.testing.assert_allclose(figures[2], figures[1], **(tolerance if same else {"rtol": 0.1}))
     assert accuracy[2] == pytest.approx(accuracy[1], abs=1e-3 if same else 0.1)
 
 
