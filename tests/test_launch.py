@@ -644,12 +644,17 @@ LISTEN = (
 
 
 @pytest.mark.parametrize(
-    ("end", "starts", "code"),
-    [("exit 0", 1, 0), (STOPS, 1, 75), (STOPS.replace("USR1", "TERM"), 1, 75), ("exit 1", 5, 1)],
+    ("end", "starts", "code", "job"),  # each with ports of its own
+    [
+        ("exit 0", 1, 0, "11800"),
+        (STOPS, 1, 75, "11820"),
+        (STOPS.replace("USR1", "TERM"), 1, 75, "11840"),
+        ("exit 1", 5, 1, "11860"),
+    ],
     ids=["complete", "stopped", "cancelled", "failed"],
 )
 def test_only_a_failed_start_gets_another_port_and_at_most_five(
-    checkout: Path, tmp_path: Path, end: str, starts: int, code: int
+    checkout: Path, tmp_path: Path, end: str, starts: int, code: int, job: str
 ) -> None:
     """Though another program listens on the port of each."""
     program = (
@@ -658,7 +663,7 @@ def test_only_a_failed_start_gets_another_port_and_at_most_five(
     )
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
     try:
-        done = run_batch_script(copy, *JOB, SLURM_JOB_ID="11900")
+        done = run_batch_script(copy, *JOB, SLURM_JOB_ID=job)
     finally:
         listeners = (copy / "listeners").read_text().split()
         for process in listeners:
