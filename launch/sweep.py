@@ -234,7 +234,7 @@ class Sweep:
         """
         cores = environment.usable_cores()
         gpus = 0 if missing[0].config.device == "cpu" else environment.count_gpus()
-        count = min(self.slots or gpus or 1, len(missing))
+        count = self.slots or gpus or 1  # also for fewer trials: with other threads, a resumed one has other bits
         launcher = launcher_for(Resources(min(gpus, 1), cores))
         slots = local_pool.Slots(count, gpus, max(1, cores // count), launcher)
         interrupted = local_pool.train_trials(local_pool.ListedTrials(missing), slots, self.folder / "logs", environ)

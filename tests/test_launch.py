@@ -358,18 +358,20 @@ def test_a_job_whose_ranks_do_not_stop_is_queued_again_at_the_time_limit(checkou
     assert done.returncode == 75
 
 
-def test_ranks_that_stop_before_the_time_limit_have_all_the_time_until_then(checkout: Path, tmp_path: Path) -> None:
-    program = "sleep 1.5; " + STOPS.replace("rm ", "sleep 0.5; rm ")
+@pytest.mark.parametrize(
+    ("program", "patience"),
+    [
+        ("sleep 1.5; " + STOPS.replace("rm ", "sleep 0.5; rm "), 1),
+        (STOPS.replace("exit", "kill -TERM $PPID; sleep 1; exit"), 20),
+    ],
+    ids=["long before the time limit", "shortly after it"],
+)
+def test_ranks_that_stop_have_the_time_for_a_checkpoint(
+    checkout: Path, tmp_path: Path, program: str, patience: int
+) -> None:
+    """The script's patience begins only at the time limit."""
     copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
-    with_patience(copy, 1)
-    done = run_batch_script(copy, *JOB)
-    assert done.stderr.splitlines()[-1] == "train.sbatch: stopped with a checkpoint; queued again"
-    assert done.returncode == 75
-
-
-def test_ranks_that_stop_shortly_after_the_time_limit_have_a_checkpoint(checkout: Path, tmp_path: Path) -> None:
-    program = STOPS.replace("exit 75", "kill -TERM $PPID; sleep 1; exit 75")
-    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    with_patience(copy, patience)
     done = run_batch_script(copy, *JOB)
     assert done.stderr.splitlines()[-1] == "train.sbatch: stopped with a checkpoint; queued again"
     assert done.returncode == 75
