@@ -374,7 +374,7 @@ def fork_warm_server() -> None:
         os._exit(0)
     theirs.close()
     server = object.__new__(warm.Server)
-    server.socket = ours
+    server.socket, server.has_ended = ours, lambda: False
     processes._servers[""] = server
 
 

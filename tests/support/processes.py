@@ -68,7 +68,7 @@ def start(
             [sys.executable, *words], cwd=cwd, stdout=stdout, stderr=stderr, text=True,
             env=clean_environment(**environ), start_new_session=session,
         )  # fmt: skip
-    if preload not in _servers:
+    if preload not in _servers or _servers[preload].has_ended():
         _servers[preload] = warm.Server(LD_PRELOAD=preload) if preload else warm.Server()
     ends: dict[str, IO[str]] = {}
     with contextlib.ExitStack() as stack:

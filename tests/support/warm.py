@@ -9,6 +9,7 @@ variables that take effect when Python starts, use fresh processes.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -52,26 +54,40 @@ class Server:
 
     def __init__(self, **environ: str) -> None:
         self.socket, theirs = socket.socketpair()
+        self.log = tempfile.TemporaryFile()  # not a test's stderr, which is gone when the server ends
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
             env=os.environ | environ,
+            stderr=self.log,
         )
         theirs.close()
+
+    def has_ended(self) -> bool:
+        """Returns whether nothing can be forked any more."""
+        return self.process.poll() is not None
 
     def start(
         self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str], out: int, err: int, session: bool
     ) -> "Process":
-        """Runs `python ARGUMENTS` in a child whose output streams are the descriptors `out` and `err`."""
+        """Runs `python ARGUMENTS` in a child whose output streams are the descriptors `out` and `err`.
+
+        Raises RuntimeError with the server's last words if it has ended.
+        """
         request = {"arguments": list(arguments), "cwd": str(cwd), "environ": dict(environ), "session": session}
         content = json.dumps(request).encode()
         status, theirs = socket.socketpair()
-        socket.send_fds(self.socket, [len(content).to_bytes(4, "big")], [out, err, theirs.fileno()])
-        self.socket.sendall(content)
-        theirs.close()
-        pid = status.recv(4)
-        assert pid, "the server of warm processes is gone"
+        pid = b""
+        with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self.socket, [len(content).to_bytes(4, "big")], [out, err, theirs.fileno()])
+            self.socket.sendall(content)
+        with contextlib.suppress(ConnectionResetError):
+            pid = status.recv(4)
+        if not pid:
+            code = self.process.wait(60)
+            self.log.seek(0)
+            raise RuntimeError(f"the server of warm processes ended with {code}: {self.log.read().decode()}")
         return Process(int.from_bytes(pid, "big"), status)
 
 
@@ -158,7 +174,7 @@ def serve(descriptor: int) -> dict[str, Any] | None:
                 pid, status = running.pop(ready)
                 os.close(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with status:
+                with status, contextlib.suppress(BrokenPipeError):  # a test that has failed waits no longer
                     status.send(code.to_bytes(4, "big", signed=True))
                 continue
             head, streams, _, _ = socket.recv_fds(end, 4, 3)
@@ -182,7 +198,8 @@ def serve(descriptor: int) -> dict[str, Any] | None:
             for stream in streams[:2]:
                 os.close(stream)
             status = socket.socket(fileno=streams[2])
-            status.send(child.to_bytes(4, "big"))
+            with contextlib.suppress(BrokenPipeError):
+                status.send(child.to_bytes(4, "big"))
             running[os.pidfd_open(child)] = child, status
 
 
