@@ -113,6 +113,11 @@ QUICKEST = {
     (ALL[name].architecture.factory, type(ALL[name].recipe.optimizer)): name
     for name in sorted(DIFFERENT.values(), key=lambda name: -ALL[name].macs)
 }
+# Processors without bf16 compute it up to 50 times slower, so only one of those that have the same kinds of layers.
+IN_BF16 = [
+    "efficientnet-b0", "ghasemi-11", "merabishvili", "podeti-alexnet", "podeti-resnet18", "soni-2", "speedrun",
+    "vit-tiny-4",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,7 @@ def test_the_loss_falls_on_a_fixed_batch(name: str) -> None:
     [
         pytest.param(2, "fp32", sorted(QUICKEST.values()), id="2-fp32-quickest"),
         pytest.param(1, "fp32", sorted(ALL), id="1-fp32", marks=pytest.mark.every),
-        pytest.param(2, "bf16", sorted(ALL), id="2-bf16", marks=pytest.mark.every),
+        pytest.param(2, "bf16", IN_BF16, id="2-bf16", marks=pytest.mark.every),
     ],
 )
 def test_every_experiment_trains_two_steps_and_evaluates(
@@ -159,7 +164,7 @@ def test_every_experiment_trains_two_steps_and_evaluates(
     few = replace(small, train=sources.limit_split(small.train, 2), test=sources.limit_split(small.test, 1))
     beton.write(few, tmp_path / "data")
     program = ["tests.support.programs.every_experiment", tmp_path / "data", tmp_path, precision, *names]
-    done = module(*on_ranks(processes), *program, timeout=3000)  # bf16 is slow on processors without it
+    done = module(*on_ranks(processes), *program, timeout=500)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "found.json").read_text())
     assert sorted(results) == names

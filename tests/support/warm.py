@@ -54,7 +54,8 @@ class Server:
 
     def __init__(self, **environ: str) -> None:
         self.socket, theirs = socket.socketpair()
-        self.log = tempfile.TemporaryFile()  # not a test's stderr, which is gone when the server ends
+        # Not the stderr of this process, which belongs to the test that runs.
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
