@@ -100,9 +100,8 @@ def draw(
 
 
 def _draw_curves(run: Run, title: str) -> Path:
-    plt = _pyplot()
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = _new_figure(10, 3.6)
+    axes = figure.subplots(1, 2)
     rows = read_metrics(run)
     for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
         for split, style in (("train", "-"), ("test", "o-")):
@@ -117,10 +116,9 @@ def _draw_curves(run: Run, title: str) -> Path:
 
 
 def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]) -> Path:
-    plt = _pyplot()
-
     row_fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    figure, ax = plt.subplots(figsize=(6.4, 6), layout="constrained")
+    figure = _new_figure(6.4, 6)
+    ax = figure.subplots()
     ax.imshow(row_fractions, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape) if len(classes) <= MAX_LABELED_CLASSES else ():
         color = "white" if row_fractions[row, column] > 0.5 else "black"
@@ -137,12 +135,10 @@ def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]
 def _draw_samples(
     run: Run, title: str, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: list[str]
 ) -> Path:
-    plt = _pyplot()
-
     probabilities = _softmax(logits)
     columns, column_width, row_height = NUM_SAMPLES // 4, 1.22, 1.45  # in images; two lines of text above each
-    # A single Axes for all images: one Axes per image is five times slower.
-    figure, ax = plt.subplots(figsize=(11, 6.4), layout="constrained")
+    figure = _new_figure(11, 6.4)
+    ax = figure.subplots()  # for all images, because an Axes per image is five times slower
     for position, (image, sample) in enumerate(zip(images, sample_indices(len(labels)), strict=True)):
         left, top = position % columns * column_width, position // columns * row_height
         predicted = logits[sample].argmax()
@@ -164,21 +160,21 @@ def _shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
-def _pyplot() -> Any:
-    """Imports pyplot, set up to draw to files and not to parse text as formulas: a class name may contain a `$`."""
-    import matplotlib
+def _new_figure(width: float, height: float) -> Any:
+    """Returns a matplotlib Figure of this size in inches. Its text has no formulas: a class name may contain a `$`."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot
-
-    return pyplot
+    rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _save(run: Run, figure: Any, name: str) -> Path:
-    plt = _pyplot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
     path = run.figures / f"{name}.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # `savefig` does it twice
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
     return path

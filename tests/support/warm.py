@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 IMPORTS = (
     "torch", "torchvision", "accelerate", "numba", "numpy", "onnx", "tyro", "rich.progress", "safetensors.torch",
     "runner.cli", "runner.training.session", "runner.deploy.onnx", "torch.onnx", "torch._dynamo", "jinja2",
-    "accelerate.commands.launch", "torch.distributed.run", "matplotlib.pyplot",
+    "accelerate.commands.launch", "torch.distributed.run", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "launch.sweep", "data_prep.cli",
 )  # fmt: skip
 # Prefixes of environment variables that take effect when a process starts.
@@ -165,6 +165,7 @@ def serve(descriptor: int) -> dict[str, Any] | None:
     subprocess.Popen, os.execve = ForkingPopen, execve  # before other modules import them by name
     for name in IMPORTS:
         importlib.import_module(name)
+    fill_caches()
     gc.collect()
     gc.freeze()  # otherwise a garbage collection in a child would copy every page
     end = socket.socket(fileno=descriptor)
@@ -202,6 +203,19 @@ def serve(descriptor: int) -> dict[str, Any] | None:
             with contextlib.suppress(BrokenPipeError):
                 status.send(child.to_bytes(4, "big"))
             running[os.pidfd_open(child)] = child, status
+
+
+def fill_caches() -> None:
+    """Reads what nearly every command reads: the docstrings that tyro makes the help of, and matplotlib's fonts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from runner import cli
+
+    cli.parse(["train", "podeti-alexnet"])
+    figure = Figure()
+    figure.text(0, 0, "text")
+    FigureCanvasAgg(figure).draw()
 
 
 class ForkingPopen(subprocess.Popen):
