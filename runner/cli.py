@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,15 @@ from runner.commands.show import Show
 from runner.commands.sync import Sync
 from runner.commands.train import Train
 from runner.commands.watch import Watch
-from runner.common.command_line import HELP, options_of, parse_with_tyro, parse_words, read_command
+from runner.common.command_line import (
+    HELP,
+    CommandLine,
+    Option,
+    options_of,
+    parse_with_tyro,
+    parse_words,
+    read_command,
+)  # fmt: skip
 from runner.common.console import OTHER_RANKS_ERROR_DELAY, run_command
 from runner.common.errors import UserError
 from runner.common.files import is_file
@@ -110,7 +118,8 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         UserError: as in `parse`.
         SystemExit: code 0 after --help.
     """
-    line = parse_words(words, options_of(TrainConfig) | HELP, required=True, is_known=experiments.is_known)
+    declared = options_of(TrainConfig) | HELP
+    line = parse_words(words, declared, required=True, is_known=experiments.is_known)
     if not line.positional:
         if "--help" in line.options:
             return parse_with_tyro(TrainHelp, ["--help"], "runner train")
@@ -126,6 +135,7 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
             raise UserError(f"{name}: no such argument of {line.positional[0]}; expected one of: {known}")
         if option.is_flag and not isinstance(experiment.architecture.arguments.get(key, False), bool):
             raise UserError(f"{name}: expected a value, found none")
+    check_kinds(line, declared, experiment.recipe, line.positional[0])
     default = TrainConfig(tyro.MISSING, tyro.MISSING, experiment.architecture, experiment.recipe)
     config = parse_with_tyro(TrainConfig, line.for_tyro(line.words()), "runner train", default=default)
     if "--pretrained" in line.options and "--architecture.arguments.weights" in line.options:
@@ -150,6 +160,19 @@ def parse_train(words: Sequence[str]) -> TrainConfig:
         if options and options.deterministic:  # set here, because a flag that is on by default could not be passed
             config = dataclasses.replace(config, deterministic=True)
     return config.with_pretrained(started=run is not None)
+
+
+def check_kinds(line: CommandLine, declared: Mapping[str, Option], recipe: Recipe, name: str) -> None:
+    """Raises UserError for an option of another optimizer or schedule than those of the recipe of experiment `name`."""
+    for option in line.options.values():
+        path = declared[option.spelling].path if option.spelling in declared else ""
+        field, _, setting = path.removeprefix("recipe.").partition(".")
+        if field in ("optimizer", "schedule") and not hasattr(chosen := getattr(recipe, field), setting):
+            own = [f"--recipe.{field}.{each}".replace("_", "-") for each in chosen.__struct_fields__]
+            kind = type(chosen).__name__
+            raise UserError(
+                f"{option.spelling}: the {field} of {name} is {kind}, which has {', '.join(own) or 'no options'}"
+            )
 
 
 def started_run(config: TrainConfig) -> Run | None:

@@ -26,7 +26,7 @@ from runner.data.kernels import crop
 from runner.data.kernels.crop import Crops, Output
 from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_split_of_run, split_indices
 from runner.data.stream import BatchStream
-from tests.support.configs import CONFIG, config_of
+from tests.support.configs import CONFIG, EVERY_AUGMENTATION, EVERY_WITH_RESIZED_CROP, config_of
 from tests.support.processes import python
 
 CPU = torch.device("cpu")
@@ -56,39 +56,8 @@ def assert_same(batches: Iterable, others: Iterable) -> None:
 PLAIN = Recipe(2, 60, SGD(0.1), drop_last=False)
 
 
-EVERYTHING = Recipe(
-    2,
-    60,
-    SGD(0.1),
-    drop_last=False,
-    resize=40,
-    augment=Augment(
-        crop_padding=4,
-        crop_fill="reflect",
-        flip="alternating",
-        policy="rand",
-        rand_ops=3,
-        rand_magnitude=12,
-        brightness=0.4,
-        contrast=0.3,
-        saturation=0.2,
-        hue=0.1,
-        cutout=8,
-        erase=0.3,
-        mixup=0.2,
-        cutmix=1.0,
-        repeats=2,
-    ),
-)
-
-
-RESIZED = dataclasses.replace(
-    EVERYTHING,
-    resize=24,
-    augment=dataclasses.replace(EVERYTHING.augment, crop_padding=0, crop_fill="zero", random_resized_crop=0.2),
-)
-
-
+EVERYTHING = Recipe(2, 60, SGD(0.1), drop_last=False, resize=40, augment=EVERY_AUGMENTATION)
+RESIZED = dataclasses.replace(EVERYTHING, resize=24, augment=EVERY_WITH_RESIZED_CROP)
 RECIPES = {"augmented": RECIPE, "plain": PLAIN, "everything": EVERYTHING, "resized crop": RESIZED}
 STREAMED = [("train", 3, "everything"), ("test", 2, "plain")]  # the default tier: each rank compiles a loader
 
@@ -362,6 +331,31 @@ def test_every_augmentation_changes_the_images_of_training(small_data: Path, nam
             for recipe in (before, after)
         ]
         assert torch.equal(*images) != differ
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augment)])
+def test_every_augmentation_is_among_those_that_are_tested_together(name: str) -> None:
+    """On one and two ranks, in lower precision, interrupted and on a GPU; a new one needs a value in these."""
+    together = (EVERY_AUGMENTATION, EVERY_WITH_RESIZED_CROP)
+    assert any(getattr(augment, name) != getattr(Augment(), name) for augment in together)
+
+
+@pytest.mark.parametrize("policy", ["rand", "trivial"])
+def test_each_random_number_of_an_image_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """Two uses of one stream would depend on each other."""
+    streams: list[int] = []
+    random_bits = order.random_bits
+
+    def recorded(samples: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
+        streams.append(stream)
+        return random_bits(samples, seed, epoch, stream)
+
+    monkeypatch.setattr(order, "random_bits", recorded)
+    augment.sample_params(Augment(**CHANGES | {"policy": policy}), np.arange(50), (32, 32), 0, 0)
+    order.rank_seed(0, 1)
+    assert order.RANK in streams
+    assert len(streams) > 30
+    assert sorted(set(streams)) == sorted(streams)
 
 
 class Arrays:

@@ -265,7 +265,18 @@ def test_a_name_is_found_at_any_position(line: str, name: str) -> None:
         ("train soni-2 --data D --name None", "--name None: expected a value"),
         ("train soni-2 --data D --seeds --json", "--seeds: expected one or more values (an integer), found none"),
         ("train soni-2 --data D --lr --json", "--lr: expected a value (a number), found none"),
-        ("train soni-2 --data D --recipe.optimizer.nesterov", "nesterov"),
+        (
+            "train soni-2 --data D --recipe.optimizer.nesterov",
+            "--recipe.optimizer.nesterov: the optimizer of soni-2 is RMSprop, which has --recipe.optimizer.lr, ",
+        ),
+        (
+            "train vit-tiny-4 --data D --recipe.schedule.milestones 0.5",
+            "--recipe.schedule.milestones: the schedule of vit-tiny-4 is Cosine, which has --recipe.schedule.warmup, ",
+        ),
+        (
+            "train soni-2 --data D --recipe.optimizer SGD",
+            "--recipe.optimizer: names a group of options; expected one of them, such as --recipe.optimizer.lr",
+        ),
         ("train soni-2 --data D --bach-size 3", "no such option; expected --batch-size"),
         ("export --precision fp32 int8", "RUN: expected one, found none"),
         ("bench --precision fp32", "RUNS: expected at least one, found none"),
@@ -386,6 +397,21 @@ def test_each_kind_of_option(line: str, positional: str | None, words: str) -> N
     else:
         parsed = parse_words(line.split(" "), options)
         assert (" ".join(parsed.positional), " ".join(parsed.words())) == (positional, words)
+
+
+def test_kinds_of_a_field_declare_an_option_alike() -> None:
+    """Words are assigned to options before the kind is known."""
+
+    class One(msgspec.Struct):
+        betas: tuple[float, float]
+        rate: float
+
+    class Other(msgspec.Struct):
+        betas: float
+
+    assert "--kind.rate" in options_of(dataclasses.make_dataclass("Alike", [("kind", One | Sample)]))
+    with pytest.raises(TypeError, match=r"--kind\.betas: Other declares it with other values"):
+        options_of(dataclasses.make_dataclass("Unlike", [("kind", One | Other)]))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from data_prep import manifest
 from runner import experiments
 from runner.benchmarks import fake_cuda, operators
 from runner.benchmarks.fake_cuda import DEVICE, watch_step
-from runner.config.recipe import SGD, Adam, AdamW, Augment, Muon, Recipe, RMSprop
+from runner.config.recipe import SGD, AdamW, Augment, Muon, Optimizer, Recipe, RMSprop
 from runner.data.open import RankInfo, open_split
 from runner.data.resident import ResidentBatches
 from runner.data.stream import BatchStream, StreamOptions
@@ -24,6 +24,7 @@ from runner.run.folder import Run
 from runner.training import checkpoint, state
 from runner.training.loop import LoopOptions, TrainingData, train
 from runner.training.meter import Meter
+from tests.support.configs import EVERY_AUGMENTATION
 from tests.support.models.tiny import Tiny
 
 RECIPE = Recipe(2, 20, SGD(0.1), augment=Augment(crop_padding=4, flip="random"))
@@ -80,15 +81,10 @@ PATHS = {
     "contiguous": replace(RECIPE, channels_last=False),
     "everything": replace(
         RECIPE, ema=0.9, accumulate=2, clip_gradient=1.0, resize=40, label_smoothing=0.1, optimizer=AdamW(0.1),
-        augment=Augment(
-            crop_padding=4, crop_fill="reflect", flip="random", policy="rand", brightness=0.4, contrast=0.3,
-            saturation=0.2, hue=0.1, cutout=8, erase=0.5, mixup=0.2, cutmix=1.0, repeats=2,
-        ),
+        augment=EVERY_AUGMENTATION,
     ),
-    "Adam": replace(RECIPE, optimizer=Adam(0.1)),
-    "AdamW": replace(RECIPE, optimizer=AdamW(0.1)),
-    "RMSprop": replace(RECIPE, optimizer=RMSprop(0.1, momentum=0.9)),
-    "Muon": replace(RECIPE, optimizer=Muon(0.1)),
+    **{kind.__name__: replace(RECIPE, optimizer=kind(0.1)) for kind in get_args(Optimizer)},
+    "RMSprop with momentum": replace(RECIPE, optimizer=RMSprop(0.1, momentum=0.9)),
     "Muon with unit rows": replace(RECIPE, optimizer=Muon(0.1, unit_rows=True)),
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
 import json
+from typing import get_args
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from runner.config.recipe import (
     Linear,
     Muon,
     OneCycle,
+    Optimizer,
     Recipe,
     RMSprop,
     Step,
@@ -39,6 +41,7 @@ from runner.config.recipe import (
         Recipe(1, 1, AdamW(0.1, decay_vectors=True), OneCycle()),
         Recipe(1, 1, RMSprop(0.1), Linear(0.1)),
         Recipe(1, 1, Adam(1e-3, (0.8, 0.9), 1e-4), Constant(0.5)),
+        *(Recipe(1, 1, kind(0.1)) for kind in get_args(Optimizer)),
         *(experiment.recipe for experiment in experiments.load().values()),
     ],
 )

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from runner.common.errors import UserError
-from runner.config.recipe import SGD, Recipe
+from runner.config.recipe import SGD, Optimizer, Recipe
 from runner.run.schema import MetricRow
 from runner.training.state import (
     TrainState,
@@ -93,6 +93,24 @@ def test_a_restored_state_is_the_saved_one(accelerator: Accelerator) -> None:
     saved.best = None
     restored.load_state_dict(stored(saved))
     assert restored.best is None
+
+
+@pytest.mark.parametrize("kind", get_args(Optimizer))
+def test_every_optimizer_continues_as_if_it_had_not_been_interrupted(accelerator: Accelerator, kind: type) -> None:
+    recipe = replace(RECIPE, optimizer=kind(0.1))
+
+    def step(state: TrainState) -> None:
+        state.ddp(torch.ones(12, 3, 32, 32)).square().mean().backward()
+        state.optimizer.step()
+
+    saved = trained(accelerator, 3, recipe)
+    content = stored(saved)
+    step(saved)
+    restored = trained(accelerator, 1, recipe)
+    restored.load_state_dict(content)
+    step(restored)
+    for before, after in zip(saved.model.parameters(), restored.model.parameters(), strict=True):
+        assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])

@@ -1,7 +1,6 @@
 """`runner compare`: prints in what runs differ, and their results side by side."""
 
 import dataclasses
-import statistics
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from runner.commands.options import Flag, RunFolders
 from runner.common.console import new_table, output_console, print_table
 from runner.common.errors import UserError
 from runner.run.folder import find_runs
-from runner.run.metrics import latest_metrics
+from runner.run.metrics import latest_metrics, median_speed
 
 if TYPE_CHECKING:
     from runner.report.run_record import RunRecord
@@ -120,7 +119,6 @@ def results_of(record: "RunRecord") -> dict[str, Any]:
     from runner.report.compare import best_gated, run_row
 
     row, latest = run_row(record), latest_metrics(record.metrics)
-    speeds = [metrics.images_per_second for metrics in record.metrics if metrics.images_per_second is not None]
     fastest = best_gated(row)
     return {
         "test accuracy": latest.get("test_accuracy") if row.test_accuracy is None else row.test_accuracy,
@@ -135,7 +133,7 @@ def results_of(record: "RunRecord") -> dict[str, Any]:
         "steps": latest.get("global_step"),
         "parameters": row.parameters,
         "MACs": row.macs,
-        "images/s": statistics.median(speeds) if speeds else None,
+        "images/s": median_speed(record.metrics),
         "peak memory, GB": latest.get("memory_gb"),
         "FLOPs utilization": latest.get("flops_utilization"),
         "latency, batch 1": fastest.p50_ms if fastest else None,

@@ -133,7 +133,9 @@ def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]
         dotted = f"{prefix}{name}".replace("_", "-")
         nested = _nested_types(hint)
         for nested_kind in nested:
-            options |= options_of(nested_kind, f"{dotted}." if name else prefix, f"{field_path}.")
+            more = options_of(nested_kind, f"{dotted}." if name else prefix, f"{field_path}.")
+            _check_same_form(options, more, nested_kind)
+            options |= more
         if not nested:
             option = replace(_option(hint, f"--{dotted}"), path=field_path)
             option = replace(option, has_negative=hint is bool and tyro.conf.FlagCreatePairsOff not in metadata)
@@ -144,6 +146,19 @@ def options_of(kind: Any, prefix: str = "", path: str = "") -> dict[str, Option]
                 owner, _, last = dotted.rpartition(".")
                 options[f"--{owner}.no-{last}" if owner else f"--no-{last}"] = option
     return options
+
+
+def _check_same_form(options: Mapping[str, Option], more: Mapping[str, Option], kind: type) -> None:
+    """Raises TypeError if two kinds of a field declare an option in different forms.
+
+    Words are assigned to options before the kind is known.
+    """
+    for name in options.keys() & more.keys():
+        one, other = ((option.nargs, option.expected, option.appends) for option in (options[name], more[name]))
+        if one != other:
+            raise TypeError(
+                f"{name}: {kind.__name__} declares it with other values than another type, {other} and {one}"
+            )
 
 
 def _split_annotated(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -268,6 +283,9 @@ def _find(spelling: str, options: Mapping[str, Option]) -> Option:
     for option in options.values():
         if option.is_prefix and spelling.startswith(option.name):
             return option
+    if group := [name for name in options if name.startswith(f"{spelling}.")]:
+        example = f"{group[0]}NAME" if group[0].endswith(".") else group[0]
+        raise UserError(f"{spelling}: names a group of options; expected one of them, such as {example}")
     near = get_close_matches(spelling, options, n=3) or [name for name in options if spelling.strip("-") in name][:3]
     raise UserError(f"{spelling}: no such option" + (f"; expected {' or '.join(near)}" if near else "; see --help"))
 

@@ -206,7 +206,9 @@ class OneCycle(Choice, frozen=True):
 
 
 CompileMode = Literal["none", "default", "reduce-overhead", "max-autotune"]
-Optimizer = SGD | Adam | AdamW | RMSprop | Muon
+# These have `lr`, `weight_decay` and `decay_vectors`, and any of their parameters may form a group.
+ElementwiseOptimizer = SGD | Adam | AdamW | RMSprop
+Optimizer = ElementwiseOptimizer | Muon
 Schedule = Constant | Step | Cosine | Linear | OneCycle
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import statistics
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
@@ -41,6 +42,12 @@ def read_metrics(run: Run) -> list[MetricRow]:
 def latest_metrics(rows: Iterable[MetricRow]) -> dict[str, Any]:
     """Returns the latest value of each metric, by its name in MetricRow."""
     return {name: value for row in rows for name, value in msgspec.structs.asdict(row).items() if value is not None}
+
+
+def median_speed(rows: Iterable[MetricRow]) -> float | None:
+    """Returns the median over the rows of the images per second of training; None if no row has it."""
+    speeds = [row.images_per_second for row in rows if row.images_per_second is not None]
+    return statistics.median(speeds) if speeds else None
 
 
 class MetricsChecksum(TypedDict):

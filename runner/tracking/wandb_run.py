@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import statistics
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ import msgspec
 
 from runner.config.recipe import to_json
 from runner.run.folder import MANIFEST, WEIGHTS, Run
-from runner.run.metrics import read_metrics
+from runner.run.metrics import median_speed, read_metrics
 from runner.run.results import current_latency
 from runner.run.schema import LatencyRow, MetricRow, RunConfig, Summary
 from runner.tracking.account import choose_server
@@ -170,9 +169,9 @@ def _summary(run: Run, config: RunConfig, summary: Summary) -> dict[str, Any]:
     """Returns the scalars of summary.json, and the values for comparing runs: size, speed, reported accuracy."""
     values = {key: value for key, value in to_json(summary).items() if not isinstance(value, list | dict)}
     values |= {"parameters": config.parameters, "macs": config.macs}
-    speeds = [row.images_per_second for row in read_metrics(run) if row.images_per_second is not None]
-    if speeds:
-        values["images_per_second"] = statistics.median(speeds)
+    speed = median_speed(read_metrics(run))
+    if speed is not None:
+        values["images_per_second"] = speed
     if config.reported:
         values["reported_accuracy"] = config.reported.accuracy
     latency = current_latency(run)

@@ -40,7 +40,7 @@ def build_optimizer(recipe: recipes.Optimizer, model: nn.Module, layer_decay: fl
 
 
 def parameter_groups(
-    recipe: recipes.SGD | recipes.Adam | recipes.AdamW | recipes.RMSprop, model: nn.Module, layer_decay: float
+    recipe: recipes.ElementwiseOptimizer, model: nn.Module, layer_decay: float
 ) -> list[dict[str, Any]]:
     """Returns the trainable parameters by learning rate and weight decay, as torch's optimizers take them.
 

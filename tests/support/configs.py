@@ -1,12 +1,13 @@
 """The content of run.json for run folders that tests create themselves."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from runner.config.recipe import SGD, Architecture, Recipe
+from runner.config.recipe import SGD, Architecture, Augment, Recipe
 from runner.config.trust import TrustedCode
 from runner.run.folder import Run
 from runner.run.schema import Dataset, Git, Hardware, ModelInput, RunConfig
@@ -33,6 +34,14 @@ CONFIG = RunConfig(
     wandb_id="abc",
     group="tests",
 )  # fmt: skip
+
+
+# Every augmentation: the second has those that exclude one of the first.
+EVERY_AUGMENTATION = Augment(
+    crop_padding=4, crop_fill="reflect", flip="alternating", policy="rand", rand_ops=3, rand_magnitude=12,
+    brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1, cutout=8, erase=0.3, mixup=0.2, cutmix=1.0, repeats=2,
+)  # fmt: skip
+EVERY_WITH_RESIZED_CROP = replace(EVERY_AUGMENTATION, crop_padding=0, crop_fill="zero", random_resized_crop=0.2)
 
 
 def config_of(**changes: Any) -> RunConfig:

@@ -212,7 +212,7 @@ def fill_caches() -> None:
 
     from runner import cli
 
-    cli.parse(["train", "podeti-alexnet"])
+    cli.parse(["train", "podeti-alexnet", "--data", "data"])
     figure = Figure()
     figure.text(0, 0, "text")
     FigureCanvasAgg(figure).draw()
