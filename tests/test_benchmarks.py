@@ -150,6 +150,7 @@ def test_the_ratio_of_ranks_is_written_before_ddp_is_measured(
     assert json.loads((tmp_path / "scaling.json").read_text())["ratio_ranks_to_one_process"]["median"] == 2.0
 
 
+@pytest.mark.every
 @pytest.mark.processes
 def test_the_scaling_benchmark_launches_ranks(small_data: Path) -> None:
     assert scaling.ScalingBenchmark(small_data, "soni-2", steps=3).launched(2, 20) > 0

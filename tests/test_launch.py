@@ -32,15 +32,16 @@ from runner.common.errors import UserError
 from runner.common.files import write_json
 from runner.run.folder import Run
 from tests.support import archives
-from tests.support.processes import ROOT, TINY, clean_environment, module, python
+from tests.support.processes import ROOT, TINY, Done, clean_environment, module, python
 
 
 @pytest.mark.processes
-def test_the_quickstart_runs_and_a_second_call_reuses_everything(tmp_path: Path) -> None:
-    """The first call starts fresh processes, as a user does; most other tests fork processes with imports done."""
+@pytest.mark.parametrize("started", [module, pytest.param(python, marks=pytest.mark.every)], ids=["forked", "fresh"])
+def test_the_quickstart_runs_and_a_second_call_reuses_everything(started: Callable[..., Done], tmp_path: Path) -> None:
+    """With processes that are forked with imports done, as in most other tests, or fresh ones, as a user does."""
     images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=15))
     call = ("--source", images, "--experiments", "podeti-alexnet", "--out", tmp_path / "out")
-    first = python("-m", "launch.quickstart", *call, cwd=tmp_path)
+    first = started(*(["-m"] if started is python else []), "launch.quickstart", *call, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert BANNER not in first.stdout
     run = Run(tmp_path / "out/runs/pictures/podeti-alexnet/1-steps")

@@ -189,6 +189,7 @@ def test_the_parameters_are_those_of_earlier_versions(
         params = augment.sample_params(Augment(**changes), np.arange(400), side, 3, 2)
     arrays = [params.erase_box, params.resized_box, params.policy_operations]
     content = b"".join(array.numpy().astype("<i8").tobytes() for array in arrays if array is not None)
+    assert content
     assert hashlib.sha256(content).hexdigest()[:16] == digest
 
 

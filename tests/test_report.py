@@ -10,6 +10,7 @@ import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,32 @@ def test_the_verdict_names_the_best_the_gate_and_what_is_incomplete(mixed_html: 
     assert "2 (podeti-mobilenetv2/short, efficientnet-b0/seed-0)" in verdict
     assert "Unfinished: 1 (podeti-mobilenetv2/seed-3)" in verdict
     assert "Not read: 1" in verdict
+
+
+class Tables(HTMLParser):
+    """The number of cells in each row of each table of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[int]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.rows.append([])
+        elif tag == "tr":
+            self.rows[-1].append(0)
+        elif tag in ("td", "th"):
+            self.rows[-1][-1] += int(dict(attrs).get("colspan") or 1)
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_titles(mixed_html: Path) -> None:
+    """The template lists titles and cells separately."""
+    tables = Tables(mixed_html.read_text()).rows
+    assert len(tables) > 4
+    for rows in tables:
+        assert len(rows) > 1
+        assert set(rows) == {rows[0]}
 
 
 def test_the_tables_show_changes_warnings_calls_and_single_classes(mixed_html: Path) -> None:

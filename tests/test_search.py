@@ -432,6 +432,7 @@ def test_the_front_has_what_nothing_beats() -> None:
     assert [trial.number for trial in best_trials(definition, trials)] == [4, 1, 3, 0]
 
 
+@pytest.mark.every
 def test_a_search_is_near_the_best_of_the_committed_grid_for_a_fraction_of_its_epochs() -> None:
     result = read_json(tables.RESULTS / "search-cpu.json", replays.Result)
     curves = {replays.key_of(trial.parameters): trial.accuracy for trial in result.grid}

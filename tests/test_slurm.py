@@ -348,7 +348,8 @@ def test_one_task_of_a_sweep_is_requeued_alone(
     assert_same_run(submitted.run, runs[0])
 
 
-@pytest.mark.parametrize("lost", [pytest.param("n1", marks=pytest.mark.every), "n2"])
+@pytest.mark.every
+@pytest.mark.parametrize("lost", ["n1", "n2"])
 def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
     cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path, lost: str
 ) -> None:

@@ -236,17 +236,15 @@ def test_an_agent_refuses_what_it_sets(
         Agent("podeti-alexnet")(["--data", str(tmp_path), *options], {"WANDB_RUN_ID": "abc"})
 
 
+@pytest.mark.every
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("names", "options"),
     [
         pytest.param(["tiny"], ["--seeds", *range(6)], id="seeds"),
-        pytest.param(
-            [GRID], ["--max-steps", 2, "--recipe.batch-size", 50, "--recipe.validation", 100], id="grid",
-            marks=pytest.mark.every,
-        ),
+        pytest.param([GRID], ["--max-steps", 2, "--recipe.batch-size", 50, "--recipe.validation", 100], id="grid"),
     ],
-)  # fmt: skip
+)
 def test_a_sweep_that_is_killed_twice_trains_every_trial_once(
     names: list[str], options: list[object], small_data: Path, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ def test_an_uploaded_run_is_skipped_whatever_is_uploaded_before_it(run: Run) -> 
     assert digest != wandb_sync._digest(run, False, {"WANDB_BASE_URL": "https://wandb.example"})
 
 
+@pytest.mark.every
 def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None:
     """Killed twice in the middle of an upload; rows that have arrived are not sent again."""
     first = read_metrics(run)[0]

@@ -101,7 +101,8 @@ def draw(
 
 def _draw_curves(run: Run, title: str) -> Path:
     figure = _new_figure(10, 3.6)
-    axes = figure.subplots(1, 2)
+    margins = {"left": 0.08, "right": 0.985, "bottom": 0.14, "top": 0.89, "wspace": 0.22}
+    axes = figure.subplots(1, 2, gridspec_kw=margins)
     rows = read_metrics(run)
     for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
         for split, style in (("train", "-"), ("test", "o-")):
@@ -117,16 +118,19 @@ def _draw_curves(run: Run, title: str) -> Path:
 
 def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]) -> Path:
     row_fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    figure = _new_figure(6.4, 6)
-    ax = figure.subplots()
+    names = [_shorten(name) for name in classes]
+    longest = 0.55 + 0.085 * max(map(len, names))  # inches of the longest name and of the title of its axis
+    figure = _new_figure(4.6 + longest, 4.9 + 0.75 * longest)
+    width, height = figure.get_size_inches()
+    left, bottom = longest / width, 0.75 * longest / height
+    ax = figure.add_axes((left, bottom, 4.5 / width, 4.5 / height))
     ax.imshow(row_fractions, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape) if len(classes) <= MAX_LABELED_CLASSES else ():
         color = "white" if row_fractions[row, column] > 0.5 else "black"
         ax.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
     ticks = range(0, len(classes), -(-len(classes) // MAX_LABELED_CLASSES))
-    names = [_shorten(classes[tick]) for tick in ticks]
-    ax.set_xticks(ticks, names, rotation=45, ha="right")
-    ax.set_yticks(ticks, names)
+    ax.set_xticks(ticks, names[:: ticks.step], rotation=45, ha="right")
+    ax.set_yticks(ticks, names[:: ticks.step])
     accuracy = np.trace(counts) / counts.sum()
     ax.set(xlabel="predicted", ylabel="label", title=f"{title}: {accuracy:.2%} of {counts.sum():,} test images")
     return _save(run, figure, "confusion")
@@ -138,7 +142,7 @@ def _draw_samples(
     probabilities = _softmax(logits)
     columns, column_width, row_height = NUM_SAMPLES // 4, 1.22, 1.45  # in images; two lines of text above each
     figure = _new_figure(11, 6.4)
-    ax = figure.subplots()  # for all images, because an Axes per image is five times slower
+    ax = figure.add_axes((0.01, 0.01, 0.98, 0.95))  # for all images, because an Axes per image is five times slower
     for position, (image, sample) in enumerate(zip(images, sample_indices(len(labels)), strict=True)):
         left, top = position % columns * column_width, position // columns * row_height
         predicted = logits[sample].argmax()
@@ -161,12 +165,15 @@ def _shorten(name: str) -> str:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """Returns a matplotlib Figure of this size in inches. Its text has no formulas: a class name may contain a `$`."""
+    """Returns a matplotlib Figure of this size in inches. Its text has no formulas: a class name may contain a `$`.
+
+    The figures set their margins themselves, because matplotlib's layouts take as long as drawing.
+    """
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110)
 
 
 def _save(run: Run, figure: Any, name: str) -> Path:
