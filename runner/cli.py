@@ -43,7 +43,7 @@ from runner.common.command_line import (
     parse_with_tyro,
     parse_words,
     read_command,
-)  # fmt: skip
+)
 from runner.common.console import OTHER_RANKS_ERROR_DELAY, run_command
 from runner.common.errors import UserError
 from runner.common.files import is_file

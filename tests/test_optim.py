@@ -21,7 +21,7 @@ from runner.config.recipe import (
     RMSprop,
     Schedule,
     Step,
-)  # fmt: skip
+)
 from runner.training import optim
 
 SCHEDULES = torch.optim.lr_scheduler
