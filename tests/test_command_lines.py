@@ -386,6 +386,9 @@ class Sample:
         ("--no 1", None, "--no: no such option; expected --on or --no-on or --nth"),
         ("--m 1", None, "--m: no such option; expected --inner.some-rate or --some-rate or --numbers"),
         ("--q 1", None, "--q: no such option; see --help"),
+        ("--inner 1", None, "--inner: names a group of options; expected one of them, such as --inner.some-rate"),
+        ("--arguments 1", None,
+         "--arguments: names a group of options; expected one of them, such as --arguments.NAME"),
     ],
 )  # fmt: skip
 def test_each_kind_of_option(line: str, positional: str | None, words: str) -> None:
