@@ -335,7 +335,7 @@ def test_every_augmentation_changes_the_images_of_training(small_data: Path, nam
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augment)])
 def test_every_augmentation_is_among_those_that_are_tested_together(name: str) -> None:
-    """On one and two ranks, in lower precision, interrupted and on a GPU; a new one needs a value in these."""
+    """On one and two ranks, in lower precision, interrupted, without waits; a new one needs a value in these."""
     together = (EVERY_AUGMENTATION, EVERY_WITH_RESIZED_CROP)
     assert any(getattr(augment, name) != getattr(Augment(), name) for augment in together)
 

@@ -39,11 +39,11 @@ from tests.support.processes import TINY, runner
 # By default one experiment of each architecture in fp32, three in every precision, and the raw front end of these and
 # of one that resizes images; with --every, everything. An export takes up to a minute, so that architectures whose
 # kinds of layers others have are left to --every.
-LEFT = ("resnet50", "soni-4", "efficientnet-b0", "merabishvili", "ghasemi-net")
+LEFT_TO_EVERY = ("resnet50", "soni-4", "efficientnet-b0", "merabishvili", "ghasemi-net")
 ONE_OF_EACH = set({e.architecture.factory: name for name, e in reversed(experiments.load().items())}.values())
 IN_EVERY_PRECISION = ("podeti-mobilenetv2", "vit-tiny-4", "soni-2")
 DEFAULT = {
-    "fp32": ONE_OF_EACH - set(LEFT),
+    "fp32": ONE_OF_EACH - set(LEFT_TO_EVERY),
     "fp32.raw": (*IN_EVERY_PRECISION, "transfer-resnet18"),
     "fp16": IN_EVERY_PRECISION,
     "int8": IN_EVERY_PRECISION,

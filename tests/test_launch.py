@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from tests.support.processes import ROOT, TINY, Done, clean_environment, module,
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("started", [module, pytest.param(python, marks=pytest.mark.every)], ids=["forked", "fresh"])
+@pytest.mark.parametrize(
+    "started", [module, pytest.param(partial(python, "-m"), marks=pytest.mark.every)], ids=["forked", "fresh"]
+)
 def test_the_quickstart_runs_and_a_second_call_reuses_everything(started: Callable[..., Done], tmp_path: Path) -> None:
     """With processes that are forked with imports done, as in most other tests, or fresh ones, as a user does."""
     images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=15))
     call = ("--source", images, "--experiments", "podeti-alexnet", "--out", tmp_path / "out")
-    first = started(*(["-m"] if started is python else []), "launch.quickstart", *call, cwd=tmp_path)
+    first = started("launch.quickstart", *call, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert BANNER not in first.stdout
     run = Run(tmp_path / "out/runs/pictures/podeti-alexnet/1-steps")

@@ -3,7 +3,7 @@
 python -m tests.support.programs.every_experiment DATA FOLDER {fp32,bf16} NAME...
 
 Batches of four images keep it short; architecture, optimizer, schedule and everything else are the experiment's. In
-bf16, which processors without its instructions compute up to 50 times slower, batches have two.
+bf16, which processors without its instructions compute up to 30 times slower, batches have two.
 Random weights replace the ImageNet weights, because this tests training, not the download.
 """
 
