@@ -13,7 +13,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")  # states of a job that has not ended
 NODES = 3  # two that train, and a spare to replace a lost one
 CPUS = 4  # per node, whatever this machine has; SLURM counts them, and binds no task to them
-MAX_ARRAY_SIZE = 200
+MAX_ARRAY_SIZE = 50
 GPUS = 2  # per node; files stand for them, so jobs train with --device cpu
 
 
