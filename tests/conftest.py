@@ -23,6 +23,7 @@ from data_prep.sources import Source
 from runner import experiments
 from runner.run.folder import Run
 from runner.system import environment
+from tests.support.models import shallow
 from tests.support.processes import ENDING, TINY, launch, runner
 
 KINDS = ("gpu", "slurm", "browser", "root", "processes")
@@ -231,7 +232,8 @@ def group_of(test: str) -> str:
     path, _, rest = test.partition("::")
     name = Path(path).stem
     parameters = rest.partition("[")[2].removesuffix("]")
-    exported = [known for known in experiments.load() if f"{parameters}-".startswith(f"{known}-")]
+    known_names = [*experiments.load(), *shallow.EXPERIMENTS]
+    exported = [known for known in known_names if f"{parameters}-".startswith(f"{known}-")]
     if name == "test_deploy" and exported:
         return max(exported, key=len)
     return name if name in TOGETHER else test
