@@ -17,6 +17,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from hypothesis import settings
 
 from data_prep import beton, sources
 from data_prep.sources import Source
@@ -40,6 +41,8 @@ def denormal_numbers() -> Iterator[None]:
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
 
+
+settings.load_profile("ci")  # the same examples everywhere, without a time limit for one
 
 # --- data and runs, made once for all workers -----------------------------------------------------------
 

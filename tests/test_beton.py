@@ -405,7 +405,7 @@ def test_ffcv_stays_within_its_memory(
 ) -> None:
     """With every crafted file that is accepted. With one that is refused it does not, which shows that this is seen."""
     program = ["-m", "tests.support.programs.decode_betons"]
-    done = python(*program, *betons, timeout=1800, **address_sanitizer)
+    done = python(*program, *betons, **address_sanitizer)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(betons.values())
     content = np.fromfile(small_data / "test.beton", dtype=np.uint8)
@@ -427,7 +427,7 @@ def test_verify_and_a_streaming_training_stay_within_their_memory(
     data = request.getfixturevalue(records)
     train = ["train", "tiny", *TINY, "--data", data, "--runs", tmp_path, "--device", "cpu", "--max-steps", 2]
     for words in (["data_prep", "verify", data], ["runner", *train, "--loader", "streaming"]):
-        done = python("-m", *words, timeout=1800, **address_sanitizer)
+        done = python("-m", *words, **address_sanitizer)
         assert done.returncode == 0, done.stderr
         assert "AddressSanitizer" not in done.stderr
 

@@ -31,15 +31,16 @@ def ending(data: Path, runs: Path, *more: object) -> list[object]:
 
 @pytest.mark.processes
 def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: Path) -> None:
-    words = ending(small_data, tmp_path, "--hang-timeout", 5)
+    words = ending(small_data, tmp_path, "--hang-timeout", 10)
     with start_ranks(3, *words, END="train 9 1 SIGSTOP") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 7)
         ranks = children_of(process.pid)
-        _, output = process.communicate(timeout=200)
+        _, output = process.communicate(timeout=900)
     assert process.returncode == 1
-    for rank in (0, 2):
-        assert f"runner: rank {rank} of 3 completed no step for" in output
-    assert "rank 1 of 3 completed" not in output
+    hung = [rank for rank in range(3) if f"runner: rank {rank} of 3 completed no step for" in output]
+    assert hung in ([0], [2], [0, 2])  # a rank that waits for one that has ended may report that first
+    for rank in {0, 2} - {*hung}:
+        assert f"rank {rank} of 3: another rank exited" in output
     assert "in train" in output  # a stack
     assert len(ranks) == 3
     assert gone(ranks, 5)
@@ -68,7 +69,7 @@ def test_sigusr1_is_for_ranks_because_it_kills_the_launcher(ranks: int, small_da
             started = children_of(process.pid)
             assert len(started) == ranks
             os.kill(process.pid if target == "launcher" else started[-1], signal.SIGUSR1)
-            _, output = process.communicate(timeout=100)
+            _, output = process.communicate(timeout=900)
         assert process.returncode == (-signal.SIGUSR1 if target == "launcher" else 1), output
         assert gone(started, 10)
         assert run.state() == state
@@ -106,16 +107,17 @@ def test_a_taken_port_does_not_matter_on_one_node_and_is_said_on_several(small_d
     launcher = ["accelerate.commands.launch", "--config_file"]
     with taken_port() as port:
         words = ["--main_process_port", port, "-m", "runner", *ending(small_data, tmp_path, "--max-steps", 2)]
-        one = module(*launcher, "launch/cpu.yaml", "--num_processes", 2, *words, timeout=240)
+        one = module(*launcher, "launch/cpu.yaml", "--num_processes", 2, *words)
         assert one.returncode == 0, one.stderr
         several = ["--num_machines", 2, "--num_processes", 2, "--machine_rank", 0, "--main_process_ip", "127.0.0.1"]
-        two = module(*launcher, "launch/multi_node.yaml", *several, *words, "--overwrite", timeout=240)
+        two = module(*launcher, "launch/multi_node.yaml", *several, *words, "--overwrite")
     assert two.returncode != 0
     assert "EADDRINUSE" in two.stderr or f"port `{port}`" in two.stderr
 
 
 def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_path: Path) -> None:
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    limited = "import os, resource, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); "
+    limited += "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
     limited += "from runner.cli import main; main(sys.argv[1:])"
     words = ["--recipe.resize", 1024, "--recipe.batch-size", 480, "--recipe.validation", 0, "--recipe.patience", 0]
     done = python("-c", limited, *ending(small_data, tmp_path, *words))

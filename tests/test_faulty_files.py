@@ -260,7 +260,7 @@ def test_ranks_that_see_other_files_resume_from_the_checkpoint_that_the_first_ch
 def test_without_file_locks_two_processes_do_not_train_one_run(
     second: str, small_data: Path, files: FaultyFiles
 ) -> None:
-    words = without_resume(arguments(small_data, files.below))
+    words = [*without_resume(arguments(small_data, files.below)), "--epochs", 400]
     run = Run(files.below / "ending" / "seed-0")
     with start("runner", *words, **files.environ("* lock /lock EOPNOTSUPP 1 1000"), END="train 9 0 SLEEP1") as process:
         wait_for_step(run.folder, 7, running=process)
@@ -268,7 +268,7 @@ def test_without_file_locks_two_processes_do_not_train_one_run(
         refused = runner(*words, "--overwrite", **files.environ(second))
         assert process.poll() is None
         process.terminate()
-        _, stderr = process.communicate(timeout=240)
+        _, stderr = process.communicate(timeout=900)
     assert process.returncode == 75, stderr
     assert "lock: no file locks here (Operation not supported)" in stderr
     assert refused.returncode == 2, refused.stderr

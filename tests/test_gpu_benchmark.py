@@ -32,7 +32,7 @@ from runner.training.profile import kind_of
 from tests.conftest import Once
 from tests.support.processes import ROOT, Running, descendants_of, gone, module, start, wait_until
 
-pytestmark = pytest.mark.timeout(1800)  # the first waits for the rehearsal
+pytestmark = pytest.mark.timeout(5400)  # the first waits for the rehearsal
 PARTS = get_args(PartName)
 IMAGES = {"train": 200, "test": 100}  # of the rehearsal's dataset
 # The line after which each part is killed. Parts with a single finding are killed while they measure it.

@@ -56,7 +56,7 @@ def test_the_two_commands_of_the_readme_train_on_two_hosts(hosts: list[str], sma
                 env=clean_environment(GLOO_SOCKET_IFNAME=host),
             )
         )  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in running]
+    errors = [process.communicate(timeout=900)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
     run = Run(tmp_path / "tiny" / "seed-0")
     assert run.config().world_size == 2

@@ -287,7 +287,7 @@ def run_batch_script(checkout: Path, script: str, *words: str, **more: str) -> s
     """From another folder than that of the submission, in which a script of SLURM's spool may start."""
     environ = {"PATH": f"{checkout}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(checkout), **JOB_ENVIRONMENT, **more}
     command = ["bash", checkout / "slurm" / script, *words]
-    return subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -518,7 +518,7 @@ def test_two_nodes_train_over_ipv6_alone(checkout: Path, small_data: Path, tmp_p
     environ = clean_environment(GLOO_SOCKET_IFNAME="lo", **JOB_ENVIRONMENT, SLURM_SUBMIT_DIR=str(copy))
     done = subprocess.run(
         ["unshare", "--net", "bash", "-c", f"{network} && exec {script}"],
-        cwd=copy, capture_output=True, text=True, check=False, timeout=400,
+        cwd=copy, capture_output=True, text=True, check=False,
         env=environ | {"PATH": f"{copy}:/usr/sbin:/usr/bin:/sbin:/bin", "SLURM_GPUS_PER_NODE": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -908,7 +908,8 @@ HANDLES = "trap 'exit 75' TERM; kill -{signal} $PPID; while true; do sleep 0.05;
         ),
         # A second USR1 must not reach the worker, which would kill its trials.
         (
-            "trap 'echo once >>signals' TERM; kill -USR1 $PPID; sleep 0.3; kill -USR1 $PPID; sleep 0.3; "
+            "trap 'echo once >>signals' TERM; kill -USR1 $PPID; until [ -e signals ]; do sleep 0.05; done; "
+            "kill -USR1 $PPID; sleep 1; "
             '[ "$(cat signals)" = once ] && exit 75; exit 9', 75, "stopped with checkpoints; queued again",
         ),
     ],

@@ -28,7 +28,7 @@ from runner.run.folder import Run, find_runs
 from runner.run.schema import GateResult
 from runner.search.study import Definition, Study, StudyTrial
 from tests.support import many_runs
-from tests.support.processes import ROOT, python, runner
+from tests.support.processes import ROOT, python, runner, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -688,7 +688,7 @@ def test_in_a_browser(browser: Any, html: Path, scheme: str) -> None:
         heads.nth(0).press("Enter")  # by keyboard, in reverse
         assert names() == sorted(names(), reverse=True)
         tab.set_viewport_size({"width": 375, "height": 800})
-        tab.wait_for_function("document.documentElement.scrollWidth <= 375", timeout=5_000)
+        tab.wait_for_function("document.documentElement.scrollWidth <= 375", timeout=60_000)
 
 
 @pytest.mark.browser
@@ -722,9 +722,16 @@ def test_filter_overlay_hover_and_heat_maps(browser: Any, many_html: Path) -> No
         assert front == sorted(front)
         assert [y for _, y in front] == sorted(y for _, y in front)
         tab.locator("#tradeoff-0").scroll_into_view_if_needed()
-        point = tab.locator("#tradeoff-0 .point").first.bounding_box()
-        tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
-        tab.wait_for_selector("#tradeoff-0 .hovertext", timeout=5_000)
+
+        def hovered() -> bool:
+            """Moves onto the first point; a chart that is being drawn does not notice."""
+            point = tab.locator("#tradeoff-0 .point").first.bounding_box()
+            tab.mouse.move(0, 0)
+            tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+            tab.wait_for_timeout(300)
+            return tab.locator("#tradeoff-0 .hovertext").count() > 0
+
+        wait_until(hovered)
         assert "parameters" in tab.locator("#tradeoff-0 .hovertext").first.text_content()
         tab.select_option("#grid-0-x", index=1)
         factor = tab.locator("#grid-0-x").input_value()
@@ -758,7 +765,7 @@ def test_what_decides_is_visible_without_scrolling(browser: Any, mixed_html: Pat
         edges = tab.evaluate(edge, columns - 1)
         assert len(edges) == 7
         assert max(edges) <= width - 16  # the page's margin
-        tab.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=5_000)
+        tab.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=60_000)
 
 
 @pytest.mark.browser

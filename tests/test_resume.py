@@ -205,7 +205,7 @@ def test_ctrl_c_stops_all_ranks_with_a_checkpoint(small_data: Path, tmp_path: Pa
     with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 3)
         os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=240)
+        _, stderr = process.communicate(timeout=900)
     assert process.returncode != 0
     assert "stopped at step" in stderr
 
@@ -219,7 +219,7 @@ def test_ctrl_c_stops_one_process_with_a_checkpoint(small_data: Path, tmp_path: 
     with start(*launcher, *words, END="train 4 0 SLEEP1") as process:
         wait_for_step(run.folder, 3)
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(240)
+        process.wait(900)
         wait_until(lambda: run.state() != "running")
     assert run.state() == "stopped"
 
@@ -395,7 +395,7 @@ def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None
     with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
         wait_for_step(tmp_path / "ending" / "seed-0", 3)
         process.terminate()
-        _, output = process.communicate(timeout=240)
+        _, output = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "stopped at step" in output
 

@@ -1095,18 +1095,17 @@ def test_a_paused_run_ends_as_one_that_was_never_paused(small_data: Path, tmp_pa
 
 @pytest.mark.every
 @pytest.mark.processes
-@pytest.mark.timeout(900)
 def test_a_search_of_24_trials_is_killed_twice(small_data: Path, tmp_path: Path) -> None:
     """Each trial is there once; the one that was continued last is bit-identical to a run that was never paused."""
     search = searched(small_data, tmp_path, "--trials", 24, "--slots", 3, "--checkpoint-every", 2)
     for complete, number in ((4, signal.SIGKILL), (8, signal.SIGINT), (12, signal.SIGKILL)):
         process = start("launch", *search)
-        wait_until(lambda n=complete: len([t for t in found(tmp_path) if t.accuracy]) >= n, 400, process)
+        wait_until(lambda n=complete: len([t for t in found(tmp_path) if t.accuracy]) >= n, running=process)
         started = descendants_of(process.pid)
         os.kill(process.pid, number)  # and with it all that it started
-        assert process.wait(120) == (75 if number == signal.SIGINT else -signal.SIGKILL)
+        assert process.wait(900) == (75 if number == signal.SIGINT else -signal.SIGKILL)
         assert gone(started, 30)
-    done = module("launch", *search, timeout=800)
+    done = module("launch", *search)
     assert done.returncode == 0, done.stderr
     trials = assert_trained_once(tmp_path, 24)
     assert f"24 of 24 trials: {sum(t.finished for t in trials)} complete" in done.stdout
@@ -1135,7 +1134,6 @@ def found(runs: Path) -> list[StudyTrial]:
 
 @pytest.mark.every
 @pytest.mark.processes
-@pytest.mark.timeout(600)
 def test_two_workers_on_two_ranks_per_trial(small_data: Path, tmp_path: Path) -> None:
     """Both ranks of a paused trial end, after the same step; the same command started twice is two workers."""
     words = searched(small_data, tmp_path, "--trials", 4, "--ranks", 2, "--reduction", 2, "--first-rung", 3)
@@ -1154,7 +1152,6 @@ def test_two_workers_on_two_ranks_per_trial(small_data: Path, tmp_path: Path) ->
 
 @pytest.mark.every
 @pytest.mark.processes
-@pytest.mark.timeout(600)
 def test_architectures_by_accuracy_and_latency(small_data: Path, tmp_path: Path) -> None:
     options = [*TINY, "--recipe.validation", 60, "--recipe.epochs", 1, "--recipe.batch-size", 60, "--device", "cpu"]
     words = ["search", "tiny", "tiny-wide", "--data", small_data, "--runs", tmp_path, "--trials", 9, *options]

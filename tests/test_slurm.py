@@ -30,7 +30,7 @@ from tests.support.processes import (
 )
 from tests.support.searches import assert_trained_once
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # they wait for daemons, while other tests run
+pytestmark = pytest.mark.slurm
 RESUME = ("--resume", "auto")  # which `launch submit` adds, and a direct sbatch has to
 LONGER = (*ENDING, "--device", "cpu", "--precision", "fp32", "--recipe.epochs", 16)
 CANARY = "canary" + "0" * 34  # stands for a W&B key
@@ -74,7 +74,7 @@ def submitted(cluster: slurm_cluster.Cluster, small_data: Path, tmp_path_factory
         commands |= command_lines()
         time.sleep(0.5)
     log = runs / "slurm" / f"runner-ending-{job}.log"
-    assert cluster.wait(job, 60) == "COMPLETED", log.read_text()
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert log.is_file()
     assert any("-m runner train ending" in command for command in commands)
     files = [path for folder in (cluster.folder, runs) for path in folder.rglob("*") if path.is_file()]
@@ -152,7 +152,7 @@ def test_a_job_has_a_rank_for_each_gpu_and_the_cpus_that_it_asks_for(
     log = tmp_path / "job.log"
     words = [*allocation.options(), "--output", log, "slurm/train.sbatch", "tiny", *RESUME]
     job = cluster.submit(*words, cwd=stand_in, environ=clean_environment())
-    assert cluster.wait(job, 60) == "COMPLETED", log.read_text()
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert sorted(line for line in log.read_text().splitlines() if "CPUs" in line) == expected
     assert allocation.ranks == int(expected[0].split()[2])
 
@@ -174,7 +174,7 @@ def test_a_job_that_does_not_get_what_it_asks_for_fails(
     log = tmp_path / "job.log"
     words = [*options, "--nodes", 2, "--output", log, "slurm/train.sbatch", "tiny", *RESUME]
     job = cluster.submit(*words, cwd=stand_in, environ=clean_environment())
-    assert cluster.wait(job, 60) == "FAILED", log.read_text()
+    assert cluster.wait(job) == "FAILED", log.read_text()
     assert message in log.read_text()
     assert "CPUs" not in log.read_text()
     assert "queued again" not in log.read_text()
@@ -190,7 +190,7 @@ def test_a_node_with_two_gpus_trains_on_two_ranks(
     assert done.returncode == 0, done.stderr
     (job,) = re.findall(r"^job (\d+);", done.stdout)
     log = tmp_path / "slurm" / f"runner-ending-{job}.log"
-    assert cluster.wait(job, 240) == "COMPLETED", log.read_text()
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert "train.sbatch: 1 node(s) with 2 GPU(s) each, 2 rank(s)" in log.read_text()
     assert Run(tmp_path / "ending" / "seed-0").config().world_size == 2
 
@@ -223,7 +223,7 @@ def test_a_failing_job_logs_the_reason(cluster: slurm_cluster.Cluster, tmp_path:
         "--runs", tmp_path / "runs", "--device", "cpu", *RESUME,
         cwd=ROOT, environ=clean_environment(),
     )  # fmt: skip
-    assert cluster.wait(job, 300) == "FAILED", log.read_text()
+    assert cluster.wait(job) == "FAILED", log.read_text()
     assert "found none; prepare one with" in log.read_text()
     assert not (tmp_path / "runs").exists()
 
@@ -238,11 +238,11 @@ def test_a_job_that_is_preempted_and_then_times_out_is_bit_identical(
         *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
         cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2"),
     )  # fmt: skip
-    wait_for_step(run, 7, 240)
+    wait_for_step(run, 7)
     cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
-    cluster.wait_for_requeue(job, 1, 120, TimeLimit=2)  # minutes; the signal comes 60 to 90 seconds earlier
-    cluster.wait_for_requeue(job, 2, 240, TimeLimit="UNLIMITED")
-    assert cluster.wait(job, 300) == "COMPLETED", log.read_text()
+    cluster.wait_for_requeue(job, 1, TimeLimit=2)  # minutes; the signal comes 60 to 90 seconds earlier
+    cluster.wait_for_requeue(job, 2, TimeLimit="UNLIMITED")
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert log.read_text().count("stopped with a checkpoint; queued again") == 2
     assert len(Run(run).config().resumed) == cluster.restart_count(job)
     assert_same_run(submitted.run, run)
@@ -259,11 +259,11 @@ def test_a_job_that_cannot_stop_before_its_time_limit_is_requeued(
         *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
         cwd=ROOT, environ=clean_environment(END="train 8 1 STALL"),
     )  # fmt: skip
-    wait_for_step(run, 7, 240)
+    wait_for_step(run, 7)
     minutes = int(cluster.job_info(job)["RunTime"].split(":")[1])
     cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes + 2}", check=True)
-    cluster.wait_for_requeue(job, 1, 240, TimeLimit="UNLIMITED")
-    assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
+    cluster.wait_for_requeue(job, 1, TimeLimit="UNLIMITED")
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert "the time limit came before a checkpoint; queued again" in log.read_text()
     assert len(Run(run).config().resumed) == 1
     assert_same_run(submitted.run, run)
@@ -285,8 +285,8 @@ def test_a_job_is_requeued_a_limited_number_of_times(
         wait_until(lambda start=start: log.exists() and log.read_text().count("start ") == start + 1)
         cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
         if start == 0:
-            cluster.wait_for_requeue(job, 1, 120)
-    assert cluster.wait(job, 120) == "FAILED", log.read_text()
+            cluster.wait_for_requeue(job, 1)
+    assert cluster.wait(job) == "FAILED", log.read_text()
     assert cluster.job_info(job)["ExitCode"] == "75:0"
     assert cluster.restart_count(job) == 1
     assert log.read_text().count("stopped with a checkpoint; queued again") == 1
@@ -305,9 +305,9 @@ def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
         *LONGER, "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
         cwd=ROOT, environ=clean_environment(END="train 1 1 SLEEP2"),
     )  # fmt: skip
-    wait_for_step(run, 7, 240)
+    wait_for_step(run, 7)
     cluster.run("scancel", job, check=True)
-    assert cluster.wait(job, 120) == "CANCELLED", log.read_text()
+    assert cluster.wait(job) == "CANCELLED", log.read_text()
     assert "queued again" not in log.read_text()
     (step,) = map(int, re.findall(r"stopped at step (\d+)", log.read_text()))
     assert (run / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
@@ -329,15 +329,15 @@ def test_one_task_of_a_sweep_is_requeued_alone(
     (job,) = re.findall(r"^job (\d+), an array of 2;", sweep(END="train 1 1 SLEEP1", SBATCH_NO_REQUEUE="1"), re.M)
     runs = [tmp_path / "ending" / f"s-seed-{seed}" for seed in (0, 1)]
     for run in runs:
-        wait_for_step(run, 7, 240)
+        wait_for_step(run, 7)
     assert sweep() == "2 trials: 2 running\n"
     wandb_ids = [Run(run).config().wandb_id for run in runs]
     cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_0", check=True)
-    cluster.wait_for_requeue(f"{job}_0", 1, 120)
+    cluster.wait_for_requeue(f"{job}_0", 1)
     logs = tmp_path / "slurm"
     for task in (0, 1):
         tails = [log.read_text()[-3000:] for log in logs.glob(f"*_{task}.log")]
-        assert cluster.wait(f"{job}_{task}", 400) == "COMPLETED", tails
+        assert cluster.wait(f"{job}_{task}") == "COMPLETED", tails
     for log in logs.glob("*_[01].log"):  # both starts of the first task append to its log
         assert re.search(r"^epoch \d+/16: train .* images/s, ", log.read_text(), re.M)
         assert len(re.findall(r"^run: ", log.read_text(), re.M)) == (2 if log.stem.endswith("_0") else 1)
@@ -363,15 +363,15 @@ def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
         "--data", small_data, "--runs", tmp_path / "runs", *RESUME,
         cwd=ROOT, environ=clean_environment(END=f"train 8 1 SLEEP{2 if lost == 'n1' else 1}", MAX_REQUEUES="1"),
     )  # fmt: skip
-    wait_for_step(run, 7, 240)
+    wait_for_step(run, 7)
     cluster.lose_node(lost)
-    cluster.wait_for_requeue(job, 1, 240)
+    cluster.wait_for_requeue(job, 1)
     if lost == "n1":
-        wait_until(lambda: len(Run(run).config().resumed) == 1, 240)
+        wait_until(lambda: len(Run(run).config().resumed) == 1)
         wait_for_step(run, Run(run).config().resumed[0].step + 7, 240)
         cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
-        cluster.wait_for_requeue(job, 2, 120)
-    assert cluster.wait(job, 400) == "COMPLETED", log.read_text()
+        cluster.wait_for_requeue(job, 2)
+    assert cluster.wait(job) == "COMPLETED", log.read_text()
     resumed = Run(run).config().resumed
     assert len(resumed) == cluster.restart_count(job)
     assert resumed[0].step >= 7
@@ -390,15 +390,15 @@ def test_a_search_survives_a_preempted_worker_and_a_lost_node(
     done = module("launch", *words, "--on", "slurm", "--tasks", 2, "--exclusive", **environ)
     assert done.returncode == 0, done.stderr
     (job,) = re.findall(r"^job (\d+), an array of 2;", done.stdout, re.M)
-    wait_until(lambda: len([*tmp_path.glob("ending/*/checkpoints/step-*")]) >= 2, 240)
-    wait_until(lambda: len([*tmp_path.glob("ending/*/run.json")]) >= 2, 240)
+    wait_until(lambda: len([*tmp_path.glob("ending/*/checkpoints/step-*")]) >= 2)
+    wait_until(lambda: len([*tmp_path.glob("ending/*/run.json")]) >= 2)
     cluster.run("scancel", "--batch", "--signal", "USR1", f"{job}_0", check=True)
     cluster.lose_node(cluster.job_info(f"{job}_1")["BatchHost"])
-    cluster.wait_for_requeue(f"{job}_0", 1, 120)
-    cluster.wait_for_requeue(f"{job}_1", 1, 240)
+    cluster.wait_for_requeue(f"{job}_0", 1)
+    cluster.wait_for_requeue(f"{job}_1", 1)
     logs = [log.read_text()[-3000:] for log in (tmp_path / "slurm").glob("*.log")]
     for task in (0, 1):
-        assert cluster.wait(f"{job}_{task}", 600) == "COMPLETED", logs
+        assert cluster.wait(f"{job}_{task}") == "COMPLETED", logs
     trials = assert_trained_once(tmp_path, 6)
     assert {trial.epochs for trial in trials} >= {1, 9}
     assert sum(len(Run(tmp_path / trial.run).config().resumed) > 0 for trial in trials) >= 2
@@ -418,12 +418,12 @@ def test_a_job_from_within_an_array_requeues_itself_until_the_limit(
         environ=clean_environment(MAX_REQUEUES="1"),
     )  # fmt: skip
     for restarts in (1, 2):
-        wait_until((checkout / "started").exists, 120)
+        wait_until((checkout / "started").exists)
         job = (checkout / "number").read_text().strip()
         cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
         if restarts == 1:
-            cluster.wait_for_requeue(job, restarts, 120)
-    assert cluster.wait(job, 120) == "FAILED"
+            cluster.wait_for_requeue(job, restarts)
+    assert cluster.wait(job) == "FAILED"
     assert cluster.job_info(job)["ExitCode"] == "75:0"
     reasons = [line.split("; ", 1)[1] for line in (checkout / "inner.log").read_text().splitlines() if "; " in line]
     assert reasons == ["queued again", "not queued again, because MAX_REQUEUES is 1; submit it again to resume"]
@@ -442,7 +442,7 @@ def test_a_sweep_without_array_trains_line_0_also_from_within_an_array(
     outer = cluster.submit(
         "--array=1-1", "--output=/dev/null", f"--wrap={wrap}", cwd=stand_in, environ=clean_environment()
     )
-    assert cluster.wait(f"{outer}_1", 120) == "COMPLETED", log.read_text()
+    assert cluster.wait(f"{outer}_1") == "COMPLETED", log.read_text()
     assert "sweep.sbatch: only line 0 of 2 is trained; --array 0-1 trains all" in log.read_text()
 
 
@@ -468,7 +468,6 @@ echo {{}} >"$runs/$experiment/$name/summary.json"
 
 
 @pytest.mark.every
-@pytest.mark.timeout(2400)
 def test_hundreds_of_trials_are_submitted_and_listed_with_few_calls_and_trained_once(
     cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
@@ -508,8 +507,8 @@ def test_hundreds_of_trials_are_submitted_and_listed_with_few_calls_and_trained_
     _, calls = sweep()
     assert calls == {"squeue": 1}, "a trial was submitted twice"
     runs = [tmp_path / "runs" / "tiny" / f"seed-{seed}" for seed in range(SEEDS)]
-    wait_until(lambda: all((run / "summary.json").is_file() for run in runs), 1800)
-    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 60)
+    wait_until(lambda: all((run / "summary.json").is_file() for run in runs))
+    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout)
     assert sweep("--dry-run")[0] == f"{SEEDS} trials: {SEEDS} complete; 0 to train"
     assert {(run / "log").read_text() for run in runs} == {"trained\n"}
     calls = Counter(line.split()[1] for line in (tmp_path / "calls").read_text().splitlines() if line[:4] == "job ")
@@ -546,7 +545,7 @@ def test_without_the_controller_no_trial_counts_as_not_queued(
             cluster.controller.send_signal(signal.SIGCONT)
         else:
             cluster.start_controller()
-            wait_until(lambda: cluster.run("squeue").returncode == 0, 60)
+            wait_until(lambda: cluster.run("squeue").returncode == 0)
     assert module("launch", *words, **environ).stdout == "2 trials: 2 queued\n"
 
 
@@ -573,6 +572,6 @@ def test_a_job_that_was_queued_without_an_answer_is_not_submitted_twice(
         assert lost.returncode == 2, lost.stdout
         (line,) = lost.stderr.splitlines()
         assert re.search("Socket timed out .*; the job may have been queued anyway; check squeue --me", line)
-    wait_until(lambda: cluster.run("squeue", "-h", "--array", "-o", "%j").stdout.count("runner-tiny") == 3, 60)
+    wait_until(lambda: cluster.run("squeue", "-h", "--array", "-o", "%j").stdout.count("runner-tiny") == 3)
     again = module("launch", "sweep", "tiny", *TINY, *words, "--on", "slurm", "--seeds", 0, 1, 2, **environ)
     assert again.stdout.startswith("3 trials: 2 queued, 1 missing\n")

@@ -249,13 +249,14 @@ def test_a_sweep_that_is_killed_twice_trains_every_trial_once(
     names: list[str], options: list[object], small_data: Path, tmp_path: Path
 ) -> None:
     """The sweep's process is killed; its trials die with it, and the next call resumes them."""
-    words = [*names, *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", *options, "--slots", 2]
+    words = [*names, *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", *options]
+    words += ["--slots", 2 if names == ["tiny"] else 1]  # in two slots, the four of the grid end in pairs
     seeds, changed = (range(6), []) if names == ["tiny"] else ((0,), map(str, options))
     trials = trials_of(names, small_data, "--runs", str(tmp_path), *changed, seeds=tuple(seeds))
     complete: dict[str, int] = {}
     for least in (1, 3):
         process = start_sweep(*words)
-        wait_until(lambda: sum(trial.state() == "complete" for trial in trials) >= least, 240, process)  # noqa: B023
+        wait_until(lambda: sum(trial.state() == "complete" for trial in trials) >= least, running=process)  # noqa: B023
         children = descendants_of(process.pid)
         process.kill()
         process.wait()
@@ -374,7 +375,7 @@ def test_two_calls_at_once_submit_each_trial_once(slurm: dict[str, str], small_d
     sbatch.write_text(sbatch.read_text() + f"printf '1 0\\n1 1\\n' > {tmp_path}/queue; sleep 2\n")
     calls = [start("launch", "sweep", *words, **slurm) for _ in range(2)]
     for call in calls:
-        _, errors = call.communicate(timeout=120)
+        _, errors = call.communicate(timeout=900)
         assert call.returncode == 0, errors
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
@@ -421,9 +422,9 @@ def test_ctrl_c_stops_trials_with_a_checkpoint_and_the_next_call_resumes(small_d
     words = ["ending", *ENDING, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]
     (trial,) = trials_of(["ending"], small_data, *ENDING, "--runs", str(tmp_path))
     process = start("launch", "sweep", *words, END="train 9 0 SLEEP1")
-    wait_for_step(trial.run.folder, 7, 120, process)
+    wait_for_step(trial.run.folder, 7, running=process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 75
+    assert process.wait(900) == 75
     assert trial.state() == "stopped"
     assert not list(trial.run.folder.glob(".stop-*"))
     step = max(int(folder.name[5:]) for folder in trial.run.checkpoints.glob("step-*"))

@@ -43,7 +43,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Run:
 
 
 def online(server: Server) -> dict[str, str]:
-    return {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_INIT_TIMEOUT": "10"}
+    return {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_INIT_TIMEOUT": "120"}
 
 
 def sync(server: Server, *runs: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -220,7 +220,7 @@ def test_each_row_once_after_two_interruptions(server: Server, run: Run) -> None
                 raise ConnectionError
 
         server.after_rows = kill
-        _, stderr = process.communicate(timeout=240)
+        _, stderr = process.communicate(timeout=900)
         assert process.returncode == -signal.SIGKILL, stderr
         assert shown_rows(server, run) == rows[:last]
     server.after_rows = lambda count: None
@@ -315,14 +315,14 @@ def test_training_survives_an_outage_in_the_middle(server: Server, small_data: P
 
     server.after_rows = fail
     log = tmp_path / "log"  # no pipe, which W&B's process would keep open
-    environ = {"END": "train 1 0 SLEEP1", **online(server)}
+    environ = {"END": "train 1 0 SLEEP1", "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", **online(server)}
     with log.open("wb") as file:
         process = start("runner", "train", "ending", *words, stdout=file, stderr=file, **environ)
-    wait_until(arrived.is_set, running=process)  # rows are sent every 15 seconds, of about 30
+    wait_until(arrived.is_set, running=process)
     before = len(read_metrics(run))
     wait_until(lambda: len(read_metrics(run)) > before + 2, running=process)
     server.status = 200
-    code, stderr = process.wait(240), log.read_text()
+    code, stderr = process.wait(900), log.read_text()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # W&B's process, which tries to upload the rest
     assert code == 0, stderr
@@ -339,7 +339,8 @@ def test_a_server_that_stays_away_delays_the_end_for_a_limited_time(
 ) -> None:
     """It refuses everything after the start of the run. A pipe, as to tee, ends with the run."""
     words = ["tiny", *TINY, "--data", small_data, "--runs", tmp_path, "--device", "cpu", "--seeds", 0, 1]
-    process = start("runner", "train", *words, stderr=subprocess.STDOUT, **online(server))
+    environ = online(server) | {"WANDB_INIT_TIMEOUT": "10"}
+    process = start("runner", "train", *words, stderr=subprocess.STDOUT, **environ)
     wait_until(lambda: bool(server.runs), running=process)
     server.status = 500
     output, _ = process.communicate(timeout=400)

@@ -239,8 +239,7 @@ FAMILIES = ["convnext_atto", "densenet121", "edgenext_xx_small", "efficientnet_b
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_twelve_families_train_two_steps(ranks: int, small_data: Path, tmp_path: Path) -> None:
     names = [timm_experiments.PREFIX + name for name in FAMILIES]
-    done = module(*on_ranks(ranks), "tests.support.programs.every_experiment", small_data, tmp_path, "fp32", *names,
-                  timeout=3000)  # fmt: skip
+    done = module(*on_ranks(ranks), "tests.support.programs.every_experiment", small_data, tmp_path, "fp32", *names)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "found.json").read_text())
     assert sorted(results) == sorted(names)

@@ -193,7 +193,7 @@ def test_a_tracker_that_hangs_at_the_end_is_abandoned(tracked) -> None:
     tracker.log(1)
     assert tracker.process.stdout.readline() == "1\n"
     with tracker.server.lock:  # the server does not answer from now on
-        out, stderr = tracker.process.communicate(timeout=240)
+        out, stderr = tracker.process.communicate(timeout=900)
     assert out == "abandoned\n"
     assert (
         stderr.count("W&B did not finish uploading in time; upload what is missing after the run with: runner sync")
@@ -206,7 +206,7 @@ def test_a_slow_tracker_delays_no_row(tracked) -> None:
     with tracker.server.lock:
         tracker.log(*range(10))
         assert tracker.server.requests == []  # all are in metrics.jsonl although W&B has not answered
-    out, stderr = tracker.process.communicate(timeout=240)
+    out, stderr = tracker.process.communicate(timeout=900)
     assert out.split() == [*map(str, range(10)), "finished"], stderr
     assert tracker.remote_steps == tracker.steps == list(range(10))
 
@@ -217,7 +217,7 @@ def test_a_tracker_that_raises_is_disabled(tracked) -> None:
     assert tracker.process.stdout.readline() == "1\n"
     end_clients(tracker.process.pid)
     tracker.log(2, 3, 4)
-    out, stderr = tracker.process.communicate(timeout=240)
+    out, stderr = tracker.process.communicate(timeout=900)
     assert out.split()[-1] == "abandoned"  # W&B may take rows into a buffer before it sees that its process is gone
     assert stderr.count("runner sync") == stderr.count("W&B failed") == 1
     assert tracker.steps == [1, 2, 3, 4]

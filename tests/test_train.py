@@ -178,8 +178,10 @@ def test_a_last_partial_batch_weighs_every_image_alike(train: Train) -> None:
     runs = [train("tiny", "--name", ranks, "--recipe.no-drop-last", ranks=ranks).run for ranks in (1, 3)]
     rows = [[row for row in read_metrics(run) if row.train_loss is not None] for run in runs]
     assert [row.global_step for row in rows[0]] == [9, 18]
-    one, three = ([(row.train_loss, row.train_accuracy) for row in part] for part in rows)
-    np.testing.assert_allclose(three, one, rtol=1e-5)
+    losses = [[row.train_loss for row in part] for part in rows]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    accuracies = [[row.train_accuracy for row in part] for part in rows]
+    np.testing.assert_allclose(accuracies[1], accuracies[0], atol=1.5 / 500)  # one image may be between two classes
     norms = [[row.train_grad_norm for row in part] for part in rows]
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)
 

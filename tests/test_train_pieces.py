@@ -547,4 +547,5 @@ def test_ranks_accumulate_average_and_clip_like_one(train) -> None:
         of_one, of_two = (msgspec.to_builtins(row) for row in (one, two))
         assert of_two.keys() == of_one.keys()
         for key in of_one.keys() - {*MEASURED}:
-            assert of_two[key] == pytest.approx(of_one[key], rel=2e-4), key
+            one_image = 1 / 60 if "accuracy" in key else 0  # between two classes
+            assert of_two[key] == pytest.approx(of_one[key], rel=2e-4, abs=one_image + 1e-12), key

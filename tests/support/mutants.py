@@ -249,8 +249,7 @@ def prepare_to_fork(checkout: Path) -> None:
     os.environ["PYTHONPATH"] = str(checkout)
     os.chdir(checkout)
     # The first example that fails is enough.
-    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate))
-    settings.load_profile("mutants")
+    settings.register_profile("ci", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
     gc.collect()
     gc.freeze()
 

@@ -33,7 +33,7 @@ def clean_environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "WANDB_MODE": "disabled", "COLUMNS": "200"} | more
 
 
-def python(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ: str) -> Done:
+def python(*arguments: object, cwd: Path = ROOT, timeout: float = 1500, **environ: str) -> Done:
     """Runs `python ARGUMENTS` in a fresh process until it ends."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -89,7 +89,7 @@ def start(
     return process
 
 
-def module(*arguments: object, cwd: Path = ROOT, timeout: float = 500, **environ: str) -> Done:
+def module(*arguments: object, cwd: Path = ROOT, timeout: float = 1500, **environ: str) -> Done:
     """Runs `python -m ARGUMENTS` until it ends; see `start`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = start(*arguments, cwd=cwd, stdout=out, stderr=err, session=False, **environ)
@@ -123,7 +123,7 @@ def start_ranks(ranks: int, *arguments: object, **environ: str) -> Running:
     return start(*on_ranks(ranks), "runner", *arguments, **environ)
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 240, running: Running | None = None) -> None:
+def wait_until(what: Callable[[], bool], seconds: float = 900, running: Running | None = None) -> None:
     """Waits until `what()` is true; fails the test after `seconds`, or if the process `running` ends first."""
     until = time.monotonic() + seconds
     while not what():
@@ -134,7 +134,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 240, running: Running 
         time.sleep(0.02)
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 240, running: Running | None = None) -> None:
+def wait_for_step(run: Path, step: int, seconds: float = 900, running: Running | None = None) -> None:
     """Waits until there is a checkpoint of `step` or later."""
     wait_until(lambda: any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step-*")), seconds, running)
 
@@ -142,7 +142,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 240, running: Running |
 def children_of(process: int) -> list[int]:
     """Returns the processes that a process, in any of its threads, has started, such as the ranks of a launcher."""
     started: list[int] = []
-    for thread in Path(f"/proc/{process}/task").iterdir():
+    for thread in Path(f"/proc/{process}/task").glob("*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
             started += map(int, (thread / "children").read_text().split())
     return started
@@ -150,11 +150,7 @@ def children_of(process: int) -> list[int]:
 
 def descendants_of(process: int) -> list[int]:
     """Returns all descendants of a process; those that end meanwhile are left out."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for child in children_of(process):
-            found += [child, *descendants_of(child)]
-    return found
+    return [found for child in children_of(process) for found in (child, *descendants_of(child))]
 
 
 def command_lines() -> set[str]:
@@ -166,12 +162,19 @@ def command_lines() -> set[str]:
     return found
 
 
+def has_ended(process: int) -> bool:
+    """Returns whether a process has ended, even if its parent has not noticed."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def gone(processes: list[int], seconds: float) -> bool:
     """Returns whether all processes end within `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        states = [Path(f"/proc/{process}/stat") for process in processes]
-        if not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states):
+        if all(has_ended(process) for process in processes):
             return True
         time.sleep(0.05)
     return False

@@ -132,10 +132,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._wait_for(lambda: not self.run("squeue", "-h").stdout.strip(), 180)
         self._wait_for(self.idle, 180)
 
-    def wait_for_requeue(self, job: object, count: int, seconds: float, **changes: object) -> None:
+    def wait_for_requeue(self, job: object, count: int, **changes: object) -> None:
         """Waits until a job has been requeued `count` times, and starts it at once instead of two minutes later."""
-        self._wait_for(lambda: self.restart_count(job) >= count, seconds)
-        self._wait_for(lambda: self.job_info(job).get("JobState") == "PENDING", 60)
+        self._wait_for(lambda: self.restart_count(job) >= count, 900)
+        self._wait_for(lambda: self.job_info(job).get("JobState") == "PENDING", 900)
         self.start_now(job, **changes)
 
     def start_now(self, job: object, **changes: object) -> None:
@@ -172,7 +172,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         assert result.returncode == 0, result.stderr
         return int(result.stdout.split(";")[0])
 
-    def wait(self, job: object, seconds: float) -> str:
+    def wait(self, job: object, seconds: float = 900) -> str:
         """Waits until a job has ended; returns its state."""
         self._wait_for(lambda: self.job_info(job).get("JobState", "GONE") not in UNFINISHED, seconds)
         return self.job_info(job).get("JobState", "GONE")

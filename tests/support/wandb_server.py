@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, ClassVar
+
+from tests.support.processes import children_of
 
 ENTITY = "someone"
 PROJECT_FIELDS = {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
@@ -23,9 +24,9 @@ PROJECT_FIELDS = {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "use
 
 def end_clients(process: int) -> None:
     """Kills the service processes that W&B started for a process: the children of its threads."""
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in children.read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+    for child in children_of(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 class Server:
