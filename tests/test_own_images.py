@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from runner.config.recipe import Architecture
 from runner.run.folder import Run
 from runner.training.model import build_for
 from tests.support import archives
+from tests.support.configs import CONFIG
 from tests.support.processes import module, runner
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
@@ -306,14 +308,17 @@ def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: p
 
 
 def test_figures_of_odd_and_of_many_classes(tmp_path: Path) -> None:
-    """A formula that is none, numbers, and more classes than a matrix can have numbers for."""
+    """A formula that is none, numbers, two lines, and more classes than a matrix can have numbers for."""
     from runner.tracking import figures
 
-    for classes in ([r"US$ \\frac{$", "10", "9"], [str(k) for k in range(200)]):
-        run = Run(tmp_path / str(len(classes)))
-        run.figures.mkdir(parents=True)
-        picture = figures._draw_confusion(run, "x", np.eye(len(classes), dtype=int), classes)
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    for classes in ([r"US$ \\frac{$", "10", "two\nlines, \udcff"], [str(k) for k in range(200)]):
+        run, count = Run(tmp_path / str(len(classes))), len(classes)
+        run.run_json.parent.mkdir(parents=True)
+        config = msgspec.structs.replace(CONFIG, dataset=msgspec.structs.replace(CONFIG.dataset, classes=classes))
+        confusion, images = np.eye(count, dtype=int), np.zeros((count, 40, 30, 3), np.uint8)
+        for path in figures.draw(run, config, confusion.tolist(), np.eye(count), np.arange(count), images[:32]):
+            with Image.open(path) as picture:
+                assert min(picture.size) > 200
 
 
 def test_several_folders_of_a_split_are_refused(tmp_path: Path) -> None:

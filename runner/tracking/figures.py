@@ -1,18 +1,21 @@
 """Draws the figures of a run: training curves, confusion matrix, sample predictions, and mistakes."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runner.common.files import write_json
+from runner.common.text import printable
 from runner.run.folder import Run
 from runner.run.metrics import read_metrics
 from runner.run.schema import Mistake, Mistakes, RunConfig
 
 NUM_SAMPLES = 32
 MAX_LABELED_CLASSES = 30  # largest number of classes for which a confusion matrix shows all counts and names
-MAX_NAME = 24  # longest class name that is drawn in full
+MAX_NAME = 24  # longest class name that is drawn in full beside a matrix
+MAX_CAPTION = 17  # and above an image
 MAX_MISTAKES = 12
 
 
@@ -100,7 +103,15 @@ def draw(
 
 
 def _draw_curves(run: Run, title: str) -> Path:
-    figure = _new_figure(10, 3.6)
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    rcParams["text.parse_math"] = False  # a name may contain a `$`
+    figure = Figure(figsize=(10, 3.6), dpi=110)
+    canvas = FigureCanvasAgg(figure)
+    # Margins of our own, because matplotlib's layouts take as long as drawing.
     margins = {"left": 0.08, "right": 0.985, "bottom": 0.14, "top": 0.89, "wspace": 0.22}
     axes = figure.subplots(1, 2, gridspec_kw=margins)
     rows = read_metrics(run)
@@ -110,78 +121,105 @@ def _draw_curves(run: Run, title: str) -> Path:
             epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
             ax.plot(epochs, values, style, label=split, markersize=4)
         ax.set(xlabel="epoch", ylabel=metric)
+        ax.locator_params(nbins=6)
         ax.grid(alpha=0.3)
         ax.legend()
     figure.suptitle(title)
-    return _save(run, figure, "curves")
+    canvas.draw()  # `savefig` does it twice
+    path = run.figures / "curves.png"
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
+    return path
+
+
+# The other figures hold over a hundred words, each of which costs matplotlib a millisecond or two.
 
 
 def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]) -> Path:
-    row_fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    names = [_shorten(name) for name in classes]
-    longest = 0.55 + 0.085 * max(map(len, names))  # inches of the longest name and of the title of its axis
-    figure = _new_figure(4.6 + longest, 4.9 + 0.75 * longest)
-    width, height = figure.get_size_inches()
-    left, bottom = longest / width, 0.75 * longest / height
-    ax = figure.add_axes((left, bottom, 4.5 / width, 4.5 / height))
-    ax.imshow(row_fractions, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape) if len(classes) <= MAX_LABELED_CLASSES else ():
-        color = "white" if row_fractions[row, column] > 0.5 else "black"
-        ax.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    ticks = range(0, len(classes), -(-len(classes) // MAX_LABELED_CLASSES))
-    ax.set_xticks(ticks, names[:: ticks.step], rotation=45, ha="right")
-    ax.set_yticks(ticks, names[:: ticks.step])
+    from matplotlib import colormaps
+    from PIL import Image, ImageDraw
+
+    small, medium, large = map(_font, (12, 15, 18))
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    step = -(-len(classes) // MAX_LABELED_CLASSES)
+    names = {position: _shorten(name, MAX_NAME) for position, name in enumerate(classes) if position % step == 0}
+    longest = max(map(medium.getlength, names.values()))
+    side, left, top = 500, round(longest) + 50, 40  # of the matrix, in pixels
+    cell, right, bottom = side / len(classes), left + side, top + side
+    picture = Image.new("RGB", (right + 15, bottom + round(0.75 * longest) + 60), "white")
+    pen = ImageDraw.Draw(picture)
+    colors = (255 * colormaps["Blues"](shares)[..., :3]).round().astype(np.uint8)
+    picture.paste(Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST), (left, top))
+    pen.rectangle((left - 1, top - 1, right, bottom), outline="black")
+    for row, column in np.ndindex(*counts.shape) if step == 1 else ():
+        center = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
+        color = "white" if shares[row, column] > 0.5 else "black"
+        pen.text(center, str(counts[row, column]), color, small, anchor="mm")
+    for position, name in names.items():
+        across, down = left + (position + 0.5) * cell, top + (position + 0.5) * cell
+        pen.line((left - 6, down, left - 1, down), "black")
+        pen.text((left - 10, down), name, "black", medium, anchor="rm")
+        pen.line((across, bottom, across, bottom + 5), "black")
+        _write_turned(picture, name, 45, (across, bottom + 8))
     accuracy = np.trace(counts) / counts.sum()
-    ax.set(xlabel="predicted", ylabel="label", title=f"{title}: {accuracy:.2%} of {counts.sum():,} test images")
-    return _save(run, figure, "confusion")
+    heading = f"{title}: {accuracy:.2%} of {counts.sum():,} test images"
+    fitting = large if large.getlength(heading) < picture.width else medium
+    pen.text((picture.width / 2, top / 2), heading, "black", fitting, anchor="mm")
+    pen.text((left + side / 2, picture.height - 15), "predicted", "black", medium, anchor="mm")
+    _write_turned(picture, "label", 90, (15, top + side / 2 - 20))
+    path = run.figures / "confusion.png"
+    picture.save(path)
+    return path
 
 
 def _draw_samples(
     run: Run, title: str, images: np.ndarray, logits: np.ndarray, labels: np.ndarray, classes: list[str]
 ) -> Path:
+    from PIL import Image, ImageDraw
+
+    columns, side, column_width, row_height = 8, 116, 150, 166  # pixels; two lines of text above each image
+    picture = Image.new("RGB", (columns * column_width, 50 + -(-len(images) // columns) * row_height), "white")
+    pen, font = ImageDraw.Draw(picture), _font(12)
+    pen.text((picture.width / 2, 22), f"{title}: predictions on test images", "black", _font(18), anchor="mm")
     probabilities = _softmax(logits)
-    columns, column_width, row_height = NUM_SAMPLES // 4, 1.22, 1.45  # in images; two lines of text above each
-    figure = _new_figure(11, 6.4)
-    ax = figure.add_axes((0.01, 0.01, 0.98, 0.95))  # for all images, because an Axes per image is five times slower
     for position, (image, sample) in enumerate(zip(images, sample_indices(len(labels)), strict=True)):
-        left, top = position % columns * column_width, position // columns * row_height
+        center, top = position % columns * column_width + column_width // 2, 85 + position // columns * row_height
+        scale = side / max(image.shape[:2])
+        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+        height, width = (max(1, round(length * scale)) for length in image.shape[:2])
+        picture.paste(Image.fromarray(image).resize((width, height), method), (center - width // 2, top))
         predicted = logits[sample].argmax()
         correct = predicted == labels[sample]
-        height, width = (side / max(image.shape[:2]) for side in image.shape[:2])
-        ax.imshow(image, extent=(left + 0.5 - width / 2, left + 0.5 + width / 2, top + height, top))
-        text = f"{_shorten(classes[predicted])} {probabilities[sample, predicted]:.0%}"
-        text += "" if correct else f"\ntrue: {_shorten(classes[labels[sample]])}"
+        text = f"{_shorten(classes[predicted], MAX_CAPTION)} {probabilities[sample, predicted]:.0%}"
+        text += "" if correct else f"\ntrue: {_shorten(classes[labels[sample]], MAX_CAPTION)}"
         color = "black" if correct else "firebrick"
-        ax.text(left + 0.5, top - 0.04, text, ha="center", va="bottom", fontsize=8, color=color)
-    ax.set(xlim=(0, columns * column_width - 0.22), ylim=(4 * row_height - 0.4, -0.4))
-    ax.axis("off")
-    figure.suptitle(f"{title}: predictions on test images")
-    return _save(run, figure, "samples")
-
-
-def _shorten(name: str) -> str:
-    """Returns the name of a class, cut off if it is long."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """Returns a matplotlib Figure of this size in inches. Its text has no formulas: a class name may contain a `$`.
-
-    The figures set their margins themselves, because matplotlib's layouts take as long as drawing.
-    """
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["text.parse_math"] = False
-    return Figure(figsize=(width, height), dpi=110)
-
-
-def _save(run: Run, figure: Any, name: str) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    path = run.figures / f"{name}.png"
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # `savefig` does it twice
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
+        pen.text((center, top - 4), text, color, font, anchor="md", align="center")
+    path = run.figures / "samples.png"
+    picture.save(path)
     return path
+
+
+def _write_turned(picture: Any, text: str, degrees: float, end: tuple[float, float]) -> None:
+    """Writes text that is turned counterclockwise around the middle of its right end, which is at `end`."""
+    from PIL import Image, ImageDraw
+
+    font = _font(15)
+    width = round(font.getlength(text)) + 20
+    mask = Image.new("L", (2 * width, 2 * width))  # around the end, so that it stays in the center
+    ImageDraw.Draw(mask).text((width, width), text, 255, font, anchor="rm")
+    mask = mask.rotate(degrees, Image.Resampling.BICUBIC)
+    picture.paste("black", (round(end[0]) - width, round(end[1]) - width), mask)
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    """Returns the font of matplotlib's figures, of a size in pixels."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _shorten(name: str, length: int) -> str:
+    """Returns the name of a class in one line, cut off if it is long."""
+    name = printable(name)
+    return name if len(name) <= length else f"{name[: length - 1]}…"
