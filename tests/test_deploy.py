@@ -43,12 +43,12 @@ NETWORKS = {
     (e.architecture.factory, *sorted((key, v) for key, v in e.architecture.arguments.items() if key != "dropout")): name
     for name, e in reversed(ALL.items())
 }.values()
-# By default one of each kind of layers: an export of a deep network takes up to a minute. With --every, every network
-# in fp32, and one of each architecture in every precision and front end.
+# By default one of each kind of layers, of which one resizes images: an export of a deep network takes up to a minute.
+# With --every, every network in fp32, and one of each architecture in every precision and front end.
 IN_EVERY_PRECISION = ("shallow-mobilenetv2", "shallow-vit", "soni-2")
 DEFAULT = {
-    "fp32": (*IN_EVERY_PRECISION, "speedrun", "podeti-alexnet", "transfer-resnet18"),
-    "fp32.raw": (*IN_EVERY_PRECISION, "transfer-resnet18"),
+    "fp32": (*IN_EVERY_PRECISION, "speedrun", "podeti-alexnet"),
+    "fp32.raw": IN_EVERY_PRECISION,
     "fp16": IN_EVERY_PRECISION,
     "int8": IN_EVERY_PRECISION,
 }

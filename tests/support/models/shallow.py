@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runner import experiments
-from runner.config.recipe import Architecture
+from runner.config.recipe import Architecture, Experiment
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,13 @@ def mobilenet_v2() -> "nn.Module":
     return models.mobilenet_v2(num_classes=10, inverted_residual_setting=blocks)
 
 
+def _shallow(like: str, factory: str, resize: int = 0) -> Experiment:
+    experiment = experiments.get(like)
+    recipe = replace(experiment.recipe, resize=resize)
+    return replace(experiment, architecture=Architecture(f"{__name__}:{factory}"), recipe=recipe, paper="tests")
+
+
 EXPERIMENTS = {
-    f"shallow-{name}": replace(experiments.get(like), architecture=Architecture(f"{__name__}:{factory}"), paper="tests")
-    for name, like, factory in (("vit", "vit-tiny-4", "vit"), ("mobilenetv2", "podeti-mobilenetv2", "mobilenet_v2"))
+    "shallow-vit": _shallow("vit-tiny-4", "vit"),
+    "shallow-mobilenetv2": _shallow("podeti-mobilenetv2", "mobilenet_v2", resize=48),
 }
