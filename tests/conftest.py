@@ -27,6 +27,8 @@ from runner.system import environment
 from tests.support.models import shallow
 from tests.support.processes import ENDING, TINY, launch, runner
 
+settings.load_profile("ci")  # Hypothesis: the same examples everywhere, without a time limit for one
+
 KINDS = ("gpu", "slurm", "browser", "root", "processes")
 REQUIRED_IN_CI = ("slurm", "browser", "root")  # a skip of one of these fails the run where CI=true
 
@@ -41,8 +43,6 @@ def denormal_numbers() -> Iterator[None]:
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
 
-
-settings.load_profile("ci")  # the same examples everywhere, without a time limit for one
 
 # --- data and runs, made once for all workers -----------------------------------------------------------
 

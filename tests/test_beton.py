@@ -403,9 +403,9 @@ def address_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 def test_ffcv_stays_within_its_memory(
     small_data: Path, betons: dict[Path, str], address_sanitizer: dict[str, str], tmp_path: Path
 ) -> None:
-    """With crafted files that are accepted. With one that is refused it does not, which shows that this is seen."""
+    """With a third of the crafted files that are accepted. With a refused one it does not, so that this is seen."""
     program = ["-m", "tests.support.programs.decode_betons"]
-    some = dict(list(betons.items())[::3])  # FFCV compiles ten seconds for each
+    some = dict(list(betons.items())[::3])  # FFCV compiles for ten seconds for each file
     done = python(*program, *some, **address_sanitizer)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(some.values())

@@ -314,11 +314,13 @@ def test_figures_of_odd_and_of_many_classes(tmp_path: Path) -> None:
     for classes in ([r"US$ \\frac{$", "10", "two\nlines, \udcff"], [str(k) for k in range(200)]):
         run, count = Run(tmp_path / str(len(classes))), len(classes)
         run.run_json.parent.mkdir(parents=True)
-        config = msgspec.structs.replace(CONFIG, dataset=msgspec.structs.replace(CONFIG.dataset, classes=classes))
+        dataset = msgspec.structs.replace(CONFIG.dataset, classes=classes, name="two\nlines")
+        config = msgspec.structs.replace(CONFIG, dataset=dataset)
         confusion, images = np.eye(count, dtype=int), np.zeros((count, 40, 30, 3), np.uint8)
         for path in figures.draw(run, config, confusion.tolist(), np.eye(count), np.arange(count), images[:32]):
             with Image.open(path) as picture:
                 assert min(picture.size) > 200
+                assert len(picture.getcolors(2**20)) > 2
 
 
 def test_several_folders_of_a_split_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runner.training.session import is_lost_rank
 from tests.support.processes import module, on_ranks
 
 TOLERANCES = {"plain-float64": 1e-9, "norm-float64": 1e-9, "plain-float32": 1e-5, "norm-float32": 1e-4}
@@ -48,3 +49,19 @@ def test_any_number_of_ranks_is_like_one(
         for name, weights in one["weights"].items():
             assert other["resumed"][name] == other["weights"][name], name
             np.testing.assert_allclose(other["resumed"][name], weights, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] writev [127.0.0.1]:4242: Broken pipe"), True),
+        (RuntimeError("Connection refused"), True),
+        (RuntimeError("NCCL error: ncclRemoteError: a call failed possibly due to a network error"), True),
+        (RuntimeError("NCCL error: ncclInvalidUsage: duplicate GPU detected"), False),
+        (BrokenPipeError(32, "Broken pipe"), False),  # such as that of a closed terminal
+    ],
+)
+def test_a_lost_rank_is_recognized_by_the_message(error: Exception, lost: bool) -> None:
+    assert is_lost_rank(error, world_size=2) == lost
+    assert not is_lost_rank(error, world_size=1)

@@ -368,7 +368,7 @@ def test_after_a_lost_node_the_job_resumes_from_the_last_checkpoint(
     cluster.wait_for_requeue(job, 1)
     if lost == "n1":
         wait_until(lambda: len(Run(run).config().resumed) == 1)
-        wait_for_step(run, Run(run).config().resumed[0].step + 7, 240)
+        wait_for_step(run, Run(run).config().resumed[0].step + 7)
         cluster.run("scancel", "--batch", "--signal", "USR1", job, check=True)
         cluster.wait_for_requeue(job, 2)
     assert cluster.wait(job) == "COMPLETED", log.read_text()

@@ -27,5 +27,5 @@ def test_a_server_that_has_ended_is_replaced() -> None:
     os.kill(server, signal.SIGKILL)
     assert gone([server], 30)
     assert process.wait() == -signal.SIGKILL
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)  # it outlives its server
     assert module("timeit", "-n", 1, "-r", 1).returncode == 0

@@ -14,8 +14,7 @@ from runner.run.schema import Mistake, Mistakes, RunConfig
 
 NUM_SAMPLES = 32
 MAX_LABELED_CLASSES = 30  # largest number of classes for which a confusion matrix shows all counts and names
-MAX_NAME = 24  # longest class name that is drawn in full beside a matrix
-MAX_CAPTION = 17  # and above an image
+MAX_NAME = 200  # pixels of the longest class name beside a matrix
 MAX_MISTAKES = 12
 
 
@@ -93,7 +92,7 @@ def draw(
     Returns:
         The paths of the figures.
     """
-    classes, title = config.dataset.classes, f"{config.experiment} on {config.dataset.name}"
+    classes, title = config.dataset.classes, printable(f"{config.experiment} on {config.dataset.name}")
     run.figures.mkdir(exist_ok=True)
     return [
         _draw_curves(run, title),
@@ -138,17 +137,17 @@ def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
-    small, medium, large = map(_font, (12, 15, 18))
+    small, font = _font(12), _font(15)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     step = -(-len(classes) // MAX_LABELED_CLASSES)
-    names = {position: _shorten(name, MAX_NAME) for position, name in enumerate(classes) if position % step == 0}
-    longest = max(map(medium.getlength, names.values()))
+    names = {position: _shorten(name, font, MAX_NAME) for position, name in enumerate(classes) if position % step == 0}
+    longest = max(map(font.getlength, names.values()))
     side, left, top = 500, round(longest) + 50, 40  # of the matrix, in pixels
     cell, right, bottom = side / len(classes), left + side, top + side
     picture = Image.new("RGB", (right + 15, bottom + round(0.75 * longest) + 60), "white")
     pen = ImageDraw.Draw(picture)
     colors = (255 * colormaps["Blues"](shares)[..., :3]).round().astype(np.uint8)
-    picture.paste(Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST), (left, top))
+    picture.paste(Image.fromarray(colors).resize((side, side), Image.Resampling.BOX), (left, top))
     pen.rectangle((left - 1, top - 1, right, bottom), outline="black")
     for row, column in np.ndindex(*counts.shape) if step == 1 else ():
         center = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
@@ -157,14 +156,14 @@ def _draw_confusion(run: Run, title: str, counts: np.ndarray, classes: list[str]
     for position, name in names.items():
         across, down = left + (position + 0.5) * cell, top + (position + 0.5) * cell
         pen.line((left - 6, down, left - 1, down), "black")
-        pen.text((left - 10, down), name, "black", medium, anchor="rm")
+        pen.text((left - 10, down), name, "black", font, anchor="rm")
         pen.line((across, bottom, across, bottom + 5), "black")
         _write_turned(picture, name, 45, (across, bottom + 8))
     accuracy = np.trace(counts) / counts.sum()
-    heading = f"{title}: {accuracy:.2%} of {counts.sum():,} test images"
-    fitting = large if large.getlength(heading) < picture.width else medium
-    pen.text((picture.width / 2, top / 2), heading, "black", fitting, anchor="mm")
-    pen.text((left + side / 2, picture.height - 15), "predicted", "black", medium, anchor="mm")
+    result = f": {accuracy:.2%} of {counts.sum():,} test images"
+    heading = _shorten(title, font, picture.width - 20 - font.getlength(result)) + result
+    pen.text((picture.width / 2, top / 2), heading, "black", font, anchor="mm")
+    pen.text((left + side / 2, picture.height - 15), "predicted", "black", font, anchor="mm")
     _write_turned(picture, "label", 90, (15, top + side / 2 - 20))
     path = run.figures / "confusion.png"
     picture.save(path)
@@ -178,8 +177,10 @@ def _draw_samples(
 
     columns, side, column_width, row_height = 8, 116, 150, 166  # pixels; two lines of text above each image
     picture = Image.new("RGB", (columns * column_width, 50 + -(-len(images) // columns) * row_height), "white")
-    pen, font = ImageDraw.Draw(picture), _font(12)
-    pen.text((picture.width / 2, 22), f"{title}: predictions on test images", "black", _font(18), anchor="mm")
+    pen, font, large = ImageDraw.Draw(picture), _font(12), _font(18)
+    heading = _shorten(title, large, 850) + ": predictions on test images"
+    pen.text((picture.width / 2, 22), heading, "black", large, anchor="mm")
+    longest = column_width - 6 - font.getlength("true: ")
     probabilities = _softmax(logits)
     for position, (image, sample) in enumerate(zip(images, sample_indices(len(labels)), strict=True)):
         center, top = position % columns * column_width + column_width // 2, 85 + position // columns * row_height
@@ -189,8 +190,8 @@ def _draw_samples(
         picture.paste(Image.fromarray(image).resize((width, height), method), (center - width // 2, top))
         predicted = logits[sample].argmax()
         correct = predicted == labels[sample]
-        text = f"{_shorten(classes[predicted], MAX_CAPTION)} {probabilities[sample, predicted]:.0%}"
-        text += "" if correct else f"\ntrue: {_shorten(classes[labels[sample]], MAX_CAPTION)}"
+        text = f"{_shorten(classes[predicted], font, longest)} {probabilities[sample, predicted]:.0%}"
+        text += "" if correct else f"\ntrue: {_shorten(classes[labels[sample]], font, longest)}"
         color = "black" if correct else "firebrick"
         pen.text((center, top - 4), text, color, font, anchor="md", align="center")
     path = run.figures / "samples.png"
@@ -219,7 +220,9 @@ def _font(size: int) -> Any:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _shorten(name: str, length: int) -> str:
-    """Returns the name of a class in one line, cut off if it is long."""
-    name = printable(name)
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _shorten(text: str, font: Any, width: float) -> str:
+    """Returns the text in one line, cut off if it is wider than `width` pixels."""
+    text, cut = printable(text[:300]), ""
+    while text and font.getlength(text + cut) > width:
+        text, cut = text[:-1], "…"
+    return text + cut

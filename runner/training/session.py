@@ -62,7 +62,7 @@ from runner.training.state import best_row
 STOP_FILE = "stop"  # in the run folder; requests a checkpoint and a clean exit
 STOP_FILE_INTERVAL = 0.25
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-FORWARDED_INTERRUPT_SECONDS = 2.0  # a second SIGINT within this time is a copy that the launcher forwarded
+FORWARDED_INTERRUPT_SECONDS = 1.0  # a second SIGINT within this time is a copy that the launcher forwarded
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LOST_RANK = "another rank exited and reports why, unless it was killed; rerun with --resume auto"
 CHECKPOINT_VISIBLE_SECONDS = 60.0  # seconds for a checkpoint to become visible on the other nodes
@@ -614,7 +614,7 @@ def diagnose_failure(error: Exception, recipe: Recipe, world_size: int) -> Failu
 def is_lost_rank(error: Exception, world_size: int) -> bool:
     """Returns whether a collective failed because another rank has ended.
 
-    Reads the message, because NCCL raises the same error for other failures, such as two ranks on one GPU.
+    Reads the message, because gloo and NCCL raise the same error for other failures, such as two ranks on one GPU.
     """
     if world_size == 1 or not isinstance(error, RuntimeError):  # such as an OSError of another connection
         return False

@@ -142,7 +142,11 @@ def wait_for_step(run: Path, step: int, seconds: float = 900, running: Running |
 def children_of(process: int) -> list[int]:
     """Returns the processes that a process, in any of its threads, has started, such as the ranks of a launcher."""
     started: list[int] = []
-    for thread in Path(f"/proc/{process}/task").glob("*"):
+    try:
+        threads = list(Path(f"/proc/{process}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return []
+    for thread in threads:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
             started += map(int, (thread / "children").read_text().split())
     return started

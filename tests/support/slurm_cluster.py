@@ -134,8 +134,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def wait_for_requeue(self, job: object, count: int, **changes: object) -> None:
         """Waits until a job has been requeued `count` times, and starts it at once instead of two minutes later."""
-        self._wait_for(lambda: self.restart_count(job) >= count, 900)
-        self._wait_for(lambda: self.job_info(job).get("JobState") == "PENDING", 900)
+        self._wait_for(lambda: self.restart_count(job) >= count)
+        self._wait_for(lambda: self.job_info(job).get("JobState") == "PENDING")
         self.start_now(job, **changes)
 
     def start_now(self, job: object, **changes: object) -> None:
@@ -172,9 +172,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         assert result.returncode == 0, result.stderr
         return int(result.stdout.split(";")[0])
 
-    def wait(self, job: object, seconds: float = 900) -> str:
+    def wait(self, job: object) -> str:
         """Waits until a job has ended; returns its state."""
-        self._wait_for(lambda: self.job_info(job).get("JobState", "GONE") not in UNFINISHED, seconds)
+        self._wait_for(lambda: self.job_info(job).get("JobState", "GONE") not in UNFINISHED)
         return self.job_info(job).get("JobState", "GONE")
 
     def _munge(self) -> None:
@@ -198,7 +198,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         )
         return self.daemons[-1]
 
-    def _wait_for(self, condition, seconds: float) -> None:
+    def _wait_for(self, condition, seconds: float = 900) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:

@@ -1,9 +1,10 @@
-"""Two deep networks with few of their layers, because the time of an export grows with the layers.
+"""Deep networks with few of their layers, because the time of an export grows with the layers.
 
 Imports torch only to build a network, because `conftest.py` reads the names.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from runner import experiments
@@ -30,13 +31,31 @@ def mobilenet_v2() -> "nn.Module":
     return models.mobilenet_v2(num_classes=10, inverted_residual_setting=blocks)
 
 
+def resnet() -> "nn.Module":
+    """A ResNet with one block per stage."""
+    from torchvision import models
+
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def efficientnet() -> "nn.Module":
+    """EfficientNet with two blocks, which have SiLU and squeeze-and-excitation; the second has a shortcut."""
+    from torchvision import models
+
+    block = partial(models.efficientnet.MBConvConfig, kernel=3, width_mult=1.0, depth_mult=1.0)
+    blocks = [block(1, stride=1, input_channels=32, out_channels=64, num_layers=1),
+              block(6, stride=1, input_channels=64, out_channels=64, num_layers=1)]  # fmt: skip
+    return models.EfficientNet(blocks, dropout=0.2, num_classes=10)
+
+
 def _shallow(like: str, factory: str, resize: int = 0) -> Experiment:
-    experiment = experiments.get(like)
-    recipe = replace(experiment.recipe, resize=resize)
-    return replace(experiment, architecture=Architecture(f"{__name__}:{factory}"), recipe=recipe, paper="tests")
+    recipe = replace(experiments.get(like).recipe, resize=resize)
+    return Experiment(Architecture(f"{__name__}:{factory}"), recipe, paper="tests")
 
 
 EXPERIMENTS = {
     "shallow-vit": _shallow("vit-tiny-4", "vit"),
     "shallow-mobilenetv2": _shallow("podeti-mobilenetv2", "mobilenet_v2", resize=48),
+    "shallow-resnet": _shallow("podeti-resnet18", "resnet"),
+    "shallow-efficientnet": _shallow("efficientnet-b0", "efficientnet"),
 }
