@@ -212,7 +212,7 @@ def test_a_command_is_parsed_in_any_order_and_form(line: tuple[Any, list[str]]) 
 
 
 @pytest.mark.every
-@settings(max_examples=3000, **SETTINGS)
+@settings(max_examples=2000, **SETTINGS)
 @given(command_lines())
 def test_a_command_is_parsed_in_any_order_and_form_at_length(line: tuple[Any, list[str]]) -> None:
     check(*line)

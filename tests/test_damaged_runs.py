@@ -211,7 +211,7 @@ def damage_many(sound: Path, damaged: Path, examples: int) -> set[bool]:
     return outcomes
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.every)])
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.every)])
 def test_a_damaged_file_hides_no_other_run(
     sound: Path, damaged: Path, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

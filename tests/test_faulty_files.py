@@ -343,7 +343,7 @@ def test_through_many_faults_a_run_and_its_w_and_b_rows_are_those_of_a_quiet_one
     count, seed = 0, 0
     with Server() as server:
         online = {"WANDB_MODE": "online", "WANDB_API_KEY": "6" * 39 + "b", "WANDB_BASE_URL": server.url}
-        while count < 200:
+        while seed < 3 or count < 100:
             shutil.rmtree(files.below, ignore_errors=True)
             run = Run(files.below / "ending" / "seed-0")
             words = arguments(small_data, files.below, "--checkpoint-every", 3)
@@ -358,4 +358,3 @@ def test_through_many_faults_a_run_and_its_w_and_b_rows_are_those_of_a_quiet_one
             rows = [row for row in server.history(run.config().wandb_id) if any(key.startswith("train") for key in row)]
             assert [comparable(row) for row in rows] == expected
             seed += 1
-    assert seed >= 3

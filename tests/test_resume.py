@@ -55,7 +55,6 @@ def arguments(data: Path, runs: Path, *more: object) -> list[object]:
     ("processes", "lives"),
     [
         pytest.param(1, LIVES[:1], id="1 rank killed"),
-        pytest.param(3, LIVES, id="3 ranks", marks=pytest.mark.every),
         pytest.param(1, LIVES, id="1 rank", marks=pytest.mark.every),
         pytest.param(2, LIVES, id="2 ranks", marks=pytest.mark.every),
         pytest.param(4, LIVES[:2], id="4 ranks", marks=pytest.mark.every),
