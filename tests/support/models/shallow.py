@@ -39,12 +39,12 @@ def resnet() -> "nn.Module":
 
 
 def efficientnet() -> "nn.Module":
-    """EfficientNet with two blocks, which have SiLU and squeeze-and-excitation; the second has a shortcut."""
+    """EfficientNet with three blocks, which have SiLU and squeeze-and-excitation; the last has a shortcut."""
     from torchvision import models
 
     block = partial(models.efficientnet.MBConvConfig, kernel=3, width_mult=1.0, depth_mult=1.0)
     blocks = [block(1, stride=1, input_channels=32, out_channels=64, num_layers=1),
-              block(6, stride=1, input_channels=64, out_channels=64, num_layers=1)]  # fmt: skip
+              block(6, stride=2, input_channels=64, out_channels=192, num_layers=2)]  # fmt: skip
     return models.EfficientNet(blocks, dropout=0.2, num_classes=10)
 
 
