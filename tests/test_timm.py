@@ -249,9 +249,14 @@ def test_twelve_families_train_two_steps(ranks: int, small_data: Path, tmp_path:
             assert result["change"] < 1e-4, name
 
 
+# An export takes minutes, so that of the others, whose layers are mostly those of these, only the training is tested.
+EXPORTED = ["mixer_s32_224", "poolformer_s12", "test_convnext", "test_efficientnet", "test_nfnet", "test_resnet",
+            "test_vit"]  # fmt: skip
+
+
 @pytest.mark.every
-@pytest.mark.parametrize("name", FAMILIES)
-def test_twelve_families_are_exported_scored_and_built(name: str, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", EXPORTED)
+def test_families_are_exported_scored_and_built(name: str, small_data: Path, tmp_path: Path) -> None:
     """After two steps nothing is learned, so int8 may differ from the model; then the gate says so."""
     run = tmp_path / f"timm/{name}" / "seed-0"
     options = ["--data", small_data, "--runs", tmp_path, "--max-steps", 2, "--batch-size", 64, "--device", "cpu"]
