@@ -31,9 +31,9 @@ def ending(data: Path, runs: Path, *more: object) -> list[object]:
 
 @pytest.mark.processes
 def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: Path) -> None:
-    words = ending(small_data, tmp_path, "--hang-timeout", 10)
+    words = ending(small_data, tmp_path, "--hang-timeout", 30)
     with start_ranks(3, *words, END="train 9 1 SIGSTOP") as process:
-        wait_for_step(tmp_path / "ending" / "seed-0", 7)
+        wait_for_step(tmp_path / "ending" / "seed-0", 7, running=process)
         ranks = children_of(process.pid)
         _, output = process.communicate(timeout=900)
     assert process.returncode == 1
@@ -49,7 +49,7 @@ def test_a_hung_rank_ends_all_and_stacks_tell_where(small_data: Path, tmp_path: 
 @pytest.mark.processes
 def test_ranks_end_with_their_launcher(small_data: Path, tmp_path: Path) -> None:
     with start_ranks(2, *ending(small_data, tmp_path), END="train 9 1 SLEEP1") as process:
-        wait_for_step(tmp_path / "ending" / "seed-0", 7)
+        wait_for_step(tmp_path / "ending" / "seed-0", 7, running=process)
         ranks = children_of(process.pid)
         process.kill()
     assert len(ranks) == 2

@@ -202,7 +202,7 @@ def test_ctrl_c_stops_all_ranks_with_a_checkpoint(small_data: Path, tmp_path: Pa
     """A terminal sends it to the launcher and to all ranks; the launcher hands it on."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
     with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
-        wait_for_step(tmp_path / "ending" / "seed-0", 3)
+        wait_for_step(tmp_path / "ending" / "seed-0", 3, running=process)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=900)
     assert process.returncode != 0
@@ -216,7 +216,7 @@ def test_ctrl_c_stops_one_process_with_a_checkpoint(small_data: Path, tmp_path: 
     words = arguments(small_data, tmp_path, "--device", "cpu", "--precision", "fp32")
     run = Run(tmp_path / "ending" / "seed-0")
     with start(*launcher, *words, END="train 4 0 SLEEP1") as process:
-        wait_for_step(run.folder, 3)
+        wait_for_step(run.folder, 3, running=process)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(900)
         wait_until(lambda: run.state() != "running")
@@ -392,7 +392,7 @@ def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None
     """As SLURM sends it before it takes the nodes."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
     with start_ranks(2, *words, END="train 4 1 SLEEP1") as process:
-        wait_for_step(tmp_path / "ending" / "seed-0", 3)
+        wait_for_step(tmp_path / "ending" / "seed-0", 3, running=process)
         process.terminate()
         _, output = process.communicate(timeout=900)
     assert process.returncode == 1
