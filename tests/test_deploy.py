@@ -46,7 +46,7 @@ NETWORKS = {
     (e.architecture.factory, *sorted((key, v) for key, v in e.architecture.arguments.items() if key != "dropout")): name
     for name, e in reversed(ALL.items())
 }.values()
-# By default one of each kind of layers, of which one resizes images: an export of a deep network takes up to a minute.
+# By default most kinds of layers, and one resized input: an export of a deep network takes up to a minute.
 # With --every, every network in fp32, and one of each architecture in every precision and front end.
 IN_EVERY_PRECISION = ("shallow-mobilenetv2", "shallow-vit", "soni-2")
 DEFAULT = {

@@ -343,7 +343,7 @@ def test_through_many_faults_a_run_and_its_w_and_b_rows_are_those_of_a_quiet_one
     count, seed = 0, 0
     with Server() as server:
         online = {"WANDB_MODE": "online", "WANDB_API_KEY": "6" * 39 + "b", "WANDB_BASE_URL": server.url}
-        while seed < 3 or count < 100:
+        while seed < 3 or count < 200:
             shutil.rmtree(files.below, ignore_errors=True)
             run = Run(files.below / "ending" / "seed-0")
             words = arguments(small_data, files.below, "--checkpoint-every", 3)

@@ -121,6 +121,7 @@ def rehearsed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.every
 @pytest.mark.processes
 def test_a_kill_in_any_part_loses_nothing(rehearsed: Path) -> None:
+    """`rehearsed` compares the findings before and after each kill; at the end, every part is complete."""
     assert {part for part, _ in measured_in(rehearsed)} == set(PARTS)
     for path in rehearsed.glob("*-rehearsal.json"):
         content = read_json(path, PartResults)

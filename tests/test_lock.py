@@ -75,7 +75,7 @@ def test_a_process_that_lost_its_lock_leaves_it_to_the_new_owner(
         file.write_bytes(other)
         os.utime(file, (0, 1000))
         wait_until(lambda: "lock: taken by process 1 on another-node" in capsys.readouterr().err)
-        os.utime(file, (0, 1000))  # again, because a heartbeat may have begun before
+        os.utime(file, (0, 1000))  # again, because a heartbeat may have started before
         time.sleep(0.2)
         assert file.stat().st_mtime == 1000
     assert file.read_bytes() == other

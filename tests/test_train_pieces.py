@@ -547,6 +547,4 @@ def test_ranks_accumulate_average_and_clip_like_one(train) -> None:
         of_one, of_two = (msgspec.to_builtins(row) for row in (one, two))
         assert of_two.keys() == of_one.keys()
         for key in of_one.keys() - {*MEASURED}:
-            images = {"train_accuracy": 440, "validation_accuracy": 60, "test_accuracy": 200}.get(key)
-            one_image = 1.5 / images if images else 1e-12  # which may be between two classes
-            assert of_two[key] == pytest.approx(of_one[key], rel=2e-4, abs=one_image), key
+            assert of_two[key] == pytest.approx(of_one[key], rel=2e-4), key
