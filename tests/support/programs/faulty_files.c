@@ -74,14 +74,21 @@ static uint64_t mix(uint64_t hash, const char *text) {
     return hash ^ hash >> 29;
 }
 
+// Only the main thread reads variables: it also sets some, and getenv in another thread could then read freed memory.
 static const char *rank_of(void) {
-    const char *rank = getenv("RANK");
-    return rank && *rank ? rank : "-";
+    static char rank[16] = "-";
+    if (gettid() == getpid()) {
+        const char *now = getenv("RANK");
+        if (!now || !*now) now = "-";
+        if (strcmp(rank, now)) snprintf(rank, sizeof rank, "%s", now);
+    }
+    return rank;
 }
 
 // Reads the variables, once in each process.
 static int configured(void) {
     if (owner == getpid()) return 1;
+    if (gettid() != getpid()) return 0;
     const char *text = getenv("FAULTS"), *folder = getenv("FAULTS_BELOW"), *path = getenv("FAULTS_LOG");
     if (!text || !folder || !path) return 0;
     pthread_mutex_lock(&mutex);
