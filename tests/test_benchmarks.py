@@ -160,6 +160,7 @@ def overhead(data: Path, *options: object) -> CompletedProcess[str]:
     return module("runner.benchmarks.overhead", "--data", data, "--steps", 3, "--batch", 20, *options)
 
 
+@pytest.mark.every
 def test_the_overhead_benchmark_times_a_part_in_a_separate_process(small_data: Path) -> None:
     clocks: list[list[float]] = []
     seconds = OverheadBenchmark(small_data, "soni-2", steps=3, batch=20).timed("imports", clocks)
@@ -167,7 +168,13 @@ def test_the_overhead_benchmark_times_a_part_in_a_separate_process(small_data: P
     assert seconds > 0
 
 
-@pytest.mark.parametrize(("part", "steps"), [("imports", 1), ("runner", 3), ("loop", 3), ("accelerate", 3)])
+OTHER_PARTS = (("imports", 1), ("loop", 3), ("accelerate", 3))
+
+
+@pytest.mark.parametrize(
+    ("part", "steps"),
+    [("runner", 3), *(pytest.param(part, steps, marks=pytest.mark.every) for part, steps in OTHER_PARTS)],
+)
 def test_the_overhead_benchmark_runs_its_parts(small_data: Path, part: str, steps: int) -> None:
     done = overhead(small_data, "--experiment", "soni-2", "--part", part)
     assert done.returncode == 0, done.stderr
@@ -194,6 +201,7 @@ def test_each_round_of_the_overhead_is_written(tmp_path: Path, monkeypatch: pyte
     assert written["ratio_runner_to_shortest_loop"] == {"median": 1.0, "min": 1.0, "max": 1.0, "rounds": 1}
 
 
+@pytest.mark.every
 def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) -> None:
     done = overhead(small_data, "--experiment", "podeti-alexnet")  # holds out 5,000 of 500 images
     assert done.returncode == 2
@@ -201,10 +209,8 @@ def test_the_overhead_benchmark_passes_on_what_a_part_rejects(small_data: Path) 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "augmentation",
-    ["resized-crop", *(pytest.param(name, marks=pytest.mark.every) for name in ("rand", "trivial", "erase", "jitter"))],
-)
+@pytest.mark.every
+@pytest.mark.parametrize("augmentation", ["resized-crop", "rand", "trivial", "erase", "jitter"])
 def test_the_loaders_that_are_compared_have_the_same_augmentation(small_data: Path, augmentation: Augmentation) -> None:
     """Their batches have one shape and type, and similar contrast."""
     options = LoaderBenchmark(small_data, 60, workers=1, augmentation=augmentation)

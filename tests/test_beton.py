@@ -442,6 +442,7 @@ def test_the_reader_crosses_pages(source: Source, data: Path) -> None:
     np.testing.assert_array_equal(labels, source.train.labels)
 
 
+@pytest.mark.every
 def test_two_nodes_without_common_locks_write_one_folder(
     small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,7 +478,10 @@ def test_another_dataset_is_not_overwritten(small: Source, own_data: Path) -> No
         np.testing.assert_array_equal(images, small.test.images)
 
 
-@pytest.mark.parametrize("change", ["a test image", "two labels", "an image more"])
+@pytest.mark.parametrize(
+    "change",
+    ["an image more", *(pytest.param(change, marks=pytest.mark.every) for change in ("a test image", "two labels"))],
+)
 def test_a_source_that_has_changed_is_not_what_was_prepared(change: str, small: Source, own_data: Path) -> None:
     images, labels = small.test.images.copy(), small.test.labels.copy()
     if change == "a test image":

@@ -20,7 +20,7 @@ def batches(data: Path, rank: int = 0, world: int = 1, loader: str = "resident")
     return open_split(data, open_manifest(data), "test", RECIPE, RankInfo(torch.device("cpu"), rank, world, loader))
 
 
-@pytest.mark.parametrize("loader", ["resident", "streaming"])
+@pytest.mark.parametrize("loader", ["resident", pytest.param("streaming", marks=pytest.mark.every)])
 @pytest.mark.parametrize(("world", "batch"), [(3, 50), (7, 50), (3, 199)], ids=["3", "7", "a last batch of 1"])
 def test_the_sum_over_ranks_matches_a_single_process(
     small_data: Path, world: int, batch: int, loader: str, monkeypatch: pytest.MonkeyPatch

@@ -278,6 +278,7 @@ def test_without_file_locks_two_processes_do_not_train_one_run(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.every
 def test_a_sweep_without_file_locks_says_what_that_means(small_data: Path, files: FaultyFiles) -> None:
     words = ["launch", "sweep", "tiny", *TINY, "--data", small_data, "--runs", files.below, "--device", "cpu"]
     done = module(*words, "--max-steps", 1, **files.environ("* lock * ENOLCK 1 1000"))

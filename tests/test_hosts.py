@@ -34,6 +34,7 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
+@pytest.mark.every
 @pytest.mark.root
 @pytest.mark.processes
 def test_the_two_commands_of_the_readme_train_on_two_hosts(hosts: list[str], small_data: Path, tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ with session.catch_stop_signals() as should_stop:
 """
 
 
+@pytest.mark.every
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     done = python("-c", SECOND_CTRL_C, PYTHONPATH=str(ROOT), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (130, "True\n")
@@ -223,6 +224,7 @@ def test_ctrl_c_stops_one_process_with_a_checkpoint(small_data: Path, tmp_path: 
     assert run.state() == "stopped"
 
 
+@pytest.mark.every
 def test_rows_that_are_lost_although_the_checkpoint_is_there_are_reported(small_data: Path, tmp_path: Path) -> None:
     run = Run(stopped(small_data, tmp_path))
     rows = run.metrics.read_bytes()
@@ -245,6 +247,7 @@ def test_rows_that_are_lost_although_the_checkpoint_is_there_are_reported(small_
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.every
 def test_a_finished_run_that_goes_on_and_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
     words = arguments(small_data, tmp_path, "--device", "cpu", "--resume", "auto")
     assert runner(*words, "--max-steps", 3).returncode == 0
@@ -323,6 +326,7 @@ def test_a_checkpoint_is_of_one_training(small_data: Path, tmp_path: Path) -> No
     assert "the checkpoint is at step 2, but training ends at step 2" in older.stderr
 
 
+@pytest.mark.every
 def test_a_changed_run_that_is_killed_is_not_complete(small_data: Path, tmp_path: Path) -> None:
     """Although no step of it was left: its summary would be of the run before the change."""
     words = arguments(small_data, tmp_path, "--device", "cpu")
@@ -400,7 +404,10 @@ def test_the_launcher_hands_sigterm_on(small_data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), pytest.param(1, 2, marks=pytest.mark.every), pytest.param(2, 3, marks=pytest.mark.every)],
+)
 def test_another_number_of_ranks_goes_on_with_the_same_images(
     tiny_run: Path, small_data: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -458,6 +465,7 @@ def test_the_code_of_a_run_includes_the_module_of_its_model(tmp_path: Path, monk
     assert len(set(hashes)) == 3
 
 
+@pytest.mark.every
 def test_an_evaluation_that_no_other_training_has_is_not_bit_identical(small_data: Path, tmp_path: Path) -> None:
     """With early stopping, the weights may be those of the last step of a lower --max-steps."""
     words = ["--epochs", 4, "--recipe.validation", 80, "--recipe.patience", 2]

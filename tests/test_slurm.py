@@ -216,6 +216,7 @@ def test_what_the_job_would_refuse_is_refused_before_the_queue(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.every
 def test_a_failing_job_logs_the_reason(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     job = cluster.submit(
@@ -296,6 +297,7 @@ def test_a_job_is_requeued_a_limited_number_of_times(
     )
 
 
+@pytest.mark.every
 def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     cluster: slurm_cluster.Cluster, small_data: Path, tmp_path: Path
 ) -> None:
@@ -314,6 +316,7 @@ def test_a_cancelled_job_writes_a_checkpoint_and_is_not_requeued(
     assert not [*ROOT.glob(".stop-*"), *(tmp_path / "runs").rglob(".stop-*")]
 
 
+@pytest.mark.every
 def test_one_task_of_a_sweep_is_requeued_alone(
     cluster: slurm_cluster.Cluster, submitted: Submitted, small_data: Path, tmp_path: Path
 ) -> None:

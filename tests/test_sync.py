@@ -98,6 +98,7 @@ def test_a_run_folder_is_sent_once(server: Server, run: Run) -> None:
         assert after[name]["history"] == remote["history"]
 
 
+@pytest.mark.every
 def test_artifacts_have_a_lineage(server: Server, run: Run) -> None:
     """The contents of most files do not matter, as sync only uploads them."""
     run.deploy.mkdir()

@@ -68,6 +68,7 @@ def test_wandb_writes_only_into_the_run_folder(train, tmp_path: Path) -> None:
     assert [path for path in home.rglob("*") if "wandb" in path.name.lower()] == []
 
 
+@pytest.mark.every
 def test_the_users_own_server_is_found_in_the_settings_of_wandb(train, tmp_path: Path, monkeypatch) -> None:
     """A key for that server, and none for W&B's own: the run is online, and everything goes there."""
     home = tmp_path / "home"

@@ -162,6 +162,7 @@ def test_max_steps_stops_early_and_still_concludes(train: Train) -> None:
     assert config.max_steps == 3
 
 
+@pytest.mark.every
 def test_streaming_trains_the_same_bits(tiny_run: Path, train: Train) -> None:
     trained = train("tiny", "--loader", "streaming", "--workers", 2)
     assert "loader: streaming (--loader streaming)" in trained.stderr

@@ -5,6 +5,7 @@ import os
 import signal
 
 import psutil
+import pytest
 
 from tests.support.processes import gone, module, start
 
@@ -20,6 +21,7 @@ def test_a_process_that_nobody_waits_for_does_not_end_the_server() -> None:
     assert module("timeit", "-n", 1, "-r", 1).returncode == 0
 
 
+@pytest.mark.every
 def test_a_server_that_has_ended_is_replaced() -> None:
     process = start("timeit", "-n", 1, "-r", 1, "import time; time.sleep(600)")
     server = psutil.Process(process.pid).ppid()
