@@ -424,9 +424,12 @@ def test_a_failed_step_is_queued_again_only_if_a_node_was_lost(
 
 
 def test_a_second_signal_does_not_undo_the_first(checkout: Path, tmp_path: Path) -> None:
-    """It comes when the ranks have written the checkpoint, and removed the stop file."""
+    """It comes when the ranks have written the checkpoint, and removed the stop file, while the script still waits for
+    the program that made it."""
     program = STOPS.replace("exit 75", "kill -USR1 $PPID; sleep 0.5; exit 75")
-    done = run_batch_script(with_program(checkout, tmp_path / "copy", "accelerate", program), *JOB)
+    copy = with_program(checkout, tmp_path / "copy", "accelerate", program)
+    with_calls(copy, "touch", '/usr/bin/touch "$@"; sleep 1')
+    done = run_batch_script(copy, *JOB)
     assert done.returncode == 75, done.stderr
     assert done.stderr.splitlines()[-1] == "train.sbatch: stopped with a checkpoint; queued again"
 
