@@ -266,6 +266,7 @@ def test_jpeg_records_are_verified_against_their_source(small: Source, jpeg_data
         verify(jpeg_data, replace(small, test=Split(images, small.test.labels)))
 
 
+@pytest.mark.every
 def test_jpeg_records_are_prepared_once_and_not_mixed_up(small: Source, jpeg_data: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(jpeg_data, tmp_path / "data"))
     assert beton.write(small, out, jpeg_quality=90) == manifest.read(jpeg_data)
@@ -294,7 +295,7 @@ def test_the_size_of_jpeg_records_is_estimated_before_they_are_written(small: So
         beton._record_bytes(Split(np.zeros((1, 65501, 1, 3), np.uint8), np.zeros(1, np.int64)), 90)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_changed_table_is_refused_or_changes_nothing(small_data: Path, jpeg_data: Path, data: st.DataObject) -> None:
     """Up to four bytes of the header, the fields and both tables, set at random."""

@@ -320,7 +320,7 @@ def test_a_run_without_checkpoints_is_refused(run: Run) -> None:
         checkpoint.load_model(run)
 
 
-@pytest.mark.parametrize("kind", ["a new step", "replace"])
+@pytest.mark.parametrize("kind", ["replace", pytest.param("a new step", marks=pytest.mark.every)])
 def test_an_intact_checkpoint_survives_a_kill_at_any_write(kind: str, tmp_path: Path) -> None:
     """Kills a process before every write, sync, rename and removal of a save, one at a time."""
     library = tmp_path / "killer.so"

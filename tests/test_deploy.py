@@ -50,7 +50,7 @@ NETWORKS = {
 # With --every, every network in fp32, and one of each architecture in every precision and front end.
 IN_EVERY_PRECISION = ("shallow-mobilenetv2", "shallow-vit", "soni-2")
 DEFAULT = {
-    "fp32": (*IN_EVERY_PRECISION, "shallow-resnet", "shallow-efficientnet", "speedrun", "podeti-alexnet"),
+    "fp32": (*IN_EVERY_PRECISION, "shallow-resnet"),
     "fp32.raw": IN_EVERY_PRECISION,
     "fp16": IN_EVERY_PRECISION,
     "int8": IN_EVERY_PRECISION,

@@ -118,7 +118,7 @@ def test_a_taken_port_does_not_matter_on_one_node_and_is_said_on_several(small_d
 def test_out_of_memory_names_the_batch_and_what_to_try(small_data: Path, tmp_path: Path) -> None:
     # On two cores, because each thread reserves address space.
     limited = "import os, resource, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); "
-    limited += "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    limited += "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
     limited += "from runner.cli import main; main(sys.argv[1:])"
     words = ["--recipe.resize", 1024, "--recipe.batch-size", 480, "--recipe.validation", 0, "--recipe.patience", 0]
     done = python("-c", limited, *ending(small_data, tmp_path, *words))

@@ -43,16 +43,16 @@ from tests.support.processes import ROOT, TINY, Done, clean_environment, module,
 def test_the_quickstart_runs_and_a_second_call_reuses_everything(started: Callable[..., Done], tmp_path: Path) -> None:
     """With processes that are forked with imports done, as in most other tests, or fresh ones, as a user does."""
     images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=15))
-    call = ("--source", images, "--experiments", "podeti-alexnet", "--out", tmp_path / "out")
+    call = ("--source", images, "--experiments", "soni-2", "--out", tmp_path / "out")
     first = started("launch.quickstart", *call, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert BANNER not in first.stdout
-    run = Run(tmp_path / "out/runs/pictures/podeti-alexnet/1-steps")
+    run = Run(tmp_path / "out/runs/pictures/soni-2/1-steps")
     assert run.read_summary().steps == 1
     assert [row.passed for row in run.read_parity().rows] == [True]
-    assert (run.deploy / "model.fp32.tensorrt-rtx.engine").stat().st_size > 90e6
+    assert (run.deploy / "model.fp32.tensorrt-rtx.engine").stat().st_size > 117_209 * 4
     page = (tmp_path / "out/report.html").read_text()
-    assert "podeti-alexnet/1-steps" in page
+    assert "soni-2/1-steps" in page
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
     stages = re.findall(r"^\[\d/8\] \d+:\d\d (\w+)", first.stdout, re.M)
     # The engine comes before the gate, which scores it on a GPU.
@@ -66,7 +66,7 @@ def test_the_quickstart_runs_and_a_second_call_reuses_everything(started: Callab
     assert third.returncode == 0, third.stdout + third.stderr
     # Only the export runs again. The file is bit-identical, so all later results remain valid.
     assert third.stdout.count("(already done)") == 5
-    assert not third.stdout.count("export podeti-alexnet (already done)")
+    assert not third.stdout.count("export soni-2 (already done)")
 
 
 def test_unreachable_official_data_falls_back_to_the_synthetic_set_with_a_banner(

@@ -374,7 +374,9 @@ def test_options_that_a_source_does_not_use_are_refused(words: list[str], messag
 # --- architectures --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factory", BY_FACTORY)
+@pytest.mark.parametrize(
+    "factory", [pytest.param(name, marks=pytest.mark.every if "vit" in name else []) for name in BY_FACTORY]
+)
 def test_every_architecture_is_built_for_classes_and_sizes(factory: str) -> None:
     """Or refuses the size in one line, with one that it takes."""
     architecture = BY_FACTORY[factory].architecture
@@ -422,9 +424,8 @@ def test_a_size_that_cannot_be_trained_is_refused_before_anything_is_written(tmp
 ONE_OF_EACH = ["podeti-alexnet", "podeti-mobilenetv2", "soni-2", "merabishvili", "ghasemi-net", "vit-tiny-4"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "soni-2" else pytest.mark.every) for name in ONE_OF_EACH]
-)
+@pytest.mark.every
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_own_images_from_prepare_to_predict(name: str, tmp_path: Path) -> None:
     """A folder of five classes, sizes and formats: trained, exported, gated, reported, and predicted by the RUN."""
     path, data, run = folder_of(tmp_path / "mine", size=None), tmp_path / "data", tmp_path / "runs" / name / "seed-0"

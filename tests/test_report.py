@@ -768,8 +768,9 @@ def test_what_decides_is_visible_without_scrolling(browser: Any, mixed_html: Pat
         tab.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=60_000)
 
 
+@pytest.mark.every
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.every), "dark"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_accessibility_violation(browser: Any, html: Path, scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 

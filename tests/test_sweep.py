@@ -109,6 +109,7 @@ def test_a_trial_is_listed_with_few_file_operations(
         assert 0 < len(calls) <= most, calls
 
 
+@pytest.mark.every
 def test_a_name_may_be_a_grid_a_paper_or_a_pattern(tmp_path: Path) -> None:
     grid = [trial.config.experiment for trial in trials_of(["podeti-grid"], tmp_path)]
     assert len(grid) == len(set(grid)) > 20
@@ -417,6 +418,7 @@ def test_a_failed_trial_does_not_stop_the_others(small_data: Path, tmp_path: Pat
     assert dry.stdout.splitlines()[-1] == "2 trials: 1 complete, 1 failed; 1 to train"
 
 
+@pytest.mark.every
 @pytest.mark.processes
 def test_ctrl_c_stops_trials_with_a_checkpoint_and_the_next_call_resumes(small_data: Path, tmp_path: Path) -> None:
     words = ["ending", *ENDING, "--data", small_data, "--runs", tmp_path, "--device", "cpu"]

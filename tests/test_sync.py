@@ -248,6 +248,7 @@ def test_online_training_logs_what_sync_would(server: Server, train, tmp_path: P
     assert_nowhere(KEY, tmp_path)
 
 
+@pytest.mark.every
 def test_a_resumed_run_repeats_no_row(server: Server, train, small_data: Path, tmp_path: Path) -> None:
     """Stopped by SIGTERM, resumed from an older checkpoint, and killed: W&B has each step once."""
     words = ["ending", "--recipe.batch-size", 12, "--recipe.epochs", 3, "--resume", "auto"]

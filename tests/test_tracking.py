@@ -56,6 +56,7 @@ def test_the_offline_file_has_everything_that_was_logged(tiny_run: Path) -> None
     assert tables == {"confusion_table", "mistakes"}
 
 
+@pytest.mark.every
 def test_wandb_writes_only_into_the_run_folder(train, tmp_path: Path) -> None:
     """Not into the home folder, nor where WANDB_DIR says."""
     home = tmp_path / "home"

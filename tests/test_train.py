@@ -59,8 +59,11 @@ def test_the_same_seed_gives_the_same_bits(tiny_run: Path, train: Train) -> None
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("experiment", "options"),
-    [("tiny", []), ("tiny-norm", []), ("tiny-norm", ["--recipe.sync-batch-norm"])],
-    ids=["tiny", "tiny-norm", "synchronized"],
+    [
+        pytest.param("tiny", [], id="tiny", marks=pytest.mark.every),
+        pytest.param("tiny-norm", [], id="tiny-norm", marks=pytest.mark.every),
+        pytest.param("tiny-norm", ["--recipe.sync-batch-norm"], id="synchronized"),
+    ],
 )
 def test_two_ranks_train_what_one_trains(experiment: str, options: list[str], data: Path, train: Train) -> None:
     """On all 10,000 test images. Without batch norm, or where it is synchronized, ranks differ by rounding alone."""
