@@ -27,7 +27,7 @@ from runner.data.kernels.crop import Crops, Output
 from runner.data.open import RankInfo, normalization, open_manifest, open_split, open_split_of_run, split_indices
 from runner.data.stream import BatchStream
 from tests.support.configs import CONFIG, EVERY_AUGMENTATION, EVERY_WITH_RESIZED_CROP, config_of
-from tests.support.processes import python
+from tests.support.processes import python, start
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(2, 60, SGD(0.1), augment=Augment(crop_padding=4, flip="random"))
@@ -165,6 +165,26 @@ def test_a_damaged_cache_of_numba_is_written_again(
     assert doubled() == 42
     (file,) = (tmp_path / "__pycache__").glob(f"*.{suffix}")
     assert len(file.read_bytes()) >= len(sound) - 20
+
+
+def test_of_several_processes_one_compiles(tmp_path: Path) -> None:
+    """Compiling takes a second and logs the process."""
+    (tmp_path / "loops.py").write_text(
+        "import os, time, numba\nfrom pathlib import Path\nfrom numba.extending import overload\n"
+        "def slow(x):\n    pass\n"
+        "@overload(slow)\ndef _slow(x):\n"
+        "    (Path(__file__).parent / f'{os.getpid()}.log').touch()\n    time.sleep(1)\n    return lambda x: 2 * x\n"
+        "@numba.njit(cache=True)\ndef double(x):\n    return slow(x)\n"
+    )
+    program = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); import loops, numba; from runner.data.kernels import crop; "
+        "crop.compile_loop(loops.double, (numba.int64,)); assert loops.double(21) == 42"
+    )
+    processes = [start("timeit", "-n", 1, "-r", 1, program) for _ in range(3)]
+    for process in processes:
+        with process:
+            assert process.wait(900) == 0
+    assert len(list(tmp_path.glob("*.log"))) == 1
 
 
 def test_importing_ffcv_leaves_torchs_threads(small_data: Path) -> None:

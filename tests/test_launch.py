@@ -42,7 +42,7 @@ from tests.support.processes import ROOT, TINY, Done, clean_environment, module,
 )
 def test_the_quickstart_runs_and_a_second_call_reuses_everything(started: Callable[..., Done], tmp_path: Path) -> None:
     """With processes that are forked with imports done, as in most other tests, or fresh ones, as a user does."""
-    images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=15))
+    images = archives.tar(tmp_path / "pictures.tar.gz", archives.image_files(per_class=10))
     call = ("--source", images, "--experiments", "soni-2", "--out", tmp_path / "out")
     first = started("launch.quickstart", *call, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr

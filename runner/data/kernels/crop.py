@@ -1,7 +1,11 @@
 """Gather, crop, flip and normalize in one pass: a compiled loop on the CPU, one kernel on a GPU."""
 
+import contextlib
+import fcntl
 import functools
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +44,30 @@ def load_loop() -> None:
 def compile_loop(loop: Any, types: tuple[Any, ...]) -> None:
     """Compiles a numba loop for the types of its arguments, or loads it from numba's cache.
 
-    A file of the cache that cannot be read, for example because the disk was full, is written again.
+    One process of a machine compiles, and the others wait and load. A file of the cache that cannot be read, for
+    example because the disk was full, is written again.
     """
-    try:
-        loop.compile(types)
-    except Exception:  # numba unpickles the file, which raises errors of many types
-        name = f"{loop.py_func.__module__.rpartition('.')[2]}.{loop.py_func.__qualname__}-*.nb[ic]"
-        for file in Path(loop.stats.cache_path).glob(name):
-            file.unlink(missing_ok=True)
-        loop.compile(types)
+    folder = Path(loop.stats.cache_path)
+    name = f"{loop.py_func.__module__.rpartition('.')[2]}.{loop.py_func.__qualname__}"
+    is_cached = len(list(folder.glob(f"{name}-*.nbc"))) > len(loop.signatures)  # a file for each signature
+    with contextlib.nullcontext() if is_cached else _locked(folder):
+        try:
+            loop.compile(types)
+        except Exception:  # numba unpickles the file, which raises errors of many types
+            for file in folder.glob(f"{name}-*.nb[ic]"):
+                file.unlink(missing_ok=True)
+            loop.compile(types)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a folder, except on file systems that cannot."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 class Crops(NamedTuple):
