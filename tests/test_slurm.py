@@ -90,6 +90,7 @@ def empty_queue(cluster: slurm_cluster.Cluster) -> None:
     cluster.cancel_all()
 
 
+@pytest.mark.every
 def test_two_nodes_train_one_model(submitted: Submitted) -> None:
     run = Run(submitted.run)
     assert run.config().world_size == 2
@@ -97,6 +98,7 @@ def test_two_nodes_train_one_model(submitted: Submitted) -> None:
     assert (summary.steps, summary.test_images) == (112, 200)
 
 
+@pytest.mark.every
 def test_the_wandb_key_does_not_leave_the_submitting_process(submitted: Submitted) -> None:
     """It is in no file of SLURM, the runner or W&B, in no command line, and never printed."""
     assert "not passed to SLURM" in submitted.output
