@@ -109,6 +109,7 @@ def test_mixing_streams_every_batch(small_data: Path) -> None:
     assert_same(list(opened(small_data, recipe=recipe).epoch(0)), streamed.epoch(0))
 
 
+@pytest.mark.every
 @pytest.mark.images
 def test_streaming_matches_resident_for_any_number_of_workers(data: Path) -> None:
     """A full epoch with batches of 512 images, in the order and augmentation of training."""

@@ -505,6 +505,7 @@ def test_overwrite_replaces_a_dataset_alone(small: Source, own_data: Path) -> No
     assert (own_data / "train.beton").is_file()
 
 
+@pytest.mark.every
 def test_the_folder_may_be_the_current_one_or_a_link(small: Source, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")

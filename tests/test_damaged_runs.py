@@ -211,7 +211,7 @@ def damage_many(sound: Path, damaged: Path, examples: int) -> set[bool]:
     return outcomes
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.every)])
+@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.every)])
 def test_a_damaged_file_hides_no_other_run(
     sound: Path, damaged: Path, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +268,7 @@ def test_a_value_that_no_page_can_show_is_refused(
     assert message in str(refused.value)
 
 
+@settings(max_examples=30)
 @given(st.recursive(st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_no_file_of_ours_holds_a_number_that_json_lacks(value: object) -> None:
     with tempfile.TemporaryDirectory() as folder:

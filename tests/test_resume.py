@@ -354,7 +354,7 @@ def test_a_run_that_was_stopped_may_end_where_it_stopped(small_data: Path, tmp_p
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.every)])
 def test_a_signal_between_two_seeds_starts_no_further(ranks: int, small_data: Path, tmp_path: Path) -> None:
     """The same command trains the seed that is left."""
     words = arguments(small_data, tmp_path, "--seeds", 0, 1, 2, "--max-steps", 2, "--resume", "auto")
@@ -629,9 +629,9 @@ def test_stopped_where_no_evaluation_was_due(small_data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        pytest.param(2, ("--recipe.ema", 0.9), id="2 ranks, EMA"),
+        pytest.param(2, ("--recipe.ema", 0.9), id="2 ranks, EMA", marks=pytest.mark.every),
         pytest.param(2, (), id="2 ranks", marks=pytest.mark.every),
-        pytest.param(1, (), id="1 rank", marks=pytest.mark.every),
+        pytest.param(1, (), id="1 rank"),
     ],
 )
 def test_an_end_at_a_checkpoint_within_an_epoch_is_an_end(

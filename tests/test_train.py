@@ -87,6 +87,7 @@ def test_two_ranks_train_what_one_trains(experiment: str, options: list[str], da
     assert accuracy[2] == pytest.approx(accuracy[1], abs=1e-3 if same else 0.1)
 
 
+@pytest.mark.every
 @pytest.mark.processes
 def test_three_ranks_count_every_image(data: Path, train: Train) -> None:
     trained = train("tiny-norm", "--json", "--max-steps", 3, data=data, ranks=3)
