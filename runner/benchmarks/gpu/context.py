@@ -184,7 +184,7 @@ class Context:
             raise OutOfTimeError from None
         if process.returncode != 0:
             kind = RefusedError if process.returncode == EXIT_BAD_INPUT else RuntimeError
-            raise kind(" ".join((err or out).split())[-600:])
+            raise kind(" ".join((err or out).split())[-300:])  # as much as a finding keeps
         return out
 
     def start_python(
