@@ -265,6 +265,7 @@ def test_a_name_is_found_at_any_position(line: str, name: str) -> None:
         ("train soni-2 --data D --name None", "--name None: expected a value"),
         ("train soni-2 --data D --seeds --json", "--seeds: expected one or more values (an integer), found none"),
         ("train soni-2 --data D --lr --json", "--lr: expected a value (a number), found none"),
+        ("train soni-2 --data D --recipe.compile", "expected a value (none or default or reduce-overhead or max-auto"),
         (
             "train soni-2 --data D --recipe.optimizer.nesterov",
             "--recipe.optimizer.nesterov: the optimizer of soni-2 is RMSprop, which has --recipe.optimizer.lr, ",

@@ -65,6 +65,13 @@ def test_a_run_of_before_a_setting_existed_is_equal_to_one_of_today(old: Path) -
     assert msgspec.json.encode(earlier.recipe) == msgspec.json.encode(config.recipe)
 
 
+@pytest.mark.parametrize(("compiles", "mode"), [("false", "none"), ("true", "default")])
+def test_a_recipe_that_said_whether_it_compiles_has_a_mode_now(old: Path, compiles: str, mode: str) -> None:
+    text = (old / "run.json").read_text()
+    (old / "run.json").write_text(text.replace('"compile": false', f'"compile": {compiles}'))
+    assert Run(old).config().recipe.compile == mode
+
+
 def test_an_old_run_is_resumed(old: Path, synthetic: Path) -> None:
     words = ["--data", synthetic, "--runs", old.parent.parent, "--recipe.batch-size", 100]
     words += ["--recipe.validation", 100, "--max-steps", 8, "--resume", "auto", "--device", "cpu"]

@@ -50,6 +50,7 @@ from runner.run.schema import (
 )
 
 T = TypeVar("T")
+METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"  # of a checkpoint
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -78,7 +79,7 @@ class Run:
     @property
     def metrics(self) -> Path:
         """Path of metrics.jsonl."""
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS
 
     @property
     def summary(self) -> Path:

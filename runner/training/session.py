@@ -37,7 +37,7 @@ from runner.config.train_config import TrainConfig, check_precision
 from runner.data.kernels import crop
 from runner.data.open import DTYPES, RankInfo, SplitName, model_input, open_manifest, open_split
 from runner.data.stream import BatchStream
-from runner.run.folder import MANIFEST, Run, finished_run, locked_runs
+from runner.run.folder import MANIFEST, METRICS, Run, finished_run, locked_runs
 from runner.run.metrics import truncate_metrics
 from runner.run.schema import Ending, MetricRow, RunConfig, Summary, TrainPrecision
 from runner.system import cpu, cuda, launcher, watchdog
@@ -590,10 +590,10 @@ def diagnose_failure(error: Exception, recipe: Recipe, world_size: int) -> Failu
     if isinstance(error, checkpoint.CheckpointError):
         return Failure(1, str(error))
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        file = error.filename or "metrics.jsonl"
+        file = error.filename or METRICS
         return Failure(1, f"no space left on the disk for {file}; free some space and resume with --resume auto")
     if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
-        file = error.filename or "metrics.jsonl"
+        file = error.filename or METRICS
         return Failure(1, f"{file}: cannot be read or written ({error.strerror}); resume with --resume auto")
     if is_lost_rank(error, world_size):
         return Failure(1, f"{LOST_RANK} ({first_line(error)})")
