@@ -5,6 +5,7 @@ import fcntl
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,14 +62,24 @@ def compile_loop(loop: Any, types: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Locks a folder, except on file systems that cannot."""
+    """Locks a folder for at most a minute's wait, and not on file systems that cannot: compiling twice is no error."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            end = time.monotonic() + 60
+            while not _try_lock(descriptor) and time.monotonic() < end:
+                time.sleep(0.05)
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a forked process would keep it
         yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Crops(NamedTuple):
